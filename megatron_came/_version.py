@@ -1,0 +1,3 @@
+"""The version of megatron_came; the one place where it is written."""
+
+__version__ = "0.1.0"

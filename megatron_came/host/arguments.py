@@ -1,0 +1,179 @@
+"""``--optimizer came`` and its flags in Megatron's command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron_came.host.patching import Function, wrap
+from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparameters
+
+_HELP = {
+    "beta1": "decay of CAME's momentum",
+    "beta2": "decay of CAME's squared-gradient statistics",
+    "beta3": "decay of CAME's instability statistics; there is no bias correction, so with the default the first "
+    "updates are up to 11 times the learning rate in RMS: warm up",
+    "eps1": "added to the squared gradient",
+    "eps2": "added to the squared residual",
+    "clip_threshold": "largest root mean square of an update before momentum",
+}
+
+# Settings of another optimizer that shared argument lists often hold: said to be ignored.
+_IGNORED = ("--adam-beta1", "--adam-beta2", "--adam-eps", "--sgd-momentum")
+# Settings that only make sense if the user believes another optimizer to be at work: refused.
+_FOREIGN = ("--muon-", "--adaptive-muon-", "--lion-", "--soap-")
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A flag that does not go with CAME.
+
+    Attributes:
+        dest: its name among Megatron's arguments.
+        flag: as it is typed.
+        remedy: what to do instead.
+        harmless: the values that do go with CAME.
+    """
+
+    dest: str
+    flag: str
+    remedy: str
+    harmless: tuple[object, ...] = (None, False)
+
+    def problem(self, args: argparse.Namespace) -> str | None:
+        """One sentence, if ``args`` holds another value."""
+        value = getattr(args, self.dest, None)
+        if value in self.harmless:
+            return None
+        given = self.flag if value is True else f"{self.flag} {value}"
+        return f"--optimizer came does not go with {given}: {self.remedy}."
+
+
+_LEAVE_OUT = "leave it out, or use --optimizer adam"
+_SHARDING = "use --use-distributed-optimizer, which shards CAME's momentum and main weights"
+UNSUPPORTED = (
+    Unsupported("optimizer_cpu_offload", "--optimizer-cpu-offload", _LEAVE_OUT),
+    Unsupported("use_precision_aware_optimizer", "--use-precision-aware-optimizer", _LEAVE_OUT),
+    Unsupported("use_megatron_fsdp", "--use-megatron-fsdp", _SHARDING),
+    Unsupported("use_torch_fsdp2", "--use-torch-fsdp2", _SHARDING),
+    Unsupported("optimizer_cuda_graph", "--optimizer-cuda-graph", _LEAVE_OUT),
+    Unsupported("rl_offload_optimizer_during_inference", "--rl-offload-optimizer-during-inference", _LEAVE_OUT),
+    Unsupported("fp8_param_gather", "--fp8-param-gather", "leave it out; --fp8-format itself is fine"),
+    Unsupported("fp4_param_gather", "--fp4-param-gather", "leave it out; --fp4-format itself is fine"),
+    Unsupported("reuse_grad_buf_for_mxfp8_param_ag", "--reuse-grad-buf-for-mxfp8-param-ag", "leave it out"),
+    Unsupported(
+        "tensor_parallel_num_weight_shards",
+        "--tensor-parallel-num-weight-shards",
+        "leave it out and use --tensor-model-parallel-size",
+        (None, 1),
+    ),
+    Unsupported(
+        "expert_tensor_parallel_num_weight_shards",
+        "--expert-tensor-parallel-num-weight-shards",
+        "leave it out and use --expert-tensor-parallel-size",
+        (None, 1),
+    ),
+    Unsupported("use_layer_wise_distributed_optimizer", "a layer-wise optimizer", _SHARDING),
+    Unsupported("yaml_cfg", "--yaml-cfg", "give the settings as flags"),
+)
+
+
+def given_flags(argv: Iterable[str]) -> list[str]:
+    """Return the flags of a command line, in order, without their values."""
+    return [word.split("=", 1)[0] for word in argv if word.startswith("--")]
+
+
+def hyperparameters(args: argparse.Namespace) -> Hyperparameters:
+    """Read CAME's hyperparameters from Megatron's arguments.
+
+    Raises:
+        ValueError: one is out of range; the message names the flag.
+    """
+    try:
+        return Hyperparameters(**{f.name: getattr(args, f"came_{f.name}") for f in fields(Hyperparameters)})
+    except HyperparameterError as error:
+        flag = "--came-" + error.name.replace("_", "-")
+        raise ValueError(f"{flag} {error.value} is not allowed: it must be {error.allowed}.") from error
+
+
+def check(args: argparse.Namespace, flags: list[str]) -> None:
+    """Refuse what does not go with the chosen optimizer.
+
+    Args:
+        args: Megatron's arguments, before or after its own validation.
+        flags: the flags that were given.
+
+    Raises:
+        ValueError: one sentence with flag, value and remedy.
+    """
+    if args.optimizer != "came":
+        stray = [flag for flag in flags if flag.startswith("--came-")]
+        if stray:
+            raise ValueError(
+                f"{stray[0]} is a setting of CAME, but the optimizer is {args.optimizer}: add --optimizer came, or leave "
+                f"{stray[0]} out."
+            )
+        return
+    hyperparameters(args)
+    problems = [problem for rule in UNSUPPORTED if (problem := rule.problem(args))]
+    if problems:
+        raise ValueError(problems[0])
+    foreign = [flag for flag in flags if flag.startswith(_FOREIGN)]
+    if foreign:
+        raise ValueError(f"{foreign[0]} is a setting of another optimizer than --optimizer came: leave it out.")
+
+
+def install() -> None:
+    """Add the choice ``came`` and the ``--came-*`` flags to Megatron's parser, and their checks to its validation."""
+    wrap("megatron.training.arguments", "add_megatron_arguments", _with_flags)
+    wrap("megatron.training.arguments", "validate_args", _with_checks)
+
+
+def _with_flags(original: Function) -> Function:
+    def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parser = original(parser, *args, **kwargs)
+        choice = next(action for action in parser._actions if action.dest == "optimizer")
+        choice.choices = [*(choice.choices or ()), "came"]
+        group = parser.add_argument_group(title="CAME")
+        for field in fields(Hyperparameters):
+            group.add_argument(
+                "--came-" + field.name.replace("_", "-"),
+                type=float,
+                default=field.default,
+                help=f"{_HELP[field.name]} (default: {field.default:g})",
+            )
+        return parser
+
+    return add_megatron_arguments
+
+
+def _with_checks(original: Function) -> Function:
+    def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        flags = given_flags(sys.argv[1:])
+        _stop_if_refused(args, flags)
+        if args.optimizer != "came":
+            return original(args, *rest, **kwargs)
+        ignored = [flag for flag in flags if flag in _IGNORED]
+        if ignored and int(os.environ.get("RANK", "0")) == 0:
+            print(f"megatron_came: --optimizer came ignores {', '.join(ignored)}.", flush=True)
+        # Megatron turns the distributed optimizer into a layer-wise one for every name that it does not know.
+        args.optimizer = "adam"
+        try:
+            result = original(args, *rest, **kwargs)
+        finally:
+            args.optimizer = "came"
+        _stop_if_refused(args, flags)
+        return result
+
+    return validate_args
+
+
+def _stop_if_refused(args: argparse.Namespace, flags: list[str]) -> None:
+    try:
+        check(args, flags)
+    except ValueError as error:
+        raise SystemExit(f"megatron_came: {error}") from error

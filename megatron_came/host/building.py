@@ -1,0 +1,171 @@
+"""Building CAME where Megatron builds its optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from torch import Tensor
+
+from megatron_came.host.arguments import hyperparameters
+from megatron_came.host.config import CameOptimizerConfig
+from megatron_came.host.distributed import CameDistributedOptimizer
+from megatron_came.host.patching import Function, wrap
+from megatron_came.host.sharding import ModelGroups, check_replicas, shard_of
+from megatron_came.optimizer import CAME
+
+
+def install() -> None:
+    """Let Megatron's two builders, and its reading of the arguments, know CAME."""
+    wrap("megatron.training.training", "get_megatron_optimizer_config", _with_came_config)
+    wrap("megatron.core.optimizer", "get_megatron_optimizer", _with_came)
+    wrap("megatron.core.optimizer", "_get_megatron_optimizer_based_on_param_groups", _with_came_for_groups)
+
+
+def _with_came_config(original: Function) -> Function:
+    def get_megatron_optimizer_config(args: Any) -> Any:
+        config, overrides = original(args)
+        if config.optimizer == "came":
+            config = CameOptimizerConfig.from_megatron(config, hyperparameters(args))
+        return config, overrides
+
+    return get_megatron_optimizer_config
+
+
+def _with_came(original: Function) -> Function:
+    def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(config, CameOptimizerConfig):
+            _check_model(config, model_chunks)
+            config = config.as_standard()
+        elif getattr(config, "optimizer", None) == "came":
+            raise ValueError(
+                "OptimizerConfig(optimizer='came') holds no settings of CAME: use "
+                "megatron_came.host.config.CameOptimizerConfig."
+            )
+        return original(config, model_chunks, *args, **kwargs)
+
+    return get_megatron_optimizer
+
+
+def _check_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> None:
+    """Refuse models and settings that reach the builder without passing the command line."""
+    from megatron.core.models.mimo.model.base import MimoModel
+
+    if isinstance(model_chunks[0], MimoModel):
+        raise ValueError("--optimizer came does not support MiMo models, which build their own optimizers: use adam.")
+    if not config.decoupled_weight_decay:
+        raise ValueError("--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on.")
+    if model_chunks[0].ddp_config.use_megatron_fsdp:
+        raise ValueError("--optimizer came does not go with --use-megatron-fsdp: use --use-distributed-optimizer.")
+
+
+def _with_came_for_groups(original: Function) -> Function:
+    def _get_megatron_optimizer_based_on_param_groups(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(config, CameOptimizerConfig):
+            return build(config.original, *args, **kwargs)
+        return original(config, *args, **kwargs)
+
+    return _get_megatron_optimizer_based_on_param_groups
+
+
+def build(
+    config: CameOptimizerConfig,
+    model_chunks: list[Any],
+    param_groups: list[dict[str, Any]],
+    per_model_buffers: dict[int, list[Any]] | None = None,
+    model_parallel_group: dist.ProcessGroup | None = None,
+    data_parallel_group: dist.ProcessGroup | None = None,
+    data_parallel_group_gloo: dist.ProcessGroup | None = None,
+    data_parallel_group_idx: int | None = None,
+    intra_dist_opt_group: dist.ProcessGroup | None = None,
+    distributed_optimizer_instance_id: int = 0,
+    pg_collection: Any | None = None,
+) -> MegatronOptimizer:
+    """Build CAME in the wrapper that the precision and ``--use-distributed-optimizer`` ask for.
+
+    Takes the arguments of Megatron's ``_get_megatron_optimizer_based_on_param_groups``.
+
+    Raises:
+        ValueError: a weight that does not say how tensor parallelism cuts it.
+    """
+    model_groups = ModelGroups.of(pg_collection)
+    model_params = [list(group["params"]) for group in param_groups]
+    if model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
+        check_replicas([param for params in model_params for param in params], model_groups)
+    came = _came(config, param_groups)
+
+    wrapper: MegatronOptimizer
+    if config.use_distributed_optimizer:
+        wrapper = CameDistributedOptimizer(
+            came,
+            config,
+            _grad_scaler(config),
+            _init_state,
+            model_chunks=model_chunks,
+            per_model_buffers=per_model_buffers,
+            data_parallel_group=data_parallel_group,
+            data_parallel_group_gloo=data_parallel_group_gloo,
+            data_parallel_group_idx=data_parallel_group_idx,
+            distributed_optimizer_instance_id=distributed_optimizer_instance_id,
+            model_groups=model_groups,
+        )
+        wrapper.grad_stats_parallel_group = intra_dist_opt_group
+    else:
+        if config.fp16 or config.bf16:
+            wrapper = Float16OptimizerWithFloat16Params(came, config, _grad_scaler(config), _init_state)
+        else:
+            wrapper = FP32Optimizer(came, config, _init_state)
+        wrapper.grad_stats_parallel_group = model_parallel_group
+        if came is not None:
+            came.set_shards(_whole_shards(came, model_params, model_groups))
+    wrapper.tp_group, wrapper.expert_tp_group = model_groups.tp, model_groups.expert_tp
+    return wrapper
+
+
+def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CAME | None:
+    """Megatron has no optimizer on a rank without parameter groups."""
+    if not param_groups:
+        return None
+    return CAME(
+        param_groups,
+        lr=config.lr,
+        betas=config.came.betas,
+        eps=config.came.eps,
+        clip_threshold=config.came.clip_threshold,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _init_state(optimizer: CAME, config: Any = None) -> None:
+    """Megatron's ``init_state_fn``."""
+    optimizer.init_state()
+
+
+def _whole_shards(came: CAME, model_params: list[list[Tensor]], model_groups: ModelGroups) -> dict[Tensor, Any]:
+    """Shards of optimizers that hold whole local tensors: the model's own, or fp32 copies in their place."""
+    return {
+        param: shard_of(model_param, model_groups)
+        for group, params in zip(came.param_groups, model_params, strict=True)
+        for param, model_param in zip(group["params"], params, strict=True)
+    }
+
+
+def _grad_scaler(config: CameOptimizerConfig) -> ConstantGradScaler | DynamicGradScaler | None:
+    if config.loss_scale:
+        return ConstantGradScaler(config.loss_scale)
+    if not config.fp16:
+        return None
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale,
+        min_scale=config.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+    )

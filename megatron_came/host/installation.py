@@ -1,0 +1,18 @@
+"""Putting the pieces of the host room in place."""
+
+from __future__ import annotations
+
+from megatron_came.host.versions import check_version
+
+
+def install() -> None:
+    """Make ``--optimizer came`` known to the Megatron that is first on the search path. Idempotent.
+
+    Raises:
+        HostError: Megatron is missing, of a release that is not supported, or lacks what is to be replaced.
+    """
+    check_version()
+    from megatron_came.host import arguments, building
+
+    building.install()
+    arguments.install()

@@ -1,0 +1,41 @@
+"""Replacing a function of the host wherever it is referred to."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_came.host.versions import HostError
+
+Function = Callable[..., Any]
+
+_MARK = "_megatron_came_original"
+
+
+def wrap(module_name: str, name: str, make: Callable[[Function], Function]) -> None:
+    """Replace ``module_name.name`` by ``make(original)``, also where another module has imported it by name.
+
+    Once only: a function that has been replaced is left alone.
+
+    Args:
+        module_name: module that defines the function.
+        name: its name there.
+        make: takes the original function and returns what stands in for it.
+
+    Raises:
+        HostError: the module has no such function.
+    """
+    original = getattr(importlib.import_module(module_name), name, None)
+    if not callable(original):
+        raise HostError(f"--optimizer came does not fit this Megatron: {module_name} has no function {name}.")
+    if hasattr(original, _MARK):
+        return
+    replacement = functools.wraps(original)(make(original))
+    setattr(replacement, _MARK, original)
+    for module in list(sys.modules.values()):
+        for key, value in list(getattr(module, "__dict__", {}).items()):
+            if value is original:
+                setattr(module, key, replacement)

@@ -1,0 +1,168 @@
+"""Which flat range of which matrix a rank holds: frozen geometry, computed once.
+
+Every tensor is seen as a batch of matrices, ``(batch, rows, columns)``: the last two dimensions are
+rows and columns, the leading ones the batch; a vector of n elements is one (n, 1) matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+Axis = Literal["batch", "rows", "columns"]
+
+
+class ProcessGroup(Protocol):
+    """What the geometry asks of a ``torch.distributed.ProcessGroup``: its number of ranks."""
+
+    def size(self) -> int:
+        """Return the number of ranks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of a parameter that this rank updates, and the ranks that hold the rest.
+
+    Two kinds of sharding meet. Tensor parallelism cuts the full tensor along one dimension into equal
+    *local* tensors, one a rank. A ZeRO-1 distributed optimizer cuts the local tensor, flattened in row-major
+    order, into ranges that may begin and end in the middle of a row; a range may be empty.
+
+    Args:
+        shape: shape of the whole local tensor, before the optimizer cut it.
+        start: first flat element of the local tensor that this rank holds.
+        stop: one past its last element; ``start == stop`` is an empty slice.
+        tp_dim: dimension of ``shape`` along which tensor parallelism cut the full tensor (Megatron's
+            ``partition_dim``); None where every rank of ``tp_group`` holds the full tensor.
+        tp_group: ranks that hold the other tensor-parallel shards; None for a single rank.
+        dp_group: ranks that hold the other flat ranges of this local tensor; None where this rank holds the whole
+            local tensor (also with plain data parallelism, whose gradients are already summed).
+        copies_group: ranks that hold a copy of this very slice, with the same gradient, and must stay
+            bit-identical (tied embeddings on the first and last pipeline stage); None for no copies.
+
+    Raises:
+        ValueError: a range outside the tensor, or a ``tp_dim`` that the tensor does not have.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    tp_dim: int | None = None
+    tp_group: ProcessGroup | None = None
+    dp_group: ProcessGroup | None = None
+    copies_group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        numel = math.prod(self.shape)
+        if not 0 <= self.start <= self.stop <= numel:
+            raise ValueError(
+                f"Shard: the range [{self.start}, {self.stop}) does not lie within the {numel} "
+                f"elements of shape {self.shape}."
+            )
+        if self.tp_dim is not None and not 0 <= self.tp_dim < len(self.shape):
+            raise ValueError(
+                f"Shard: tp_dim {self.tp_dim} is not a dimension of shape {self.shape}; "
+                "give None for a tensor that tensor parallelism does not cut."
+            )
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Shard:
+        """Return the shard of a rank that holds the full tensor alone."""
+        return cls(shape=shape, start=0, stop=math.prod(shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements that this rank holds."""
+        return self.stop - self.start
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the tensor has fewer than two dimensions, hence row statistics only."""
+        return len(self.shape) < 2
+
+    @property
+    def local_matrix(self) -> tuple[int, int, int]:
+        """The whole local tensor as (batch, rows, columns)."""
+        if self.is_vector:
+            return 1, math.prod(self.shape), 1
+        return math.prod(self.shape[:-2]), self.shape[-2], self.shape[-1]
+
+    @property
+    def tp_size(self) -> int:
+        """Into how many local tensors the full tensor is cut."""
+        return 1 if self.tp_dim is None or self.tp_group is None else self.tp_group.size()
+
+    @property
+    def tp_axis(self) -> Axis | None:
+        """The axis of ``local_matrix`` that tensor parallelism cuts; None where it cuts nothing."""
+        if self.tp_size == 1 or self.tp_dim is None:
+            return None
+        if self.is_vector:
+            return "rows"
+        axes: dict[int, Axis] = {len(self.shape) - 2: "rows", len(self.shape) - 1: "columns"}
+        return axes.get(self.tp_dim, "batch")
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of one full matrix: the divisor of column means."""
+        return self.local_matrix[1] * (self.tp_size if self.tp_axis == "rows" else 1)
+
+    @property
+    def full_columns(self) -> int:
+        """Columns of one full matrix: the divisor of row means."""
+        return self.local_matrix[2] * (self.tp_size if self.tp_axis == "columns" else 1)
+
+    @property
+    def full_numel(self) -> int:
+        """Elements of the full tensor: the divisor of the clipping RMS."""
+        return math.prod(self.shape) * self.tp_size
+
+
+class Block(NamedTuple):
+    """A box of a slice: flat elements [start, stop) of the slice, seen as (batch, rows, columns)."""
+
+    start: int
+    stop: int
+    batch: slice
+    rows: slice
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sizes along batch, rows and columns."""
+        sizes = (axis.stop - axis.start for axis in (self.batch, self.rows, self.columns))
+        batch, rows, columns = sizes
+        return batch, rows, columns
+
+
+def blocks(shard: Shard, limit: int) -> Iterator[Block]:
+    """Cut the slice of a shard into boxes, in order, each of at most ``limit`` elements.
+
+    A slice is a partial row, rows up to the end of a matrix, whole matrices, rows, and a partial row;
+    each of these is a box, cut further where it is larger than the limit (a single whole row is not).
+    """
+    _, rows, columns = shard.local_matrix
+    position = shard.start
+    while position < shard.stop:
+        left = shard.stop - position
+        global_row, column = divmod(position, columns)
+        matrix, row = divmod(global_row, rows)
+        box = (1, 1, min(columns - column, left, limit))
+        if column == 0 and left >= columns:
+            whole_rows = left // columns
+            if row == 0 and whole_rows >= rows and rows * columns <= limit:
+                box = (min(whole_rows // rows, limit // (rows * columns)), rows, columns)
+            else:
+                box = (1, min(rows - row, whole_rows, max(1, limit // columns)), columns)
+        size = math.prod(box)
+        offset = position - shard.start
+        yield Block(
+            start=offset,
+            stop=offset + size,
+            batch=slice(matrix, matrix + box[0]),
+            rows=slice(row, row + box[1]),
+            columns=slice(column, column + box[2]),
+        )
+        position += size

@@ -1,0 +1,111 @@
+"""The three local passes of a step, each over one box of a slice.
+
+A box is a contiguous (batch, rows, columns) tensor. ``row_scale`` (batch, rows) and ``column_scale``
+(batch, columns) belong to the box; ``column_scale`` is None for vectors, which have no columns. Sums over
+elements are added to float64 tensors, so that boxes and ranks may be added in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Squares are summed of g * 2^-10: a row of gradients of 1e18 would overflow fp32, while a square so small that it
+# loses bits to the scale is far below eps1.
+_SQUARE_SCALE = 2.0**-10
+
+
+def add_squared_sums(grad: Tensor, row_sums: Tensor, column_sums: Tensor | None) -> None:
+    """Pass 1: add the row and column sums of g^2, in place.
+
+    Args:
+        grad: (batch, rows, columns), fp32 or float64.
+        row_sums: (batch, rows), float64.
+        column_sums: (batch, columns), float64; None for a vector.
+    """
+    squares = torch.mul(grad, _SQUARE_SCALE).square_()
+    row_sums.add_(squares.sum(-1), alpha=_SQUARE_SCALE**-2)
+    if column_sums is not None:
+        column_sums.add_(squares.sum(-2), alpha=_SQUARE_SCALE**-2)
+
+
+def normalized(grad: Tensor, row_scale: Tensor, column_scale: Tensor | None) -> Tensor:
+    """Return u = g / sqrt(r c / mean(r)) of a box, given the inverse roots of its factors."""
+    update = grad * row_scale.unsqueeze(-1)
+    return update if column_scale is None else update.mul_(column_scale.unsqueeze(-2))
+
+
+def add_instability_sums(
+    grad: Tensor,
+    exp_avg: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    guess: Tensor,
+    row_sums: Tensor,
+    column_sums: Tensor,
+) -> None:
+    """Pass 2 of a matrix: add the sums of e^2, u e and u^2 with e = u/d0 - m, in place.
+
+    Args:
+        grad: (batch, rows, columns), fp32 or float64.
+        exp_avg: the momentum m of the last step, like ``grad``.
+        row_scale: (batch, rows).
+        column_scale: (batch, columns).
+        guess: d0, the guess of the clip divisor, a scalar.
+        row_sums: (3, batch, rows), float64.
+        column_sums: (3, batch, columns), float64.
+    """
+    update = normalized(grad, row_scale, column_scale)
+    error = torch.sub(update / guess, exp_avg)
+    product = torch.empty_like(error)
+    for index, (left, right) in enumerate(((error, error), (update, error), (update, update))):
+        torch.mul(left, right, out=product)
+        row_sums[index].add_(product.sum(-1))
+        column_sums[index].add_(product.sum(-2))
+
+
+def add_squared_update(grad: Tensor, row_scale: Tensor, total: Tensor) -> None:
+    """Pass 2 of a vector: add the sum of u^2 to the float64 scalar ``total``, in place."""
+    total.add_(normalized(grad, row_scale, None).square_().sum())
+
+
+def apply_update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    row_confidence: Tensor | None,
+    column_confidence: Tensor | None,
+    *,
+    divisor: Tensor,
+    beta1: float,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """Pass 3: update momentum and weights, both in place.
+
+    m <- b1 m + (1-b1) u/d, p <- p (1 - lr wd) - lr m / sqrt(R C / mean(R)); paper, algorithm 2.
+
+    Args:
+        param: weights of the box, of any floating dtype.
+        grad: gradient, in the dtype of ``exp_avg``.
+        exp_avg: momentum.
+        row_scale: as in :func:`normalized`.
+        column_scale: as in :func:`normalized`.
+        row_confidence: inverse roots of the row factor of the instability; None for a vector.
+        column_confidence: likewise of the column factor.
+        divisor: d, a scalar.
+        beta1: decay of the momentum.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+    """
+    update = normalized(grad, row_scale, column_scale)
+    exp_avg.mul_(beta1).add_(update.div_(divisor), alpha=1.0 - beta1)
+    step = exp_avg
+    if row_confidence is not None and column_confidence is not None:
+        step = torch.mul(exp_avg, row_confidence.unsqueeze(-1), out=update)
+        step.mul_(column_confidence.unsqueeze(-2))
+    if weight_decay != 0:
+        param.add_(param, alpha=-lr * weight_decay)
+    param.add_(step, alpha=-lr)

@@ -1,0 +1,260 @@
+"""The CAME optimizer: a ``torch.optim.Optimizer`` over whole tensors or slices of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from megatron_came.comm import SumBuffer
+from megatron_came.layout import Shard
+from megatron_came.maths.hyperparameters import Hyperparameters, check_number
+from megatron_came.work import ParameterWork, new_state, state_dtype
+
+
+class CAME(torch.optim.Optimizer):
+    """Confidence-guided Adaptive Memory Efficient Optimization (Luo et al., ACL 2023, algorithm 2).
+
+    Without ``shards`` a drop-in for the authors' ``came_pytorch.CAME``. With them, every rank updates its slice of each
+    tensor as the unsharded algorithm would: row and column statistics are sums over elements, which two reductions a
+    step complete, wherever the slices begin and end.
+
+    Tensors of two or more dimensions have factored statistics; of fewer, a full second moment and no confidence.
+    Parameters without a gradient are skipped. Gradients in bf16 or fp16 are upcast before they are squared.
+
+    State of a parameter whose whole local tensor has the shape (..., n, m); fp32, or float64 for float64 parameters:
+
+    ====================  =========================  ==========================================
+    ``step``              ()                         steps taken; fp32 on the CPU
+    ``exp_avg``           like the parameter         momentum m of this rank's slice
+    ``exp_avg_sq_row``    (..., n)                   r, whole on every data-parallel rank
+    ``exp_avg_sq_col``    (..., m)                   c, likewise
+    ``exp_avg_res_row``   (..., n)                   R, likewise
+    ``exp_avg_res_col``   (..., m)                   C, likewise
+    ``exp_avg_sq``        (n,), vectors alone        v, instead of the four factors; whole
+    ====================  =========================  ==========================================
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate; the authors advise 0.5 to 0.9 times AdamW's.
+        betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1). No bias correction:
+            with the default beta3 the first updates are up to 11 lr in RMS, so warm up.
+        eps: added to squared gradient and squared residual, both above 0.
+        clip_threshold: largest RMS of an update before momentum, above 0.
+        weight_decay: decoupled weight decay, at least 0.
+        shards: where each parameter lies in its full tensor; those not named are whole.
+
+    Raises:
+        ValueError: a hyperparameter out of range, a complex or integer parameter, or a shard that does not fit its
+            parameter.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        eps: tuple[float, float] = (1e-30, 1e-16),
+        clip_threshold: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        shards: Mapping[Tensor, Shard] | None = None,
+    ) -> None:
+        self._shards: dict[Tensor, Shard] = {}
+        self._plan: _Plan | None = None
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "weight_decay": weight_decay,
+        }
+        _check_group(defaults)
+        super().__init__(params, defaults)
+        self.set_shards(shards or {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group.
+
+        Raises:
+            ValueError: as for the class.
+        """
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if not param.is_floating_point():
+                raise ValueError(f"CAME updates real floating-point parameters, not {param.dtype}.")
+
+    def set_shards(self, shards: Mapping[Tensor, Shard]) -> None:
+        """Say where each parameter lies in its full tensor; those not named are whole.
+
+        All ranks of a group must name the same tensors in the same order, those they hold no element of included (as
+        parameters of zero elements).
+
+        Raises:
+            ValueError: a shard with another number of elements than its parameter, or of no parameter of this optimizer.
+        """
+        known = {param for group in self.param_groups for param in group["params"]}
+        for param, shard in shards.items():
+            if param not in known:
+                raise ValueError(f"CAME: a shard of shape {shard.shape} names a tensor that is in no parameter group.")
+            if param.numel() != shard.numel:
+                raise ValueError(
+                    f"CAME: a parameter has {param.numel()} elements, its shard {shard.numel} "
+                    f"([{shard.start}, {shard.stop}) of shape {shard.shape})."
+                )
+        self._shards = dict(shards)
+        self._plan = None
+
+    def shard_of(self, param: Tensor) -> Shard:
+        """Return where a parameter lies in its full tensor."""
+        return self._shards.get(param) or Shard.whole(tuple(param.shape))
+
+    def init_state(self) -> None:
+        """Create the state of every parameter that has none; no collectives, no update."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not self.state[param]:
+                    self.state[param] = new_state(param, self.shard_of(param))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one optimizer step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, if one was given.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._current_plan()
+        plan.clear()
+        active = [work for work in plan.works if work.takes_part()]
+        for work in active:
+            work.begin(self._state_of(work))
+
+        for work in active:
+            work.add_square_sums()
+        plan.reduce_squares()
+        for work in active:
+            work.update_second_moment()
+            work.add_instability_sums()
+        plan.reduce_instability()
+        for work in active:
+            work.update_instability()
+            work.apply()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary, also one of ``came_pytorch.CAME`` or of another dtype of the parameters.
+
+        State keeps the dtype that CAME gives it; ``torch.optim`` would cast it to the parameter's.
+        """
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        mine = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(saved, mine, strict=True):
+            if key in state_dict["state"]:
+                self.state[param] = _as_state(state_dict["state"][key], param)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._shards:
+            raise TypeError("CAME with shards holds process groups and cannot be copied or pickled; use state_dict().")
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_shards", {})
+        self._plan = None
+
+    def _state_of(self, work: ParameterWork) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[work.param]
+        if not state:
+            state.update(new_state(work.param, work.shard))
+        return state
+
+    def _current_plan(self) -> _Plan:
+        """Return the plan, made anew where the host has replaced a group or a parameter, or moved one."""
+        if self._plan is None or not self._plan.fits(self.param_groups):
+            group_of = {param: group for group in self.param_groups for param in group["params"]}
+            # Named shards first, in the order in which they were named: it is the same on all ranks.
+            params = dict.fromkeys(chain(self._shards, group_of))
+            self._plan = _Plan(
+                [ParameterWork(param, group_of[param], self.shard_of(param)) for param in params]
+            )
+        return self._plan
+
+
+class _Plan:
+    """The parameters' works, and the buffers that they add their sums to: a pair for each device."""
+
+    def __init__(self, works: list[ParameterWork]) -> None:
+        self.works = works
+        self._devices = [work.param.device for work in works]
+        self._squares: list[SumBuffer] = []
+        self._instability: list[SumBuffer] = []
+        for device in dict.fromkeys(self._devices):
+            here = [work for work in works if work.param.device == device]
+            square_requests = [work.square_requests() for work in here]
+            instability_requests = [work.instability_requests() for work in here]
+            squares = SumBuffer(list(chain.from_iterable(square_requests)), device)
+            instability = SumBuffer(list(chain.from_iterable(instability_requests)), device)
+            self._squares.append(squares)
+            self._instability.append(instability)
+            square_views, instability_views = iter(squares.views), iter(instability.views)
+            for work, first, second in zip(here, square_requests, instability_requests, strict=True):
+                work.bind([next(square_views) for _ in first], [next(instability_views) for _ in second])
+
+    def fits(self, param_groups: Iterable[dict[str, Any]]) -> bool:
+        """Whether the groups still hold the parameters that the plan was made for, where they were."""
+        group_of = {param: group for group in param_groups for param in group["params"]}
+        return len(group_of) == len(self.works) and all(
+            group_of.get(work.param) is work.group and work.param.device == device
+            for work, device in zip(self.works, self._devices, strict=True)
+        )
+
+    def clear(self) -> None:
+        """Forget the sums of the last step."""
+        for buffer in (*self._squares, *self._instability):
+            buffer.zero_()
+
+    def reduce_squares(self) -> None:
+        """Complete the sums of pass 1 over the ranks."""
+        for buffer in self._squares:
+            buffer.reduce()
+
+    def reduce_instability(self) -> None:
+        """Complete the sums of pass 2 over the ranks."""
+        for buffer in self._instability:
+            buffer.reduce()
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    check_number("lr", group["lr"], 0.0)
+    check_number("weight_decay", group["weight_decay"], 0.0)
+    Hyperparameters.from_group(group)
+
+
+def _as_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """Give loaded state this class's dtypes; drop the unused ``RMS`` of the authors' class."""
+    state: dict[str, Any] = {}
+    for key, value in saved.items():
+        if key == "step":
+            state[key] = torch.tensor(float(value))
+        elif key != "RMS":
+            state[key] = value.to(device=param.device, dtype=state_dtype(param))
+    return state
