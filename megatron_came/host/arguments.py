@@ -37,19 +37,21 @@ class Unsupported:
         flag: as it is typed.
         remedy: what to do instead.
         harmless: the values that do go with CAME.
+        shown: another argument that holds the value as the user typed it.
     """
 
     dest: str
     flag: str
     remedy: str
     harmless: tuple[object, ...] = (None, False)
+    shown: str | None = None
 
     def problem(self, args: argparse.Namespace) -> str | None:
         """One sentence, if ``args`` holds another value."""
         value = getattr(args, self.dest, None)
         if value in self.harmless:
             return None
-        given = self.flag if value is True else f"{self.flag} {value}"
+        given = self.flag if value is True else f"{self.flag} {getattr(args, self.shown or self.dest)}"
         return f"--optimizer came does not go with {given}: {self.remedy}."
 
 
@@ -66,16 +68,18 @@ UNSUPPORTED = (
     Unsupported("fp4_param_gather", "--fp4-param-gather", "leave it out; --fp4-format itself is fine"),
     Unsupported("reuse_grad_buf_for_mxfp8_param_ag", "--reuse-grad-buf-for-mxfp8-param-ag", "leave it out"),
     Unsupported(
-        "tensor_parallel_num_weight_shards",
+        "gtp_weight_remat_size",  # Megatron's validation derives it from the flag
         "--tensor-parallel-num-weight-shards",
         "leave it out and use --tensor-model-parallel-size",
         (None, 1),
+        "tensor_parallel_num_weight_shards",
     ),
     Unsupported(
-        "expert_tensor_parallel_num_weight_shards",
+        "expert_gtp_weight_remat_size",
         "--expert-tensor-parallel-num-weight-shards",
         "leave it out and use --expert-tensor-parallel-size",
         (None, 1),
+        "expert_tensor_parallel_num_weight_shards",
     ),
     Unsupported("use_layer_wise_distributed_optimizer", "a layer-wise optimizer", _SHARDING),
     Unsupported("yaml_cfg", "--yaml-cfg", "give the settings as flags"),

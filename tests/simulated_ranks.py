@@ -1,0 +1,84 @@
+"""Ranks as threads of one process: collectives for property-based tests, without starting processes."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import torch
+
+_current = threading.local()
+
+
+class SimulatedGroup:
+    """A process group of some of the simulated ranks.
+
+    Args:
+        ranks: the members.
+        ring: sum in an order that depends on the place in the tensor, as a ring all-reduce does.
+    """
+
+    def __init__(self, ranks: Sequence[int], *, ring: bool = False) -> None:
+        self.ranks, self.ring = list(ranks), ring
+        self.calls = 0
+        self._barrier = threading.Barrier(len(self.ranks), timeout=60)
+        self._slots: list[torch.Tensor] = [torch.empty(0)] * len(self.ranks)
+
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return every member's tensor, in the order of the members."""
+        index = self.ranks.index(_current.rank)
+        self._slots[index] = tensor.clone()
+        self._barrier.wait()
+        everyone = list(self._slots)
+        if index == 0:
+            self.calls += 1
+        self._barrier.wait()
+        return everyone
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+
+def _all_reduce(tensor: torch.Tensor, group: SimulatedGroup) -> None:
+    everyone = group.exchange(tensor)
+    if not group.ring:
+        tensor.copy_(sum(everyone[1:], everyone[0]))
+        return
+    for chunk in range(len(everyone)):
+        place = slice(chunk * len(tensor) // len(everyone), (chunk + 1) * len(tensor) // len(everyone))
+        order = everyone[chunk:] + everyone[:chunk]
+        tensor[place] = sum((other[place] for other in order[1:]), order[0][place])
+
+
+def _broadcast(tensor: torch.Tensor, group: SimulatedGroup, group_src: int) -> None:
+    tensor.copy_(group.exchange(tensor)[group_src])
+
+
+def run_ranks(count: int, program: Callable[[int], object], groups: Sequence[SimulatedGroup] = ()) -> list:
+    """Run ``program(rank)`` on every simulated rank and return what each returned.
+
+    Args:
+        count: number of ranks.
+        program: what a rank does; it may use the collectives of megatron_came.comm on simulated groups.
+        groups: released if a rank fails, so that the others do not wait for it.
+    """
+
+    def start(rank: int) -> object:
+        _current.rank = rank
+        try:
+            return program(rank)
+        except BaseException:
+            for group in groups:
+                group.abort()
+            raise
+
+    with (
+        mock.patch("megatron_came.comm.dist.all_reduce", _all_reduce),
+        mock.patch("megatron_came.comm.dist.broadcast", _broadcast),
+        ThreadPoolExecutor(count) as pool,
+    ):
+        futures = [pool.submit(start, rank) for rank in range(count)]
+        return [future.result() for future in futures]

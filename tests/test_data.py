@@ -1,0 +1,243 @@
+"""From text to indexed datasets."""
+
+import io
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.tokenizers import MegatronTokenizer
+
+from megatron_came.data.corpus import Corpus, Document, write_json_lines
+from megatron_came.data.errors import DataError
+from megatron_came.data.files import whole_files
+from megatron_came.data.indexed import write_indexed_dataset
+from megatron_came.data.progress import Progress
+from megatron_came.data.tokenizer import load_tokenizer, train_tokenizer
+
+VOCABULARY = 300  # 256 bytes, four special tokens and 40 pieces
+
+
+def words(count: int, seed: int = 0) -> str:
+    generator = random.Random(seed)
+    syllables = ["ca", "me", "ro", "ti", "lu", "no", "ki", "sa"]
+    return " ".join(
+        "".join(generator.choices(syllables, k=generator.randint(1, 4))) for _ in range(count)
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer((words(200, seed) for seed in range(20)), path, vocab_size=VOCABULARY)
+    return path
+
+
+class TestCorpus:
+    def test_folders_are_walked_and_what_is_no_text_is_counted(self, tmp_path: Path) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "text.txt").write_text("zwei", encoding="utf-8-sig")
+        (tmp_path / "a.txt").write_text("eins")
+        (tmp_path / "blank.txt").write_text(" \n")
+        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "picture.bin").write_bytes(b"\x89PNG\0\0")
+        (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+        (tmp_path / ".hidden").write_text("never")
+        os.mkfifo(tmp_path / "pipe")
+        corpus = Corpus.from_paths([tmp_path])
+        assert [document.text for document in corpus] == ["eins", "zwei"]
+        assert corpus.skipped == {"is empty": 2, "is not text": 1, "is not UTF-8 text": 1}
+
+    def test_a_file_that_cannot_be_read_is_counted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        locked, fine = tmp_path / "locked.txt", tmp_path / "open.txt"
+        locked.write_text("secret")
+        fine.write_text("text")
+        lock(locked, monkeypatch)
+        corpus = Corpus.from_paths([tmp_path])
+        assert [document.source for document in corpus] == [str(fine)]
+        assert corpus.skipped == {"cannot be read (permission denied)": 1}
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"", "is empty: "), (b"a\0b", "is not text: "), (b"\xff\xfe", "is not UTF-8 text: ")],
+    )
+    def test_a_file_named_by_itself_must_be_usable(
+        self, tmp_path: Path, content: bytes, message: str
+    ) -> None:
+        file = tmp_path / "notes.txt"
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=message) as error:
+            list(Corpus.from_paths([file]))
+        assert str(error.value).startswith(str(file))
+
+    def test_a_locked_file_named_by_itself(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = tmp_path / "notes.txt"
+        file.write_text("secret")
+        lock(file, monkeypatch)
+        with pytest.raises(DataError, match=r"cannot be read \(permission denied\): "):
+            list(Corpus.from_paths([file]))
+
+    def test_no_such_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="does not exist"):
+            Corpus.from_paths([tmp_path / "none"])
+
+    def test_no_file_in_a_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no file"):
+            Corpus.from_paths([tmp_path])
+
+    def test_the_python_library_is_a_corpus_of_megabytes(self) -> None:
+        corpus = Corpus.python_library()
+        assert corpus.size > 4_000_000
+        assert not any("site-packages" in path.parts for path in corpus.files)
+
+    def test_json_lines_come_back_as_they_were(self, tmp_path: Path) -> None:
+        documents = [Document("a", "one\ntwo\u2028three"), Document("b", "größer\r\n\t")]
+        assert write_json_lines(documents, tmp_path / "corpus.jsonl") == 2
+        assert list(Corpus.from_paths([tmp_path / "corpus.jsonl"])) == documents
+
+    @pytest.mark.parametrize("line", ["{", "[]", '{"body": 1}', "3"])
+    def test_a_line_without_text_is_named(self, tmp_path: Path, line: str) -> None:
+        file = tmp_path / "corpus.jsonl"
+        file.write_text(f'{{"text": "fine"}}\n\n{line}\n')
+        with pytest.raises(DataError, match='no JSON object with a "text" in line 3'):
+            list(Corpus.from_paths([file.parent]))
+
+    def test_no_documents_make_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="holds text"):
+            write_json_lines([], tmp_path / "corpus.jsonl")
+        assert not list(tmp_path.iterdir())
+
+
+def lock(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a file unreadable, for root too."""
+    really = Path.open
+
+    def open_unless_locked(self: Path, *args: str, **kwargs: str) -> object:
+        if self == file:
+            raise PermissionError(13, "Permission denied", str(self))
+        return really(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_unless_locked)
+
+
+class TestWholeFiles:
+    def test_an_interruption_leaves_what_was_there(self, tmp_path: Path) -> None:
+        first, last = tmp_path / "first", tmp_path / "last"
+        first.write_text("old")
+        last.write_text("old")
+
+        def write() -> None:
+            with whole_files(first, last) as (partial, _):
+                partial.write_text("new")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+            "first": "old",
+            "last": "old",
+        }
+
+    def test_files_appear_together(self, tmp_path: Path) -> None:
+        first, last = tmp_path / "new" / "first", tmp_path / "new" / "last"
+        with whole_files(first, last) as (partial_first, partial_last):
+            partial_first.write_text("1")
+            partial_last.write_text("2")
+            assert not first.exists()
+        assert (first.read_text(), last.read_text()) == ("1", "2")
+
+
+class TestTokenizer:
+    def test_every_text_comes_back_exactly(self, model: Path) -> None:
+        tokenizer = load_tokenizer(model)
+        text = "  Tabs\tand\n\n    spaces  , größer, 漢字, came\r\n"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_it_is_megatrons(self, model: Path) -> None:
+        tokenizer = load_tokenizer(model)
+        megatrons = MegatronTokenizer.from_pretrained(
+            tokenizer_path=str(model), metadata_path={"library": "sentencepiece"}
+        )
+        text = "came  rotilu\n  noki"
+        assert megatrons.tokenize(text) == tokenizer.encode(text)
+        assert megatrons.eod == tokenizer.eos_id()
+        assert megatrons.vocab_size == tokenizer.get_piece_size() == VOCABULARY
+
+    def test_too_little_text(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"too uniform for 4096 tokens: .* at most \d+\.$"):
+            train_tokenizer([words(300)], tmp_path / "model", vocab_size=4096)
+        with pytest.raises(DataError, match=r"too uniform for 4096 tokens: .* choose fewer\.$"):
+            train_tokenizer([], tmp_path / "model", vocab_size=4096)
+        assert not list(tmp_path.iterdir())
+
+    def test_no_model(self, tmp_path: Path) -> None:
+        (tmp_path / "model").write_text("no model")
+        with pytest.raises(DataError, match="not a SentencePiece model"):
+            load_tokenizer(tmp_path / "model")
+
+
+class TestIndexedDataset:
+    @pytest.mark.parametrize(
+        ("vocabulary", "dtype"), [(VOCABULARY, np.uint16), (100_000, np.int32)]
+    )
+    def test_megatron_reads_the_tokens(
+        self, tmp_path: Path, vocabulary: int, dtype: type[np.number]
+    ) -> None:
+        documents = [[5, 6, 7], [], [vocabulary - 1]]
+        size = write_indexed_dataset(tmp_path / "text", documents, eod=2, vocab_size=vocabulary)
+        dataset = IndexedDataset(str(tmp_path / "text"))
+        assert [list(tokens) for tokens in dataset] == [[5, 6, 7, 2], [2], [vocabulary - 1, 2]]
+        assert dataset[0].dtype == dtype
+        assert dataset.document_indices.tolist() == [0, 1, 2, 3]
+        assert (size.documents, size.tokens) == (3, 7)
+
+    @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
+    def test_an_interruption_leaves_nothing(
+        self, tmp_path: Path, interruption: type[BaseException]
+    ) -> None:
+        def documents():
+            yield [1, 2, 3]
+            raise interruption
+
+        with pytest.raises(interruption):
+            write_indexed_dataset(tmp_path / "text", documents(), eod=2, vocab_size=10)
+        assert not list(tmp_path.iterdir())
+
+    def test_no_document(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no document"):
+            write_indexed_dataset(tmp_path / "text", [], eod=2, vocab_size=10)
+        assert not list(tmp_path.iterdir())
+
+
+class TestProgress:
+    def test_plain_lines_where_there_is_no_terminal(self) -> None:
+        stream = io.StringIO()
+        with Progress("Reading", 100, stream) as progress:
+            for step in range(100):
+                progress.advance(1, f" ({step + 1})")
+        assert stream.getvalue().splitlines() == [
+            "Reading:  25% (25)",
+            "Reading:  50% (50)",
+            "Reading:  75% (75)",
+            "Reading: 100% (100)",
+        ]
+
+    def test_one_line_on_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+        with Progress("Reading", 4, stream) as progress:
+            progress.advance(3)
+        assert stream.getvalue().count("\n") == 1
+        assert "[######################........]  75%" in stream.getvalue()
+
+    def test_nothing_to_do_is_done(self) -> None:
+        stream = io.StringIO()
+        with Progress("Reading", 0, stream) as progress:
+            progress.advance(0)
+        assert stream.getvalue() == "Reading: 100%\n"
