@@ -1,6 +1,7 @@
 """Sums over ranks: one flat float64 buffer, one all-reduce for each process group in it.
 
-The number of collectives does not grow with the number of parameters, and a group of one rank costs none.
+The number of collectives does not grow with the number of parameters, and a group of one rank
+costs none.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Request:
         shape: shape of the view that the piece is read and written through.
         dp_group: first summed over these ranks.
         tp_group: then over these.
-        copies_group: finally made bit-identical on these ranks, which have computed the same sums of the same numbers
-            in possibly another order.
+        copies_group: finally made bit-identical on these ranks, which have computed the same
+            sums of the same numbers in possibly another order.
     """
 
     shape: tuple[int, ...]
@@ -41,7 +42,7 @@ class Request:
 
 
 def _order(request: Request) -> int:
-    """Place pieces of one DP group so that those with a TP group, and those with copies, are neighbours."""
+    """Order the pieces of a DP group: those with a TP group, and with copies, are neighbours."""
     if request.copies_group is None:
         return 0 if request.tp_group is None else 3
     return 1 if request.tp_group is None else 2
@@ -50,8 +51,8 @@ def _order(request: Request) -> int:
 class SumBuffer:
     """A flat float64 buffer of local sums that :meth:`reduce` completes.
 
-    Every rank of a group must build its buffer from the same requests in the same order, those of parameters it holds
-    no element of included.
+    Every rank of a group must build its buffer from the same requests in the same order, those
+    of parameters it holds no element of included.
 
     Args:
         requests: the pieces; ``self.views[i]`` belongs to ``requests[i]``.
@@ -60,7 +61,8 @@ class SumBuffer:
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
         requests = [
-            Request(r.shape, _several(r.dp_group), _several(r.tp_group), _several(r.copies_group)) for r in requests
+            Request(r.shape, _several(r.dp_group), _several(r.tp_group), _several(r.copies_group))
+            for r in requests
         ]
         groups: list[ProcessGroup | None] = []
         for request in requests:

@@ -26,21 +26,26 @@ class ProcessGroup(Protocol):
 class Shard:
     """The part of a parameter that this rank updates, and the ranks that hold the rest.
 
-    Two kinds of sharding meet. Tensor parallelism cuts the full tensor along one dimension into equal
-    *local* tensors, one a rank. A ZeRO-1 distributed optimizer cuts the local tensor, flattened in row-major
-    order, into ranges that may begin and end in the middle of a row; a range may be empty.
+    Two kinds of sharding meet. Tensor parallelism cuts the full tensor along one dimension into
+    equal
+    *local* tensors, one a rank. A ZeRO-1 distributed optimizer cuts the local tensor, flattened
+    in row-major order, into ranges that may begin and end in the middle of a row; a range may be
+    empty.
 
     Args:
         shape: shape of the whole local tensor, before the optimizer cut it.
         start: first flat element of the local tensor that this rank holds.
         stop: one past its last element; ``start == stop`` is an empty slice.
-        tp_dim: dimension of ``shape`` along which tensor parallelism cut the full tensor (Megatron's
+        tp_dim: dimension of ``shape`` along which tensor parallelism cut the full tensor
+            (Megatron's
             ``partition_dim``); None where every rank of ``tp_group`` holds the full tensor.
         tp_group: ranks that hold the other tensor-parallel shards; None for a single rank.
-        dp_group: ranks that hold the other flat ranges of this local tensor; None where this rank holds the whole
-            local tensor (also with plain data parallelism, whose gradients are already summed).
-        copies_group: ranks that hold a copy of this very slice, with the same gradient, and must stay
-            bit-identical (tied embeddings on the first and last pipeline stage); None for no copies.
+        dp_group: ranks that hold the other flat ranges of this local tensor; None where this
+            rank holds the whole local tensor (also with plain data parallelism, whose gradients
+            are already summed).
+        copies_group: ranks that hold a copy of this very slice, with the same gradient, and must
+            stay bit-identical (tied embeddings on the first and last pipeline stage); None for
+            no copies.
 
     Raises:
         ValueError: a range outside the tensor, or a ``tp_dim`` that the tensor does not have.
@@ -121,7 +126,7 @@ class Shard:
 
 
 class Block(NamedTuple):
-    """A box of a slice: flat elements [start, stop) of the slice, seen as (batch, rows, columns)."""
+    """A box of a slice: its flat elements [start, stop), seen as (batch, rows, columns)."""
 
     start: int
     stop: int
@@ -140,8 +145,9 @@ class Block(NamedTuple):
 def blocks(shard: Shard, limit: int) -> Iterator[Block]:
     """Cut the slice of a shard into boxes, in order, each of at most ``limit`` elements.
 
-    A slice is a partial row, rows up to the end of a matrix, whole matrices, rows, and a partial row;
-    each of these is a box, cut further where it is larger than the limit (a single whole row is not).
+    A slice is a partial row, rows up to the end of a matrix, whole matrices, rows, and a partial
+    row; each of these is a box, cut further where it is larger than the limit (a single whole
+    row is not).
     """
     _, rows, columns = shard.local_matrix
     position = shard.start

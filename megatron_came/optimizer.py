@@ -19,17 +19,19 @@ from megatron_came.work import ParameterWork, new_state, state_dtype
 class CAME(torch.optim.Optimizer):
     """Confidence-guided Adaptive Memory Efficient Optimization (Luo et al., ACL 2023, algorithm 2).
 
-    Without ``shards`` a drop-in for the authors' ``came_pytorch.CAME``. With them, every rank updates its slice of each
-    tensor as the unsharded algorithm would: row and column statistics are sums over elements, which two reductions a
-    step complete, wherever the slices begin and end.
+    Without ``shards`` a drop-in for the authors' ``came_pytorch.CAME``. With them, every rank
+    updates its slice of each tensor as the unsharded algorithm would: row and column statistics
+    are sums over elements, which two reductions a step complete, wherever the slices begin and
+    end.
 
-    Tensors of two or more dimensions have factored statistics; of fewer, a full second moment and no confidence.
-    Parameters without a gradient are skipped. Gradients in bf16 or fp16 are upcast before they are squared.
+    Tensors of two or more dimensions have factored statistics; of fewer, a full second moment
+    and no confidence. Parameters without a gradient are skipped. Gradients in bf16 or fp16 are
+    upcast before they are squared.
 
-    State of a parameter whose whole local tensor has the shape (..., n, m); fp32, or float64 for float64 parameters:
+    State of a parameter whose whole local tensor has the shape (..., n, m); fp32, or float64 for
+    float64 parameters:
 
     ====================  =========================  ==========================================
-    ``step``              ()                         steps taken; fp32 on the CPU
     ``exp_avg``           like the parameter         momentum m of this rank's slice
     ``exp_avg_sq_row``    (..., n)                   r, whole on every data-parallel rank
     ``exp_avg_sq_col``    (..., m)                   c, likewise
@@ -38,19 +40,22 @@ class CAME(torch.optim.Optimizer):
     ``exp_avg_sq``        (n,), vectors alone        v, instead of the four factors; whole
     ====================  =========================  ==========================================
 
+    A parameter group counts its steps under ``step``.
+
     Args:
         params: parameters or parameter groups.
         lr: learning rate; the authors advise 0.5 to 0.9 times AdamW's.
-        betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1). No bias correction:
-            with the default beta3 the first updates are up to 11 lr in RMS, so warm up.
+        betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1). No
+            bias correction: with the default beta3 the first updates are up to 11 lr in RMS, so
+            warm up.
         eps: added to squared gradient and squared residual, both above 0.
         clip_threshold: largest RMS of an update before momentum, above 0.
         weight_decay: decoupled weight decay, at least 0.
         shards: where each parameter lies in its full tensor; those not named are whole.
 
     Raises:
-        ValueError: a hyperparameter out of range, a complex or integer parameter, or a shard that does not fit its
-            parameter.
+        ValueError: a hyperparameter out of range, a complex or integer parameter, or a shard
+            that does not fit its parameter.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class CAME(torch.optim.Optimizer):
             "eps": eps,
             "clip_threshold": clip_threshold,
             "weight_decay": weight_decay,
+            "step": 0,
         }
         _check_group(defaults)
         super().__init__(params, defaults)
@@ -92,16 +98,19 @@ class CAME(torch.optim.Optimizer):
     def set_shards(self, shards: Mapping[Tensor, Shard]) -> None:
         """Say where each parameter lies in its full tensor; those not named are whole.
 
-        All ranks of a group must name the same tensors in the same order, those they hold no element of included (as
-        parameters of zero elements).
+        All ranks of a group must name the same tensors in the same order, those they hold no
+        element of included (as parameters of zero elements).
 
         Raises:
-            ValueError: a shard with another number of elements than its parameter, or of no parameter of this optimizer.
+            ValueError: a shard with another number of elements than its parameter, or of no
+                parameter of this optimizer.
         """
         known = {param for group in self.param_groups for param in group["params"]}
         for param, shard in shards.items():
             if param not in known:
-                raise ValueError(f"CAME: a shard of shape {shard.shape} names a tensor that is in no parameter group.")
+                raise ValueError(
+                    f"CAME: a shard of shape {shard.shape} names a tensor in no parameter group."
+                )
             if param.numel() != shard.numel:
                 raise ValueError(
                     f"CAME: a parameter has {param.numel()} elements, its shard {shard.numel} "
@@ -115,11 +124,11 @@ class CAME(torch.optim.Optimizer):
         return self._shards.get(param) or Shard.whole(tuple(param.shape))
 
     def init_state(self) -> None:
-        """Create the state of every parameter that has none; no collectives, no update."""
+        """Create what is missing of the parameters' state; no collectives, no update."""
         for group in self.param_groups:
             for param in group["params"]:
-                if not self.state[param]:
-                    self.state[param] = new_state(param, self.shard_of(param))
+                for key, value in new_state(param, self.shard_of(param)).items():
+                    self.state[param].setdefault(key, value)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -157,10 +166,12 @@ class CAME(torch.optim.Optimizer):
         for work in active:
             work.update_instability()
             work.apply()
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dictionary, also one of ``came_pytorch.CAME`` or of another dtype of the parameters.
+        """Load a state dictionary, also one of ``came_pytorch.CAME``.
 
         State keeps the dtype that CAME gives it; ``torch.optim`` would cast it to the parameter's.
         """
@@ -173,7 +184,10 @@ class CAME(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:
-            raise TypeError("CAME with shards holds process groups and cannot be copied or pickled; use state_dict().")
+            raise TypeError(
+                "CAME with shards holds process groups and cannot be copied or pickled: "
+                "use state_dict()."
+            )
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -188,10 +202,11 @@ class CAME(torch.optim.Optimizer):
         return state
 
     def _current_plan(self) -> _Plan:
-        """Return the plan, made anew where the host has replaced a group or a parameter, or moved one."""
+        """Return the plan, made anew where the host has replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
             group_of = {param: group for group in self.param_groups for param in group["params"]}
-            # Named shards first, in the order in which they were named: it is the same on all ranks.
+            # Named shards first, in the order in which they were named: it is the same on all
+            # ranks.
             params = dict.fromkeys(chain(self._shards, group_of))
             self._plan = _Plan(
                 [ParameterWork(param, group_of[param], self.shard_of(param)) for param in params]
@@ -200,7 +215,7 @@ class CAME(torch.optim.Optimizer):
 
 
 class _Plan:
-    """The parameters' works, and the buffers that they add their sums to: a pair for each device."""
+    """The parameters' works, and for each device the two buffers that they add their sums to."""
 
     def __init__(self, works: list[ParameterWork]) -> None:
         self.works = works
@@ -216,11 +231,15 @@ class _Plan:
             self._squares.append(squares)
             self._instability.append(instability)
             square_views, instability_views = iter(squares.views), iter(instability.views)
-            for work, first, second in zip(here, square_requests, instability_requests, strict=True):
-                work.bind([next(square_views) for _ in first], [next(instability_views) for _ in second])
+            for work, first, second in zip(
+                here, square_requests, instability_requests, strict=True
+            ):
+                work.bind(
+                    [next(square_views) for _ in first], [next(instability_views) for _ in second]
+                )
 
     def fits(self, param_groups: Iterable[dict[str, Any]]) -> bool:
-        """Whether the groups still hold the parameters that the plan was made for, where they were."""
+        """Whether the groups still hold the plan's parameters, where they were."""
         group_of = {param: group for group in param_groups for param in group["params"]}
         return len(group_of) == len(self.works) and all(
             group_of.get(work.param) is work.group and work.param.device == device
@@ -250,11 +269,9 @@ def _check_group(group: Mapping[str, Any]) -> None:
 
 
 def _as_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-    """Give loaded state this class's dtypes; drop the unused ``RMS`` of the authors' class."""
-    state: dict[str, Any] = {}
-    for key, value in saved.items():
-        if key == "step":
-            state[key] = torch.tensor(float(value))
-        elif key != "RMS":
-            state[key] = value.to(device=param.device, dtype=state_dtype(param))
-    return state
+    """Give loaded state our dtypes; drop what only the authors' class has: ``step``, ``RMS``."""
+    return {
+        key: value.to(device=param.device, dtype=state_dtype(param))
+        for key, value in saved.items()
+        if key not in ("step", "RMS")
+    }

@@ -1,11 +1,12 @@
 """One parameter's part in a step: its slice cut into boxes, its sums, its factors.
 
-The step of :class:`megatron_came.CAME` calls the methods here in order, for all parameters, with one reduction over the
-ranks after each of the two ``add_*_sums``.
+The step of :class:`megatron_came.CAME` calls the methods here in order, for all parameters, with
+one reduction over the ranks after each of the two ``add_*_sums``.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from megatron_came.layout import Block, ProcessGroup, Shard, blocks
 from megatron_came.maths import factors, passes
 from megatron_came.maths.hyperparameters import Hyperparameters
 
-# Elements of a box: large enough to keep the threads of an operation busy, small enough that its temporaries stay
-# within a few MiB.
+# Elements of a box: large enough to keep the threads of an operation busy, small enough that its
+# temporaries stay within a few MiB.
 _BLOCK_ELEMENTS = 512 * 1024
 
 MATRIX_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
@@ -25,20 +26,23 @@ VECTOR_FACTORS = ("exp_avg_sq",)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """Return the dtype of a parameter's state: never 16-bit, where a slow moving average stands still."""
+    """Return the dtype of a parameter's state.
+
+    Never 16-bit, where a slow moving average stands still.
+    """
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def new_state(param: Tensor, shard: Shard) -> dict[str, Tensor]:
-    """Return the state of a parameter before its first step; see :class:`megatron_came.CAME` for its keys."""
-    zeros = {"dtype": state_dtype(param), "device": param.device}
-    state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(param.shape, **zeros)}  # type: ignore[arg-type]
+    """Return a parameter's state before its first step, with the keys of :class:`CAME`."""
+    zeros = partial(torch.zeros, dtype=state_dtype(param), device=param.device)
+    state = {"exp_avg": zeros(param.shape)}
     if shard.is_vector:
-        state["exp_avg_sq"] = torch.zeros(shard.shape, **zeros)  # type: ignore[arg-type]
+        state["exp_avg_sq"] = zeros(shard.shape)
     else:
         row, column = shard.shape[:-1], (*shard.shape[:-2], shard.shape[-1])
         for key, shape in zip(MATRIX_FACTORS, (row, column, row, column), strict=True):
-            state[key] = torch.zeros(shape, **zeros)  # type: ignore[arg-type]
+            state[key] = zeros(shape)
     return state
 
 
@@ -72,7 +76,7 @@ class ParameterWork:
         return requests
 
     def instability_requests(self) -> list[Request]:
-        """The total of u^2, and row and column sums of e^2, u e and u^2; of a vector, the total alone."""
+        """Total of u^2, row and column sums of e^2, u e and u^2; of a vector, the total alone."""
         batch, rows, columns = self.shard.local_matrix
         axis = self.shard.tp_axis
         requests = [self._request(summed_over_tp=axis is not None)]
@@ -91,7 +95,7 @@ class ParameterWork:
     # A step.
 
     def takes_part(self) -> bool:
-        """Whether this parameter is updated in this step: an absent gradient skips it, an empty slice does not.
+        """Whether this step updates the parameter: not without a gradient, but as an empty slice.
 
         Raises:
             RuntimeError: a sparse gradient.
@@ -100,8 +104,9 @@ class ParameterWork:
         grad, dp_group = self.param.grad, self.shard.dp_group
         if grad is None and self.shard.numel and dp_group is not None and dp_group.size() > 1:
             raise ValueError(
-                f"CAME: a slice of shape {self.shard.shape} has no gradient on this rank, but other ranks hold the "
-                "rest of the tensor and would wait for it; give it a gradient of zeros."
+                f"CAME: a slice of shape {self.shard.shape} has no gradient on this rank, but "
+                "other ranks hold the rest of the tensor and would wait for it; give it a gradient of "
+                "zeros."
             )
         if grad is not None and grad.is_sparse:
             raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
@@ -112,8 +117,14 @@ class ParameterWork:
         self._state = state
         self._hyper = Hyperparameters.from_group(self.group)
         grad = self.param if self.param.grad is None else self.param.grad
-        self._grad = grad.detach().reshape(-1)  # of an empty slice without gradient: the slice itself, as empty
-        self._moments = self._factors("exp_avg_sq") if self.shard.is_vector else self._factors(*MATRIX_FACTORS[:2])
+        self._grad = grad.detach().reshape(
+            -1
+        )  # of an empty slice without gradient: the slice itself, as empty
+        self._moments = (
+            self._factors("exp_avg_sq")
+            if self.shard.is_vector
+            else self._factors(*MATRIX_FACTORS[:2])
+        )
 
     def _factors(self, *keys: str) -> list[Tensor]:
         """View factors as (batch, n)."""
@@ -134,7 +145,7 @@ class ParameterWork:
             )
 
     def update_second_moment(self) -> None:
-        """With the sums complete: update r and c (v of a vector) and scale u by their inverse roots."""
+        """With the sums complete: r and c (v of a vector), and the scales of u."""
         counts = (self.shard.full_columns, self.shard.full_rows)
         eps, beta = self._hyper.eps1, self._hyper.beta2
         for moment, sums, count in zip(self._moments, self._square_sums, counts, strict=False):
@@ -158,7 +169,9 @@ class ParameterWork:
         """Return mean(r) = mean(c) from the factor that this rank holds whole."""
         return pair[1 if self.shard.tp_axis == "rows" else 0].mean(-1, keepdim=True)
 
-    def _scale_boxes(self, pair: tuple[Tensor, Tensor | None], block: Block) -> tuple[Tensor, Tensor | None]:
+    def _scale_boxes(
+        self, pair: tuple[Tensor, Tensor | None], block: Block
+    ) -> tuple[Tensor, Tensor | None]:
         row, column = pair
         return row[block.batch, block.rows], (
             None if column is None else column[block.batch, block.columns]
@@ -188,7 +201,9 @@ class ParameterWork:
     def update_instability(self) -> None:
         """With the sums complete: the clip divisor, then R and C."""
         hyper, shard = self._hyper, self.shard
-        divisor = factors.clip_divisor(self._total, numel=shard.full_numel, clip_threshold=hyper.clip_threshold)
+        divisor = factors.clip_divisor(
+            self._total, numel=shard.full_numel, clip_threshold=hyper.clip_threshold
+        )
         self._divisor = divisor.to(self._dtype)
         self._confidence: tuple[Tensor, Tensor] | None = None
         if shard.is_vector:
@@ -197,7 +212,9 @@ class ParameterWork:
         for moment, sums, count in zip(
             pair, self._instability_sums, (shard.full_columns, shard.full_rows), strict=True
         ):
-            residual = factors.true_residuals(sums, guess=self._guess, divisor=divisor, beta1=hyper.beta1)
+            residual = factors.true_residuals(
+                sums, guess=self._guess, divisor=divisor, beta1=hyper.beta1
+            )
             factors.update_moment(moment, residual, count=count, eps=hyper.eps2, beta=hyper.beta3)
         self._confidence = factors.scales(pair[0], pair[1], self._mean(pair))
 
@@ -209,7 +226,9 @@ class ParameterWork:
         for block in self._blocks:
             place = slice(block.start, block.stop)
             confidence = (
-                (None, None) if self._confidence is None else self._scale_boxes(self._confidence, block)
+                (None, None)
+                if self._confidence is None
+                else self._scale_boxes(self._confidence, block)
             )
             passes.apply_update(
                 flat[place].view(block.shape),
@@ -224,5 +243,4 @@ class ParameterWork:
             )
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))
-        self._state["step"] += 1
         del self._grad  # the host's to free

@@ -3,7 +3,8 @@
 import came_pytorch
 import torch
 
-# Of the total update: ||p - oracle|| / ||oracle - p0||. The orders of summation differ, hence not zero.
+# Of the total update: ||p - oracle|| / ||oracle - p0||. The orders of summation differ, hence
+# not zero.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 
 BETAS = [(0.9, 0.999, 0.9999), (0.9, 0.95, 0.995)]
@@ -42,14 +43,16 @@ def gradient_history(shape, steps, kind, dtype, generator):
     Args:
         shape: of the tensor.
         steps: how many.
-        kind: normal; spikes (some steps 1000 times larger); wakes (zero, then alive, some rows later still); tiny
-            (1e-20); huge (1e18).
+        kind: normal; spikes (some steps 1000 times larger); wakes (zero, then alive, some rows
+            later still); tiny (1e-20); huge (1e18).
         dtype: of the gradients.
         generator: source of randomness.
     """
     rows = torch.rand(shape[:1], generator=generator).add_(0.05) if shape else torch.ones(())
     rows = rows.view(-1, *[1] * (len(shape) - 1)) if shape else rows
-    columns = torch.rand(shape[-1:], generator=generator).add_(0.05) if len(shape) > 1 else torch.ones(())
+    columns = (
+        torch.rand(shape[-1:], generator=generator).add_(0.05) if len(shape) > 1 else torch.ones(())
+    )
     scale = {"tiny": 1e-20, "huge": 1e18}.get(kind, 1.0)
     history = []
     for step in range(steps):

@@ -1,4 +1,5 @@
-"""Ranks as threads of one process: collectives for property-based tests, without starting processes."""
+"""Ranks as threads of one process: collectives for property-based tests, without starting
+processes."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -48,7 +49,9 @@ def _all_reduce(tensor: torch.Tensor, group: SimulatedGroup) -> None:
         tensor.copy_(sum(everyone[1:], everyone[0]))
         return
     for chunk in range(len(everyone)):
-        place = slice(chunk * len(tensor) // len(everyone), (chunk + 1) * len(tensor) // len(everyone))
+        place = slice(
+            chunk * len(tensor) // len(everyone), (chunk + 1) * len(tensor) // len(everyone)
+        )
         order = everyone[chunk:] + everyone[:chunk]
         tensor[place] = sum((other[place] for other in order[1:]), order[0][place])
 
@@ -57,12 +60,15 @@ def _broadcast(tensor: torch.Tensor, group: SimulatedGroup, group_src: int) -> N
     tensor.copy_(group.exchange(tensor)[group_src])
 
 
-def run_ranks(count: int, program: Callable[[int], object], groups: Sequence[SimulatedGroup] = ()) -> list:
+def run_ranks(
+    count: int, program: Callable[[int], object], groups: Sequence[SimulatedGroup] = ()
+) -> list:
     """Run ``program(rank)`` on every simulated rank and return what each returned.
 
     Args:
         count: number of ranks.
-        program: what a rank does; it may use the collectives of megatron_came.comm on simulated groups.
+        program: what a rank does; it may use the collectives of megatron_came.comm on simulated
+            groups.
         groups: released if a rank fails, so that the others do not wait for it.
     """
 

@@ -20,7 +20,8 @@ SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor is cut: its full shape, the TP dimension, and the DP cuts of each local tensor."""
+    """How one tensor is cut: its full shape, the TP dimension, and the DP cuts of each local
+    tensor."""
 
     shape: tuple[int, ...]
     tp_dim: int | None
@@ -77,7 +78,9 @@ def train_sharded(tp, dp, tensors, starts, histories, betas):
         optimizer = CAME(params, betas=betas, shards=shards, **SETTINGS)
         for step in range(len(histories[0])):
             for (param, low, high), layout, history in zip(slices, tensors, histories, strict=True):
-                param.grad = local_part(history[step], layout, tp, tp_rank).reshape(-1)[low:high].clone()
+                param.grad = (
+                    local_part(history[step], layout, tp, tp_rank).reshape(-1)[low:high].clone()
+                )
             optimizer.step()
         return [param.detach() for param, _, _ in slices]
 
@@ -97,7 +100,9 @@ def train_sharded(tp, dp, tensors, starts, histories, betas):
 
 def worst_distance(tp, dp, tensors, betas, kind, dtype, seed, steps=STEPS):
     generator = torch.Generator().manual_seed(seed)
-    starts = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in tensors]
+    starts = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in tensors
+    ]
     histories = [gradient_history(t.shape, steps, kind, dtype, generator) for t in tensors]
     ours = train_sharded(tp, dp, tensors, starts, histories, betas)
     theirs = [
@@ -156,7 +161,10 @@ def test_a_missing_reduction_is_seen(kind):
 
     def broken(self, requests, device):
         fields = ("shape", "dp_group", "tp_group", "copies_group")
-        kept = [{name: getattr(request, name) for name in fields if name != kind} for request in requests]
+        kept = [
+            {name: getattr(request, name) for name in fields if name != kind}
+            for request in requests
+        ]
         original(self, [comm.Request(**values) for values in kept], device)
 
     with mock.patch.object(comm.SumBuffer, "__init__", broken):
@@ -165,7 +173,8 @@ def test_a_missing_reduction_is_seen(kind):
 
 
 def test_bad_guesses_cost_little():
-    """The guess of the clip divisor changes rounding only, however bad it is: here 30 times too small."""
+    """The guess of the clip divisor changes rounding only, however bad it is: here 30 times too
+    small."""
 
     class Guessless(ParameterWork):
         def update_second_moment(self):
@@ -179,12 +188,16 @@ def test_bad_guesses_cost_little():
 
 
 def test_copies_stay_bit_identical_whatever_the_order_of_sums():
-    """Tied embeddings: the same slices on two stages, at other offsets of other buffers, three DP ranks.
+    """Tied embeddings: the same slices on two stages, at other offsets of other buffers, three
+    DP ranks.
 
-    In float64, where the order shows at once; in fp32 it is float64 sums that are rounded, so it seldom does.
+    In float64, where the order shows at once; in fp32 it is float64 sums that are rounded, so it
+    seldom does.
     """
     ranks = range(6)
-    dp_groups = [SimulatedGroup(list(ranks)[stage * 3 : stage * 3 + 3], ring=True) for stage in range(2)]
+    dp_groups = [
+        SimulatedGroup(list(ranks)[stage * 3 : stage * 3 + 3], ring=True) for stage in range(2)
+    ]
     pairs = [SimulatedGroup([d, d + 3]) for d in range(3)]
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(30, 20, generator=generator, dtype=torch.float64)
@@ -198,7 +211,9 @@ def test_copies_stay_bit_identical_whatever_the_order_of_sums():
         filler = torch.nn.Parameter(torch.zeros(6 if dp_rank < 2 else 5, dtype=torch.float64))
         group = dp_groups[stage]
         shards = {
-            param: Shard((30, 20), low, high, dp_group=group, copies_group=pairs[dp_rank] if copies else None),
+            param: Shard(
+                (30, 20), low, high, dp_group=group, copies_group=pairs[dp_rank] if copies else None
+            ),
             filler: Shard((17,), dp_rank * 6, min(17, dp_rank * 6 + 6), dp_group=group),
         }
         if stage:
@@ -212,7 +227,9 @@ def test_copies_stay_bit_identical_whatever_the_order_of_sums():
 
     def same(copies):
         results = run_ranks(6, lambda rank: program(rank, copies), [*dp_groups, *pairs])
-        return all(torch.equal(results[d], results[d + 3]) for d in range(3)), torch.cat(results[:3])
+        return all(torch.equal(results[d], results[d + 3]) for d in range(3)), torch.cat(
+            results[:3]
+        )
 
     identical, result = same(copies=True)
     assert identical
@@ -228,7 +245,9 @@ def test_collectives_do_not_grow_with_the_number_of_tensors():
         def program(rank):
             shards = {}
             for index in range(tensors):
-                shape, tp_dim = [((4, 6), 0), ((4, 6), 1), ((5,), None), ((8,), 0), ((2, 3, 4), 0)][index % 5]
+                shape, tp_dim = [((4, 6), 0), ((4, 6), 1), ((5,), None), ((8,), 0), ((2, 3, 4), 0)][
+                    index % 5
+                ]
                 param = torch.nn.Parameter(torch.randn(shape))
                 param.grad = torch.randn(shape)
                 tied = copies if index == 0 else None
@@ -261,7 +280,11 @@ def test_a_missing_gradient_of_a_slice_is_an_error():
 
 @pytest.mark.parametrize(
     ("shape", "start", "stop", "tp_dim", "message"),
-    [((4, 6), 3, 25, None, "does not lie within"), ((4, 6), 5, 3, None, "does not lie"), ((4,), 0, 4, 1, "tp_dim 1")],
+    [
+        ((4, 6), 3, 25, None, "does not lie within"),
+        ((4, 6), 5, 3, None, "does not lie"),
+        ((4,), 0, 4, 1, "tp_dim 1"),
+    ],
 )
 def test_impossible_shards_are_refused(shape, start, stop, tp_dim, message):
     with pytest.raises(ValueError, match=message):

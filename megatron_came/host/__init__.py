@@ -1,7 +1,7 @@
 """The Megatron host room: what makes ``--optimizer came`` work in an unmodified Megatron.
 
-:func:`install` is all that a launcher or a patched checkout calls. Everything that knows Megatron's names is in this
-package; the optimizer itself does not.
+:func:`install` is all that a launcher or a patched checkout calls. Everything that knows
+Megatron's names is in this package; the optimizer itself does not.
 """
 
 from megatron_came.host.installation import install

@@ -15,8 +15,8 @@ from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparame
 _HELP = {
     "beta1": "decay of CAME's momentum",
     "beta2": "decay of CAME's squared-gradient statistics",
-    "beta3": "decay of CAME's instability statistics; there is no bias correction, so with the default the first "
-    "updates are up to 11 times the learning rate in RMS: warm up",
+    "beta3": "decay of CAME's instability statistics; there is no bias correction, so with the "
+    "default the first updates are up to 11 times the learning rate in RMS: warm up",
     "eps1": "added to the squared gradient",
     "eps2": "added to the squared residual",
     "clip_threshold": "largest root mean square of an update before momentum",
@@ -51,7 +51,9 @@ class Unsupported:
         value = getattr(args, self.dest, None)
         if value in self.harmless:
             return None
-        given = self.flag if value is True else f"{self.flag} {getattr(args, self.shown or self.dest)}"
+        given = (
+            self.flag if value is True else f"{self.flag} {getattr(args, self.shown or self.dest)}"
+        )
         return f"--optimizer came does not go with {given}: {self.remedy}."
 
 
@@ -63,10 +65,20 @@ UNSUPPORTED = (
     Unsupported("use_megatron_fsdp", "--use-megatron-fsdp", _SHARDING),
     Unsupported("use_torch_fsdp2", "--use-torch-fsdp2", _SHARDING),
     Unsupported("optimizer_cuda_graph", "--optimizer-cuda-graph", _LEAVE_OUT),
-    Unsupported("rl_offload_optimizer_during_inference", "--rl-offload-optimizer-during-inference", _LEAVE_OUT),
-    Unsupported("fp8_param_gather", "--fp8-param-gather", "leave it out; --fp8-format itself is fine"),
-    Unsupported("fp4_param_gather", "--fp4-param-gather", "leave it out; --fp4-format itself is fine"),
-    Unsupported("reuse_grad_buf_for_mxfp8_param_ag", "--reuse-grad-buf-for-mxfp8-param-ag", "leave it out"),
+    Unsupported(
+        "rl_offload_optimizer_during_inference",
+        "--rl-offload-optimizer-during-inference",
+        _LEAVE_OUT,
+    ),
+    Unsupported(
+        "fp8_param_gather", "--fp8-param-gather", "leave it out; --fp8-format itself is fine"
+    ),
+    Unsupported(
+        "fp4_param_gather", "--fp4-param-gather", "leave it out; --fp4-format itself is fine"
+    ),
+    Unsupported(
+        "reuse_grad_buf_for_mxfp8_param_ag", "--reuse-grad-buf-for-mxfp8-param-ag", "leave it out"
+    ),
     Unsupported(
         "gtp_weight_remat_size",  # Megatron's validation derives it from the flag
         "--tensor-parallel-num-weight-shards",
@@ -98,10 +110,14 @@ def hyperparameters(args: argparse.Namespace) -> Hyperparameters:
         ValueError: one is out of range; the message names the flag.
     """
     try:
-        return Hyperparameters(**{f.name: getattr(args, f"came_{f.name}") for f in fields(Hyperparameters)})
+        return Hyperparameters(
+            **{f.name: getattr(args, f"came_{f.name}") for f in fields(Hyperparameters)}
+        )
     except HyperparameterError as error:
         flag = "--came-" + error.name.replace("_", "-")
-        raise ValueError(f"{flag} {error.value} is not allowed: it must be {error.allowed}.") from error
+        raise ValueError(
+            f"{flag} {error.value} is not allowed: it must be {error.allowed}."
+        ) from error
 
 
 def check(args: argparse.Namespace, flags: list[str]) -> None:
@@ -118,8 +134,8 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
         stray = [flag for flag in flags if flag.startswith("--came-")]
         if stray:
             raise ValueError(
-                f"{stray[0]} is a setting of CAME, but the optimizer is {args.optimizer}: add --optimizer came, or leave "
-                f"{stray[0]} out."
+                f"{stray[0]} is a setting of CAME, but the optimizer is {args.optimizer}: "
+                f"add --optimizer came, or leave {stray[0]} out."
             )
         return
     hyperparameters(args)
@@ -128,11 +144,13 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
         raise ValueError(problems[0])
     foreign = [flag for flag in flags if flag.startswith(_FOREIGN)]
     if foreign:
-        raise ValueError(f"{foreign[0]} is a setting of another optimizer than --optimizer came: leave it out.")
+        raise ValueError(
+            f"{foreign[0]} is a setting of another optimizer than --optimizer came: leave it out."
+        )
 
 
 def install() -> None:
-    """Add the choice ``came`` and the ``--came-*`` flags to Megatron's parser, and their checks to its validation."""
+    """Let Megatron's parser know ``came`` and its flags, and its validation their limits."""
     wrap("megatron.training.arguments", "add_megatron_arguments", _with_flags)
     wrap("megatron.training.arguments", "validate_args", _with_checks)
 
@@ -164,7 +182,8 @@ def _with_checks(original: Function) -> Function:
         ignored = [flag for flag in flags if flag in _IGNORED]
         if ignored and int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron_came: --optimizer came ignores {', '.join(ignored)}.", flush=True)
-        # Megatron turns the distributed optimizer into a layer-wise one for every name that it does not know.
+        # Megatron turns the distributed optimizer into a layer-wise one for every name that it
+        # does not know.
         args.optimizer = "adam"
         try:
             result = original(args, *rest, **kwargs)

@@ -6,18 +6,14 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
-from megatron.core.optimizer.optimizer import (
-    Float16OptimizerWithFloat16Params,
-    FP32Optimizer,
-    MegatronOptimizer,
-)
-from torch import Tensor
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.host.arguments import hyperparameters
 from megatron_came.host.config import CameOptimizerConfig
 from megatron_came.host.distributed import CameDistributedOptimizer
 from megatron_came.host.patching import Function, wrap
-from megatron_came.host.sharding import ModelGroups, check_replicas, shard_of
+from megatron_came.host.sharding import ModelGroups, check_replicas
+from megatron_came.host.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
 
 
@@ -25,7 +21,11 @@ def install() -> None:
     """Let Megatron's two builders, and its reading of the arguments, know CAME."""
     wrap("megatron.training.training", "get_megatron_optimizer_config", _with_came_config)
     wrap("megatron.core.optimizer", "get_megatron_optimizer", _with_came)
-    wrap("megatron.core.optimizer", "_get_megatron_optimizer_based_on_param_groups", _with_came_for_groups)
+    wrap(
+        "megatron.core.optimizer",
+        "_get_megatron_optimizer_based_on_param_groups",
+        _with_came_for_groups,
+    )
 
 
 def _with_came_config(original: Function) -> Function:
@@ -39,7 +39,9 @@ def _with_came_config(original: Function) -> Function:
 
 
 def _with_came(original: Function) -> Function:
-    def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
+    def get_megatron_optimizer(
+        config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if isinstance(config, CameOptimizerConfig):
             _check_model(config, model_chunks)
             config = config.as_standard()
@@ -58,15 +60,25 @@ def _check_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> None:
     from megatron.core.models.mimo.model.base import MimoModel
 
     if isinstance(model_chunks[0], MimoModel):
-        raise ValueError("--optimizer came does not support MiMo models, which build their own optimizers: use adam.")
+        raise ValueError(
+            "--optimizer came does not support MiMo models, which build their own optimizers: "
+            "use --optimizer adam."
+        )
     if not config.decoupled_weight_decay:
-        raise ValueError("--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on.")
+        raise ValueError(
+            "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on."
+        )
     if model_chunks[0].ddp_config.use_megatron_fsdp:
-        raise ValueError("--optimizer came does not go with --use-megatron-fsdp: use --use-distributed-optimizer.")
+        raise ValueError(
+            "--optimizer came does not go with --use-megatron-fsdp: "
+            "use --use-distributed-optimizer."
+        )
 
 
 def _with_came_for_groups(original: Function) -> Function:
-    def _get_megatron_optimizer_based_on_param_groups(config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_megatron_optimizer_based_on_param_groups(
+        config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if isinstance(config, CameOptimizerConfig):
             return build(config.original, *args, **kwargs)
         return original(config, *args, **kwargs)
@@ -100,7 +112,7 @@ def build(
         check_replicas([param for params in model_params for param in params], model_groups)
     came = _came(config, param_groups)
 
-    wrapper: MegatronOptimizer
+    wrapper: Any
     if config.use_distributed_optimizer:
         wrapper = CameDistributedOptimizer(
             came,
@@ -118,12 +130,11 @@ def build(
         wrapper.grad_stats_parallel_group = intra_dist_opt_group
     else:
         if config.fp16 or config.bf16:
-            wrapper = Float16OptimizerWithFloat16Params(came, config, _grad_scaler(config), _init_state)
+            wrapper = CameFloat16Optimizer(came, config, _grad_scaler(config), _init_state)
         else:
-            wrapper = FP32Optimizer(came, config, _init_state)
+            wrapper = CameFP32Optimizer(came, config, _init_state)
+        wrapper.adopt(model_params, model_groups)
         wrapper.grad_stats_parallel_group = model_parallel_group
-        if came is not None:
-            came.set_shards(_whole_shards(came, model_params, model_groups))
     wrapper.tp_group, wrapper.expert_tp_group = model_groups.tp, model_groups.expert_tp
     return wrapper
 
@@ -145,15 +156,6 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
 def _init_state(optimizer: CAME, config: Any = None) -> None:
     """Megatron's ``init_state_fn``."""
     optimizer.init_state()
-
-
-def _whole_shards(came: CAME, model_params: list[list[Tensor]], model_groups: ModelGroups) -> dict[Tensor, Any]:
-    """Shards of optimizers that hold whole local tensors: the model's own, or fp32 copies in their place."""
-    return {
-        param: shard_of(model_param, model_groups)
-        for group, params in zip(came.param_groups, model_params, strict=True)
-        for param, model_param in zip(group["params"], params, strict=True)
-    }
 
 
 def _grad_scaler(config: CameOptimizerConfig) -> ConstantGradScaler | DynamicGradScaler | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from megatron.core.optimizer import OptimizerConfig
@@ -20,19 +20,20 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     """
 
     optimizer: str = "came"
-    came: Hyperparameters = Hyperparameters()
+    came: Hyperparameters = field(default_factory=Hyperparameters)
 
     @classmethod
     def from_megatron(cls, config: Any, came: Hyperparameters) -> Self:
-        """Turn Megatron's configuration of a run with ``--optimizer came`` into one of this type."""
-        values = {field.name: getattr(config, field.name) for field in fields(OptimizerConfig)}
+        """Turn Megatron's own configuration into one of this type."""
+        values = {f.name: getattr(config, f.name) for f in fields(OptimizerConfig)}
         return cls(**values, came=came)
 
     def as_standard(self) -> Self:
         """Return a copy that Megatron's builder takes the standard path with.
 
-        The builder sends every name but adam and sgd to its layer-wise optimizers. The copy carries the name adam; CAME
-        is recognised by the type, and the optimizers that are built get the original.
+        The builder sends every name but adam and sgd to its layer-wise optimizers. The copy
+        carries the name adam; CAME is recognised by the type, and the optimizers that are built
+        get the original.
         """
         standard = copy.copy(self)
         standard.optimizer = "adam"
@@ -41,7 +42,9 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         """As ``OptimizerConfig``, which Megatron logs, with the name that was asked for."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return "CameOptimizerConfig({})".format(
-            ", ".join(f"{name}={'came' if name == 'optimizer' else value!r}" for name, value in values)
+            ", ".join(
+                f"{name}={'came' if name == 'optimizer' else value!r}" for name, value in values
+            )
         )

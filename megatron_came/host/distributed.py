@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_came.host.factors import FACTORS, FORMAT, check_format, load_factors, sharded_factors
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.layout import Shard
 from megatron_came.optimizer import CAME
@@ -16,14 +18,22 @@ from megatron_came.optimizer import CAME
 class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     """Megatron's ``DistributedOptimizer`` around :class:`megatron_came.CAME`.
 
-    Momentum and main weights are sharded over the data-parallel group as Adam's are. Factors are whole on every rank
-    of it, so that each rank knows every parameter: where its slice of one is empty, an empty tensor stands for it at
-    the end of the parameter group.
+    Momentum and main weights are sharded over the data-parallel group as Adam's are. Factors are
+    whole on every rank of it, so that each rank knows every parameter: where its slice of one is
+    empty, an empty tensor stands for it at the end of the parameter group.
+
+    Checkpoints hold the momentum where Adam's would be, and the factors under ``came``: in
+    distributed checkpoints by the names of the parameters, in legacy ones by their order.
     """
 
-    def __init__(self, optimizer: CAME | None, *args: Any, model_groups: ModelGroups, **kwargs: Any) -> None:
-        model_params = [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
+    def __init__(
+        self, optimizer: CAME | None, *args: Any, model_groups: ModelGroups, **kwargs: Any
+    ) -> None:
+        model_params = (
+            [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
+        )
         super().__init__(optimizer, *args, **kwargs)
+        self._parts: list[tuple[Tensor, Tensor]] = []
         if self.is_stub_optimizer:
             return
         shards: dict[Tensor, Shard] = {}
@@ -33,22 +43,146 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 if not shard.numel:
                     group["params"].append(part)
                 shards[part] = shard
+                self._parts.append((param, part))
         self.optimizer.set_shards(shards)
+        self.optimizer.init_state()
+
+    def _part_of(self, param: Tensor, model_groups: ModelGroups) -> tuple[Tensor, Shard]:
+        """Return what the optimizer updates of a parameter on this rank, and where it lies."""
+        if param not in self.model_param_gbuf_map:
+            empty = torch.empty(0, dtype=torch.float32, device=param.device)
+            return empty, shard_of(param, model_groups, stop=0, dp_group=self.data_parallel_group)
+        span = self._get_model_param_range_map(param)["param"]
+        shard = shard_of(
+            param, model_groups, start=span.start, stop=span.end, dp_group=self.data_parallel_group
+        )
+        return self._main_param(param), shard
+
+    def _main_param(self, param: Tensor) -> Tensor:
+        group_index, order = self.model_param_group_index_map[param]
+        part: Tensor = self.optimizer.param_groups[group_index]["params"][order]
+        return part
+
+    # What Megatron's checkpoint code asks of an optimizer other than Adam.
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
         """State that is sharded like the main weights."""
         return ("exp_avg",)
 
-    def _part_of(self, param: Tensor, model_groups: ModelGroups) -> tuple[Tensor, Shard]:
-        """Return what the optimizer updates of a model parameter on this rank, and where it lies."""
-        if param not in self.model_param_gbuf_map:
-            empty = torch.empty(0, dtype=torch.float32, device=param.device)
-            return empty, shard_of(param, model_groups, stop=0, dp_group=self.data_parallel_group)
-        group_index, order = self.model_param_group_index_map[param]
-        part = self.optimizer.param_groups[group_index]["params"][order]
-        span = self._get_model_param_range_map(param)["param"]
-        shard = shard_of(
-            param, model_groups, start=span.start, stop=span.end, dp_group=self.data_parallel_group
-        )
-        return part, shard
+    def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
+        part = self._main_param(model_param)
+        return {"param": part, "exp_avg": self.optimizer.state[part]["exp_avg"]}
+
+    def _set_main_param_and_optimizer_states(
+        self, model_param: Tensor, tensors: dict[str, Tensor]
+    ) -> None:
+        for key, tensor in self._get_main_param_and_optimizer_states(model_param).items():
+            tensor.detach().copy_(tensors[key])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameter groups without parameters, and the loss scale."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        state: dict[str, Any] = {
+            "optimizer": {
+                "param_groups": [
+                    {key: value for key, value in group.items() if key != "params"}
+                    for group in groups
+                ]
+            }
+        }
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    # Distributed checkpoints.
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any = None, is_loading: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Megatron's, with the factors under ``came``."""
+        model_state = model_sharded_state_dict or {}
+        state: dict[str, Any] = super().sharded_state_dict(model_state, is_loading, **kwargs)
+        state["came"] = sharded_factors(self.optimizer, self._parts, model_state)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Megatron's, with the factors."""
+        factors = state_dict.pop("came", None)
+        super().load_state_dict(state_dict)
+        if factors is not None:
+            load_factors(self.optimizer, self._parts, factors)
+
+    def get_parameter_state_dp_reshardable(self) -> dict[Any, Any]:
+        """As Megatron's, which stops at a bucket of which this rank holds padding alone."""
+        state: dict[Any, Any] = super().get_parameter_state_dp_reshardable()
+        for index, ranges in enumerate(self.gbuf_ranges):
+            for dtype in ranges:
+                for bucket, pieces in enumerate(state[index][dtype]):
+                    if not pieces:
+                        pieces.append(self._padding_piece(self.buffers[index].buckets[bucket]))
+        return state
+
+    def _padding_piece(self, bucket: Any) -> dict[str, Any]:
+        """Stand for what of the checkpoint lies in this rank's padding of a bucket, if any does."""
+        local = bucket.grad_data.numel() // self.data_parallel_group.size()
+        first = self.data_parallel_group.rank() * local
+        inside = min(
+            local, bucket.numel_unpadded - first
+        )  # negative where all of it lies beyond the end
+        start = min(0, inside)
+        size = inside - start
+        zeros = {key: torch.zeros(size, dtype=torch.float32) for key in ("param", "exp_avg")}
+        return {**zeros, "gbuf_local_start": start, "gbuf_local_end": inside, "padding": True}
+
+    # Legacy checkpoints: one file a model-parallel rank, gathered to and scattered from
+    # data-parallel rank 0.
+
+    def save_parameter_state(self, filename: str) -> None:
+        """Save weights, momentum and factors from data-parallel rank 0."""
+        state = self.get_parameter_state_dp_zero()
+        if self.data_parallel_group.rank() == 0:
+            state["came"] = {"format": FORMAT, "parameters": self._legacy_factors()}
+            torch.save(state, filename)
+
+    def load_parameter_state_from_dp_zero(self, state_dict: Any, **kwargs: Any) -> None:
+        """Load what :meth:`save_parameter_state` saved.
+
+        Raises:
+            ValueError: on rank 0, if the file holds no factors, or others.
+        """
+        if self.data_parallel_group.rank() == 0:
+            self._check_legacy(state_dict)
+        super().load_parameter_state_from_dp_zero(state_dict, **kwargs)
+        group = self.data_parallel_group_gloo
+        for position, factors in enumerate(self._legacy_factors()):
+            for key, mine in factors.items():
+                if group.rank() == 0:
+                    mine.copy_(state_dict["came"]["parameters"][position][key])
+                dist.broadcast(mine, group=group, group_src=0)
+                self.optimizer.state[self._parts[position][1]][key].copy_(mine)
+
+    def _legacy_factors(self) -> list[dict[str, Tensor]]:
+        """Copy the factors to the CPU, by parameter."""
+        return [
+            {key: state[key].detach().to("cpu", copy=True) for key in FACTORS if key in state}
+            for state in (self.optimizer.state[part] for _, part in self._parts)
+        ]
+
+    def _check_legacy(self, state_dict: Any) -> None:
+        saved = state_dict.get("came")
+        if saved is None:
+            raise ValueError(
+                "The checkpoint holds no factors of CAME: another optimizer has written it. Give "
+                "--no-load-optim or --finetune to start CAME afresh from its weights."
+            )
+        check_format(saved)
+        shapes = [
+            [{key: tuple(value.shape) for key, value in factors.items()} for factors in parameters]
+            for parameters in (saved["parameters"], self._legacy_factors())
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "The checkpoint's factors of CAME belong to another model or tensor-parallel size: "
+                "load it with the flags it was saved with, or give --no-load-optim."
+            )

@@ -9,7 +9,8 @@ def install() -> None:
     """Make ``--optimizer came`` known to the Megatron that is first on the search path. Idempotent.
 
     Raises:
-        HostError: Megatron is missing, of a release that is not supported, or lacks what is to be replaced.
+        HostError: Megatron is missing, of a release that is not supported, or lacks what is to
+            be replaced.
     """
     check_version()
     from megatron_came.host import arguments, building

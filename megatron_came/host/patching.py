@@ -16,7 +16,7 @@ _MARK = "_megatron_came_original"
 
 
 def wrap(module_name: str, name: str, make: Callable[[Function], Function]) -> None:
-    """Replace ``module_name.name`` by ``make(original)``, also where another module has imported it by name.
+    """Replace a function by ``make(original)``, also where another module has imported it.
 
     Once only: a function that has been replaced is left alone.
 
@@ -30,7 +30,9 @@ def wrap(module_name: str, name: str, make: Callable[[Function], Function]) -> N
     """
     original = getattr(importlib.import_module(module_name), name, None)
     if not callable(original):
-        raise HostError(f"--optimizer came does not fit this Megatron: {module_name} has no function {name}.")
+        raise HostError(
+            f"--optimizer came does not fit this Megatron: {module_name} has no function {name}."
+        )
     if hasattr(original, _MARK):
         return
     replacement = functools.wraps(original)(make(original))

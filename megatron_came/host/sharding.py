@@ -15,7 +15,7 @@ from megatron_came.layout import Shard
 
 @dataclass(frozen=True, slots=True)
 class ModelGroups:
-    """The process groups that a parameter's statistics may be summed over, but for data parallelism.
+    """The process groups that matter to a parameter's statistics, beside data parallelism.
 
     Attributes:
         tp: tensor-parallel group of dense parameters.
@@ -29,7 +29,7 @@ class ModelGroups:
 
     @classmethod
     def of(cls, collection: Any | None) -> ModelGroups:
-        """Take them from Megatron's ``ProcessGroupCollection``; None stands for its global groups."""
+        """Take them from a ``ProcessGroupCollection``; None stands for Megatron's global groups."""
         from megatron.core.process_groups_config import ProcessGroupCollection
 
         if collection is None or not hasattr(collection, "tp"):
@@ -70,8 +70,9 @@ def shard_of(
     tp_dim = getattr(param, "partition_dim", -1) if sharded else None
     if tp_dim is not None and not 0 <= tp_dim < max(param.dim(), 1):
         raise ValueError(
-            f"--optimizer came: a tensor-parallel weight of shape {tuple(param.shape)} does not say along which dimension "
-            "it is cut (partition_dim); use layers that do, or --tensor-model-parallel-size 1."
+            f"--optimizer came: a tensor-parallel weight of shape {tuple(param.shape)} does not "
+            "say along which dimension it is cut (partition_dim); use layers that do, or "
+            "--tensor-model-parallel-size 1."
         )
     return Shard(
         shape=tuple(param.shape),
@@ -86,9 +87,10 @@ def shard_of(
 
 @torch.no_grad()
 def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
-    """Make sure that parameters which are said to be whole on every tensor-parallel rank are equal there.
+    """Make sure that parameters said to be whole on every tensor-parallel rank are equal there.
 
-    A layer that cuts its weight without saying so would otherwise get statistics of its own on every rank.
+    A layer that cuts its weight without saying so would otherwise get statistics of its own on
+    every rank.
 
     Raises:
         ValueError: a parameter differs.
@@ -105,8 +107,9 @@ def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
         if differs.any():
             shape = tuple(here[int(differs.nonzero()[0])].shape)
             raise ValueError(
-                f"--optimizer came: a weight of shape {shape} differs between tensor-parallel ranks but does not say that it "
-                "is cut (tensor_model_parallel, partition_dim); use layers that do, or --tensor-model-parallel-size 1."
+                f"--optimizer came: a weight of shape {shape} differs between tensor-parallel "
+                "ranks but does not say that it is cut (tensor_model_parallel, partition_dim); use "
+                "layers that do, or --tensor-model-parallel-size 1."
             )
         if groups.tp is groups.expert_tp:
             return

@@ -21,11 +21,12 @@ def check_version() -> str:
         version = str(importlib.import_module("megatron.core").__version__)
     except ImportError as error:
         raise HostError(
-            f"--optimizer came needs Megatron, which cannot be imported ({error}): pip install megatron-core==0.19.2, "
-            "or start the script of a Megatron-LM checkout."
+            f"--optimizer came needs Megatron, which cannot be imported ({error}): "
+            "pip install megatron-core==0.19.2, or start the script of a Megatron-LM checkout."
         ) from error
     if ".".join(version.split(".")[:2]) not in SUPPORTED:
         raise HostError(
-            f"--optimizer came does not know Megatron {version}: use a release of {' or '.join(SUPPORTED)}.x."
+            f"--optimizer came does not know Megatron {version}: "
+            f"use a release of {' or '.join(SUPPORTED)}.x."
         )
     return version

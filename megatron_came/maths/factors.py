@@ -1,7 +1,8 @@
 """What a step computes from sums over elements: row and column statistics, and the clip divisor.
 
-Means are taken over the full matrix, all ranks included, so that every function here is the authors' arithmetic on
-vectors of statistics. Sums are float64; factors are fp32 (float64 for float64 weights).
+Means are taken over the full matrix, all ranks included, so that every function here is the
+authors' arithmetic on vectors of statistics. Sums are float64; factors are fp32 (float64 for
+float64 weights).
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ def scales(row: Tensor, column: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return (row / mean).rsqrt_(), column.rsqrt()
 
 
-def guessed_divisor(moment: Tensor, sums: Tensor, *, count: int, eps: float, clip_threshold: float) -> Tensor:
+def guessed_divisor(
+    moment: Tensor, sums: Tensor, *, count: int, eps: float, clip_threshold: float
+) -> Tensor:
     """Guess the clip divisor before u is known, from one whole factor.
 
-    With the other axis averaged out, u^2 of a row is about the row's mean of g^2 over its moving average. A good guess
-    matters for the rounding of :func:`true_residuals` only, whose error grows with (d/d0)^2.
+    With the other axis averaged out, u^2 of a row is about the row's mean of g^2 over its moving
+    average. A good guess matters for the rounding of :func:`true_residuals` only, whose error
+    grows with (d/d0)^2.
 
     Args:
         moment: a factor that this rank holds whole, already updated, (batch, n).

@@ -48,7 +48,8 @@ class Hyperparameters:
         beta3: decay of the instability statistics, in [0, 1).
         eps1: added to the squared gradient, above 0.
         eps2: added to the squared residual, above 0.
-        clip_threshold: largest root mean square of an update before momentum (d in the paper), above 0.
+        clip_threshold: largest root mean square of an update before momentum (d in the paper),
+            above 0.
 
     Raises:
         HyperparameterError: a value outside its range, with its name.

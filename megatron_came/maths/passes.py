@@ -1,8 +1,9 @@
 """The three local passes of a step, each over one box of a slice.
 
-A box is a contiguous (batch, rows, columns) tensor. ``row_scale`` (batch, rows) and ``column_scale``
-(batch, columns) belong to the box; ``column_scale`` is None for vectors, which have no columns. Sums over
-elements are added to float64 tensors, so that boxes and ranks may be added in any order.
+A box is a contiguous (batch, rows, columns) tensor. ``row_scale`` (batch, rows) and
+``column_scale`` (batch, columns) belong to the box; ``column_scale`` is None for vectors, which
+have no columns. Sums over elements are added to float64 tensors, so that boxes and ranks may be
+added in any order.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Squares are summed of g * 2^-10: a row of gradients of 1e18 would overflow fp32, while a square so small that it
-# loses bits to the scale is far below eps1.
+# Squares are summed of g * 2^-10: a row of gradients of 1e18 would overflow fp32, while a square
+# so small that it loses bits to the scale is far below eps1.
 _SQUARE_SCALE = 2.0**-10
 
 

@@ -5,18 +5,19 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-MODEL = (
-    "--num-layers 4 --hidden-size 48 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
-    "--tokenizer-type NullTokenizer --vocab-size 255 --make-vocab-size-divisible-by 32 --mock-data "
-    "--micro-batch-size 1 --global-batch-size 8 --train-iters 20 --eval-iters 0 --eval-interval 1000 "
-    "--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1 --clip-grad 1.0 "
-    "--attention-dropout 0 --hidden-dropout 0 --log-interval 10 --seed 5"
-).split()
+MODEL = """
+    --num-layers 4 --hidden-size 48 --num-attention-heads 4 --seq-length 32
+    --max-position-embeddings 32 --tokenizer-type NullTokenizer --vocab-size 255
+    --make-vocab-size-divisible-by 32 --mock-data --micro-batch-size 1 --global-batch-size 8
+    --train-iters 20 --eval-iters 0 --eval-interval 1000 --lr 3e-4 --min-lr 3e-5
+    --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1 --clip-grad 1.0
+    --attention-dropout 0 --hidden-dropout 0 --log-interval 10 --seed 5
+"""
 
 
 @dataclass
@@ -27,10 +28,9 @@ class Case:
     flags: str
     variant: str = "came"
     fails: bool = False
-    model: list[str] = field(default_factory=lambda: list(MODEL))
 
     def as_json(self) -> dict:
-        return {**asdict(self), "flags": [*self.model, *self.flags.split()]}
+        return {**asdict(self), "flags": [*MODEL.split(), *self.flags.split()]}
 
 
 def free_port() -> int:
@@ -49,20 +49,40 @@ def run(world_size: int, cases: list[Case], folder: Path) -> dict[str, list[dict
     cases_file = folder / "cases.json"
     cases_file.write_text(json.dumps([case.as_json() for case in cases]))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-    command += ["--master-port", str(free_port()), "-m", "tests.megatron.worker", str(cases_file), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MEGATRON_CAME_CPU": "1", "PYTHONPATH": str(ROOT)}
+    command += [
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "tests.megatron.worker",
+        str(cases_file),
+        str(folder),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MEGATRON_CAME_CPU": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     with (folder / "log").open("w") as log:
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=900).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=900
+        ).returncode
     if code:
-        raise AssertionError(f"workers failed; the end of {folder / 'log'}:\n" + (folder / "log").read_text()[-6000:])
+        raise AssertionError(
+            f"workers failed; the end of {folder / 'log'}:\n" + (folder / "log").read_text()[-6000:]
+        )
     return {
-        case.name: [json.loads((folder / f"{case.name}.{rank}.json").read_text()) for rank in range(world_size)]
+        case.name: [
+            json.loads((folder / f"{case.name}.{rank}.json").read_text())
+            for rank in range(world_size)
+        ]
         for case in cases
     }
 
 
 def losses(ranks: list[dict]) -> list[float]:
-    """The losses that the last pipeline stage saw; every rank that saw some must have seen the same."""
+    """The losses that the last pipeline stage saw; every rank that saw some must have seen the
+    same."""
     (seen,) = {tuple(rank["losses"]) for rank in ranks if rank["losses"]}
     return list(seen)
 

@@ -1,4 +1,5 @@
-"""What a case runs instead of CAME as it is: the authors' optimizer, or CAME with a deliberate fault."""
+"""What a case runs instead of CAME as it is: the authors' optimizer, or CAME with a deliberate
+fault."""
 
 import contextlib
 from unittest import mock
@@ -19,25 +20,42 @@ class Oracle(came_pytorch.CAME):
 def _without_sums_over(kind: str):
     original = comm.SumBuffer.__init__
 
-    def __init__(self, requests, device):
-        requests = [comm.Request(**{**{f: getattr(r, f) for f in _FIELDS}, kind: None}) for r in requests]
+    def without(self, requests, device):
+        requests = [
+            comm.Request(**{**{f: getattr(r, f) for f in _FIELDS}, kind: None}) for r in requests
+        ]
         original(self, requests, device)
 
-    return mock.patch.object(comm.SumBuffer, "__init__", __init__)
+    return mock.patch.object(comm.SumBuffer, "__init__", without)
 
 
 _FIELDS = ("shape", "dp_group", "tp_group", "copies_group")
 
 
-def apply(name: str, stack: contextlib.ExitStack, seen: dict) -> None:
+def _frozen():
+    """Models whose first layer is frozen."""
+    from megatron.core.models.gpt import GPTModel
+
+    original = GPTModel.__init__
+
+    def frozen(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        for name, param in self.named_parameters():
+            if ".layers.0." in name:
+                param.requires_grad = False
+
+    return mock.patch.object(GPTModel, "__init__", frozen)
+
+
+def apply(name: str, stack: contextlib.ExitStack) -> None:
     """Enter the patches of a variant."""
     from megatron_came.host import building
 
-    if name == "oracle":
-        stack.enter_context(mock.patch.object(building, "CAME", Oracle))
-    elif name == "no_dp_sum":
-        stack.enter_context(_without_sums_over("dp_group"))
-    elif name == "no_tp_sum":
-        stack.enter_context(_without_sums_over("tp_group"))
-    elif name != "came":
-        raise ValueError(f"unknown variant {name}")
+    patches = {
+        "came": contextlib.nullcontext,
+        "oracle": lambda: mock.patch.object(building, "CAME", Oracle),
+        "frozen": _frozen,
+        "no_dp_sum": lambda: _without_sums_over("dp_group"),
+        "no_tp_sum": lambda: _without_sums_over("tp_group"),
+    }
+    stack.enter_context(patches[name]())

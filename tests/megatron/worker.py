@@ -1,4 +1,5 @@
-"""Runs many short Megatron trainings in one set of processes, since starting Megatron takes ten seconds.
+"""Runs many short Megatron trainings in one set of processes, since starting Megatron takes ten
+seconds.
 
 torchrun --nproc-per-node N -m tests.megatron.worker CASES.json RESULTS_FOLDER
 """
@@ -26,15 +27,26 @@ def run_case(case: dict) -> dict:
     """Train as one case says, and return what was seen on this rank."""
     import megatron.training.training as training
 
-    seen: dict = {"losses": [], "grad_norms": [], "zeros": [], "error": None}
-    train_step = training.train_step
+    seen: dict = {
+        "losses": [],
+        "skipped": [],
+        "grad_norms": [],
+        "zeros": [],
+        "params_norms": [],
+        "error": None,
+    }
+    train_step, params_norm = training.train_step, training.calc_params_l2_norm
+
+    def recording_params_norm(*args, **kwargs):
+        seen["params_norms"].append(params_norm(*args, **kwargs))
+        return seen["params_norms"][-1]
 
     def recording_train_step(*args, **kwargs):
         result = train_step(*args, **kwargs)
         losses, skipped, grad_norm, zeros = result[0], result[1], result[5], result[6]
         if "lm loss" in losses:
             seen["losses"].append(float(losses["lm loss"]))
-        seen.setdefault("skipped", []).append(int(skipped))
+        seen["skipped"].append(int(skipped))
         seen["grad_norms"].append(None if grad_norm is None else float(grad_norm))
         seen["zeros"].append(None if zeros is None else float(zeros))
         return result
@@ -42,10 +54,16 @@ def run_case(case: dict) -> dict:
     sys.argv = ["pretrain_gpt", *case["flags"]]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(training, "train_step", recording_train_step))
-        variants.apply(case["variant"], stack, seen)
+        stack.enter_context(
+            mock.patch.object(training, "calc_params_l2_norm", recording_params_norm)
+        )
+        for variant in case["variant"].split("+"):
+            variants.apply(variant, stack)
         try:
             pretrain_gpt.main()
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and not error.code:  # --exit-interval
+                return seen
             seen["error"] = f"{type(error).__name__}: {error}"
             if not case["fails"]:
                 traceback.print_exc()

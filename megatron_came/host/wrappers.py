@@ -1,0 +1,85 @@
+"""CAME in Megatron's fp32 and fp16/bf16 wrappers, which hold whole local tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from torch import Tensor
+
+from megatron_came.host.factors import FACTORS, load_factors, sharded_factors
+from megatron_came.host.sharding import ModelGroups, shard_of
+from megatron_came.optimizer import CAME
+
+
+class _CheckpointedFactors:
+    """Adds the factors to the distributed checkpoints of a wrapper.
+
+    Its own code knows state of the parameter's shape alone.
+    """
+
+    optimizer: CAME | None
+
+    def adopt(self, model_params: list[list[Tensor]], model_groups: ModelGroups) -> None:
+        """Tell the optimizer how tensor parallelism cuts its parameters, and create its state.
+
+        Args:
+            model_params: the model's parameters, by parameter group; the wrapper may have put
+                fp32 copies in their place.
+            model_groups: where their other shards are.
+        """
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        if self.optimizer is None:
+            return
+        for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
+            self._parts += zip(params, group["params"], strict=True)
+        self.optimizer.set_shards(
+            {part: shard_of(param, model_groups) for param, part in self._parts}
+        )
+        self.optimizer.init_state()
+
+    def sharded_state_dict(self, model_sharded_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the wrapper's, with the factors under ``came``."""
+        if self.optimizer is None:
+            return super().sharded_state_dict(model_sharded_state_dict, *args, **kwargs)  # type: ignore[misc]
+        with _factors_hidden(self.optimizer):
+            state = super().sharded_state_dict(model_sharded_state_dict, *args, **kwargs)  # type: ignore[misc]
+        state["came"] = sharded_factors(self.optimizer, self._parts, model_sharded_state_dict)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the wrapper's; a legacy checkpoint has the factors among the rest of the state."""
+        factors = state_dict.pop("came", None)
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        if factors is not None and self.optimizer is not None:
+            self.optimizer.init_state()
+            load_factors(self.optimizer, self._parts, factors)
+
+
+class CameFP32Optimizer(_CheckpointedFactors, FP32Optimizer):  # type: ignore[misc]
+    """Megatron's ``FP32Optimizer`` around :class:`megatron_came.CAME`."""
+
+
+class CameFloat16Optimizer(_CheckpointedFactors, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
+    """Megatron's ``Float16OptimizerWithFloat16Params`` around :class:`megatron_came.CAME`."""
+
+
+@contextlib.contextmanager
+def _factors_hidden(came: CAME) -> Iterator[None]:
+    """Leave the factors out of the optimizer's ``state_dict()``."""
+
+    def state_dict() -> dict[str, Any]:
+        full = CAME.state_dict(came)
+        full["state"] = {
+            index: {key: value for key, value in state.items() if key not in FACTORS}
+            for index, state in full["state"].items()
+        }
+        return full
+
+    came.state_dict = state_dict  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del came.state_dict

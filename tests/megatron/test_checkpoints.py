@@ -1,0 +1,93 @@
+"""Stop after ten iterations, resume, and compare with twenty in one go."""
+
+import pytest
+
+from tests.megatron.harness import Case, losses, run, worst_difference
+
+TOLERANCE = 2e-6  # of the loss, where another layout sums in another order
+
+DO = "--use-distributed-optimizer "
+FULL = DO + "--dist-ckpt-optim-fully-reshardable "
+# Makes buckets of which a rank owns nothing but padding.
+SMALL = "--ddp-bucket-size 5003 --overlap-grad-reduce "
+TP, PP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 2 "
+SWIGLU = (
+    "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --normalization RMSNorm "
+)
+
+# Flags of the run that saves, by number of ranks and name; all resume at the same layout.
+SAVED = {
+    2: {
+        "full": FULL,
+        "full-tp": FULL + TP,
+        "full-swiglu-tp": FULL + SWIGLU + TP,
+        "full-efficient": FULL + "--distrib-optim-fully-reshardable-mem-efficient ",
+        "dp": DO + SMALL,
+        "dp-async": DO + "--async-save --async-strategy mcore ",
+        "legacy": DO + "--ckpt-format torch ",
+        "fp32": "",
+        "fp32-legacy": "--ckpt-format torch ",
+        "bf16": "--bf16 ",
+        "bf16-full": FULL + "--bf16 ",
+        "fp16-full": FULL + "--fp16 --initial-loss-scale 4096 ",
+    },
+}
+# (ranks, name of the checkpoint, flags it is resumed with)
+RESHARDED = {
+    "full-at-dp1": (1, "full", FULL),
+    "full-at-tp2": (2, "full", FULL + TP),
+    "full-at-pp2": (2, "full", FULL + PP),
+    "full-at-tp2-pp2": (4, "full", FULL + TP + PP),
+    "full-at-dp4": (4, "full", FULL + SMALL),
+    "full-tp-at-dp1": (1, "full-tp", FULL),
+    "full-swiglu-tp-at-dp1": (1, "full-swiglu-tp", FULL + SWIGLU),
+    "dp-at-dp1": (1, "dp", DO + SMALL),
+    "dp-at-dp4": (4, "dp", DO + SMALL),
+    "fp32-at-tp2": (2, "fp32", TP),
+    "fp32-at-pp2": (2, "fp32", PP),
+}
+
+
+@pytest.fixture(scope="session")
+def seen(start_from, tmp_path_factory):
+    """What the ranks saw, by name of the case."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    results = {}
+    for ranks, saved in SAVED.items():
+        cases = []
+        for name, flags in saved.items():
+            start = "" if "swiglu" in name else start_from
+            came = "--optimizer came --ckpt-format torch_dist "
+            place = f"--save {folder / name} --save-interval 10 "
+            cases += [
+                Case(f"{name}-straight", start + came + flags),
+                Case(f"{name}-first", start + came + flags + place + "--exit-interval 10"),
+                Case(f"{name}-second", came + flags + f"--load {folder / name} "),
+            ]
+        results.update(run(ranks, cases, tmp_path_factory.mktemp(f"saved{ranks}")))
+    for ranks in (1, 2, 4):
+        cases = [
+            Case(
+                name,
+                f"--optimizer came --ckpt-format torch_dist --load {folder / checkpoint} " + flags,
+            )
+            for name, (where, checkpoint, flags) in RESHARDED.items()
+            if where == ranks
+        ]
+        results.update(run(ranks, cases, tmp_path_factory.mktemp(f"resharded{ranks}")))
+    return results
+
+
+@pytest.mark.parametrize("name", [name for saved in SAVED.values() for name in saved])
+def test_resuming_at_the_same_layout_is_bit_identical(seen, name):
+    straight, first, second = (
+        losses(seen[f"{name}-{part}"]) for part in ("straight", "first", "second")
+    )
+    assert len(first) == len(second) == 10
+    assert first + second == straight
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_resuming_at_another_layout_differs_by_rounding(seen, name):
+    straight = losses(seen[f"{RESHARDED[name][1]}-straight"])
+    assert worst_difference(losses(seen[name]), straight[10:]) <= TOLERANCE
