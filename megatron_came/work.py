@@ -104,9 +104,9 @@ class ParameterWork:
         grad, dp_group = self.param.grad, self.shard.dp_group
         if grad is None and self.shard.numel and dp_group is not None and dp_group.size() > 1:
             raise ValueError(
-                f"CAME: a slice of shape {self.shard.shape} has no gradient on this rank, but "
-                "other ranks hold the rest of the tensor and would wait for it; give it a gradient of "
-                "zeros."
+                f"CAME: a slice of shape {self.shard.shape} has no gradient on this rank, "
+                "but other ranks hold the rest of the tensor and would wait for it; give it a "
+                "gradient of zeros."
             )
         if grad is not None and grad.is_sparse:
             raise RuntimeError("CAME does not support sparse gradients; use dense ones.")

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 _current = threading.local()
 
@@ -43,8 +44,13 @@ class SimulatedGroup:
         self._barrier.abort()
 
 
-def _all_reduce(tensor: torch.Tensor, group: SimulatedGroup) -> None:
+def _all_reduce(
+    tensor: torch.Tensor, group: SimulatedGroup, op: dist.ReduceOp = dist.ReduceOp.SUM
+) -> None:
     everyone = group.exchange(tensor)
+    if op == dist.ReduceOp.MAX:
+        tensor.copy_(torch.stack(everyone).amax(0))
+        return
     if not group.ring:
         tensor.copy_(sum(everyone[1:], everyone[0]))
         return
@@ -87,4 +93,8 @@ def run_ranks(
         ThreadPoolExecutor(count) as pool,
     ):
         futures = [pool.submit(start, rank) for rank in range(count)]
+        errors = [error for future in futures if (error := future.exception())]
+        for error in errors:
+            if not isinstance(error, threading.BrokenBarrierError):  # which follows another's
+                raise error
         return [future.result() for future in futures]

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_came.host.checkpoints import notice
 from megatron_came.host.patching import Function, wrap
 from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparameters
 
@@ -180,8 +181,8 @@ def _with_checks(original: Function) -> Function:
         if args.optimizer != "came":
             return original(args, *rest, **kwargs)
         ignored = [flag for flag in flags if flag in _IGNORED]
-        if ignored and int(os.environ.get("RANK", "0")) == 0:
-            print(f"megatron_came: --optimizer came ignores {', '.join(ignored)}.", flush=True)
+        if ignored:
+            _say(f"--optimizer came ignores {', '.join(ignored)}.")
         # Megatron turns the distributed optimizer into a layer-wise one for every name that it
         # does not know.
         args.optimizer = "adam"
@@ -190,9 +191,17 @@ def _with_checks(original: Function) -> Function:
         finally:
             args.optimizer = "came"
         _stop_if_refused(args, flags)
+        reshardable = notice(args)
+        if reshardable:
+            _say(reshardable)
         return result
 
     return validate_args
+
+
+def _say(sentence: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"megatron_came: {sentence}", flush=True)
 
 
 def _stop_if_refused(args: argparse.Namespace, flags: list[str]) -> None:

@@ -13,7 +13,8 @@ def install() -> None:
             be replaced.
     """
     check_version()
-    from megatron_came.host import arguments, building
+    from megatron_came.host import arguments, building, checkpoints
 
     building.install()
     arguments.install()
+    checkpoints.install()

@@ -1,0 +1,104 @@
+"""Checkpoints that CAME cannot resume from are refused, with what to do, before they are loaded."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+from megatron_came.host.patching import Function, wrap
+
+# Whether the load under way is to fill an optimizer; a checkpoint's weights alone suit anyone.
+_fills_optimizer: ContextVar[bool] = ContextVar("fills_optimizer", default=False)
+
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+_AFRESH = "give --no-load-optim or --finetune to start it afresh from the checkpoint's weights"
+
+
+def install() -> None:
+    """Check checkpoints between the reading of their arguments and the loading of their state."""
+    wrap("megatron.training.checkpointing", "load_checkpoint", _noting_the_optimizer)
+    wrap("megatron.training.checkpointing", "_load_base_checkpoint", _with_check)
+
+
+def _noting_the_optimizer(original: Function) -> Function:
+    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _fills_optimizer.set(optimizer is not None)
+        try:
+            return original(ddp_model, optimizer, *args, **kwargs)
+        finally:
+            _fills_optimizer.reset(token)
+
+    return load_checkpoint
+
+
+def _with_check(original: Function) -> Function:
+    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        result = original(load_dir, args, *rest, **kwargs)
+        state = result[0] or {}
+        if _fills_optimizer.get() and state.get("args") is not None:
+            metadata = state.get("content_metadata") or {}
+            problem = refusal(state["args"], args, metadata.get("distrib_optim_sharding_type"))
+            if problem:
+                raise SystemExit(f"megatron_came: {problem}")
+        return result
+
+    return _load_base_checkpoint
+
+
+def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
+    """Say in one sentence why the optimizer state of a checkpoint cannot be resumed from, or None.
+
+    Args:
+        saved: Megatron's arguments of the run that saved it.
+        args: Megatron's arguments of this run.
+        sharding_type: format of the distributed optimizer's state in it; None if not known.
+    """
+    if args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return None
+    before, now = getattr(saved, "optimizer", None), args.optimizer
+    if before != now and "came" in (before, now):
+        return (
+            f"the checkpoint holds the state of --optimizer {before}, this run has --optimizer "
+            f"{now}: {_AFRESH}."
+        )
+    if now != "came":
+        return None
+    sharded = bool(getattr(saved, "use_distributed_optimizer", False))
+    if sharded != bool(args.use_distributed_optimizer):
+        verb = "add" if sharded else "leave out"
+        return (
+            f"the checkpoint was saved {'with' if sharded else 'without'} "
+            f"--use-distributed-optimizer, whose state Megatron stores in a way of its own: {verb} "
+            f"it, or {_AFRESH}."
+        )
+    if sharding_type != "dp_reshardable":
+        return None
+    for name in _SIZES:
+        was, size = getattr(saved, name, None) or 1, getattr(args, name, None) or 1
+        if was != size:
+            flag = "--" + name.replace("_", "-")
+            return (
+                f"the checkpoint was saved at {flag} {was}, this run has {size}, and Megatron's "
+                "default format of optimizer state allows a change of the data-parallel size "
+                f"alone: resume at {was}, save there with --dist-ckpt-optim-fully-reshardable and "
+                f"resume from that, or {_AFRESH}."
+            )
+    return None
+
+
+def notice(args: Any) -> str | None:
+    """Say in one sentence how far the checkpoints of this run can be resharded, if not at will."""
+    saves = args.save is not None and not args.no_save_optim and args.ckpt_format == "torch_dist"
+    if not saves or not args.use_distributed_optimizer or args.dist_ckpt_optim_fully_reshardable:
+        return None
+    return (
+        "checkpoints of this run can be resumed at another data-parallel size, but not at other "
+        "tensor-, pipeline- or expert-parallel sizes; --dist-ckpt-optim-fully-reshardable allows "
+        "all of them."
+    )

@@ -1,0 +1,125 @@
+"""What goes with --optimizer came, and what is refused, without starting Megatron."""
+
+from argparse import Namespace
+from dataclasses import fields
+
+import pytest
+
+from megatron_came.host import checkpoints
+from megatron_came.host.arguments import check, given_flags, hyperparameters
+from megatron_came.maths.hyperparameters import Hyperparameters
+
+CAME = {f"came_{field.name}": field.default for field in fields(Hyperparameters)}
+
+
+def arguments(**changes):
+    return Namespace(**{"optimizer": "came", **CAME, **changes})
+
+
+def test_the_defaults_are_the_authors():
+    assert hyperparameters(arguments()) == Hyperparameters()
+    check(arguments(), ["--optimizer", "--came-beta1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"came_beta1": 1.0}, "--came-beta1 1.0 is not allowed: it must be in [0, 1)."),
+        (
+            {"came_beta3": -0.1},
+            "--came-beta3 -0.1 is not allowed: it must be a finite number at",
+        ),
+        ({"came_eps1": 0.0}, "--came-eps1 0.0 is not allowed: it must be a finite number above 0."),
+        ({"came_eps2": float("nan")}, "--came-eps2 nan is not allowed"),
+        ({"came_clip_threshold": 0.0}, "--came-clip-threshold 0.0 is not allowed"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload: leave it out"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp: use --use-distributed-optimizer"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2: use --use-distributed-optimizer"),
+        ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
+        (
+            {"rl_offload_optimizer_during_inference": True},
+            "--rl-offload-optimizer-during-inference",
+        ),
+        ({"fp8_param_gather": True}, "--fp8-param-gather"),
+        ({"fp4_param_gather": True}, "--fp4-param-gather"),
+        (
+            {"gtp_weight_remat_size": 2, "tensor_parallel_num_weight_shards": 4},
+            "--tensor-parallel-num-weight-shards 4: leave it out",
+        ),
+        ({"use_layer_wise_distributed_optimizer": True}, "a layer-wise optimizer"),
+        ({"yaml_cfg": "run.yaml"}, "--yaml-cfg run.yaml: give the settings as flags"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_came_is_refused(changes, sentence):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the sentence is compared below)
+        check(arguments(**changes), [])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--muon-momentum", "--lion-beta1", "--soap-shampoo-beta"])
+def test_settings_of_other_optimizers_are_refused(flag):
+    with pytest.raises(ValueError, match=f"{flag} is a setting of another optimizer"):
+        check(arguments(), ["--optimizer", flag])
+
+
+def test_came_flags_without_came_are_refused():
+    with pytest.raises(ValueError, match=r"--came-beta2 is a setting of CAME, .* is adam: add"):
+        check(arguments(optimizer="adam"), given_flags(["--came-beta2=0.95", "--lr", "1"]))
+    check(arguments(optimizer="adam", use_megatron_fsdp=True), ["--muon-momentum"])
+
+
+SAVED = Namespace(
+    optimizer="came",
+    no_save_optim=None,
+    use_distributed_optimizer=True,
+    tensor_model_parallel_size=1,
+    pipeline_model_parallel_size=1,
+)
+RUN = Namespace(**vars(SAVED), finetune=False, no_load_optim=None)
+
+
+def changed(namespace, **changes):
+    return Namespace(**{**vars(namespace), **changes})
+
+
+@pytest.mark.parametrize(
+    ("saved", "run", "sharding", "sentence"),
+    [
+        ({"optimizer": "adam"}, {}, None, "--optimizer adam, this run has --optimizer came"),
+        ({}, {"optimizer": "adam"}, None, "--optimizer came, this run has --optimizer adam"),
+        ({}, {"use_distributed_optimizer": False}, None, "saved with --use-distributed-optimizer"),
+        ({"use_distributed_optimizer": False}, {}, None, "without --use-distributed-optimizer"),
+        (
+            {},
+            {"tensor_model_parallel_size": 2},
+            "dp_reshardable",
+            "save there with --dist-ckpt-optim-fully-reshardable",
+        ),
+    ],
+    ids=str,
+)
+def test_checkpoints_that_cannot_be_resumed_are_refused(saved, run, sharding, sentence):
+    problem = checkpoints.refusal(changed(SAVED, **saved), changed(RUN, **run), sharding)
+    assert sentence in problem
+    assert "--no-load-optim" in problem
+    for way_out in ({"finetune": True}, {"no_load_optim": True}):
+        assert (
+            checkpoints.refusal(changed(SAVED, **saved), changed(RUN, **run, **way_out), sharding)
+            is None
+        )
+
+
+def test_checkpoints_that_can_be_resumed_are_not_refused():
+    other_size = changed(RUN, tensor_model_parallel_size=2)
+    assert checkpoints.refusal(SAVED, RUN, "dp_reshardable") is None
+    assert checkpoints.refusal(SAVED, other_size, "fully_reshardable") is None
+    assert (
+        checkpoints.refusal(changed(SAVED, no_save_optim=True, optimizer="adam"), RUN, None) is None
+    )
+    assert (
+        checkpoints.refusal(changed(SAVED, optimizer="sgd"), changed(RUN, optimizer="adam"), None)
+        is None
+    )
