@@ -10,6 +10,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
 
+from megatron_came.data import tokenizer as tokenizers
 from megatron_came.data.corpus import Corpus, Document, write_json_lines
 from megatron_came.data.errors import DataError
 from megatron_came.data.files import whole_files
@@ -168,6 +169,15 @@ class TestTokenizer:
         assert megatrons.tokenize(text) == tokenizer.encode(text)
         assert megatrons.eod == tokenizer.eos_id()
         assert megatrons.vocab_size == tokenizer.get_piece_size() == VOCABULARY
+
+    def test_a_sample_is_the_same_each_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenizers, "_SAMPLED_LINES", 10)
+        models = tmp_path / "one", tmp_path / "two"
+        for model in models:
+            train_tokenizer((words(200, seed) for seed in range(99)), model, vocab_size=VOCABULARY)
+        assert models[0].read_bytes() == models[1].read_bytes()
 
     def test_too_little_text(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"too uniform for 4096 tokens: .* at most \d+\.$"):

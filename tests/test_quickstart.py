@@ -26,17 +26,21 @@ ROOT = Path(__file__).parent.parent
 LINE = (
     " [2026-01-02 03:04:05.678901] iteration        7/     120 | consumed samples:          112 |"
     " elapsed time per iteration (ms): 658.0 | learning rate: 1.000000E-03 | global batch size:"
-    "    16 | lm loss: 6.969738E+00 | loss scale: 1.0 | grad norm: 2.125 | number of skipped iterations:"
-    "   0 | number of nan iterations:   0 |\n"
+    "    16 | lm loss: 6.969738E+00 | loss scale: 1.0 | grad norm: 2.125 |"
+    " number of skipped iterations:   0 | number of nan iterations:   0 |\n"
 )
 
-FAILED = """\
+TORCHRUN = """\
+E0102 03:04:05.678901 7 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: -9)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: worker FAILED
+exitcode  : 1 (pid: 2500)
+"""
+FAILED = f"""\
 [rank0]: Traceback (most recent call last):
 [rank0]:   File "training.py", line 3, in <module>
 [rank0]: ValueError: hidden size 255 cannot be split over 4 heads
 [rank1]: RuntimeError: [gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:29857
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError: worker FAILED
-"""
+{TORCHRUN}"""
 
 
 @pytest.fixture
@@ -272,8 +276,13 @@ class TestTrain:
         assert read_iteration("training ...") is None
 
     def test_a_failure_is_told_by_its_cause(self) -> None:
-        assert last_words(FAILED) == "  ValueError: hidden size 255 cannot be split over 4 heads"
-        assert last_words("one\n\ntwo\n") == "  one\n  two"
+        cause = "  ValueError: hidden size 255 cannot be split over 4 heads"
+        assert last_words(FAILED.replace("-9", "1")) == cause
+        assert last_words(f"one\n\ntwo\ntwo\n{TORCHRUN}").splitlines() == [
+            "  one",
+            "  two",
+            "  The system killed it, most likely because memory ran out.",
+        ]
 
     def test_a_port_in_use(self) -> None:
         with socket.socket() as taken:
@@ -301,12 +310,12 @@ class TestReport:
             "GPT-2 of 4.0 M weights, fp32, 20 iterations of 16 x 256 tokens, 2 ranks on the CPU",
             "",
             "                                  AdamW        CAME",
-            "loss at the start                8.3000      8.3000   same weights and data",
+            "loss at the start                8.3000      8.3000   the same weights and data",
             "loss at the end                  5.5000      5.2500   mean of the last 10 iterations",
             "optimizer memory per rank      8.00 MiB    4.25 MiB",
             "  main weights                 0.00 MiB    0.00 MiB   fp32: they are the model's own",
             "  momentum                     4.00 MiB    4.00 MiB",
-            "  second moment or factors     4.00 MiB    0.25 MiB   AdamW: second moment; CAME: factors",
+            "  second moment or factors     4.00 MiB    0.25 MiB   CAME has the factors",
             "time per step                    650 ms      660 ms   median",
             "  of it in the optimizer         8.0 ms     12.0 ms",
         ]

@@ -1,5 +1,4 @@
-"""What a case runs instead of CAME as it is: the authors' optimizer, or CAME with a deliberate
-fault."""
+"""What a case runs instead of CAME: the authors' optimizer, or CAME with a deliberate fault."""
 
 import contextlib
 from unittest import mock
@@ -15,6 +14,9 @@ class Oracle(came_pytorch.CAME):
     def set_shards(self, shards):
         if any(shard.tp_size > 1 or shard.dp_group is not None for shard in shards.values()):
             raise ValueError("the oracle knows no shards")
+
+    def init_state(self):
+        """Its state is created at the first step."""
 
 
 def _without_sums_over(kind: str):

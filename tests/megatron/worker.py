@@ -5,12 +5,12 @@ torchrun --nproc-per-node N -m tests.megatron.worker CASES.json RESULTS_FOLDER
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,53 +21,33 @@ prepare()  # before anything imports Megatron
 
 from megatron_came import pretrain_gpt  # noqa: E402
 from tests.megatron import variants  # noqa: E402
+from tests.megatron.recording import Recorder  # noqa: E402
 
 
 def run_case(case: dict) -> dict:
     """Train as one case says, and return what was seen on this rank."""
-    import megatron.training.training as training
-
-    seen: dict = {
-        "losses": [],
-        "skipped": [],
-        "grad_norms": [],
-        "zeros": [],
-        "params_norms": [],
-        "error": None,
-    }
-    train_step, params_norm = training.train_step, training.calc_params_l2_norm
-
-    def recording_params_norm(*args, **kwargs):
-        seen["params_norms"].append(params_norm(*args, **kwargs))
-        return seen["params_norms"][-1]
-
-    def recording_train_step(*args, **kwargs):
-        result = train_step(*args, **kwargs)
-        losses, skipped, grad_norm, zeros = result[0], result[1], result[5], result[6]
-        if "lm loss" in losses:
-            seen["losses"].append(float(losses["lm loss"]))
-        seen["skipped"].append(int(skipped))
-        seen["grad_norms"].append(None if grad_norm is None else float(grad_norm))
-        seen["zeros"].append(None if zeros is None else float(zeros))
-        return result
-
+    recorder = Recorder()
     sys.argv = ["pretrain_gpt", *case["flags"]]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(training, "train_step", recording_train_step))
-        stack.enter_context(
-            mock.patch.object(training, "calc_params_l2_norm", recording_params_norm)
-        )
+        recorder.install(stack)
         for variant in case["variant"].split("+"):
             variants.apply(variant, stack)
         try:
             pretrain_gpt.main()
         except (Exception, SystemExit) as error:
-            if isinstance(error, SystemExit) and not error.code:  # --exit-interval
-                return seen
-            seen["error"] = f"{type(error).__name__}: {error}"
-            if not case["fails"]:
-                traceback.print_exc()
-    return seen
+            # --exit-interval ends with SystemExit(0).
+            if not isinstance(error, SystemExit) or error.code:
+                recorder.seen["error"] = f"{type(error).__name__}: {error}"
+                if not case["fails"]:
+                    traceback.print_exc()
+    return recorder.finish()
+
+
+def connect(name: str, store: dist.TCPStore) -> None:
+    """Start process groups of the case's own, which Megatron takes as it finds them."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    prefix = dist.PrefixStore(name, store)
+    dist.init_process_group("gloo", store=prefix, rank=rank, world_size=world_size)
 
 
 def forget() -> None:
@@ -75,22 +55,25 @@ def forget() -> None:
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.training import global_vars
 
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
     parallel_state.destroy_model_parallel()
     global_vars.destroy_global_vars()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
+    dist.destroy_process_group()  # their threads would slow down all later cases
+    gc.collect()
 
 
 def main() -> None:
     cases_file, results = Path(sys.argv[1]), Path(sys.argv[2])
-    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)
     for case in json.loads(cases_file.read_text()):
         print(f"=== case {case['name']}", flush=True)
+        connect(case["name"], store)
         seen = run_case(case)
-        (results / f"{case['name']}.{rank}.json").write_text(json.dumps(seen))
+        (results / f"{case['name']}.{os.environ['RANK']}.json").write_text(json.dumps(seen))
         if seen["error"] and not case["fails"]:
             sys.exit(1)
         forget()
