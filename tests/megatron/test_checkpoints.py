@@ -56,7 +56,7 @@ def seen(start_from, tmp_path_factory):
     for ranks, saved in SAVED.items():
         cases = []
         for name, flags in saved.items():
-            start = "" if "swiglu" in name else start_from + "--auto-detect-ckpt-format "
+            start = "" if "swiglu" in name or "legacy" in name else start_from
             came = "--optimizer came --ckpt-format torch_dist "
             place = f"--save {folder / name} --save-interval 10 "
             cases += [

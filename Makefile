@@ -1,0 +1,30 @@
+# Every target builds .venv first if it needs one. The programs themselves are in scripts/ and
+# megatron_came/quickstart/; "python -m megatron_came.quickstart --help" lists all its options.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+
+# Variables given on the command line become options of the quick start.
+OPTIONS = $(if $(TEXT),--text $(TEXT)) $(if $(RANKS),--ranks $(RANKS)) \
+	$(if $(PORT),--port $(PORT)) $(if $(ITERATIONS),--iterations $(ITERATIONS))
+
+.PHONY: help venv quickstart test check clean-quickstart
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv:  ## build .venv (PYTHON=path names the interpreter)
+	@scripts/make_venv.sh
+
+quickstart: venv  ## train a small GPT-2 with CAME and AdamW (TEXT="files", RANKS=2, PORT=, ITERATIONS=)
+	@$(BIN)/python -m megatron_came.quickstart $(OPTIONS)
+
+test: venv  ## run the tests
+	@# The tests start several processes of their own.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+check: venv  ## run the linter, the format check and the type checker
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean-quickstart:  ## remove what the quick start made
+	rm -rf quickstart

@@ -1,0 +1,75 @@
+"""Run a script of a Megatron-LM checkout with ``--optimizer came``.
+
+    torchrun ... -m megatron_came.launch path/to/pretrain_gpt.py FLAGS...
+
+The script runs unmodified, as if it had been started itself: its folder is first on the search
+path, so that it imports the ``megatron`` package of its own checkout, and it takes all its flags.
+What is added is the choice ``came`` of ``--optimizer``, and machines without a GPU (see
+:mod:`megatron_came.host.cpu`).
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from megatron_came.host import cpu, install
+
+_USAGE = """\
+usage: torchrun ... -m megatron_came.launch SCRIPT FLAGS...
+
+Runs SCRIPT, such as the pretrain_gpt.py of a Megatron-LM checkout, with the megatron package beside
+it, and passes FLAGS to it: those that it has, and --optimizer came. On a machine without a GPU it
+trains on the CPU; MEGATRON_CAME_CPU=1 asks for the CPU where there is a GPU, MEGATRON_CAME_CPU=0
+forbids it. SCRIPT --help lists the flags of the script."""
+
+
+def prepare() -> None:
+    """Enable the CPU where it is wanted and make ``came`` known to Megatron.
+
+    The ``megatron`` package that training is to use must be the first on ``sys.path``.
+
+    Raises:
+        SystemExit: With status 2, if ``MEGATRON_CAME_CPU`` is set to nonsense.
+    """
+    try:
+        cpu.enable()
+    except ValueError as error:
+        print(f"megatron_came: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    install()
+
+
+def _script(arguments: list[str]) -> Path:
+    """The script that ``arguments`` name first.
+
+    Raises:
+        SystemExit: With status 2, if there is none.
+    """
+    if not arguments:
+        problem = "name the script to run, such as path/to/Megatron-LM/pretrain_gpt.py."
+    elif arguments[0].startswith("-"):
+        problem = f"name the script to run before its flags, not {arguments[0]}."
+    else:
+        script = Path(arguments[0])
+        if script.is_file():
+            return script
+        what = "is a directory: name the script in it" if script.is_dir() else "does not exist"
+        problem = f"{script} {what}."
+    print(f"megatron_came.launch: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the script that ``arguments`` (``sys.argv`` without its first entry) name first."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return
+    script = _script(arguments)
+    sys.argv = [str(script), *arguments[1:]]
+    sys.path.insert(0, str(script.resolve().parent))
+    prepare()
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

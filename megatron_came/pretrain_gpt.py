@@ -1,0 +1,284 @@
+# ruff: noqa: E402  (Megatron is imported after it has been prepared)
+"""Pre-train a GPT model with Megatron's training loop, from pip packages alone.
+
+    torchrun ... -m megatron_came.pretrain_gpt FLAGS... --optimizer came
+
+All flags are Megatron's.  megatron-core's wheel carries the training loop but no script that starts
+it: this is one, for plain pre-training of GPT models (GPT-2, Llama-like, mixture of experts,
+multi-token prediction) on indexed data sets or ``--mock-data``, in any layout.  What it leaves out
+it refuses; use :mod:`megatron_came.launch` with the script of a Megatron-LM checkout for that.
+"""
+
+import time
+
+_STARTED = time.time()  # before the slow imports: Megatron reports how long the start took
+
+from megatron_came.launch import prepare
+
+if __name__ == "__main__":
+    prepare()
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import (
+    get_args,
+    get_timers,
+    inprocess_restart,
+    pretrain,
+    print_rank_0,
+    set_startup_timestamps,
+)
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+Batch = dict[str, Any]  # tensors, or None for what the rank has no use of
+Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+_INPUTS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+_SPIKE = 10  # --check-for-spiky-loss reports a loss this many times above the largest seen
+
+# What only other scripts do, by the name of the argument that asks for it.
+_LEFT_OUT = {
+    "sft": "--sft (supervised fine-tuning)",
+    "fim_data": "--fim-data (fill in the middle)",
+    "logits_load_dir": "--logits-load-dir (distillation)",
+    "logits_save_dir": "--logits-save-dir (distillation)",
+    "dataloader_inter_document_masking": "--dataloader-inter-document-masking (packed sequences)",
+    "hybrid_context_parallel": "--hybrid-context-parallel (packed sequences)",
+    "hybrid_layer_pattern": "--hybrid-layer-pattern (layers other than a GPT's)",
+    "perform_rl_step": "--perform-rl-step (reinforcement learning)",
+}
+
+_straggler_detector = StragglerDetector()
+
+
+def refusal(args: Namespace) -> str | None:
+    """The sentence that says what of ``args`` this script leaves out, or None."""
+    for name, flag in _LEFT_OUT.items():
+        if getattr(args, name, None):
+            return (
+                f"megatron_came.pretrain_gpt does not support {flag}: use "
+                f"-m megatron_came.launch with the script of a Megatron-LM checkout."
+            )
+    return None
+
+
+def _predicts_further(vp_stage: int | None) -> bool:
+    """Whether this rank's model chunk holds layers of multi-token prediction."""
+    config = core_transformer_config_from_args(get_args())
+    return bool(
+        mtp_on_this_rank(
+            layout=config.pipeline_model_parallel_layout,
+            mtp_num_layers=config.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
+    )
+
+
+def get_batch(data: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None) -> Batch:
+    """This rank's part of the next micro-batch: all None in the middle of a pipeline."""
+    predicts_further = _predicts_further(vp_stage)
+    if not predicts_further and not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(_INPUTS)
+    args = get_args()
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: Batch = {}
+    if tp_rank == 0:  # the only one with a data loader
+        assert data is not None
+        sample = next(data)
+        batch = {key: sample[key].cuda(non_blocking=True) for key in _INPUTS if key in sample}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=predicts_further,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+    return {key: batch.get(key) for key in _INPUTS}
+
+
+def _check_loss(loss: torch.Tensor) -> None:
+    """Let Megatron's rerun machine judge ``loss``, as the flags ask, before it is averaged."""
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for what, found in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            machine.validate_result(
+                result=loss,
+                rejection_func=found,
+                message=f"found {what} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+
+
+def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> Loss:
+    """Sum the losses of the tokens that count.
+
+    Args:
+        loss_mask: 1 for each token that counts, 0 for the others.
+        output: Each token's loss, in the same order.
+
+    Returns:
+        The sum, the number of tokens that count, and both as Megatron logs them.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * mask)
+    _check_loss(loss)
+    tokens = mask.sum().detach().to(torch.int)
+    return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
+
+
+def forward_step(
+    data: Iterator[dict[str, torch.Tensor]] | None, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Callable[[torch.Tensor], Loss]]:
+    """Run ``model`` on the next micro-batch.
+
+    Returns:
+        The model's output (or its schedule, for ``--overlap-moe-expert-parallel-comm``) and the
+        function that makes a loss of it.
+    """
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    with _straggler_detector(bdata=True):
+        batch = get_batch(data, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    labels = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    with _straggler_detector:
+        run = model.build_schedule_plan if return_schedule_plan else model
+        return run(*inputs, **labels), partial(loss_func, batch["loss_mask"])
+
+
+def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences_per_dataset = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            sequences_per_dataset = json.load(file)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=sequences_per_dataset,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+
+def datasets(samples: list[int], vp_stage: int | None = None) -> list[Any]:
+    """The data sets for training, validation and test; None for each where the rank reads none.
+
+    Args:
+        samples: How many samples to draw of each.
+        vp_stage: The model chunk that reads them, with an interleaved pipeline.
+    """
+
+    def reads_data() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and (
+            is_first_or_last_pipeline_stage(vp_stage) or _predicts_further(vp_stage)
+        )
+
+    args = get_args()
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    built = BlendedMegatronDatasetBuilder(kind, samples, reads_data, _dataset_config(args)).build()
+    print_rank_0("> finished creating GPT datasets ...")
+    return list(built)
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]  # Megatron: built on every rank
+
+
+def embedding_ranks(pipeline: list[int]) -> list[int]:
+    """Those ranks of ``pipeline`` that hold a copy of the word embeddings."""
+    ranks = {pipeline[0]}
+    if len(pipeline) > 1:
+        args = get_args()
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pipeline[-1])
+        ranks.update(get_mtp_ranks(pipeline, core_transformer_config_from_args(args)))
+    return sorted(ranks)
+
+
+def main() -> None:
+    """Train as the command line says.
+
+    Raises:
+        SystemExit: The command line asks for something that this script leaves out.
+    """
+    set_startup_timestamps(program_start=_STARTED, main_entry=time.time())
+    train, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    message = refusal(args)
+    if message is not None:
+        raise SystemExit(message)
+    train(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        store=store,
+        get_embedding_ranks=embedding_ranks,
+    )
+
+
+if __name__ == "__main__":
+    main()

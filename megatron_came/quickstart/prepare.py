@@ -1,0 +1,101 @@
+"""Corpus, tokenizer and dataset of the quick start."""
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+
+from megatron_came.data.corpus import Corpus, write_json_lines
+from megatron_came.data.progress import Progress
+from megatron_came.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_came.quickstart.settings import QuickstartError, Settings
+from megatron_came.quickstart.steps import Steps
+
+
+def prepare(settings: Settings, steps: Steps) -> str:
+    """Makes what is missing of corpus, tokenizer and dataset.
+
+    Returns:
+        A digest of what the dataset was made from.
+
+    Raises:
+        DataError: If the text cannot be used.
+        QuickstartError: If it is too little.
+    """
+    source = Corpus.from_paths(settings.text) if settings.text else Corpus.python_library()
+    corpus = steps.run(
+        "Corpus",
+        {"files": [_identity(path) for path in source.files]},
+        [settings.corpus],
+        lambda: _write_corpus(settings, source),
+    )
+    tokenizer = steps.run(
+        "Tokenizer",
+        {"corpus": corpus, "vocabulary": settings.vocabulary},
+        [settings.tokenizer],
+        lambda: _train_tokenizer(settings),
+    )
+    return steps.run(
+        "Dataset",
+        {"tokenizer": tokenizer},
+        [settings.dataset.with_suffix(".bin"), settings.dataset.with_suffix(".idx")],
+        lambda: _write_dataset(settings),
+    )
+
+
+def _identity(path: os.PathLike[str]) -> list[object]:
+    """What changes when a file does."""
+    try:
+        status = os.stat(path)
+    except OSError:  # reading it will say what is wrong
+        return [os.path.abspath(path)]
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+
+
+def _write_corpus(settings: Settings, source: Corpus) -> None:
+    where = "your text" if settings.text else "the Python library's sources"
+    print(f"Corpus: collecting {where}.")
+    documents = write_json_lines(source, settings.corpus)
+    size = settings.corpus.stat().st_size
+    print(f"  {documents} documents, {size / 1e6:.1f} MB.")
+    for reason, count in source.skipped.items():
+        print(f"  Left out {count} files, each of which {reason}.")
+    if size < settings.smallest_text:
+        raise QuickstartError(
+            f"There are {size / 1000:.0f} kB of text, and the quick start needs"
+            f" {settings.smallest_text / 1000:.0f} kB: name more or larger files."
+        )
+
+
+def _train_tokenizer(settings: Settings) -> None:
+    print(f"Tokenizer: training SentencePiece with {settings.vocabulary} tokens (10 to 30 s).")
+    texts = (document.text for document in Corpus.from_paths([settings.corpus]))
+    train_tokenizer(texts, settings.tokenizer, vocab_size=settings.vocabulary)
+
+
+def _write_dataset(settings: Settings) -> None:
+    # Megatron's modules warn, as they are imported, of each GPU library that is not installed.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from megatron_came.data.indexed import write_indexed_dataset
+
+    # Its index of samples is found by the dataset's name: an old one would be taken for this one's.
+    shutil.rmtree(settings.dataset_cache, ignore_errors=True)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    corpus = Corpus.from_paths([settings.corpus])
+
+    def encoded(progress: Progress) -> Iterator[list[int]]:
+        for document in corpus:
+            yield tokenizer.encode(document.text)
+            progress.advance(len(document.text))
+
+    characters = sum(len(document.text) for document in corpus)
+    with Progress("Dataset", characters) as progress:
+        size = write_indexed_dataset(
+            settings.dataset,
+            encoded(progress),
+            eod=tokenizer.eos_id(),
+            vocab_size=settings.vocabulary,
+        )
+    print(f"  {size.documents} documents, {size.tokens:,} tokens.")

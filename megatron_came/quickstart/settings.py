@@ -1,0 +1,157 @@
+"""What the quick start trains, and the Megatron flags that say so."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class QuickstartError(Exception):
+    """Why the quick start cannot go on; the message is one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One of the optimizers compared.
+
+    Attributes:
+        name: Its name in the summary.
+        key: Its name among files and in Megatron's ``--optimizer``.
+        flags: Megatron's flags for its learning rate and its averages.
+    """
+
+    name: str
+    key: str
+    flags: tuple[str, ...]
+
+
+# CAME's authors advise 0.5 to 0.9 times AdamW's learning rate, and a third beta of 0.99 to 0.999
+# beside a second of 0.95; so short a run wants averages as short as these.
+OPTIMIZERS = (
+    Optimizer("AdamW", "adam", ("--lr", "1e-3", "--adam-beta2", "0.95")),
+    Optimizer("CAME", "came", ("--lr", "7e-4", "--came-beta2", "0.95", "--came-beta3", "0.995")),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One quick start. Lengths are in tokens.
+
+    Attributes:
+        folder: Where everything goes.
+        text: Files and folders of text; none for the Python library's sources.
+        ranks: Processes to train with, each with its share of the batch and of the optimizer.
+        port: TCP port on which they meet; None for any free one.
+        bf16: Whether weights are bf16 with fp32 main weights, or fp32.
+        iterations: Training steps.
+        global_batch: Sequences a step, over all ranks.
+        micro_batch: The most sequences that a rank takes at a time.
+        smallest_text: Bytes of text below which the tokenizer would learn nothing worth having.
+    """
+
+    folder: Path = Path("quickstart")
+    text: tuple[Path, ...] = ()
+    ranks: int = 2
+    port: int | None = None
+    bf16: bool = False
+    iterations: int = 100
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 4
+    sequence: int = 256
+    vocabulary: int = 4096
+    global_batch: int = 16
+    micro_batch: int = 8
+    smallest_text: int = 200_000
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise QuickstartError(f"{self.iterations} iterations are none: ask for 1 or more.")
+        if self.ranks < 1 or self.global_batch % self.ranks:
+            allowed = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
+            raise QuickstartError(
+                f"The batch of {self.global_batch} cannot be split over {self.ranks} ranks:"
+                f" take one of {', '.join(map(str, allowed))}."
+            )
+        if self.port is not None and not 0 < self.port < 65536:
+            raise QuickstartError(f"{self.port} is no port: name one from 1 to 65535.")
+
+    @property
+    def corpus(self) -> Path:
+        """The text, as JSON Lines."""
+        return self.folder / "corpus.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The SentencePiece model."""
+        return self.folder / "tokenizer.model"
+
+    @property
+    def dataset(self) -> Path:
+        """The indexed dataset, as ``--data-path`` names it."""
+        return self.folder / "dataset" / "text"
+
+    @property
+    def dataset_cache(self) -> Path:
+        """Megatron's index of samples, which knows the dataset by its name only."""
+        return self.folder / "dataset" / "cache"
+
+    @property
+    def plot(self) -> Path:
+        """The picture of both loss curves."""
+        return self.folder / "loss.png"
+
+    def result(self, optimizer: Optimizer) -> Path:
+        """What a run measured."""
+        return self.folder / f"{optimizer.key}.json"
+
+    def run_folder(self, optimizer: Optimizer) -> Path:
+        """A run's log and what its ranks measured."""
+        return self.folder / optimizer.key
+
+    def megatron_flags(self, optimizer: Optimizer) -> list[str]:
+        """Megatron's flags for training this GPT-2 with an optimizer."""
+        flags = {
+            # The model; what is not said is as in GPT-2: tied embeddings, biases, GELU, layer norm.
+            "--num-layers": self.layers,
+            "--hidden-size": self.hidden,
+            "--num-attention-heads": self.heads,
+            "--seq-length": self.sequence,
+            "--max-position-embeddings": self.sequence,
+            "--position-embedding-type": "learned_absolute",
+            "--hidden-dropout": 0,
+            "--attention-dropout": 0,
+            "--seed": 1234,
+            # The data.
+            "--data-path": self.dataset,
+            "--data-cache-path": self.dataset_cache,
+            "--split": "100,0,0",
+            "--tokenizer-type": "GPTSentencePieceTokenizer",
+            "--tokenizer-model": self.tokenizer,
+            "--num-workers": 0,
+            # The training.
+            "--train-iters": self.iterations,
+            "--global-batch-size": self.global_batch,
+            "--micro-batch-size": min(self.micro_batch, self.global_batch // self.ranks),
+            "--lr-warmup-iters": self.iterations // 10,
+            "--lr-decay-style": "cosine",
+            "--min-lr": 1e-4,
+            "--weight-decay": 0.1,
+            "--clip-grad": 1.0,
+            "--optimizer": optimizer.key,
+            "--eval-iters": 0,
+            "--eval-interval": self.iterations + 1,
+            "--log-interval": 1,
+            # Plain PyTorch throughout: pip installs neither Transformer Engine nor apex.
+            "--transformer-impl": "local",
+            "--attention-backend": "unfused",
+        }
+        switches = (
+            "--use-distributed-optimizer",
+            "--no-gradient-accumulation-fusion",
+            "--no-masked-softmax-fusion",
+            "--no-persist-layer-norm",
+            "--no-bias-gelu-fusion",
+            "--no-bias-dropout-fusion",
+            *(["--bf16"] if self.bf16 else []),
+        )
+        named = [str(part) for flag in flags.items() for part in flag]
+        return [*named, *optimizer.flags, *switches]
