@@ -11,8 +11,11 @@ What is added is the choice ``came`` of ``--optimizer``, and machines without a 
 import runpy
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_came.host import cpu, install
+from megatron_came.host.cpu.host_functions import use_compiled_dataset_helpers
+from megatron_came.host.versions import HostError
 
 _USAGE = """\
 usage: torchrun ... -m megatron_came.launch SCRIPT FLAGS...
@@ -24,27 +27,32 @@ forbids it. SCRIPT --help lists the flags of the script."""
 
 
 def prepare() -> None:
-    """Enable the CPU where it is wanted and make ``came`` known to Megatron.
+    """Enable the CPU where it is wanted, and make ``came`` known to Megatron.
 
-    The ``megatron`` package that training is to use must be the first on ``sys.path``.
+    The ``megatron`` package that is to train must be the first on ``sys.path``.
 
     Raises:
-        SystemExit: With status 2, if ``MEGATRON_CAME_CPU`` is set to nonsense.
+        SystemExit: With status 2, if ``MEGATRON_CAME_CPU`` is set to nonsense or this Megatron is
+            not one that CAME can be added to.
     """
     try:
         cpu.enable()
-    except ValueError as error:
-        print(f"megatron_came: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    install()
+    except (ValueError, HostError) as error:
+        _stop("megatron_came", str(error))
+    try:
+        install()
+    except HostError as error:
+        _stop("megatron_came", str(error))
+    use_compiled_dataset_helpers()
+
+
+def _stop(program: str, problem: str) -> NoReturn:
+    print(f"{program}: {problem}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _script(arguments: list[str]) -> Path:
-    """The script that ``arguments`` name first.
-
-    Raises:
-        SystemExit: With status 2, if there is none.
-    """
+    """The script that ``arguments`` name first; stops the program if there is none."""
     if not arguments:
         problem = "name the script to run, such as path/to/Megatron-LM/pretrain_gpt.py."
     elif arguments[0].startswith("-"):
@@ -55,12 +63,15 @@ def _script(arguments: list[str]) -> Path:
             return script
         what = "is a directory: name the script in it" if script.is_dir() else "does not exist"
         problem = f"{script} {what}."
-    print(f"megatron_came.launch: {problem}", file=sys.stderr)
-    raise SystemExit(2)
+    _stop("megatron_came.launch", problem)
 
 
 def main(arguments: list[str]) -> None:
-    """Run the script that ``arguments`` (``sys.argv`` without its first entry) name first."""
+    """Run the script that ``arguments`` (``sys.argv`` without its first entry) name first.
+
+    Raises:
+        SystemExit: With status 2, if they name none; or as the script ends.
+    """
     if arguments and arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return

@@ -63,6 +63,15 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         part: Tensor = self.optimizer.param_groups[group_index]["params"][order]
         return part
 
+    # Megatron's fused kernels for norms and loss scales do not all bear tensors without elements.
+
+    def get_parameters(self) -> list[Tensor]:
+        """The slices that have elements."""
+        return [part for part in super().get_parameters() if part.numel()]
+
+    def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
+        return [part.grad.data for part in self.get_parameters() if part.grad is not None]
+
     # What Megatron's checkpoint code asks of an optimizer other than Adam.
 
     @property

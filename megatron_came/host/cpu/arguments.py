@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_came.host.versions import HostError
+
 # What is announced, and what it sets: a destination of Megatron's parser and its value.
 _DEFAULTS: Mapping[str, tuple[str, object]] = {
     "--transformer-impl local": ("transformer_impl", "local"),
@@ -195,12 +197,12 @@ def set_defaults(parser: argparse.ArgumentParser) -> None:
     """Give Megatron's ``parser`` the defaults of a CPU.
 
     Raises:
-        RuntimeError: This Megatron has no such flag.
+        HostError: This Megatron has no such flag.
     """
     known = {action.dest for action in parser._actions}
     for flag, (destination, value) in _DEFAULTS.items():
         if destination not in known:
-            raise RuntimeError(
+            raise HostError(
                 f"Training on the CPU sets {flag}, which this version of Megatron-LM does not "
                 f"have: use core_v0.19.0."
             )

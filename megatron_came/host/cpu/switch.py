@@ -41,6 +41,7 @@ def enable() -> bool:
     Raises:
         ValueError: ``MEGATRON_CAME_CPU`` is set to something else than 0 or 1.
         RuntimeError: Megatron was imported before this call.
+        HostError: This Megatron lacks a flag that has to be set.
     """
     global _enabled
     if _enabled or not wanted():
