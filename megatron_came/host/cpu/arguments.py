@@ -130,7 +130,7 @@ REFUSALS: tuple[Refusal, ...] = (
     _leave_out("--moe-paged-stash", _OFFLOAD),
     _leave_out("--use-megatron-fsdp", _FSDP),
     _leave_out("--use-torch-fsdp2", _FSDP),
-    _leave_out("--nccl-ub", _NCCL),
+    _leave_out("--use-nccl-ub", _NCCL, "nccl_ub"),
     _leave_out("--nccl-communicator-config-path", _NCCL),
     _leave_out("--pipeline-model-parallel-comm-backend", _NCCL),
     _leave_out("--use-sharp", _NCCL),
@@ -215,7 +215,13 @@ def install() -> None:
     from megatron.core.transformer.enums import AttnBackend
 
     add_arguments = megatron_arguments.add_megatron_arguments
+    parse_args = megatron_arguments.parse_args
     validate_args = megatron_arguments.validate_args
+
+    def check(arguments: argparse.Namespace) -> None:
+        message = refusal(arguments)
+        if message is not None:
+            raise SystemExit(message)
 
     @functools.wraps(add_arguments)
     def add_arguments_for_cpu(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -223,11 +229,15 @@ def install() -> None:
         set_defaults(parser)
         return parser
 
+    @functools.wraps(parse_args)
+    def parse_args_on_cpu(*args: Any, **kwargs: Any) -> argparse.Namespace:
+        arguments: argparse.Namespace = parse_args(*args, **kwargs)
+        check(arguments)  # those of a file are not validated below
+        return arguments
+
     @functools.wraps(validate_args)
     def validate_args_on_cpu(arguments: argparse.Namespace, *args: Any, **kwargs: Any) -> Any:
-        message = refusal(arguments)
-        if message is not None:
-            raise SystemExit(message)
+        check(arguments)  # a checkpoint's may have been added
         if arguments.attention_backend == AttnBackend.local and not arguments.spec:
             # Local layers have one attention, whatever its name; Megatron 0.19 wants a --spec for
             # this name that it cannot build.
@@ -235,4 +245,5 @@ def install() -> None:
         return validate_args(arguments, *args, **kwargs)
 
     megatron_arguments.add_megatron_arguments = add_arguments_for_cpu
+    megatron_arguments.parse_args = parse_args_on_cpu
     megatron_arguments.validate_args = validate_args_on_cpu

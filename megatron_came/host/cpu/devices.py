@@ -2,7 +2,8 @@
 
 Megatron asks for its device in many ways (``device="cuda"``, ``torch.cuda.current_device()``,
 ``tensor.cuda()``, ``tensor.type() == "torch.cuda.FloatTensor"``).  A ``TorchFunctionMode`` answers
-those that go through a torch function, and functions of the module ``torch.cuda`` are replaced.
+those that go through a torch function, in the thread that installs it (the one that trains), and
+functions of the module ``torch.cuda`` are replaced.
 """
 
 import collections

@@ -1,7 +1,7 @@
 """Runs many short Megatron trainings in one set of processes, since starting Megatron takes ten
 seconds.
 
-torchrun --nproc-per-node N -m tests.megatron.worker CASES.json RESULTS_FOLDER
+torchrun --nproc-per-node N -m tests.training.worker CASES.json RESULTS_FOLDER
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from megatron_came.launch import prepare
 prepare()  # before anything imports Megatron
 
 from megatron_came import pretrain_gpt  # noqa: E402
-from tests.megatron import variants  # noqa: E402
-from tests.megatron.recording import Recorder  # noqa: E402
+from tests.training import variants  # noqa: E402
+from tests.training.recording import Recorder  # noqa: E402
 
 
 def run_case(case: dict) -> dict:

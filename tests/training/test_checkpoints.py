@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.megatron.harness import Case, losses, run, worst_difference
+from tests.training.harness import Case, losses, run, worst_difference
 
 TOLERANCE = 2e-6  # of the loss, where another layout sums in another order
 

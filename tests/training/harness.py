@@ -53,7 +53,7 @@ def run(world_size: int, cases: list[Case], folder: Path) -> dict[str, list[dict
         "--master-port",
         str(free_port()),
         "-m",
-        "tests.megatron.worker",
+        "tests.training.worker",
         str(cases_file),
         str(folder),
     ]

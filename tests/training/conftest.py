@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.megatron.harness import Case, run
+from tests.training.harness import Case, run
 
 
 @pytest.fixture(scope="session")

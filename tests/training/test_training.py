@@ -3,7 +3,7 @@ one rank."""
 
 import pytest
 
-from tests.megatron.harness import Case, losses, run, worst_difference
+from tests.training.harness import Case, losses, run, worst_difference
 
 # Relative, of the loss, over 20 fp32 iterations. The authors' class against itself with another
 # micro-batch size differs by 7e-7, and so do the layouts of Adam: it is the order of the model's

@@ -1,0 +1,186 @@
+"""Break the package on purpose, one fault at a time, and see that the tests notice.
+
+    .venv/bin/python scripts/check_mutations.py [NAME...]
+
+Each fault is one replacement in one file of a copy of the repository. A fault survives if the tests
+named with it still pass; the script then fails. ``make test-all`` runs it.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+SHARDED = "tests/test_sharded.py"
+HOST = "tests/test_host_sharding.py"
+RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One replacement in one file, and the tests that must fail with it."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str = SHARDED
+
+
+FAULTS = (
+    Fault("skip the DP reduction", "comm.py", '*_runs(offsets, "dp_group"),', ""),
+    Fault("skip the TP reduction", "comm.py", '*_runs(offsets, "tp_group"),', ""),
+    Fault(
+        "reduce over the wrong group",
+        "work.py",
+        "tp_group: ProcessGroup | None = self.shard.tp_group if summed_over_tp else None",
+        "tp_group: ProcessGroup | None = None if summed_over_tp else self.shard.tp_group",
+    ),
+    Fault(
+        "row mean over the local columns",
+        "layout.py",
+        'return self.local_matrix[2] * (self.tp_size if self.tp_axis == "columns" else 1)',
+        "return self.local_matrix[2]",
+    ),
+    Fault(
+        "mean of a factor that is not whole",
+        "work.py",
+        'pair[1 if self.shard.tp_axis == "rows" else 0]',
+        "pair[0]",
+    ),
+    Fault(
+        "alias residual and gradient statistics",
+        "work.py",
+        "pair = self._factors(*MATRIX_FACTORS[2:])",
+        "pair = self._factors(*MATRIX_FACTORS[:2])",
+    ),
+    Fault(
+        "scale a vector's momentum by lr in place",
+        "maths/passes.py",
+        "    param.add_(step, alpha=-lr)",
+        "    param.add_(step.mul_(lr), alpha=-1.0)",
+    ),
+    Fault(
+        "count padding",
+        "layout.py",
+        "return math.prod(self.shape) * self.tp_size",
+        "return -(-math.prod(self.shape) // 64) * 64 * self.tp_size",
+    ),
+    Fault(
+        "drop the clip's reduction over TP",
+        "work.py",
+        "requests = [self._request(summed_over_tp=axis is not None)]",
+        "requests = [self._request(summed_over_tp=False)]",
+    ),
+    Fault(
+        "state in bf16",
+        "work.py",
+        "return torch.float64 if param.dtype == torch.float64 else torch.float32",
+        "return torch.bfloat16",
+    ),
+    Fault(
+        "the guess used as the clip divisor",
+        "work.py",
+        "self._divisor = divisor.to(self._dtype)",
+        'self._divisor = getattr(self, "_guess", divisor).to(self._dtype)',
+    ),
+    Fault(
+        "residuals with the guess",
+        "maths/factors.py",
+        "delta = divisor.reciprocal() - guess.to(torch.float64).reciprocal()",
+        "delta = torch.zeros_like(divisor)",
+    ),
+    Fault(
+        "column offsets off by one",
+        "layout.py",
+        "columns=slice(column, column + box[2]),",
+        "columns=slice(max(column - 1, 0), max(column - 1, 0) + box[2]),",
+    ),
+    Fault(
+        "drop eps1",
+        "work.py",
+        "factors.update_moment(moment, sums, count=count, eps=eps, beta=beta)",
+        "factors.update_moment(moment, sums, count=count, eps=0.0, beta=beta)",
+    ),
+    Fault(
+        "copies not made identical",
+        "comm.py",
+        'self._copies = _runs(offsets, "copies_group")',
+        "self._copies = []",
+    ),
+    Fault(
+        "expert group mixed with the dense group",
+        "host/sharding.py",
+        'return self.tp if getattr(param, "allreduce", True) else self.expert_tp',
+        "return self.tp",
+        HOST,
+    ),
+    Fault(
+        "factors not saved",
+        "host/factors.py",
+        'return {"format": FORMAT, "parameters": parameters}',
+        'return {"format": FORMAT, "parameters": {key: {} for key in parameters}}',
+        RESUME,
+    ),
+    Fault(
+        "row factors saved as replicas of one tensor-parallel rank",
+        "host/factors.py",
+        "tensor + leaf.global_offset[axis] // leaf.local_shape[axis]",
+        "tensor + 1",
+        RESUME,
+    ),
+)
+
+
+def survives(fault: Fault, folder: Path) -> bool:
+    """Whether the tests pass in a copy of the repository with the fault in it."""
+    copy = folder / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for name in ("megatron_came", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    file = copy / "megatron_came" / fault.file
+    source = file.read_text()
+    if source.count(fault.before) != 1:
+        raise SystemExit(f"{fault.name}: {fault.file} does not hold its line exactly once.")
+    file.write_text(source.replace(fault.before, fault.after))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *fault.tests.split(),
+    ]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(
+            f"{fault.name}: pytest did not run.\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.returncode == 0
+
+
+def main() -> None:
+    """Try the faults named on the command line, or all."""
+    names = sys.argv[1:]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        for fault in FAULTS:
+            if names and fault.name not in names:
+                continue
+            alive = survives(fault, Path(folder))
+            print(f"{'SURVIVES' if alive else 'noticed '}  {fault.name}", flush=True)
+            survivors += [fault.name] * alive
+    if survivors:
+        raise SystemExit(f"{len(survivors)} of the faults were not noticed.")
+
+
+if __name__ == "__main__":
+    main()
