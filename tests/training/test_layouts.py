@@ -22,7 +22,10 @@ def pp(size, virtual=None):
     return f"--pipeline-model-parallel-size {size} " + chunks
 
 
+SP = "--sequence-parallel "
+CP = "--context-parallel-size 2 "
 EP = "--expert-model-parallel-size 2 "
+ETP1, ETP2 = "--expert-tensor-parallel-size 1 ", "--expert-tensor-parallel-size 2 "
 
 MODELS = {
     "gpt2": "",
@@ -34,7 +37,13 @@ MODELS = {
 }
 LAYOUTS = {
     "gpt2": {
-        2: {"pp2-vpp2": pp(2, 1), "pp2-vpp2-do-overlap": pp(2, 1) + OVERLAP},
+        2: {
+            "pp2-vpp2": pp(2, 1),
+            "pp2-vpp2-do-overlap": pp(2, 1) + OVERLAP,
+            "tp2-sp-do": tp(2) + SP + DO,
+            "cp2": CP,
+            "cp2-do": CP + DO,
+        },
         4: {
             "tp4": tp(4),
             "pp4": pp(4),
@@ -44,15 +53,30 @@ LAYOUTS = {
             "dp4-two-instances": TWO_INSTANCES,
             "tp2-dp2-do-overlap": tp(2) + OVERLAP,
             "pp2-vpp2-tp2-do": pp(2, 1) + tp(2) + DO,
+            "tp2-sp-cp2-do": tp(2) + SP + CP + DO,
+            "cp2-dp2-do": CP + DO,
+            "tp4-sp": tp(4) + SP,
         },
     },
     "llama": {
-        2: {"tp2-do": tp(2) + DO, "pp2-do": pp(2) + DO, "dp2-do": DO},
+        2: {"tp2-do": tp(2) + DO, "pp2-do": pp(2) + DO, "dp2-do": DO, "tp2-sp": tp(2) + SP},
         4: {"tp4": tp(4), "tp2-pp2": tp(2) + pp(2), "tp2-dp2-do": tp(2) + DO},
     },
     "moe": {
-        2: {"ep2": EP, "ep2-do": EP + DO, "dp2-do": DO},
-        4: {"ep2-dp4-do": EP + DO, "ep2-pp2": EP + pp(2), "ep2-dp4-do-overlap": EP + OVERLAP},
+        2: {
+            "ep2": EP,
+            "ep2-do": EP + DO,
+            "dp2-do": DO,
+            "tp2-sp-etp2-do": tp(2) + SP + ETP2 + DO,
+            "tp2-sp-ep2-do": tp(2) + SP + EP + ETP1 + DO,
+        },
+        4: {
+            "ep2-dp4-do": EP + DO,
+            "ep2-pp2": EP + pp(2),
+            "ep2-dp4-do-overlap": EP + OVERLAP,
+            "tp2-sp-ep2-etp2": tp(2) + SP + EP + ETP2,
+            "tp2-sp-dp2-ep2-etp1-do": tp(2) + SP + EP + ETP1 + DO,
+        },
     },
 }
 NAMES = [

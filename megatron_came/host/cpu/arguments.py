@@ -101,13 +101,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "use --attention-backend unfused",
         ("unfused", "local", "auto"),
     ),
-    Refusal(
-        "--context-parallel-size",
-        "context_parallel_size",
-        "Transformer Engine's attention, which runs on a GPU",
-        "use --context-parallel-size 1",
-        (1,),
-    ),
     _leave_out("--use-flash-attn", "an attention kernel for GPUs"),
     _leave_out("--fp8-format", _ENGINE, "fp8"),
     _leave_out("--fp4-format", _ENGINE, "fp4"),
@@ -167,19 +160,6 @@ def _refused_together(arguments: argparse.Namespace) -> str | None:
     def given(destination: str) -> bool:
         return bool(getattr(arguments, destination, None))
 
-    # Without tensor parallelism Megatron switches sequence parallelism off by itself.
-    if getattr(arguments, "tensor_model_parallel_size", 1) > 1:
-        if given("sequence_parallel"):
-            return (
-                "--sequence-parallel needs a layer norm of Transformer Engine or apex, and this "
-                "run is on the CPU: leave it out."
-            )
-        if given("num_experts"):
-            return (
-                "--num-experts with --tensor-model-parallel-size above 1 needs "
-                "--sequence-parallel, which does not work on the CPU: use "
-                "--tensor-model-parallel-size 1."
-            )
     if given("profile") and not given("use_pytorch_profiler"):
         return (
             "--profile needs the CUDA profiler, and this run is on the CPU: add "

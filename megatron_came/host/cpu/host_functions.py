@@ -79,8 +79,20 @@ def _move_routing_to_numpy() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_numpy
 
 
+def _keep_pipeline_outputs() -> None:
+    """Keep what a pipeline stage has sent until its backward pass.
+
+    Megatron frees the storage right after the send, which a GPU's stream has ordered by then; gloo
+    may still be reading it.
+    """
+    from megatron.core.pipeline_parallel import schedules
+
+    schedules.deallocate_output_tensor = lambda *args, **kwargs: None
+
+
 def install() -> None:
     """Put the stand-ins in place, for good."""
+    _keep_pipeline_outputs()
     use_compiled_dataset_helpers()
     _fork_checkpoint_worker()
     _snapshot_checkpoint_tensors()

@@ -60,10 +60,11 @@ def enable() -> bool:
     _enabled = True
 
     # These import Megatron, which has to find the stand-ins in place.
-    from megatron_came.host.cpu import arguments, host_functions, torch_adam
+    from megatron_came.host.cpu import arguments, host_functions, parallel_layers, torch_adam
 
     arguments.install()
     host_functions.install()
+    parallel_layers.install()
     torch_adam.install()
     atexit.register(_leave_process_groups)
     if os.environ.get("RANK", "0") == "0":
