@@ -8,7 +8,7 @@ BIN := .venv/bin
 OPTIONS = $(if $(TEXT),--text $(TEXT)) $(if $(RANKS),--ranks $(RANKS)) \
 	$(if $(PORT),--port $(PORT)) $(if $(ITERATIONS),--iterations $(ITERATIONS))
 
-.PHONY: help venv quickstart test check clean-quickstart
+.PHONY: help venv quickstart test test-all check clean-quickstart
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ quickstart: venv  ## train a small GPT-2 with CAME and AdamW (TEXT="files", RANK
 test: venv  ## run the tests
 	@# The tests start several processes of their own.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-all: venv  ## run the full matrix of layouts as well, and break the package on purpose
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "matrix or not matrix"
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_mutations.py
 
 check: venv  ## run the linter, the format check and the type checker
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

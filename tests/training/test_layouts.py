@@ -86,6 +86,14 @@ NAMES = [
     for name in layouts
 ]
 
+UNTIED = "--untie-embeddings-and-output-weights "
+# (variant, ranks, flags of the model, flags of the layout)
+FROZEN = {
+    "stage-without-parameters": ("frozen-stage", 2, UNTIED, pp(2)),
+    "stage-without-parameters-do": ("frozen-stage", 2, UNTIED, pp(2) + DO),
+    "rank-without-elements-do": ("frozen-but-one", 4, "", DO),
+}
+
 FIFTY = "--train-iters 50 "
 EXACT = {  # compared bit for bit, by number of ranks
     2: {"tied-pp2": FIFTY + pp(2) + DO, "twice-a": DO, "twice-b": DO},
@@ -127,10 +135,19 @@ def seen(tmp_path_factory):
                 Case(f"{model}-{name}", start[model] + came + layout)
                 for name, layout in layouts.items()
             ]
+    for name, (variant, ranks, model, layout) in FROZEN.items():
+        here = folder / f"start-{name}"
+        begin = f"--load {here} --finetune --no-load-optim --no-load-rng {model}"
+        cases[1] += [
+            Case(f"start-{name}", f"{once}{saving}--save {here} {model}"),
+            Case(f"oracle-{name}", begin + came, f"oracle+{variant}"),
+        ]
+        cases[ranks].append(Case(name, begin + came + layout, f"came+{variant}"))
     for ranks, exact in EXACT.items():
         cases[ranks] += [Case(name, came + flags) for name, flags in exact.items()]
     for name, flags in SIXTEEN_BIT.items():
-        cases[1].append(Case(f"oracle-{name}", came + flags.replace(DO, ""), "oracle"))
+        # The authors' class on whole tensors, with plain data parallelism: overflows come alike.
+        cases[2].append(Case(f"oracle-{name}", came + flags.replace(DO, ""), "oracle"))
         cases[2].append(Case(name, came + flags))
     results = {}
     for ranks, here in cases.items():
@@ -143,6 +160,13 @@ def test_losses_equal_the_authors_optimizer(seen, name):
     theirs = losses(seen["oracle-" + name.split("-")[0]])
     assert theirs[-1] < theirs[0] - 0.5
     assert worst_difference(losses(seen[name]), theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_ranks_that_own_nothing(seen, name):
+    ours, theirs = losses(seen[name]), losses(seen[f"oracle-{name}"])
+    assert theirs[-1] != theirs[0]
+    assert worst_difference(ours, theirs) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", TIED)

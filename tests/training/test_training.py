@@ -27,14 +27,14 @@ SETTINGS = {
     "--came-eps1 1e-20 --came-eps2 1e-10 --came-clip-threshold 0.5",
     "decoupled-lr": "--untie-embeddings-and-output-weights --decoupled-lr 1e-3 "
     "--decoupled-min-lr 1e-4",
-    "frozen": "",
+    "frozen-layer": "",
 }
 ADAM = [(1, "dp1"), (2, "dp2-do"), (2, "tp2-do"), (2, "pp2")]
 FAULTS = {"dp2-do": "no_dp_sum", "tp2": "no_tp_sum"}
 
 
 def _setting(name: str, variant: str, flags: str = "") -> Case:
-    frozen = "+frozen" if name == "frozen" else ""
+    frozen = "+" + name if name.startswith("frozen") else ""
     return Case(f"{variant}-{name}", f"{LOGS}{SETTINGS[name]} {flags}", variant + frozen)
 
 

@@ -1,6 +1,7 @@
 """What a case runs instead of CAME: the authors' optimizer, or CAME with a deliberate fault."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import came_pytorch
@@ -34,19 +35,33 @@ def _without_sums_over(kind: str):
 _FIELDS = ("shape", "dp_group", "tp_group", "copies_group")
 
 
-def _frozen():
-    """Models whose first layer is frozen."""
+def _trainable(is_trainable):
+    """Models of which some parameters are frozen, by their full names."""
     from megatron.core.models.gpt import GPTModel
 
     original = GPTModel.__init__
 
     def frozen(self, *args, **kwargs):
         original(self, *args, **kwargs)
+        first = {f".{i}.": layer.layer_number - 1 for i, layer in enumerate(self.decoder.layers)}
         for name, param in self.named_parameters():
-            if ".layers.0." in name:
-                param.requires_grad = False
+            for local, number in first.items():
+                if f"decoder.layers{local}" in name:
+                    name = name.replace(local, f".{number}.", 1)
+                    break
+            param.requires_grad = is_trainable(name)
 
     return mock.patch.object(GPTModel, "__init__", frozen)
+
+
+FROZEN = {
+    # The first layer of four.
+    "frozen-layer": lambda name: ".layers.0." not in name,
+    # All that the first of two pipeline stages holds.
+    "frozen-stage": lambda name: any(part in name for part in (".2.", ".3.", "final", "output")),
+    # All but so few elements that data-parallel ranks own none.
+    "frozen-but-one": lambda name: name == "decoder.final_layernorm.weight",
+}
 
 
 def apply(name: str, stack: contextlib.ExitStack) -> None:
@@ -56,7 +71,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
     patches = {
         "came": contextlib.nullcontext,
         "oracle": lambda: mock.patch.object(building, "CAME", Oracle),
-        "frozen": _frozen,
+        **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         "no_dp_sum": lambda: _without_sums_over("dp_group"),
         "no_tp_sum": lambda: _without_sums_over("tp_group"),
     }
