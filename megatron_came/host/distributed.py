@@ -10,6 +10,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_came.host.factors import FACTORS, FORMAT, check_format, load_factors, sharded_factors
+from megatron_came.host.hyperparameters import kept
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.layout import Shard
 from megatron_came.optimizer import CAME
@@ -118,7 +119,8 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Megatron's, with the factors."""
         factors = state_dict.pop("came", None)
-        super().load_state_dict(state_dict)
+        with kept(self.optimizer):
+            super().load_state_dict(state_dict)
         if factors is not None:
             load_factors(self.optimizer, self._parts, factors)
 

@@ -10,6 +10,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from torch import Tensor
 
 from megatron_came.host.factors import FACTORS, load_factors, sharded_factors
+from megatron_came.host.hyperparameters import kept
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
 
@@ -52,7 +53,8 @@ class _CheckpointedFactors:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the wrapper's; a legacy checkpoint has the factors among the rest of the state."""
         factors = state_dict.pop("came", None)
-        super().load_state_dict(state_dict)  # type: ignore[misc]
+        with kept(self.optimizer) if self.optimizer is not None else contextlib.nullcontext():
+            super().load_state_dict(state_dict)  # type: ignore[misc]
         if factors is not None and self.optimizer is not None:
             self.optimizer.init_state()
             load_factors(self.optimizer, self._parts, factors)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_came.tools import inspect_checkpoint
 from tests.training.harness import Case, run
 
 DO = "--use-distributed-optimizer "
@@ -41,15 +42,18 @@ def seen(tmp_path_factory):
         Case(name, short + flags.format(**places), fails=True)
         for name, (flags, _) in REFUSED.items()
     ]
+    again = "--train-iters 4 --lr-warmup-iters 0 --override-opt-param-scheduler"
     afresh = "--train-iters 4 --lr-warmup-iters 0 --load {} --no-load-optim --optimizer {}"
     cases += [
         Case("came-from-adam", afresh.format(places["adam"], "came")),
         Case("adam-from-came", afresh.format(places["came"], "adam")),
         Case("ignored", short + "--optimizer came --adam-beta1 0.5 --sgd-momentum 0.1"),
         Case("plain", short + "--optimizer came"),
+        Case("changed-beta", f"{again} --optimizer came --load {places['came']} --came-beta2 0.9"),
         Case("notice", f"{short} {DO} --optimizer came --save {folder / 'x'} --save-interval 99"),
     ]
-    return run(1, cases, folder) | {"log": (folder / "log").read_text()}
+    results = run(1, cases, folder)
+    return results | {"log": (folder / "log").read_text(), "folder": folder}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -73,3 +77,28 @@ def test_settings_of_adam_and_sgd_are_ignored_with_a_line(seen):
 
 def test_what_checkpoints_can_do_is_said_at_the_start(seen):
     assert seen["log"].count("--dist-ckpt-optim-fully-reshardable allows") == 1
+
+
+def test_hyperparameters_of_a_resumed_run_are_those_of_its_flags(seen):
+    line = "training goes on with --came-beta2 0.9 (the checkpoint's run had 0.999)."
+    assert seen["log"].count(line) == 1
+    assert len(seen["changed-beta"][0]["losses"]) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--summary"]], ids=str)
+def test_inspect_lists_what_is_inside(seen, options, capsys):
+    folder = seen["folder"] / "checkpoint-came"
+    assert inspect_checkpoint.main([str(folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "iteration   2\n" in printed
+    assert "optimizer   came\n" in printed
+    name = "optimizer.state.exp_avg_res_row.decoder.layers.mlp.linear_fc1.weight  4x192 float32"
+    assert (name in printed) == (not options)
+
+
+def test_inspect_of_something_else(tmp_path, capsys):
+    assert inspect_checkpoint.main([str(tmp_path)]) == 2
+    assert inspect_checkpoint.main([str(tmp_path / "nothing")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "holds no checkpoint of Megatron" in first
+    assert "is not a folder" in second

@@ -1,0 +1,25 @@
+"""The command ``megatron-came``."""
+
+from __future__ import annotations
+
+import sys
+
+_USAGE = """\
+usage: megatron-came COMMAND ...
+
+commands:
+  inspect CHECKPOINT   list what a checkpoint of Megatron holds"""
+
+
+def main() -> int:
+    """Run the command that the command line names; return its exit status."""
+    command, rest = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if command in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    if command == "inspect":
+        from megatron_came.tools import inspect_checkpoint
+
+        return inspect_checkpoint.main(rest)
+    print(f"megatron-came: there is no command {command}.\n{_USAGE}", file=sys.stderr)
+    return 2
