@@ -91,11 +91,6 @@ class SumBuffer:
         ]
         self._copies = _runs(offsets, "copies_group")
 
-    @property
-    def collectives(self) -> int:
-        """Number of collectives that one :meth:`reduce` issues."""
-        return len(self._sums) + len(self._copies)
-
     def zero_(self) -> None:
         """Forget the sums of the last step."""
         self.flat.zero_()

@@ -153,8 +153,9 @@ class CAME(torch.optim.Optimizer):
         plan = self._current_plan()
         plan.clear()
         active = [work for work in plan.works if work.takes_part()]
+        hypers = {id(group): Hyperparameters.from_group(group) for group in self.param_groups}
         for work in active:
-            work.begin(self._state_of(work))
+            work.begin(self._state_of(work), hypers[id(work.group)])
 
         for work in active:
             work.add_square_sums()
@@ -271,7 +272,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
 def _as_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """Give loaded state our dtypes; drop what only the authors' class has: ``step``, ``RMS``."""
     return {
-        key: value.to(device=param.device, dtype=state_dtype(param))
+        key: value.to(device=param.device, dtype=state_dtype(param)).contiguous()
         for key, value in saved.items()
         if key not in ("step", "RMS")
     }

@@ -17,9 +17,9 @@ from megatron_came.layout import Block, ProcessGroup, Shard, blocks
 from megatron_came.maths import factors, passes
 from megatron_came.maths.hyperparameters import Hyperparameters
 
-# Elements of a box: large enough to keep the threads of an operation busy, small enough that its
+# Elements of a box: large enough to keep the device busy, small enough that an operation's
 # temporaries stay within a few MiB.
-_BLOCK_ELEMENTS = 512 * 1024
+_BLOCK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024}
 
 MATRIX_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
 VECTOR_FACTORS = ("exp_avg_sq",)
@@ -57,7 +57,8 @@ class ParameterWork:
 
     def __init__(self, param: Tensor, group: dict[str, Any], shard: Shard) -> None:
         self.param, self.group, self.shard = param, group, shard
-        self._blocks: list[Block] = list(blocks(shard, _BLOCK_ELEMENTS))
+        limit = _BLOCK_ELEMENTS.get(param.device.type, _BLOCK_ELEMENTS["cuda"])
+        self._blocks: list[Block] = list(blocks(shard, limit))
         self._dtype = state_dtype(param)
 
     # What this parameter sums over ranks.
@@ -112,10 +113,9 @@ class ParameterWork:
             raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
         return self.shard.full_numel > 0 and (grad is not None or self.shard.numel == 0)
 
-    def begin(self, state: dict[str, Tensor]) -> None:
-        """Read this step's gradient and hyperparameters."""
-        self._state = state
-        self._hyper = Hyperparameters.from_group(self.group)
+    def begin(self, state: dict[str, Tensor], hyper: Hyperparameters) -> None:
+        """Take up the state, the group's hyperparameters and this step's gradient."""
+        self._state, self._hyper = state, hyper
         grad = self.param if self.param.grad is None else self.param.grad
         self._grad = grad.detach().reshape(
             -1

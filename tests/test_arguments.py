@@ -96,7 +96,7 @@ def changed(namespace, **changes):
             {},
             {"tensor_model_parallel_size": 2},
             "dp_reshardable",
-            "save there with --dist-ckpt-optim-fully-reshardable",
+            "--dist-ckpt-optim-fully-reshardable",
         ),
     ],
     ids=str,

@@ -60,6 +60,7 @@ class Unsupported:
 
 _LEAVE_OUT = "leave it out, or use --optimizer adam"
 _SHARDING = "use --use-distributed-optimizer, which shards CAME's momentum and main weights"
+_SEPARATE = "leave it out: CAME has statistics of its own for each expert"
 UNSUPPORTED = (
     Unsupported("optimizer_cpu_offload", "--optimizer-cpu-offload", _LEAVE_OUT),
     Unsupported("use_precision_aware_optimizer", "--use-precision-aware-optimizer", _LEAVE_OUT),
@@ -94,6 +95,8 @@ UNSUPPORTED = (
         (None, 1),
         "expert_tensor_parallel_num_weight_shards",
     ),
+    Unsupported("moe_single_grouped_weight", "--moe-single-grouped-weight", _SEPARATE),
+    Unsupported("moe_single_grouped_bias", "--moe-single-grouped-bias", _SEPARATE),
     Unsupported("use_layer_wise_distributed_optimizer", "a layer-wise optimizer", _SHARDING),
     Unsupported("yaml_cfg", "--yaml-cfg", "give the settings as flags"),
 )
@@ -143,6 +146,12 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
     problems = [problem for rule in UNSUPPORTED if (problem := rule.problem(args))]
     if problems:
         raise ValueError(problems[0])
+    if getattr(args, "softmax_type", None) == "learnable" and args.tensor_model_parallel_size > 1:
+        # Its offsets are cut by tensor parallelism and do not say so.
+        raise ValueError(
+            "--optimizer came does not go with --softmax-type learnable at "
+            "--tensor-model-parallel-size above 1: use another --softmax-type, or size 1."
+        )
     foreign = [flag for flag in flags if flag.startswith(_FOREIGN)]
     if foreign:
         raise ValueError(

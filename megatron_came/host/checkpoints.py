@@ -43,7 +43,9 @@ def _with_check(original: Function) -> Function:
         state = result[0] or {}
         if _fills_optimizer.get() and state.get("args") is not None:
             metadata = state.get("content_metadata") or {}
-            problem = refusal(state["args"], args, metadata.get("distrib_optim_sharding_type"))
+            legacy = getattr(result[-1], "name", None) == "LEGACY"
+            sharding = "legacy" if legacy else metadata.get("distrib_optim_sharding_type")
+            problem = refusal(state["args"], args, sharding)
             if problem:
                 raise SystemExit(f"megatron_came: {problem}")
         return result
@@ -57,7 +59,8 @@ def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
     Args:
         saved: Megatron's arguments of the run that saved it.
         args: Megatron's arguments of this run.
-        sharding_type: format of the distributed optimizer's state in it; None if not known.
+        sharding_type: format of the distributed optimizer's state in it; "legacy" for the
+            ``torch`` format, None if not known.
     """
     if args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
         return None
@@ -77,19 +80,36 @@ def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
             f"--use-distributed-optimizer, whose state Megatron stores in a way of its own: {verb} "
             f"it, or {_AFRESH}."
         )
-    if sharding_type != "dp_reshardable":
+    if _experts_apart(saved) != _experts_apart(args):
+        return (
+            "Megatron keeps the optimizer state of experts apart where "
+            "--expert-model-parallel-size is above 1 or --expert-tensor-parallel-size differs from "
+            "the dense one, and the checkpoint and this run differ in that: resume at the saved "
+            f"sizes, or {_AFRESH}."
+        )
+    if not sharded or sharding_type not in ("dp_reshardable", "legacy"):
         return None
     for name in _SIZES:
         was, size = getattr(saved, name, None) or 1, getattr(args, name, None) or 1
         if was != size:
             flag = "--" + name.replace("_", "-")
             return (
-                f"the checkpoint was saved at {flag} {was}, this run has {size}, and Megatron's "
-                "default format of optimizer state allows a change of the data-parallel size "
-                f"alone: resume at {was}, save there with --dist-ckpt-optim-fully-reshardable and "
-                f"resume from that, or {_AFRESH}."
+                f"the checkpoint was saved at {flag} {was}, this run has {size}, and its format of "
+                "optimizer state allows a change of the data-parallel size alone: resume at "
+                f"{was}, save there with --ckpt-format torch_dist "
+                f"--dist-ckpt-optim-fully-reshardable and resume from that, or {_AFRESH}."
             )
     return None
+
+
+def _experts_apart(args: Any) -> bool:
+    """Whether expert parameters have an optimizer of their own."""
+    if not getattr(args, "num_experts", None):
+        return False
+    dense = getattr(args, "tensor_model_parallel_size", 1)
+    return (getattr(args, "expert_model_parallel_size", 1) or 1) > 1 or (
+        (getattr(args, "expert_tensor_parallel_size", None) or dense) != dense
+    )
 
 
 def notice(args: Any) -> str | None:
@@ -99,6 +119,5 @@ def notice(args: Any) -> str | None:
         return None
     return (
         "checkpoints of this run can be resumed at another data-parallel size, but not at other "
-        "tensor-, pipeline- or expert-parallel sizes; --dist-ckpt-optim-fully-reshardable allows "
-        "all of them."
+        "tensor- or pipeline-parallel sizes; --dist-ckpt-optim-fully-reshardable allows these."
     )

@@ -9,7 +9,13 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_came.host.factors import FACTORS, FORMAT, check_format, load_factors, sharded_factors
+from megatron_came.host.factors import (
+    FACTORS,
+    FORMAT,
+    load_factors,
+    sharded_factors,
+    unknown_format,
+)
 from megatron_came.host.hyperparameters import kept
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.layout import Shard
@@ -35,8 +41,15 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         )
         super().__init__(optimizer, *args, **kwargs)
         self._parts: list[tuple[Tensor, Tensor]] = []
+        self._owned: dict[Tensor, Tensor] = {}
         if self.is_stub_optimizer:
             return
+        for whole_groups, part_groups in (
+            (self.model_fp32_groups, self.shard_fp32_groups),
+            (self.model_float16_groups, self.shard_fp32_from_float16_groups),
+        ):
+            for params, parts in zip(whole_groups, part_groups, strict=True):
+                self._owned.update(zip(params, parts, strict=True))
         shards: dict[Tensor, Shard] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             for param in params:
@@ -50,19 +63,13 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     def _part_of(self, param: Tensor, model_groups: ModelGroups) -> tuple[Tensor, Shard]:
         """Return what the optimizer updates of a parameter on this rank, and where it lies."""
-        if param not in self.model_param_gbuf_map:
+        dp_group = self.data_parallel_group
+        if param not in self._owned:
             empty = torch.empty(0, dtype=torch.float32, device=param.device)
-            return empty, shard_of(param, model_groups, stop=0, dp_group=self.data_parallel_group)
+            return empty, shard_of(param, model_groups, stop=0, dp_group=dp_group)
         span = self._get_model_param_range_map(param)["param"]
-        shard = shard_of(
-            param, model_groups, start=span.start, stop=span.end, dp_group=self.data_parallel_group
-        )
-        return self._main_param(param), shard
-
-    def _main_param(self, param: Tensor) -> Tensor:
-        group_index, order = self.model_param_group_index_map[param]
-        part: Tensor = self.optimizer.param_groups[group_index]["params"][order]
-        return part
+        shard = shard_of(param, model_groups, start=span.start, stop=span.end, dp_group=dp_group)
+        return self._owned[param], shard
 
     # Megatron's fused kernels for norms and loss scales do not all bear tensors without elements.
 
@@ -81,7 +88,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return ("exp_avg",)
 
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
-        part = self._main_param(model_param)
+        part = self._owned[model_param]
         return {"param": part, "exp_avg": self.optimizer.state[part]["exp_avg"]}
 
     def _set_main_param_and_optimizer_states(
@@ -149,23 +156,25 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     # Legacy checkpoints: one file a model-parallel rank, gathered to and scattered from
     # data-parallel rank 0.
 
-    def save_parameter_state(self, filename: str) -> None:
-        """Save weights, momentum and factors from data-parallel rank 0."""
-        state = self.get_parameter_state_dp_zero()
-        if self.data_parallel_group.rank() == 0:
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, with the factors; a chain of optimizers saves what this returns."""
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is not None:
             state["came"] = {"format": FORMAT, "parameters": self._legacy_factors()}
-            torch.save(state, filename)
+        return state
 
     def load_parameter_state_from_dp_zero(self, state_dict: Any, **kwargs: Any) -> None:
-        """Load what :meth:`save_parameter_state` saved.
+        """Load what :meth:`get_parameter_state_dp_zero` returned.
 
         Raises:
-            ValueError: on rank 0, if the file holds no factors, or others.
+            SystemExit: on all ranks, if the file holds no factors, or others.
         """
-        if self.data_parallel_group.rank() == 0:
-            self._check_legacy(state_dict)
-        super().load_parameter_state_from_dp_zero(state_dict, **kwargs)
         group = self.data_parallel_group_gloo
+        problem = [self._legacy_problem(state_dict) if group.rank() == 0 else None]
+        dist.broadcast_object_list(problem, group=group, group_src=0)
+        if problem[0]:
+            raise SystemExit(f"megatron_came: {problem[0]}")
+        super().load_parameter_state_from_dp_zero(state_dict, **kwargs)
         for position, factors in enumerate(self._legacy_factors()):
             for key, mine in factors.items():
                 if group.rank() == 0:
@@ -180,20 +189,23 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             for state in (self.optimizer.state[part] for _, part in self._parts)
         ]
 
-    def _check_legacy(self, state_dict: Any) -> None:
+    def _legacy_problem(self, state_dict: Any) -> str | None:
+        """Say in one sentence why the factors of a legacy file do not fit, or None."""
         saved = state_dict.get("came")
         if saved is None:
-            raise ValueError(
-                "The checkpoint holds no factors of CAME: another optimizer has written it. Give "
+            return (
+                "the checkpoint holds no factors of CAME: another optimizer has written it. Give "
                 "--no-load-optim or --finetune to start CAME afresh from its weights."
             )
-        check_format(saved)
+        if saved.get("format") != FORMAT:
+            return unknown_format(saved.get("format"))
         shapes = [
             [{key: tuple(value.shape) for key, value in factors.items()} for factors in parameters]
             for parameters in (saved["parameters"], self._legacy_factors())
         ]
         if shapes[0] != shapes[1]:
-            raise ValueError(
-                "The checkpoint's factors of CAME belong to another model or tensor-parallel size: "
+            return (
+                "the checkpoint's factors of CAME belong to another model or tensor-parallel size: "
                 "load it with the flags it was saved with, or give --no-load-optim."
             )
+        return None

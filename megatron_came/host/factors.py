@@ -8,6 +8,7 @@ dimension alone hold replicas of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -70,11 +71,17 @@ def sharded_factors(
                 f"--optimizer came: a parameter of shape {tuple(param.shape)} is not in the "
                 "model's sharded state; its factors cannot be saved or loaded."
             )
+        entry, shard = entries[id(param)], came.shard_of(part)
+        if isinstance(entry, ShardedTensor) and _cuts(entry) != shard.tp_size:
+            raise ValueError(
+                f"--optimizer came: {entry.key} is cut into {_cuts(entry)} by tensor parallelism, "
+                f"but says that it is cut into {shard.tp_size}: its statistics are wrong."
+            )
         state = came.state[part]
         parameters[str(position)] = {
             key: [
                 {"values": values, "place": LocalNonpersistentObject(place)}
-                for values, place in _pieces(key, state[key], entries[id(param)], param)
+                for values, place in _pieces(key, state[key], entry, param)
             ]
             for key in FACTORS
             if key in state
@@ -93,7 +100,8 @@ def load_factors(came: CAME, parts: Iterable[Part], loaded: Mapping[str, Any]) -
     Raises:
         ValueError: written in a format that this version does not know.
     """
-    check_format(loaded)
+    if loaded.get("format") != FORMAT:
+        raise ValueError(unknown_format(loaded.get("format")))
     for position, (_, part) in enumerate(parts):
         state = came.state[part]
         for key, pieces in loaded["parameters"][str(position)].items():
@@ -101,18 +109,12 @@ def load_factors(came: CAME, parts: Iterable[Part], loaded: Mapping[str, Any]) -
                 state[key][piece["place"]].copy_(piece["values"])
 
 
-def check_format(loaded: Mapping[str, Any]) -> None:
-    """Refuse factors of a format that this version does not know.
-
-    Raises:
-        ValueError: with what to do.
-    """
-    if loaded.get("format") != FORMAT:
-        raise ValueError(
-            f"The checkpoint holds CAME's factors in format {loaded.get('format')}, and this "
-            f"megatron_came reads format {FORMAT}: install the version that wrote it, or give "
-            "--no-load-optim."
-        )
+def unknown_format(found: object) -> str:
+    """Say that factors are of a format that this version does not know, and what to do."""
+    return (
+        f"the checkpoint holds CAME's factors in format {found}, and this megatron_came reads "
+        f"format {FORMAT}: install the version that wrote it, or give --no-load-optim."
+    )
 
 
 def _pieces(
@@ -153,6 +155,11 @@ def _piece(key: str, values: Tensor, leaf: ShardedTensor, axis: int | None) -> S
     )
     piece.validate_metadata_integrity()
     return piece
+
+
+def _cuts(entry: ShardedTensor) -> int:
+    """Into how many parts the parameter's own dimensions are cut."""
+    return math.prod((entry.axis_fragmentations or ())[entry.prepend_axis_num :])
 
 
 def _without(values: tuple[Any, ...], axis: int | None) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -33,4 +34,10 @@ def kept(came: CAME) -> Iterator[None]:
                     changes[f"{flag} {own:g} (the checkpoint's run had {saved:g})"] = None
         group.update(mine)
     if changes and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(f"megatron_came: training goes on with {', '.join(changes)}.", flush=True)
+        _say_once(f"megatron_came: training goes on with {', '.join(changes)}.")
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    """Once, though dense and expert parameters have an optimizer each."""
+    print(sentence, flush=True)

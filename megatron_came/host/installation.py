@@ -13,8 +13,9 @@ def install() -> None:
             be replaced.
     """
     check_version()
-    from megatron_came.host import arguments, building, checkpoints
+    from megatron_came.host import arguments, building, checkpoints, memory
 
     building.install()
     arguments.install()
     checkpoints.install()
+    memory.install()

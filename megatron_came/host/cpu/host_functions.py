@@ -87,7 +87,23 @@ def _keep_pipeline_outputs() -> None:
     """
     from megatron.core.pipeline_parallel import schedules
 
+    def backward(output: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        """Megatron's, without its check that the storage has been freed."""
+        if gradient is None:
+            gradient = torch.ones_like(output)
+        # Not torch.autograd.backward, inside which the stand-in for device="cuda" is off.
+        torch.autograd.Variable._execution_engine.run_backward(
+            tensors=(output,),
+            grad_tensors=(gradient,),
+            keep_graph=False,
+            create_graph=False,
+            inputs=(),
+            allow_unreachable=True,
+            accumulate_grad=True,
+        )
+
     schedules.deallocate_output_tensor = lambda *args, **kwargs: None
+    schedules.custom_backward = backward
 
 
 def install() -> None:
