@@ -11,6 +11,12 @@ FULL = DO + "--dist-ckpt-optim-fully-reshardable "
 # Makes buckets of which a rank owns nothing but padding.
 SMALL = "--ddp-bucket-size 5003 --overlap-grad-reduce "
 TP, PP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 2 "
+VPP = PP + "--num-layers-per-virtual-pipeline-stage 1 " + DO + SMALL + "--overlap-param-gather "
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --disable-bias-linear --swiglu "
+    "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none "
+    "--expert-model-parallel-size 2 "
+)
 SWIGLU = (
     "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --normalization RMSNorm "
 )
@@ -25,6 +31,10 @@ SAVED = {
         "dp": DO + SMALL,
         "dp-async": DO + "--async-save --async-strategy mcore ",
         "legacy": DO + "--ckpt-format torch ",
+        "legacy-vpp": VPP + "--ckpt-format torch --overlap-param-gather-with-optimizer-step ",
+        "legacy-moe": MOE + DO + "--ckpt-format torch ",
+        "full-moe": MOE + FULL,
+        "dp-moe": MOE + DO,
         "fp32": "",
         "fp32-legacy": "--ckpt-format torch ",
         "bf16": "--bf16 ",
@@ -41,6 +51,13 @@ RESHARDED = {
     "full-at-dp4": (4, "full", FULL + SMALL),
     "full-tp-at-dp1": (1, "full-tp", FULL),
     "full-swiglu-tp-at-dp1": (1, "full-swiglu-tp", FULL + SWIGLU),
+    "full-moe-at-tp2-sp": (
+        4,
+        "full-moe",
+        FULL + MOE + TP + "--sequence-parallel --expert-tensor-parallel-size 2 ",
+    ),
+    "full-moe-at-pp2": (4, "full-moe", FULL + MOE + PP),
+    "full-at-pp2-vpp2": (2, "full", FULL + PP + "--num-layers-per-virtual-pipeline-stage 1 "),
     "dp-at-dp1": (1, "dp", DO + SMALL),
     "dp-at-dp4": (4, "dp", DO + SMALL),
     "fp32-at-tp2": (2, "fp32", TP),
@@ -49,7 +66,7 @@ RESHARDED = {
 
 
 # The rest is part of the matrix.
-QUICK = ("full", "dp", "legacy", "bf16", "fp16-full", "full-at-tp2", "dp-at-dp1", "fp32-at-tp2")
+QUICK = ("full", "dp", "legacy-vpp", "bf16", "fp16-full", "full-at-tp2", "dp-at-dp1", "fp32-at-tp2")
 
 
 def _mark(names):
@@ -74,7 +91,8 @@ def seen(request, start_from, tmp_path_factory):
         for name, flags in saved.items():
             if name not in asked:
                 continue
-            start = "" if "swiglu" in name or "legacy" in name else start_from
+            own = any(part in name for part in ("swiglu", "legacy", "moe"))  # other weights
+            start = "" if own else start_from
             came = "--optimizer came --ckpt-format torch_dist "
             place = f"--save {folder / name} --save-interval 10 "
             cases += [

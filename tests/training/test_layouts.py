@@ -94,9 +94,17 @@ FROZEN = {
     "rank-without-elements-do": ("frozen-but-one", 4, "", DO),
 }
 
+VPP = pp(2, 1) + OVERLAP + "--ckpt-format torch "
+STEP = "--overlap-param-gather-with-optimizer-step "
 FIFTY = "--train-iters 50 "
 EXACT = {  # compared bit for bit, by number of ranks
-    2: {"tied-pp2": FIFTY + pp(2) + DO, "twice-a": DO, "twice-b": DO},
+    2: {
+        "tied-pp2": FIFTY + pp(2) + DO,
+        "twice-a": DO,
+        "twice-b": DO,
+        "step-a": VPP,
+        "step-b": VPP + STEP,
+    },
     4: {
         "tied-pp2-tp2": FIFTY + pp(2) + tp(2) + DO,
         "tied-pp2-dp2": FIFTY + pp(2) + DO,
@@ -182,6 +190,13 @@ def test_tied_embeddings_stay_bit_identical(seen, name):
 def test_two_runs_are_bit_identical(seen):
     for first, second in zip(seen["twice-a"], seen["twice-b"], strict=True):
         assert first == second
+
+
+def test_overlapping_the_gather_with_the_step_changes_nothing(seen):
+    """Megatron gives each model chunk an optimizer of its own."""
+    for without, overlapped in zip(seen["step-a"], seen["step-b"], strict=True):
+        assert without["losses"] == overlapped["losses"]
+        assert without["weights"] == overlapped["weights"]
 
 
 @pytest.mark.parametrize("name", SIXTEEN_BIT)
