@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megatron_came.host.patching import Function, wrap
 
 # Whether the load under way is to fill an optimizer; a checkpoint's weights alone suit anyone.
@@ -39,7 +41,12 @@ def _noting_the_optimizer(original: Function) -> Function:
 
 def _with_check(original: Function) -> Function:
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        result = original(load_dir, args, *rest, **kwargs)
+        try:
+            result = original(load_dir, args, *rest, **kwargs)
+        except (Exception, CheckpointException) as error:
+            if args.optimizer != "came" or not _fills_optimizer.get():
+                raise
+            raise SystemExit(f"megatron_came: {unreadable(load_dir, error)}") from error
         state = result[0] or {}
         if _fills_optimizer.get() and state.get("args") is not None:
             metadata = state.get("content_metadata") or {}
@@ -51,6 +58,18 @@ def _with_check(original: Function) -> Function:
         return result
 
     return _load_base_checkpoint
+
+
+def unreadable(load_dir: Any, error: BaseException) -> str:
+    """Say in one sentence that a checkpoint cannot be read, and what to do."""
+    if isinstance(error, CheckpointException):  # of several ranks: one of theirs
+        error = next(iter(error.failures.values()))[0]
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"the checkpoint in {load_dir} cannot be read ({type(error).__name__}: {reason}); if it is "
+        "truncated or not Megatron's, resume from an earlier one with --ckpt-step ITERATION, or "
+        f"{_AFRESH}."
+    )
 
 
 def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import signal
 from unittest import mock
 
 import came_pytorch
@@ -64,6 +66,22 @@ FROZEN = {
 }
 
 
+def _killed_while_saving():
+    """The process dies by SIGKILL in its second save, with the data written and the rest not."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+    original, saves = writer.retrieve_write_results, []
+
+    def die(self, *args, **kwargs):
+        saves.append(self)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    return mock.patch.object(writer, "retrieve_write_results", die)
+
+
 def apply(name: str, stack: contextlib.ExitStack) -> None:
     """Enter the patches of a variant."""
     from megatron_came.host import building
@@ -72,6 +90,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "came": contextlib.nullcontext,
         "oracle": lambda: mock.patch.object(building, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
+        "killed": _killed_while_saving,
         "no_dp_sum": lambda: _without_sums_over("dp_group"),
         "no_tp_sum": lambda: _without_sums_over("tp_group"),
     }
