@@ -52,9 +52,9 @@ RESHARDED = {
     "full-tp-at-dp1": (1, "full-tp", FULL),
     "full-swiglu-tp-at-dp1": (1, "full-swiglu-tp", FULL + SWIGLU),
     "full-moe-at-tp2-sp": (
-        4,
+        2,
         "full-moe",
-        FULL + MOE + TP + "--sequence-parallel --expert-tensor-parallel-size 2 ",
+        FULL + MOE + TP + "--sequence-parallel --expert-tensor-parallel-size 1 ",
     ),
     "full-moe-at-pp2": (4, "full-moe", FULL + MOE + PP),
     "full-at-pp2-vpp2": (2, "full", FULL + PP + "--num-layers-per-virtual-pipeline-stage 1 "),
