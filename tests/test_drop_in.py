@@ -77,11 +77,13 @@ def test_sixteen_bit_parameters(dtype, shape):
     optimizer = CAME([param], **SETTINGS)
     train(optimizer, param, history)
     assert {v.dtype for v in optimizer.state[param].values()} == {torch.float32}
-    theirs = oracle_updates(start, history, **SETTINGS)[-1]
-    # fp32 rounding may tip a 16-bit weight over: by one unit in the last place, and seldom.
-    differs = param.detach() != theirs
-    assert differs.float().mean() < 0.01
-    torch.testing.assert_close(param.detach(), theirs, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    updates = oracle_updates(start, history, **SETTINGS)
+    # fp32 rounding may tip a 16-bit weight over, seldom and by one unit in the last place, of the
+    # size that the weight had then; the weight may be nearer to zero in the end.
+    largest = torch.stack([start, *updates]).abs().amax(0).double()
+    difference = (param.detach().double() - updates[-1].double()).abs()
+    assert (difference <= torch.finfo(dtype).eps * largest).all()
+    assert (difference > 0).double().mean() < 0.01
 
 
 def test_missing_gradients_are_skipped():
