@@ -1,5 +1,7 @@
 """Stop after ten iterations, resume, and compare with twenty in one go."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.training.harness import Case, losses, run, worst_difference
