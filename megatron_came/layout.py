@@ -27,18 +27,16 @@ class Shard:
     """The part of a parameter that this rank updates, and the ranks that hold the rest.
 
     Two kinds of sharding meet. Tensor parallelism cuts the full tensor along one dimension into
-    equal
-    *local* tensors, one a rank. A ZeRO-1 distributed optimizer cuts the local tensor, flattened
-    in row-major order, into ranges that may begin and end in the middle of a row; a range may be
-    empty.
+    equal *local* tensors, one a rank. A ZeRO-1 distributed optimizer cuts the local tensor,
+    flattened in row-major order, into ranges that may begin and end in the middle of a row; a
+    range may be empty.
 
     Args:
         shape: shape of the whole local tensor, before the optimizer cut it.
         start: first flat element of the local tensor that this rank holds.
         stop: one past its last element; ``start == stop`` is an empty slice.
         tp_dim: dimension of ``shape`` along which tensor parallelism cut the full tensor
-            (Megatron's
-            ``partition_dim``); None where every rank of ``tp_group`` holds the full tensor.
+            (Megatron's ``partition_dim``); None where every rank of ``tp_group`` holds all of it.
         tp_group: ranks that hold the other tensor-parallel shards; None for a single rank.
         dp_group: ranks that hold the other flat ranges of this local tensor; None where this
             rank holds the whole local tensor (also with plain data parallelism, whose gradients

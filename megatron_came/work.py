@@ -116,15 +116,11 @@ class ParameterWork:
     def begin(self, state: dict[str, Tensor], hyper: Hyperparameters) -> None:
         """Take up the state, the group's hyperparameters and this step's gradient."""
         self._state, self._hyper = state, hyper
+        # An empty slice may have no gradient; the slice itself is as empty.
         grad = self.param if self.param.grad is None else self.param.grad
-        self._grad = grad.detach().reshape(
-            -1
-        )  # of an empty slice without gradient: the slice itself, as empty
-        self._moments = (
-            self._factors("exp_avg_sq")
-            if self.shard.is_vector
-            else self._factors(*MATRIX_FACTORS[:2])
-        )
+        self._grad = grad.detach().reshape(-1)
+        keys = VECTOR_FACTORS if self.shard.is_vector else MATRIX_FACTORS[:2]
+        self._moments = self._factors(*keys)
 
     def _factors(self, *keys: str) -> list[Tensor]:
         """View factors as (batch, n)."""

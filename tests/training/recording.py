@@ -45,6 +45,7 @@ class Recorder:
             "zeros": [],
             "params_norms": [],
             "changed_though_skipped": [],
+            "changed_though_failed": None,
             "weights": {},
             "state": None,
             "error": None,
@@ -60,7 +61,11 @@ class Recorder:
         def recording_train_step(forward, data, model, optimizer, *args, **kwargs):
             self._model, self._optimizer = model, optimizer
             before = optimizer_digest(optimizer)
-            result = train_step(forward, data, model, optimizer, *args, **kwargs)
+            try:
+                result = train_step(forward, data, model, optimizer, *args, **kwargs)
+            except BaseException:
+                self.seen["changed_though_failed"] = before != optimizer_digest(optimizer)
+                raise
             self._write(result, before)
             return result
 

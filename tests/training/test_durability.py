@@ -38,10 +38,11 @@ def seen(tmp_path_factory):
         Case("resumed", f"{SHORT}{FULL}--load {folder / 'killed'} "),
         Case("kept", kept),
         Case("kept-at-tp2", kept + "--tensor-model-parallel-size 2 "),
+        Case("exploding", f"{SHORT}{FULL}--rerun-mode disabled", "came+exploding", fails=True),
         Case("truncated", f"{SHORT}{FULL}--load {folder / 'truncated'} ", fails=True),
     ]
-    results |= run(2, cases[:-1], folder / "second")
-    results |= run(1, cases[-1:], folder / "third")
+    results |= run(2, cases[:-2], folder / "second")
+    results |= run(1, cases[-2:], folder / "third")
     return results | {"left": sorted(path.name for path in (folder / "killed").iterdir())}
 
 
@@ -57,6 +58,14 @@ def test_a_truncated_checkpoint_is_refused_in_a_sentence(seen):
     assert "--ckpt-step" in rank["error"]
     assert "\n" not in rank["error"]
     assert not rank["losses"]
+
+
+def test_gradients_whose_squares_overflow_leave_the_state_untouched(seen):
+    """Megatron's own check of gradients, which is on by default, stops the step."""
+    (rank,) = seen["exploding"]
+    assert len(rank["losses"]) == 2
+    assert "Inf" in rank["error"]
+    assert rank["changed_though_failed"] is False
 
 
 @pytest.mark.parametrize("name", ["kept", "kept-at-tp2"])

@@ -82,6 +82,20 @@ def _killed_while_saving():
     return mock.patch.object(writer, "retrieve_write_results", die)
 
 
+def _exploding():
+    """The loss, and with it every gradient, is 1e25 times too large from the third iteration on."""
+    from megatron_came import pretrain_gpt
+
+    original, calls = pretrain_gpt.loss_func, []
+
+    def explode(*args):
+        calls.append(args)
+        loss, *rest = original(*args)
+        return loss * (1e25 if len(calls) > 2 * 8 else 1.0), *rest
+
+    return mock.patch.object(pretrain_gpt, "loss_func", explode)
+
+
 def apply(name: str, stack: contextlib.ExitStack) -> None:
     """Enter the patches of a variant."""
     from megatron_came.host import building
@@ -90,6 +104,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "came": contextlib.nullcontext,
         "oracle": lambda: mock.patch.object(building, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
+        "exploding": _exploding,
         "killed": _killed_while_saving,
         "no_dp_sum": lambda: _without_sums_over("dp_group"),
         "no_tp_sum": lambda: _without_sums_over("tp_group"),
