@@ -1,4 +1,4 @@
-"""Sums over ranks: one flat float64 buffer, one all-reduce for each process group in it.
+"""Sums over ranks: one flat float64 buffer, one all-reduce a group, copies kept identical.
 
 The number of collectives does not grow with the number of parameters, and a group of one rank
 costs none.

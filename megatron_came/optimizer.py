@@ -13,7 +13,8 @@ from torch.optim.optimizer import ParamsT
 from megatron_came.comm import SumBuffer
 from megatron_came.layout import Shard
 from megatron_came.maths.hyperparameters import Hyperparameters, check_number
-from megatron_came.work import ParameterWork, new_state, state_dtype
+from megatron_came.state import new_state, state_dtype
+from megatron_came.work import ParameterWork
 
 
 class CAME(torch.optim.Optimizer):

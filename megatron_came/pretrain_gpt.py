@@ -104,7 +104,8 @@ def get_batch(data: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | No
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: Batch = {}
     if tp_rank == 0:  # the only one with a data loader
-        assert data is not None
+        if data is None:
+            raise RuntimeError("Megatron gave tensor-parallel rank 0 no data loader.")
         sample = next(data)
         batch = {key: sample[key].cuda(non_blocking=True) for key in _INPUTS if key in sample}
     batch = get_batch_on_this_tp_rank(

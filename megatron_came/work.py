@@ -6,7 +6,6 @@ one reduction over the ranks after each of the two ``add_*_sums``.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,34 +15,11 @@ from megatron_came.comm import Request
 from megatron_came.layout import Block, ProcessGroup, Shard, blocks
 from megatron_came.maths import factors, passes
 from megatron_came.maths.hyperparameters import Hyperparameters
+from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS, state_dtype
 
 # Elements of a box: large enough to keep the device busy, small enough that an operation's
 # temporaries stay within a few MiB.
 _BLOCK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024}
-
-MATRIX_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
-VECTOR_FACTORS = ("exp_avg_sq",)
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """Return the dtype of a parameter's state.
-
-    Never 16-bit, where a slow moving average stands still.
-    """
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def new_state(param: Tensor, shard: Shard) -> dict[str, Tensor]:
-    """Return a parameter's state before its first step, with the keys of :class:`CAME`."""
-    zeros = partial(torch.zeros, dtype=state_dtype(param), device=param.device)
-    state = {"exp_avg": zeros(param.shape)}
-    if shard.is_vector:
-        state["exp_avg_sq"] = zeros(shard.shape)
-    else:
-        row, column = shard.shape[:-1], (*shard.shape[:-2], shard.shape[-1])
-        for key, shape in zip(MATRIX_FACTORS, (row, column, row, column), strict=True):
-            state[key] = zeros(shape)
-    return state
 
 
 class ParameterWork:

@@ -79,7 +79,7 @@ FAULTS = (
     ),
     Fault(
         "state in bf16",
-        "work.py",
+        "state.py",
         "return torch.float64 if param.dtype == torch.float64 else torch.float32",
         "return torch.bfloat16",
     ),
@@ -122,7 +122,7 @@ FAULTS = (
     ),
     Fault(
         "factors not saved",
-        "host/factors.py",
+        "host/factor_checkpoints.py",
         'return {"format": FORMAT, "parameters": parameters}',
         'return {"format": FORMAT, "parameters": {key: {} for key in parameters}}',
         RESUME,
@@ -136,7 +136,7 @@ FAULTS = (
     ),
     Fault(
         "row factors saved as replicas of one tensor-parallel rank",
-        "host/factors.py",
+        "host/factor_checkpoints.py",
         "tensor + leaf.global_offset[axis] // leaf.local_shape[axis]",
         "tensor + 1",
         RESUME,
@@ -178,6 +178,9 @@ def survives(fault: Fault, folder: Path) -> bool:
 def main() -> None:
     """Try the faults named on the command line, or all."""
     names = sys.argv[1:]
+    unknown = set(names) - {fault.name for fault in FAULTS}
+    if unknown:
+        raise SystemExit(f"No fault is called {sorted(unknown)[0]!r}; FAULTS has their names.")
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         for fault in FAULTS:

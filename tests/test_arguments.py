@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_came.host import checkpoints
+from megatron_came.host import checkpoint_refusals as checkpoints
 from megatron_came.host.arguments import check, given_flags, hyperparameters
 from megatron_came.maths.hyperparameters import Hyperparameters
 

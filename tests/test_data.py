@@ -15,8 +15,8 @@ from megatron_came.data.corpus import Corpus, Document, write_json_lines
 from megatron_came.data.errors import DataError
 from megatron_came.data.files import whole_files
 from megatron_came.data.indexed import write_indexed_dataset
-from megatron_came.data.progress import Progress
 from megatron_came.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_came.quickstart.progress import Progress
 
 VOCABULARY = 300  # 256 bytes, four special tokens and 40 pieces
 

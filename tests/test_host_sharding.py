@@ -40,9 +40,6 @@ def _check_on_two_ranks(**attributes):
         tp=SimulatedGroup([0, 1]), expert_tp=SimulatedGroup([0, 1]), embedding=None
     )
 
-    def largest(tensor, op, group):
-        tensor.copy_(torch.stack(group.exchange(tensor)).amax(0))
-
     def program(rank):
         cut = parameter((3, 5), **attributes)
         cut.data.fill_(rank)

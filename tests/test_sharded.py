@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_came import CAME, Shard, comm
+from megatron_came import CAME, Shard
 from megatron_came.work import ParameterWork
 from tests.oracle import BETAS, KINDS, TOLERANCE, distance, gradient_history, oracle_updates
 from tests.simulated_ranks import SimulatedGroup, run_ranks
+from tests.training.variants import without_sums_over
 
 STEPS = 12
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
@@ -156,17 +157,7 @@ def test_boxes_of_any_size(limit):
 @pytest.mark.parametrize("kind", ["dp_group", "tp_group"])
 def test_a_missing_reduction_is_seen(kind):
     """These tests can fail."""
-    original = comm.SumBuffer.__init__
-
-    def broken(self, requests, device):
-        fields = ("shape", "dp_group", "tp_group", "copies_group")
-        kept = [
-            {name: getattr(request, name) for name in fields if name != kind}
-            for request in requests
-        ]
-        original(self, [comm.Request(**values) for values in kept], device)
-
-    with mock.patch.object(comm.SumBuffer, "__init__", broken):
+    with without_sums_over(kind):
         layout = Layout((48, 80), 0, MID_ROW)
         assert worst_distance(2, 4, [layout], BETAS[1], "normal", torch.float32, seed=3) > 1e-3
 

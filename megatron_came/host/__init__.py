@@ -1,6 +1,6 @@
 """The Megatron host room: what makes ``--optimizer came`` work in an unmodified Megatron.
 
-:func:`install` is all that a launcher or a patched checkout calls. Everything that knows
+:func:`install` is all that a launcher calls. Everything that knows
 Megatron's names is in this package; the optimizer itself does not.
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_came.host.checkpoints import notice
+from megatron_came.host.checkpoint_refusals import notice
 from megatron_came.host.patching import Function, wrap
 from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparameters
 
@@ -72,12 +72,8 @@ UNSUPPORTED = (
         "--rl-offload-optimizer-during-inference",
         _LEAVE_OUT,
     ),
-    Unsupported(
-        "fp8_param_gather", "--fp8-param-gather", "leave it out; --fp8-format itself is fine"
-    ),
-    Unsupported(
-        "fp4_param_gather", "--fp4-param-gather", "leave it out; --fp4-format itself is fine"
-    ),
+    Unsupported("fp8_param_gather", "--fp8-param-gather", "leave it out"),
+    Unsupported("fp4_param_gather", "--fp4-param-gather", "leave it out"),
     Unsupported(
         "reuse_grad_buf_for_mxfp8_param_ag", "--reuse-grad-buf-for-mxfp8-param-ag", "leave it out"
     ),

@@ -80,7 +80,7 @@ def _with_came_for_groups(original: Function) -> Function:
         config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if isinstance(config, CameOptimizerConfig):
-            return build(config.original, *args, **kwargs)
+            return build(config.as_asked, *args, **kwargs)
         return original(config, *args, **kwargs)
 
     return _get_megatron_optimizer_based_on_param_groups

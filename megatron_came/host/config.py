@@ -17,6 +17,9 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
 
     Args:
         came: hyperparameters beyond learning rate and weight decay, which stay Megatron's own.
+
+    Attributes:
+        as_asked: on the copy of :meth:`as_standard`, the configuration it was made from.
     """
 
     optimizer: str = "came"
@@ -37,7 +40,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
         """
         standard = copy.copy(self)
         standard.optimizer = "adam"
-        standard.original = self
+        standard.as_asked = self
         return standard
 
     def __repr__(self) -> str:

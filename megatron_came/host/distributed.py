@@ -9,17 +9,17 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_came.host.factors import (
-    FACTORS,
+from megatron_came.host.factor_checkpoints import (
     FORMAT,
     load_factors,
     sharded_factors,
     unknown_format,
 )
-from megatron_came.host.hyperparameters import kept
+from megatron_came.host.resumed_settings import own_settings_kept
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.layout import Shard
 from megatron_came.optimizer import CAME
+from megatron_came.state import FACTORS
 
 
 class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
@@ -126,7 +126,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Megatron's, with the factors."""
         factors = state_dict.pop("came", None)
-        with kept(self.optimizer):
+        with own_settings_kept(self.optimizer):
             super().load_state_dict(state_dict)
         if factors is not None:
             load_factors(self.optimizer, self._parts, factors)
@@ -145,9 +145,8 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         """Stand for what of the checkpoint lies in this rank's padding of a bucket, if any does."""
         local = bucket.grad_data.numel() // self.data_parallel_group.size()
         first = self.data_parallel_group.rank() * local
-        inside = min(
-            local, bucket.numel_unpadded - first
-        )  # negative where all of it lies beyond the end
+        # Negative where all of this rank's part lies beyond the end.
+        inside = min(local, bucket.numel_unpadded - first)
         start = min(0, inside)
         size = inside - start
         zeros = {key: torch.zeros(size, dtype=torch.float32) for key in ("param", "exp_avg")}

@@ -13,9 +13,9 @@ def install() -> None:
             be replaced.
     """
     check_version()
-    from megatron_came.host import arguments, building, checkpoints, memory
+    from megatron_came.host import arguments, building, checkpoint_refusals, memory
 
     building.install()
     arguments.install()
-    checkpoints.install()
+    checkpoint_refusals.install()
     memory.install()

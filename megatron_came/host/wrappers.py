@@ -9,16 +9,17 @@ from typing import Any
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
-from megatron_came.host.factors import FACTORS, load_factors, sharded_factors
-from megatron_came.host.hyperparameters import kept
+from megatron_came.host.factor_checkpoints import load_factors, sharded_factors
+from megatron_came.host.resumed_settings import own_settings_kept
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
+from megatron_came.state import FACTORS
 
 
-class _CheckpointedFactors:
-    """Adds the factors to the distributed checkpoints of a wrapper.
+class _WholeTensors:
+    """Tells CAME its shards in a wrapper of whole local tensors, and checkpoints the factors.
 
-    Its own code knows state of the parameter's shape alone.
+    The wrapper's own checkpoints know only state of the parameter's shape.
     """
 
     optimizer: CAME | None
@@ -53,18 +54,21 @@ class _CheckpointedFactors:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the wrapper's; a legacy checkpoint has the factors among the rest of the state."""
         factors = state_dict.pop("came", None)
-        with kept(self.optimizer) if self.optimizer is not None else contextlib.nullcontext():
+        if self.optimizer is None:
             super().load_state_dict(state_dict)  # type: ignore[misc]
-        if factors is not None and self.optimizer is not None:
+            return
+        with own_settings_kept(self.optimizer):
+            super().load_state_dict(state_dict)  # type: ignore[misc]
+        if factors is not None:
             self.optimizer.init_state()
             load_factors(self.optimizer, self._parts, factors)
 
 
-class CameFP32Optimizer(_CheckpointedFactors, FP32Optimizer):  # type: ignore[misc]
+class CameFP32Optimizer(_WholeTensors, FP32Optimizer):  # type: ignore[misc]
     """Megatron's ``FP32Optimizer`` around :class:`megatron_came.CAME`."""
 
 
-class CameFloat16Optimizer(_CheckpointedFactors, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
+class CameFloat16Optimizer(_WholeTensors, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
     """Megatron's ``Float16OptimizerWithFloat16Params`` around :class:`megatron_came.CAME`."""
 
 

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Iterator
 
 from megatron_came.data.corpus import Corpus, write_json_lines
-from megatron_came.data.progress import Progress
 from megatron_came.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_came.quickstart.progress import Progress
 from megatron_came.quickstart.settings import QuickstartError, Settings
 from megatron_came.quickstart.steps import Steps
 

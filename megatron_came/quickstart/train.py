@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Self
 
 from megatron_came.data.files import whole_files
-from megatron_came.data.progress import Progress
 from megatron_came.quickstart.meter import Measured
+from megatron_came.quickstart.progress import Progress
 from megatron_came.quickstart.settings import Optimizer, QuickstartError, Settings
 
 _ITERATION = re.compile(

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "exp_avg_sq")
+from megatron_came.state import FACTORS
 
 
 class CheckpointError(Exception):
@@ -92,7 +93,9 @@ def read(folder: Path) -> tuple[dict[str, Any], Iterator[Entry]]:
     if (folder / ".metadata").exists():
         return _distributed(folder)
     files = sorted(folder.glob("mp_rank_*/*.pt"))
-    model = next(file for file in files if file.name != "distrib_optim.pt")
+    model = next((file for file in files if file.name != "distrib_optim.pt"), None)
+    if model is None:
+        raise CheckpointError(f"{folder} holds no model file: name another checkpoint.")
     return _load(model), _legacy(files)
 
 
@@ -189,5 +192,12 @@ def main(argv: list[str]) -> int:
             print(line)
     except CheckpointError as error:
         print(f"megatron-came inspect: {error}", file=sys.stderr)
+        return 2
+    except (Exception, CheckpointException) as error:
+        print(
+            f"megatron-came inspect: {options.checkpoint} cannot be read ({type(error).__name__}): "
+            "it may be truncated; inspect an earlier iteration's folder.",
+            file=sys.stderr,
+        )
         return 2
     return 0

@@ -37,6 +37,10 @@ SAVED = {
         "legacy-moe": MOE + DO + "--ckpt-format torch ",
         "full-moe": MOE + FULL,
         "dp-moe": MOE + DO,
+        # One data-parallel rank owns no element.
+        "full-nothing": FULL,
+        "dp-nothing": DO,
+        "legacy-nothing": DO + "--ckpt-format torch ",
         "fp32": "",
         "fp32-legacy": "--ckpt-format torch ",
         "bf16": "--bf16 ",
@@ -58,6 +62,7 @@ RESHARDED = {
         "full-moe",
         FULL + MOE + TP + "--sequence-parallel --expert-tensor-parallel-size 1 ",
     ),
+    "full-moe-at-ep4": (4, "full-moe", FULL + MOE + "--expert-model-parallel-size 4 "),
     "full-moe-at-pp2": (4, "full-moe", FULL + MOE + PP),
     "full-at-pp2-vpp2": (2, "full", FULL + PP + "--num-layers-per-virtual-pipeline-stage 1 "),
     "dp-at-dp1": (1, "dp", DO + SMALL),
@@ -93,11 +98,12 @@ def seen(request, start_from, tmp_path_factory):
             own = any(part in name for part in ("swiglu", "legacy", "moe"))  # other weights
             start = "" if own else start_from
             came = "--optimizer came --ckpt-format torch_dist "
+            variant = "came+frozen-but-one" if "nothing" in name else "came"
             place = f"--save {folder / name} --save-interval 10 "
             cases += [
-                Case(f"{name}-straight", start + came + flags),
-                Case(f"{name}-first", start + came + flags + place + "--exit-interval 10"),
-                Case(f"{name}-second", came + flags + f"--load {folder / name} "),
+                Case(f"{name}-straight", start + came + flags, variant),
+                Case(f"{name}-first", start + came + flags + place + "--exit-interval 10", variant),
+                Case(f"{name}-second", came + flags + f"--load {folder / name} ", variant),
             ]
         results.update(run(ranks, cases, tmp_path_factory.mktemp(f"saved{ranks}")))
     for ranks in (1, 2, 4):

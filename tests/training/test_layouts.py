@@ -74,6 +74,7 @@ LAYOUTS = {
             "ep2-dp4-do": EP + DO,
             "ep2-pp2": EP + pp(2),
             "ep2-dp4-do-overlap": EP + OVERLAP,
+            "tp2-sp-ep2-etp2": tp(2) + SP + EP + ETP2,
             "tp2-sp-dp2-etp2-do": tp(2) + SP + ETP2 + DO,
             "tp2-sp-dp2-ep2-etp1-do": tp(2) + SP + EP + ETP1 + DO,
         },

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import signal
+from dataclasses import replace
 from unittest import mock
 
 import came_pytorch
@@ -22,19 +23,14 @@ class Oracle(came_pytorch.CAME):
         """Its state is created at the first step."""
 
 
-def _without_sums_over(kind: str):
+def without_sums_over(kind: str):
+    """Leave out the reductions over the ``dp_group`` or the ``tp_group``."""
     original = comm.SumBuffer.__init__
 
     def without(self, requests, device):
-        requests = [
-            comm.Request(**{**{f: getattr(r, f) for f in _FIELDS}, kind: None}) for r in requests
-        ]
-        original(self, requests, device)
+        original(self, [replace(request, **{kind: None}) for request in requests], device)
 
     return mock.patch.object(comm.SumBuffer, "__init__", without)
-
-
-_FIELDS = ("shape", "dp_group", "tp_group", "copies_group")
 
 
 def _trainable(is_trainable):
@@ -106,7 +102,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         "exploding": _exploding,
         "killed": _killed_while_saving,
-        "no_dp_sum": lambda: _without_sums_over("dp_group"),
-        "no_tp_sum": lambda: _without_sums_over("tp_group"),
+        "no_dp_sum": lambda: without_sums_over("dp_group"),
+        "no_tp_sum": lambda: without_sums_over("tp_group"),
     }
     stack.enter_context(patches[name]())

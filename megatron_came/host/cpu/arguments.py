@@ -201,7 +201,7 @@ def install() -> None:
     def check(arguments: argparse.Namespace) -> None:
         message = refusal(arguments)
         if message is not None:
-            raise SystemExit(message)
+            raise SystemExit(f"megatron_came: {message}")
 
     @functools.wraps(add_arguments)
     def add_arguments_for_cpu(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -1,7 +1,8 @@
-"""Stand-ins for two of Megatron's local layers, so that more layouts run on a CPU.
+"""Stand-ins for parts of Megatron's local layers, so that more layouts run on a CPU.
 
 Sequence parallelism and context parallelism need a norm and an attention that only Transformer
-Engine and apex have.  These two are written for debugging and tests: right, not fast.
+Engine and apex have, and experts a gather that gloo lacks.  These are written for debugging and
+tests: right, not fast.
 """
 
 import copy
@@ -16,6 +17,7 @@ def install() -> None:
     """Put the stand-ins in place, for good."""
     _norms_for_sequence_parallelism()
     _attention_for_context_parallelism()
+    _uneven_splits_for_experts()
 
 
 def _norms_for_sequence_parallelism() -> None:
@@ -77,6 +79,47 @@ def _attention_for_context_parallelism() -> None:
 
     DotProductAttention.__init__ = start_alone
     DotProductAttention.forward = attend_to_all
+
+
+def _uneven_splits_for_experts() -> None:
+    """Gather and scatter parts of unlike sizes, which gloo does not.
+
+    Tensor-parallel ranks of an expert hold unlike numbers of tokens.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
+
+    @functools.wraps(gather)
+    def gather_unlike(
+        part: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            even: torch.Tensor = gather(part, group, sizes, *args, **kwargs)
+            return even
+        padded = part.new_zeros((max(sizes), *part.shape[1:]))
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_unlike(
+        whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            even: torch.Tensor = reduce_scatter(whole, group, sizes, *args, **kwargs)
+            return even
+        total = whole.clone()
+        dist.all_reduce(total, group=group)
+        own: torch.Tensor = torch.split(total, sizes)[group.rank()].clone()
+        return own
+
+    mappings._gather_along_first_dim = gather_unlike
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_unlike
 
 
 def _whole_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

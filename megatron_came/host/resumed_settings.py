@@ -18,7 +18,7 @@ _FLAGS = {
 
 
 @contextlib.contextmanager
-def kept(came: CAME) -> Iterator[None]:
+def own_settings_kept(came: CAME) -> Iterator[None]:
     """Keep hyperparameters over the loading of a state dictionary, and say what differs."""
     before = [{key: group[key] for key in _FLAGS} for group in came.param_groups]
     yield

@@ -21,9 +21,9 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from torch import Tensor
 
 from megatron_came.optimizer import CAME
-from megatron_came.work import MATRIX_FACTORS, VECTOR_FACTORS
+from megatron_came.state import FACTORS
 
-# Of what :func:`sharded_factors` writes; a later version that writes something else counts on.
+# Of what :func:`sharded_factors` writes; to be raised by whoever changes that.
 FORMAT = 1
 
 # The dimension of the parameter that a factor lacks.
@@ -34,7 +34,6 @@ _AVERAGED = {
     "exp_avg_res_col": -2,
     "exp_avg_sq": None,
 }
-FACTORS = (*MATRIX_FACTORS, *VECTOR_FACTORS)
 
 # A parameter of the model, and what the optimizer updates of it on this rank.
 Part = tuple[Tensor, Tensor]
@@ -69,13 +68,16 @@ def sharded_factors(
         if id(param) not in entries:
             raise ValueError(
                 f"--optimizer came: a parameter of shape {tuple(param.shape)} is not in the "
-                "model's sharded state; its factors cannot be saved or loaded."
+                "model's sharded state, so its factors cannot be saved or loaded: give "
+                "--no-save-optim to save and --no-load-optim to load, or use --optimizer adam."
             )
         entry, shard = entries[id(param)], came.shard_of(part)
         if isinstance(entry, ShardedTensor) and _cuts(entry) != shard.tp_size:
             raise ValueError(
                 f"--optimizer came: {entry.key} is cut into {_cuts(entry)} by tensor parallelism, "
-                f"but says that it is cut into {shard.tp_size}: its statistics are wrong."
+                f"but says that it is cut into {shard.tp_size}, so its statistics are wrong: use "
+                "layers that set tensor_model_parallel and partition_dim, or "
+                "--tensor-model-parallel-size 1, and start again."
             )
         state = came.state[part]
         parameters[str(position)] = {
