@@ -8,14 +8,16 @@ What is added is the choice ``came`` of ``--optimizer``, and machines without a 
 :mod:`megatron_came.host.cpu`).
 """
 
+import contextlib
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_came.host import cpu, install
 from megatron_came.host.cpu.host_functions import use_compiled_dataset_helpers
-from megatron_came.host.versions import HostError
+from megatron_came.host.errors import HostError, UnsupportedError
 
 _USAGE = """\
 usage: torchrun ... -m megatron_came.launch SCRIPT FLAGS...
@@ -44,6 +46,15 @@ def prepare() -> None:
     except HostError as error:
         _stop("megatron_came", str(error))
     use_compiled_dataset_helpers()
+
+
+@contextlib.contextmanager
+def refusals_in_a_sentence() -> Iterator[None]:
+    """End the program with a sentence where a model is not one that CAME can train."""
+    try:
+        yield
+    except UnsupportedError as error:
+        raise SystemExit(f"megatron_came: {error}") from error
 
 
 def _stop(program: str, problem: str) -> NoReturn:
@@ -79,7 +90,8 @@ def main(arguments: list[str]) -> None:
     sys.argv = [str(script), *arguments[1:]]
     sys.path.insert(0, str(script.resolve().parent))
     prepare()
-    runpy.run_path(str(script), run_name="__main__")
+    with refusals_in_a_sentence():
+        runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

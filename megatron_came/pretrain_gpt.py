@@ -13,7 +13,7 @@ import time
 
 _STARTED = time.time()  # before the slow imports: Megatron reports how long the start took
 
-from megatron_came.launch import prepare
+from megatron_came.launch import prepare, refusals_in_a_sentence
 
 if __name__ == "__main__":
     prepare()
@@ -271,14 +271,15 @@ def main() -> None:
     message = refusal(args)
     if message is not None:
         raise SystemExit(message)
-    train(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
-        get_embedding_ranks=embedding_ranks,
-    )
+    with refusals_in_a_sentence():
+        train(
+            pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+            datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            store=store,
+            get_embedding_ranks=embedding_ranks,
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_came.host.arguments import hyperparameters
 from megatron_came.host.config import CameOptimizerConfig
 from megatron_came.host.distributed import CameDistributedOptimizer
+from megatron_came.host.errors import UnsupportedError
 from megatron_came.host.patching import Function, wrap
 from megatron_came.host.sharding import ModelGroups, check_replicas
 from megatron_came.host.wrappers import CameFloat16Optimizer, CameFP32Optimizer
@@ -46,7 +47,7 @@ def _with_came(original: Function) -> Function:
             _check_model(config, model_chunks)
             config = config.as_standard()
         elif getattr(config, "optimizer", None) == "came":
-            raise ValueError(
+            raise UnsupportedError(
                 "OptimizerConfig(optimizer='came') holds no settings of CAME: use "
                 "megatron_came.host.config.CameOptimizerConfig."
             )
@@ -60,16 +61,16 @@ def _check_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> None:
     from megatron.core.models.mimo.model.base import MimoModel
 
     if isinstance(model_chunks[0], MimoModel):
-        raise ValueError(
+        raise UnsupportedError(
             "--optimizer came does not support MiMo models, which build their own optimizers: "
             "use --optimizer adam."
         )
     if not config.decoupled_weight_decay:
-        raise ValueError(
+        raise UnsupportedError(
             "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on."
         )
     if model_chunks[0].ddp_config.use_megatron_fsdp:
-        raise ValueError(
+        raise UnsupportedError(
             "--optimizer came does not go with --use-megatron-fsdp: "
             "use --use-distributed-optimizer."
         )
@@ -104,7 +105,7 @@ def build(
     Takes the arguments of Megatron's ``_get_megatron_optimizer_based_on_param_groups``.
 
     Raises:
-        ValueError: a weight that does not say how tensor parallelism cuts it.
+        UnsupportedError: a weight that does not say how tensor parallelism cuts it.
     """
     model_groups = ModelGroups.of(pg_collection)
     model_params = [list(group["params"]) for group in param_groups]

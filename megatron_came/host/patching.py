@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_came.host.versions import HostError
+from megatron_came.host.errors import HostError
 
 Function = Callable[..., Any]
 

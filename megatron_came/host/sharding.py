@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_came.host.errors import UnsupportedError
 from megatron_came.layout import Shard
 
 
@@ -64,12 +65,12 @@ def shard_of(
         dp_group: ranks that hold the other slices.
 
     Raises:
-        ValueError: the parameter is sharded, but along a dimension that it does not say.
+        UnsupportedError: the parameter is sharded, but along a dimension that it does not say.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
     tp_dim = getattr(param, "partition_dim", -1) if sharded else None
     if tp_dim is not None and not 0 <= tp_dim < max(param.dim(), 1):
-        raise ValueError(
+        raise UnsupportedError(
             f"--optimizer came: a tensor-parallel weight of shape {tuple(param.shape)} does not "
             "say along which dimension it is cut (partition_dim); use layers that do, or "
             "--tensor-model-parallel-size 1."
@@ -93,7 +94,7 @@ def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
     every rank.
 
     Raises:
-        ValueError: a parameter differs.
+        UnsupportedError: a parameter differs.
     """
     whole = [param for param in params if not getattr(param, "tensor_model_parallel", False)]
     for group in (groups.tp, groups.expert_tp):
@@ -106,7 +107,7 @@ def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
         differs = (extremes[0] != -extremes[1]).any(dim=1)
         if differs.any():
             shape = tuple(here[int(differs.nonzero()[0])].shape)
-            raise ValueError(
+            raise UnsupportedError(
                 f"--optimizer came: a weight of shape {shape} differs between tensor-parallel "
                 "ranks but does not say that it is cut (tensor_model_parallel, partition_dim); use "
                 "layers that do, or --tensor-model-parallel-size 1."

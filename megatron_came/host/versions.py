@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 
+from megatron_came.host.errors import HostError
+
 SUPPORTED = ("0.19",)
-
-
-class HostError(RuntimeError):
-    """The installed Megatron is not one that CAME can be added to."""
 
 
 def check_version() -> str:

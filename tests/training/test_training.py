@@ -53,6 +53,7 @@ def seen(start_from, tmp_path_factory):
         )
     cases[1] += [_setting(name, "oracle") for name in SETTINGS]
     cases[2] += [_setting(name, "came", DO) for name in SETTINGS]
+    cases[2].append(Case("silent", LOGS + TP, "came+silent", fails=True))
     cases[2] += [
         Case(f"{name}-{fault}", start_from + LOGS + LAYOUTS[2][name], fault)
         for name, fault in FAULTS.items()
@@ -102,3 +103,10 @@ def test_norm_of_the_parameters_is_that_of_one_rank(seen, name):
             "Megatron takes this norm before --overlap-param-gather has gathered the weights"
         )
     assert seen[name][0]["params_norms"] == pytest.approx(seen["dp1"][0]["params_norms"], rel=1e-5)
+
+
+def test_weights_that_do_not_say_how_they_are_cut_are_refused_before_training(seen):
+    for rank in seen["silent"]:
+        assert rank["error"].startswith("SystemExit: megatron_came: --optimizer came: a weight of")
+        assert "differs between tensor-parallel ranks" in rank["error"]
+        assert not rank["losses"]

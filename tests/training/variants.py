@@ -62,6 +62,20 @@ FROZEN = {
 }
 
 
+def _silent_weights():
+    """Tensor-parallel layers that do not say that their weights are cut."""
+    from megatron.core.tensor_parallel import layers
+
+    original = layers.ColumnParallelLinear.__init__
+
+    def silent(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.weight is not None:  # the tied output layer has none of its own
+            self.weight.tensor_model_parallel = False
+
+    return mock.patch.object(layers.ColumnParallelLinear, "__init__", silent)
+
+
 def _killed_while_saving():
     """The process dies by SIGKILL in its second save, with the data written and the rest not."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -101,6 +115,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "oracle": lambda: mock.patch.object(building, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         "exploding": _exploding,
+        "silent": _silent_weights,
         "killed": _killed_while_saving,
         "no_dp_sum": lambda: without_sums_over("dp_group"),
         "no_tp_sum": lambda: without_sums_over("tp_group"),

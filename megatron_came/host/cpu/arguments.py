@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_came.host.versions import HostError
+from megatron_came.host.errors import HostError
 
 # What is announced, and what it sets: a destination of Megatron's parser and its value.
 _DEFAULTS: Mapping[str, tuple[str, object]] = {
