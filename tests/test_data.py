@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
+from sentencepiece import SentencePieceProcessor
 
-from megatron_came.data import tokenizer as tokenizers
-from megatron_came.data.corpus import Corpus, Document, write_json_lines
+from megatron_came.data import tokenizer_training
+from megatron_came.data.corpus import Corpus, write_json_lines
 from megatron_came.data.errors import DataError
 from megatron_came.data.files import whole_files
-from megatron_came.data.indexed import write_indexed_dataset
-from megatron_came.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_came.quickstart.progress import Progress
+from megatron_came.data.indexed import DatasetWriter, dataset_files
+from megatron_came.data.records import Document
+from megatron_came.data.tokenizer import SentencePiece
+from megatron_came.data.tokenizer_training import train_tokenizer
+from megatron_came.tools.progress import Progress
 
 VOCABULARY = 300  # 256 bytes, four special tokens and 40 pieces
 
@@ -49,7 +52,7 @@ class TestCorpus:
         os.mkfifo(tmp_path / "pipe")
         corpus = Corpus.from_paths([tmp_path])
         assert [document.text for document in corpus] == ["eins", "zwei"]
-        assert corpus.skipped == {"is empty": 2, "is not text": 1, "is not UTF-8 text": 1}
+        assert corpus.skipped.counts == {"is empty": 2, "is not text": 1, "is not UTF-8 text": 1}
 
     def test_a_file_that_cannot_be_read_is_counted(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,7 +63,7 @@ class TestCorpus:
         lock(locked, monkeypatch)
         corpus = Corpus.from_paths([tmp_path])
         assert [document.source for document in corpus] == [str(fine)]
-        assert corpus.skipped == {"cannot be read (permission denied)": 1}
+        assert corpus.skipped.counts == {"cannot be read (permission denied)": 1}
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -102,11 +105,13 @@ class TestCorpus:
         assert write_json_lines(documents, tmp_path / "corpus.jsonl") == 2
         assert list(Corpus.from_paths([tmp_path / "corpus.jsonl"])) == documents
 
-    @pytest.mark.parametrize("line", ["{", "[]", '{"body": 1}', "3"])
+    @pytest.mark.parametrize(
+        "line", ["{", "[]", '{"body": 1}', "3", '{"text": 1}', '{"text": "\\ud800"}']
+    )
     def test_a_line_without_text_is_named(self, tmp_path: Path, line: str) -> None:
         file = tmp_path / "corpus.jsonl"
         file.write_text(f'{{"text": "fine"}}\n\n{line}\n')
-        with pytest.raises(DataError, match='no JSON object with a "text" in line 3'):
+        with pytest.raises(DataError, match='line 3, has no JSON object with a text under "text"'):
             list(Corpus.from_paths([file.parent]))
 
     def test_no_documents_make_no_file(self, tmp_path: Path) -> None:
@@ -156,24 +161,25 @@ class TestWholeFiles:
 
 class TestTokenizer:
     def test_every_text_comes_back_exactly(self, model: Path) -> None:
-        tokenizer = load_tokenizer(model)
+        tokenizer = SentencePiece(model).load()
         text = "  Tabs\tand\n\n    spaces  , größer, 漢字, came\r\n"
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        decoder = SentencePieceProcessor(model_file=str(model))
+        assert decoder.decode(tokenizer.tokenize(text)) == text
 
     def test_it_is_megatrons(self, model: Path) -> None:
-        tokenizer = load_tokenizer(model)
+        tokenizer = SentencePiece(model).load()
         megatrons = MegatronTokenizer.from_pretrained(
             tokenizer_path=str(model), metadata_path={"library": "sentencepiece"}
         )
         text = "came  rotilu\n  noki"
-        assert megatrons.tokenize(text) == tokenizer.encode(text)
-        assert megatrons.eod == tokenizer.eos_id()
-        assert megatrons.vocab_size == tokenizer.get_piece_size() == VOCABULARY
+        assert megatrons.tokenize(text) == tokenizer.tokenize(text)
+        assert megatrons.eod == tokenizer.eod
+        assert megatrons.vocab_size == tokenizer.vocab_size == VOCABULARY
 
     def test_a_sample_is_the_same_each_time(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tokenizers, "_SAMPLED_LINES", 10)
+        monkeypatch.setattr(tokenizer_training, "_SAMPLED_LINES", 10)
         models = tmp_path / "one", tmp_path / "two"
         for model in models:
             train_tokenizer((words(200, seed) for seed in range(99)), model, vocab_size=VOCABULARY)
@@ -189,7 +195,7 @@ class TestTokenizer:
     def test_no_model(self, tmp_path: Path) -> None:
         (tmp_path / "model").write_text("no model")
         with pytest.raises(DataError, match="not a SentencePiece model"):
-            load_tokenizer(tmp_path / "model")
+            SentencePiece(tmp_path / "model").load()
 
 
 class TestIndexedDataset:
@@ -199,30 +205,16 @@ class TestIndexedDataset:
     def test_megatron_reads_the_tokens(
         self, tmp_path: Path, vocabulary: int, dtype: type[np.number]
     ) -> None:
-        documents = [[5, 6, 7], [], [vocabulary - 1]]
-        size = write_indexed_dataset(tmp_path / "text", documents, eod=2, vocab_size=vocabulary)
+        with whole_files(*dataset_files([tmp_path / "text"])) as (bin_path, idx_path):
+            writer = DatasetWriter(bin_path, idx_path, vocab_size=vocabulary)
+            for document in ([5, 6, 7, 2], [], [vocabulary - 1, 2]):
+                writer.add(np.array(document, dtype=np.int32))
+            writer.finish()
         dataset = IndexedDataset(str(tmp_path / "text"))
-        assert [list(tokens) for tokens in dataset] == [[5, 6, 7, 2], [2], [vocabulary - 1, 2]]
+        assert [list(tokens) for tokens in dataset] == [[5, 6, 7, 2], [vocabulary - 1, 2]]
         assert dataset[0].dtype == dtype
-        assert dataset.document_indices.tolist() == [0, 1, 2, 3]
-        assert (size.documents, size.tokens) == (3, 7)
-
-    @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
-    def test_an_interruption_leaves_nothing(
-        self, tmp_path: Path, interruption: type[BaseException]
-    ) -> None:
-        def documents():
-            yield [1, 2, 3]
-            raise interruption
-
-        with pytest.raises(interruption):
-            write_indexed_dataset(tmp_path / "text", documents(), eod=2, vocab_size=10)
-        assert not list(tmp_path.iterdir())
-
-    def test_no_document(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="no document"):
-            write_indexed_dataset(tmp_path / "text", [], eod=2, vocab_size=10)
-        assert not list(tmp_path.iterdir())
+        assert dataset.document_indices.tolist() == [0, 1, 1, 2]
+        assert (writer.documents, writer.empty, writer.tokens) == (3, 1, 6)
 
 
 class TestProgress:

@@ -5,46 +5,81 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
-from megatron_came.data.errors import DataError
+from megatron_came.data.errors import DataError, UnusableError
 from megatron_came.data.files import whole_files
+from megatron_came.data.records import Document, Layout, Record, cannot_be_read, read_records
 
 _LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
 _LIBRARY_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "encodings"}
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text and the file it came from."""
+@dataclass
+class Skipped:
+    """What was left out.
 
-    source: str
-    text: str
+    Attributes:
+        counts: How many files and lines, by reason.
+        examples: The first of them, by reason.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, place: str, error: UnusableError, *, required: bool) -> None:
+        """Counts a file or a line that cannot be used.
+
+        Raises:
+            DataError: If it is required.
+        """
+        if required:
+            raise DataError(f"{place} {error.reason}: {error.remedy}.") from error
+        self.counts[error.reason] += 1
+        self.examples.setdefault(error.reason, place.rstrip(","))
+
+    def update(self, other: "Skipped") -> None:
+        """Adds what was left out elsewhere, later."""
+        self.counts.update(other.counts)
+        self.examples = {**other.examples, **self.examples}
+
+    def lines(self) -> list[str]:
+        """A sentence for each reason."""
+        return [
+            f"Left out {count:,}, each of which {reason}; the first: {self.examples[reason]}."
+            for reason, count in self.counts.items()
+        ]
 
 
 @dataclass
 class Corpus:
     """The documents of some files, read as they are iterated over.
 
-    A file is one document, except that a file named ``*.jsonl`` holds one JSON object a line whose
-    "text" is the document.
-
     Args:
         files: The files to read, in order.
         named: Those a person named one by one. A fault in one of these is an error; other files
-            are skipped and counted.
+            are skipped and counted. A faulty line of JSON Lines is an error in any file.
+        layout: How documents lie in the files.
+        tolerant: Whether nothing is an error, and all that is faulty is skipped and counted.
 
     Attributes:
-        skipped: How many files were skipped, by reason; complete once iterated over.
+        skipped: What was skipped; complete once iterated over.
     """
 
     files: list[Path]
     named: frozenset[Path] = frozenset()
-    skipped: Counter[str] = field(default_factory=Counter)
+    layout: Layout = field(default_factory=Layout)
+    tolerant: bool = False
+    skipped: Skipped = field(default_factory=Skipped)
+    _bytes_before: int = field(default=0, repr=False)
+    _file: BinaryIO | None = field(default=None, repr=False)
 
     @classmethod
-    def from_paths(cls, paths: Iterable[Path]) -> "Corpus":
+    def from_paths(
+        cls, paths: Iterable[Path], layout: Layout | None = None, *, tolerant: bool = False
+    ) -> "Corpus":
         """Takes files as they are and folders with everything below them.
 
         Hidden files and folders below a folder are left out.
@@ -64,7 +99,7 @@ class Corpus:
                 raise DataError(f"{path} does not exist: name a text file or a folder of them.")
         if not files:
             raise DataError("There is no file in the folders named: name some that hold text.")
-        return cls(files, frozenset(named))
+        return cls(files, frozenset(named), layout or Layout(), tolerant)
 
     @classmethod
     def python_library(cls) -> "Corpus":
@@ -77,31 +112,56 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """Bytes in all files."""
+        """Bytes in all files, as they lie on the disk."""
         return sum(path.stat().st_size for path in self.files if path.is_file())
+
+    @property
+    def position(self) -> int:
+        """How many of these bytes the present iteration has read so far."""
+        file = self._file
+        readable = file is not None and not file.closed and file.seekable()
+        return self._bytes_before + (file.tell() if file is not None and readable else 0)
+
+    def records(self) -> Iterator[Record]:
+        """Yields the documents in order, undecoded.
+
+        Raises:
+            DataError: If a file that must be usable is not.
+        """
+        self.skipped = Skipped()
+        self._bytes_before = 0
+        for path in self.files:
+            count = 0
+            try:
+                for count, record in enumerate(self._read(path), start=1):  # noqa: B007
+                    yield record
+            except UnusableError as error:
+                # A file that breaks off after some documents is one that somebody wants whole.
+                required = not self.tolerant and (path in self.named or count > 0)
+                self.skipped.add(str(path), error, required=required)
+            self._bytes_before += path.stat().st_size if path.is_file() else 0
+
+    def _read(self, path: Path) -> Iterator[Record]:
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise cannot_be_read(error) from error
+        with self._file:
+            for record in read_records(path, self._file, self.layout):
+                wanted = path in self.named or record.json_key is not None
+                yield replace(record, required=wanted and not self.tolerant)
 
     def __iter__(self) -> Iterator[Document]:
         """Yields the documents in order.
 
         Raises:
-            DataError: If a file named one by one cannot be used.
+            DataError: If a file or a line that must be usable is not.
         """
-        self.skipped.clear()
-        for path in self.files:
+        for record in self.records():
             try:
-                yield from _read(path)
-            except _UnusableError as error:
-                if path in self.named:
-                    raise DataError(f"{path} {error.args[0]}: {error.remedy}.") from error
-                self.skipped[error.args[0]] += 1
-
-
-class _UnusableError(Exception):
-    """Why a file cannot be used, as a predicate, and what to do about it."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(reason)
-        self.remedy = remedy
+                yield record.document()
+            except UnusableError as error:
+                self.skipped.add(record.place, error, required=record.required)
 
 
 def _walk(root: Path, skipped: Iterable[str] = ()) -> Iterator[Path]:
@@ -109,50 +169,6 @@ def _walk(root: Path, skipped: Iterable[str] = ()) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in skipped)
         paths = (Path(folder, name) for name in sorted(names) if name[0] != ".")
         yield from (path for path in paths if path.is_file())  # reading a pipe would wait
-
-
-def _read(path: Path) -> Iterator[Document]:
-    try:
-        with path.open("rb") as file:
-            if path.suffix == ".jsonl":
-                yield from _read_json_lines(path, file)
-            else:
-                yield Document(str(path), _decode(file.read()))
-    except OSError as error:
-        reason = (error.strerror or "unknown error").lower()
-        raise _UnusableError(
-            f"cannot be read ({reason})", "make it a file you may read, or name another one"
-        ) from error
-
-
-def _decode(raw: bytes) -> str:
-    if b"\0" in raw:
-        raise _UnusableError("is not text", "name a text file")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _UnusableError("is not UTF-8 text", "convert it to UTF-8") from error
-    if not text.strip():
-        raise _UnusableError("is empty", "put some text in, or name another file")
-    return text
-
-
-def _read_json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[Document]:
-    """Reads line by line, as such files may be large; a faulty line is an error in any file."""
-    empty = True
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        empty = False
-        try:
-            record = json.loads(line)
-            yield Document(str(record.get("source", path)), str(record["text"]))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise DataError(
-                f'{path} has no JSON object with a "text" in line {number}: correct that line.'
-            ) from error
-    if empty:
-        raise _UnusableError("is empty", "put some text in, or name another file")
 
 
 def write_json_lines(documents: Iterable[Document], path: Path) -> int:

@@ -1,92 +1,184 @@
-"""SentencePiece tokenizers as Megatron's GPTSentencePieceTokenizer reads them."""
+"""Tokenizers, named by their files: what each makes of a text is what Megatron's own makes of it.
 
-import io
-import random
-import re
-from collections.abc import Iterable, Iterator
+Megatron 0.19's SentencePiece class is ``SentencePieceProcessor.encode`` unless one of its special
+flags is given. Its GPT2BPETokenizer takes a GPT-2 from Hugging Face's hub and puts the user's files
+into it; ``tokenizers`` alone does the same without the hub. Its HuggingFaceTokenizer is used as is.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from megatron_came.data.errors import DataError
-from megatron_came.data.files import whole_files
+from megatron_came.data.quiet import quiet
 
-_SAMPLED_LINES = 100_000
-_THREADS = 2  # fixed, as the result depends on it
-_LONGEST_LINE = 1000  # characters; SentencePiece leaves out lines of more than 4192 bytes
+GPT2_END = "<|endoftext|>"
 
 
-def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> None:
-    """Trains a tokenizer that gives back every text exactly, white space included.
+@dataclass(frozen=True)
+class Tokenizer:
+    """A loaded tokenizer.
 
-    (But for the character U+2581, with which SentencePiece writes spaces.) The same texts give the
-    same tokenizer.
-
-    Args:
-        texts: What to learn from; a random sample of the lines of large corpora is taken.
-        model: The file to write, whole or not at all.
-        vocab_size: Number of tokens, the 256 bytes and the special ones (unknown 0, beginning 1,
-            end of document 2, padding 3) included.
-
-    Raises:
-        DataError: If the texts are too small for that many tokens.
+    Attributes:
+        tokenize: Gives the tokens of a text.
+        vocab_size: How many different tokens there are.
+        eod: The end-of-document token; None if there is none.
     """
-    trained = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(_lines(texts))),
-            model_writer=trained,
-            vocab_size=vocab_size,
-            num_threads=_THREADS,
-            # Text comes back as it was: no normalisation, and bytes for characters never seen.
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            pad_id=3,
-            minloglevel=2,
+
+    tokenize: Callable[[str], list[int]]
+    vocab_size: int
+    eod: int | None
+
+
+@dataclass(frozen=True)
+class SentencePiece:
+    """A SentencePiece model.
+
+    Attributes:
+        model: Its file.
+    """
+
+    model: Path
+    megatron_type = "GPTSentencePieceTokenizer"
+
+    def load(self) -> Tokenizer:
+        """Loads it.
+
+        Raises:
+            DataError: If the file is no model.
+        """
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(self.model))
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                f"{self.model} is not a SentencePiece model: name one that is."
+            ) from error
+        eod = processor.eos_id()
+        return Tokenizer(processor.encode, processor.get_piece_size(), eod if eod >= 0 else None)
+
+    def flags(self) -> list[tuple[str, str]]:
+        """Megatron's flags for it."""
+        return [("--tokenizer-model", str(self.model))]
+
+
+@dataclass(frozen=True)
+class Gpt2Bpe:
+    """GPT-2's byte-level BPE.
+
+    Attributes:
+        vocab_file: ``vocab.json``, from token to number.
+        merge_file: ``merges.txt``.
+    """
+
+    vocab_file: Path
+    merge_file: Path
+    megatron_type = "GPT2BPETokenizer"
+
+    def load(self) -> Tokenizer:
+        """Loads it.
+
+        Raises:
+            DataError: If the files are no such vocabulary and merges.
+        """
+        _require("tokenizers", "GPT-2's BPE")
+        from tokenizers import Tokenizer as HuggingFaceFast
+        from tokenizers.models import BPE
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        missing = set(ByteLevel.alphabet()) - _read_vocabulary(self.vocab_file).keys()
+        if missing:
+            # A text's bytes that have no token would vanish without a word.
+            raise DataError(
+                f"{self.vocab_file} has no token for {len(missing)} of the 256 bytes, so it is no"
+                " vocabulary of GPT-2: name its vocab.json, or use another kind of tokenizer."
+            )
+        try:
+            bpe = BPE.from_file(str(self.vocab_file), str(self.merge_file))
+        except Exception as error:  # of Rust, which has no types of its own
+            raise DataError(
+                f"{self.merge_file} cannot be used with {self.vocab_file} ({error}): name the"
+                " merges.txt that belongs to it."
+            ) from error
+        tokenizer = HuggingFaceFast(bpe)
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        tokenizer.add_special_tokens([GPT2_END])
+        return Tokenizer(
+            lambda text: tokenizer.encode(text).ids,
+            tokenizer.get_vocab_size(),
+            tokenizer.token_to_id(GPT2_END),
         )
-    except (RuntimeError, OSError) as error:
-        possible = re.search(r"a value <= (\d+)", str(error))
-        raise DataError(
-            f"The text is too small or too uniform for {vocab_size} tokens: give more text or"
-            f" choose {f'at most {possible[1]}' if possible else 'fewer'}."
-        ) from error
-    with whole_files(model) as (partial,):
-        partial.write_bytes(trained.getvalue())
+
+    def flags(self) -> list[tuple[str, str]]:
+        """Megatron's flags for it."""
+        return [("--vocab-file", str(self.vocab_file)), ("--merge-file", str(self.merge_file))]
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Cuts texts into lines, none of which is longer than SentencePiece takes."""
-    for text in texts:
-        for line in text.splitlines():
-            for start in range(0, len(line), _LONGEST_LINE):
-                yield line[start : start + _LONGEST_LINE]
+@dataclass(frozen=True)
+class HuggingFace:
+    """A folder with a tokenizer of Hugging Face's.
 
-
-def _sample(lines: Iterable[str]) -> list[str]:
-    """Draws lines with equal chances; SentencePiece's own sample is another one each time."""
-    generator = random.Random(1)
-    sample: list[str] = []
-    for index, line in enumerate(lines):
-        if index < _SAMPLED_LINES:
-            sample.append(line)
-        elif (place := generator.randrange(index + 1)) < _SAMPLED_LINES:
-            sample[place] = line
-    return sample
-
-
-def load_tokenizer(model: Path) -> sentencepiece.SentencePieceProcessor:
-    """Loads a tokenizer.
-
-    Raises:
-        DataError: If the file is not a SentencePiece model or has no end-of-document token.
+    Attributes:
+        folder: Where ``tokenizer.json`` or its like is.
     """
+
+    folder: Path
+    megatron_type = "HuggingFaceTokenizer"
+
+    def load(self) -> Tokenizer:
+        """Loads it.
+
+        Raises:
+            DataError: If the folder holds no tokenizer.
+        """
+        _require("transformers", "a Hugging Face tokenizer")
+        # It is a folder: nothing need be asked of the hub. And no advice on models not built here.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        with quiet():
+            from megatron.core.tokenizers import MegatronTokenizer
+
+            try:
+                tokenizer: Any = MegatronTokenizer.from_pretrained(
+                    tokenizer_path=str(self.folder), metadata_path={"library": "huggingface"}
+                )
+            except Exception as error:  # of any of the many kinds of tokenizer there are
+                reason = str(error.__context__ or error).strip().splitlines()[0].rstrip(".")
+                raise DataError(
+                    f"{self.folder} holds no tokenizer that transformers can load ({reason}): name"
+                    " a folder with tokenizer.json and tokenizer_config.json."
+                ) from error
+        return Tokenizer(tokenizer.tokenize, tokenizer.vocab_size, tokenizer.eod)
+
+    def flags(self) -> list[tuple[str, str]]:
+        """Megatron's flags for it."""
+        return [("--tokenizer-model", str(self.folder))]
+
+
+TokenizerFiles = SentencePiece | Gpt2Bpe | HuggingFace
+
+
+def _require(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise DataError(
+            f"The package {package}, which {what} needs, is not installed: run"
+            f" pip install {package}."
+        )
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"{model} is not a SentencePiece model: name one that is.") from error
-    if tokenizer.eos_id() < 0:
-        raise DataError(f"{model} has no end-of-document token: train it with one (eos_id).")
-    return tokenizer
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or "unknown error").lower()
+        raise DataError(f"{path} cannot be read ({reason}): name GPT-2's vocab.json.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: name GPT-2's vocab.json.") from error
+    if not isinstance(vocabulary, dict):
+        raise DataError(f"{path} is no table of tokens: name GPT-2's vocab.json.")
+    return vocabulary

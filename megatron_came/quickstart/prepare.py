@@ -1,16 +1,17 @@
 """Corpus, tokenizer and dataset of the quick start."""
 
-import logging
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
 
 from megatron_came.data.corpus import Corpus, write_json_lines
-from megatron_came.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_came.quickstart.progress import Progress
+from megatron_came.data.encoding import Encoder, Job
+from megatron_came.data.files import whole_files
+from megatron_came.data.quiet import quiet
+from megatron_came.data.tokenizer import SentencePiece
+from megatron_came.data.tokenizer_training import train_tokenizer
 from megatron_came.quickstart.settings import QuickstartError, Settings
 from megatron_came.quickstart.steps import Steps
+from megatron_came.tools.progress import Progress
 
 
 def prepare(settings: Settings, steps: Steps) -> str:
@@ -59,8 +60,8 @@ def _write_corpus(settings: Settings, source: Corpus) -> None:
     documents = write_json_lines(source, settings.corpus)
     size = settings.corpus.stat().st_size
     print(f"  {documents} documents, {size / 1e6:.1f} MB.")
-    for reason, count in source.skipped.items():
-        print(f"  Left out {count} files, each of which {reason}.")
+    for line in source.skipped.lines():
+        print(f"  {line}")
     if size < settings.smallest_text:
         raise QuickstartError(
             f"There are {size / 1000:.0f} kB of text, and the quick start needs"
@@ -75,27 +76,17 @@ def _train_tokenizer(settings: Settings) -> None:
 
 
 def _write_dataset(settings: Settings) -> None:
-    # Megatron's modules warn, as they are imported, of each GPU library that is not installed.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    from megatron_came.data.indexed import write_indexed_dataset
+    with quiet():
+        from megatron_came.data.build import write_datasets
+        from megatron_came.data.indexed import dataset_files
 
     # Its index of samples is found by the dataset's name: an old one would be taken for this one's.
     shutil.rmtree(settings.dataset_cache, ignore_errors=True)
-    tokenizer = load_tokenizer(settings.tokenizer)
     corpus = Corpus.from_paths([settings.corpus])
-
-    def encoded(progress: Progress) -> Iterator[list[int]]:
-        for document in corpus:
-            yield tokenizer.encode(document.text)
-            progress.advance(len(document.text))
-
-    characters = sum(len(document.text) for document in corpus)
-    with Progress("Dataset", characters) as progress:
-        size = write_indexed_dataset(
-            settings.dataset,
-            encoded(progress),
-            eod=tokenizer.eos_id(),
-            vocab_size=settings.vocabulary,
-        )
-    print(f"  {size.documents} documents, {size.tokens:,} tokens.")
+    encoder = Encoder(Job(SentencePiece(settings.tokenizer), append_eod=True))
+    with (
+        whole_files(*dataset_files([settings.dataset])) as files,
+        Progress("Dataset", corpus.size) as progress,
+    ):
+        (written,) = write_datasets(corpus, encoder, files, advance=progress.advance)
+    print(f"  {written.documents} documents, {written.tokens:,} tokens.")

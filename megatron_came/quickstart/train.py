@@ -15,8 +15,8 @@ from typing import IO, Self
 
 from megatron_came.data.files import whole_files
 from megatron_came.quickstart.meter import Measured
-from megatron_came.quickstart.progress import Progress
 from megatron_came.quickstart.settings import Optimizer, QuickstartError, Settings
+from megatron_came.tools.progress import Progress
 
 _ITERATION = re.compile(
     r"iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+) .*lm loss: (\S+) "

@@ -1,0 +1,194 @@
+"""Documents into tokens, in one process or several."""
+
+import hashlib
+import multiprocessing
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_came.data.corpus import Corpus, Skipped
+from megatron_came.data.errors import DataError, UnusableError
+from megatron_came.data.records import Record
+from megatron_came.data.tokenizer import TokenizerFiles
+
+_BATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done to each document.
+
+    Attributes:
+        tokenizer: What makes tokens of it.
+        append_eod: Whether an end-of-document token follows those of a document that has any.
+        validation: The share of the documents that goes into the validation set, from 0 to 1.
+    """
+
+    tokenizer: TokenizerFiles
+    append_eod: bool
+    validation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents that are encoded together.
+
+    Attributes:
+        records: The documents.
+        position: ``Corpus.position`` behind them.
+    """
+
+    records: list[Record]
+    position: int
+
+
+@dataclass
+class Encoded:
+    """What became of a batch.
+
+    Attributes:
+        position: As in the batch.
+        documents: For each document, whether it is for validation, and its tokens.
+        skipped: What was left out.
+    """
+
+    position: int
+    documents: list[tuple[bool, NDArray[np.int32]]] = field(default_factory=list)
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+def batches(corpus: Corpus) -> Iterator[Batch]:
+    """Reads a corpus in pieces that are worth sending to another process."""
+    records: list[Record] = []
+    size = 0
+    for record in corpus.records():
+        records.append(record)
+        size += len(record.raw)
+        if size >= _BATCH_BYTES:
+            yield Batch(records, corpus.position)
+            records, size = [], 0
+    yield Batch(records, corpus.size)
+
+
+def is_for_validation(text: str, share: float) -> bool:
+    """Draws by the text itself.
+
+    So the outcome depends neither on the order of documents nor on which others there are, and
+    copies of one text never lie on both sides.
+    """
+    if not share:
+        return False
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
+
+
+class Encoder:
+    """Does a job with a tokenizer of its own.
+
+    Args:
+        job: What to do.
+
+    Attributes:
+        job: The same.
+        tokenizer: The tokenizer, loaded.
+
+    Raises:
+        DataError: If the tokenizer cannot be loaded or cannot end a document.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.tokenizer = job.tokenizer.load()
+        if job.append_eod and self.tokenizer.eod is None:
+            raise DataError(
+                f"The tokenizer ({' '.join(path for _, path in job.tokenizer.flags())}) has no"
+                " end-of-document token: leave out --append-eod, or take one that has."
+            )
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Encodes a batch.
+
+        Raises:
+            DataError: If a document that must be usable is not.
+        """
+        encoded = Encoded(batch.position)
+        for record in batch.records:
+            try:
+                text = record.document().text
+            except UnusableError as error:
+                encoded.skipped.add(record.place, error, required=record.required)
+            else:
+                drawn = is_for_validation(text, self.job.validation)
+                encoded.documents.append((drawn, self._tokens(record, text)))
+        return encoded
+
+    def _tokens(self, record: Record, text: str) -> NDArray[np.int32]:
+        tokens = self.tokenizer.tokenize(text)
+        if tokens and self.job.append_eod and self.tokenizer.eod is not None:
+            tokens.append(self.tokenizer.eod)
+        document = np.array(tokens, dtype=np.int32)
+        if tokens and document.max() >= self.tokenizer.vocab_size:
+            # The embedding has no such row, and two bytes may not hold the number.
+            raise DataError(
+                f"The tokenizer made token {document.max()} of {record.place} and says that it has"
+                f" {self.tokenizer.vocab_size} tokens: mend its files."
+            )
+        return document
+
+
+def encode(corpus: Corpus, encoder: Encoder, *, workers: int) -> Iterator[Encoded]:
+    """Encodes a corpus, in its order however many workers there are.
+
+    Args:
+        corpus: The documents.
+        encoder: What is done to each.
+        workers: How many processes encode; 1 is this one.
+
+    Raises:
+        DataError: If a document that must be usable is not, or a worker dies.
+    """
+    if workers == 1:
+        yield from map(encoder.encode, batches(corpus))
+        return
+    # A fork shares what is imported here already; nothing runs beside it that could hold a lock.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    executor = ProcessPoolExecutor(
+        workers, context, initializer=_start_worker, initargs=(encoder.job,)
+    )
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        for batch in batches(corpus):
+            pending.append(executor.submit(_work, batch))
+            if len(pending) >= 2 * workers:  # so that no more than this is held in memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A worker was killed, most likely because memory ran out: give fewer --workers, or"
+            " cut the text into smaller documents."
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+_encoder: Encoder
+
+
+def _start_worker(job: Job) -> None:
+    global _encoder
+    # The signals that end the command end a worker at once; the command itself cleans up.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    _encoder = Encoder(job)
+
+
+def _work(batch: Batch) -> Encoded:
+    return _encoder.encode(batch)

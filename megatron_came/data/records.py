@@ -1,0 +1,178 @@
+"""Documents as they lie in files: text and JSON Lines, gzip of both."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from megatron_came.data.errors import UnusableError
+
+_CHUNK = 1 << 24  # bytes read at a time where a separator is looked for
+_LONGEST_PROBE = 1 << 26  # bytes of a first line that decides what a .json file is
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How documents lie in files.
+
+    Attributes:
+        format: What files hold; "auto" tells by their names, as ``README.md`` says.
+        json_key: Under which key a JSON object has the text.
+        separator: What stands between the documents of a text file; None if a file is a document.
+    """
+
+    format: Literal["auto", "text", "jsonl"] = "auto"
+    json_key: str = "text"
+    separator: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and the file it came from."""
+
+    source: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document as its file has it: not decoded yet, as decoding is work for several processes.
+
+    Attributes:
+        path: The file.
+        raw: The document's bytes.
+        line: Which line it is, from 1; 0 if it is not a line.
+        json_key: Under which key the line's JSON object has the text; None for plain text.
+        required: Whether it is an error if it cannot be used.
+    """
+
+    path: str
+    raw: bytes
+    line: int = 0
+    json_key: str | None = None
+    required: bool = True
+
+    @property
+    def place(self) -> str:
+        """File and line, for messages."""
+        return f"{self.path}, line {self.line}," if self.line else self.path
+
+    def document(self) -> Document:
+        """Decodes it.
+
+        Raises:
+            UnusableError: If it is no text.
+        """
+        if self.json_key is None:
+            return Document(self.path, _decode_text(self.raw))
+        return _decode_line(self.path, self.raw, self.json_key)
+
+
+def cannot_be_read(error: OSError) -> UnusableError:
+    """What the system says of a file."""
+    reason = (error.strerror or "unknown error").lower()
+    return UnusableError(
+        f"cannot be read ({reason})", "make it a file you may read, or name another one"
+    )
+
+
+def _empty() -> UnusableError:
+    return UnusableError("is empty", "put some text in, or name another file")
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableError("is not UTF-8 text", "convert it to UTF-8") from error
+
+
+def _decode_text(raw: bytes) -> str:
+    if b"\0" in raw:
+        raise UnusableError("is not text", "name a text file")
+    text = _decode(raw)
+    if not text.strip():
+        raise _empty()
+    return text
+
+
+def _decode_line(path: str, raw: bytes, key: str) -> Document:
+    line = _decode(raw)
+    try:
+        record = json.loads(line)
+        text = record[key]
+        if not isinstance(text, str):
+            raise TypeError(key)
+        if "\\u" in line:
+            text.encode()  # an escape may have given half a surrogate pair, which is no text
+        return Document(str(record.get("source", path)), text)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UnusableError(
+            f'has no JSON object with a text under "{key}"',
+            "correct that line, give the right --json-key, or --skip-faulty to leave such out",
+        ) from error
+
+
+def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
+    """Cuts an open file into its documents.
+
+    Args:
+        path: The file's name; gzip is told by its suffix.
+        raw: The file, as it lies on the disk.
+        layout: How the documents lie in it.
+
+    Raises:
+        UnusableError: If the file cannot be read, or holds nothing.
+    """
+    # A gzip file reads as any other; its type does not say so.
+    file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
+    count = 0
+    try:
+        records = _lines if _holds_json_lines(path, file, layout) else _texts
+        for count, record in enumerate(records(path, file, layout), start=1):  # noqa: B007
+            yield record
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UnusableError("is no whole gzip file", "compress it again") from error
+    except OSError as error:
+        raise cannot_be_read(error) from error
+    if not count:
+        raise _empty()
+
+
+def _holds_json_lines(path: Path, file: BinaryIO, layout: Layout) -> bool:
+    if layout.format != "auto":
+        return layout.format == "jsonl"
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix != ".json":
+        return suffix in (".jsonl", ".ndjson")
+    # Such a file may be JSON Lines or one JSON value over many lines: its first line decides.
+    first = file.readline(_LONGEST_PROBE)
+    file.seek(0)
+    try:
+        _decode_line(str(path), first, layout.json_key)
+    except UnusableError:
+        return False
+    return True
+
+
+def _lines(path: Path, file: BinaryIO, layout: Layout) -> Iterator[Record]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield Record(str(path), line, number, layout.json_key)
+
+
+def _texts(path: Path, file: BinaryIO, layout: Layout) -> Iterator[Record]:
+    """Reads a file whole, or piece by piece, leaving out pieces without any text."""
+    if layout.separator is None:
+        yield Record(str(path), file.read())
+        return
+    separator = layout.separator.encode()
+    rest = b""
+    while chunk := file.read(_CHUNK):
+        *pieces, rest = (rest + chunk).split(separator)
+        yield from (Record(str(path), piece) for piece in pieces if piece.strip())
+    if rest.strip():
+        yield Record(str(path), rest)

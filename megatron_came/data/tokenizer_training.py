@@ -1,0 +1,77 @@
+"""SentencePiece tokenizers, trained on a corpus."""
+
+import io
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_came.data.errors import DataError
+from megatron_came.data.files import whole_files
+
+_SAMPLED_LINES = 100_000
+_THREADS = 2  # fixed, as the result depends on it
+_LONGEST_LINE = 1000  # characters; SentencePiece leaves out lines of more than 4192 bytes
+
+
+def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> None:
+    """Trains a tokenizer that gives back every text exactly, white space included.
+
+    (But for the character U+2581, with which SentencePiece writes spaces.) The same texts give the
+    same tokenizer.
+
+    Args:
+        texts: What to learn from; a random sample of the lines of large corpora is taken.
+        model: The file to write, whole or not at all.
+        vocab_size: Number of tokens, the 256 bytes and the special ones (unknown 0, beginning 1,
+            end of document 2, padding 3) included.
+
+    Raises:
+        DataError: If the texts are too small for that many tokens.
+    """
+    trained = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_sample(_lines(texts))),
+            model_writer=trained,
+            vocab_size=vocab_size,
+            num_threads=_THREADS,
+            # Text comes back as it was: no normalisation, and bytes for characters never seen.
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=3,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        possible = re.search(r"a value <= (\d+)", str(error))
+        raise DataError(
+            f"The text is too small or too uniform for {vocab_size} tokens: give more text or"
+            f" choose {f'at most {possible[1]}' if possible else 'fewer'}."
+        ) from error
+    with whole_files(model) as (partial,):
+        partial.write_bytes(trained.getvalue())
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Cuts texts into lines, none of which is longer than SentencePiece takes."""
+    for text in texts:
+        for line in text.splitlines():
+            for start in range(0, len(line), _LONGEST_LINE):
+                yield line[start : start + _LONGEST_LINE]
+
+
+def _sample(lines: Iterable[str]) -> list[str]:
+    """Draws lines with equal chances; SentencePiece's own sample is another one each time."""
+    generator = random.Random(1)
+    sample: list[str] = []
+    for index, line in enumerate(lines):
+        if index < _SAMPLED_LINES:
+            sample.append(line)
+        elif (place := generator.randrange(index + 1)) < _SAMPLED_LINES:
+            sample[place] = line
+    return sample
