@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_came.host.checkpoint_refusals import notice
+from megatron_came.host.memory import report as memory_report
 from megatron_came.host.patching import Function, wrap
 from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparameters
 
@@ -131,7 +132,8 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
         ValueError: one sentence with flag, value and remedy.
     """
     if args.optimizer != "came":
-        stray = [flag for flag in flags if flag.startswith("--came-")]
+        own = (flag for flag in flags if flag.startswith("--came-"))
+        stray = [flag for flag in own if flag not in memory_report.FLAGS]
         if stray:
             raise ValueError(
                 f"{stray[0]} is a setting of CAME, but the optimizer is {args.optimizer}: "
@@ -174,6 +176,7 @@ def _with_flags(original: Function) -> Function:
                 default=field.default,
                 help=f"{_HELP[field.name]} (default: {field.default:g})",
             )
+        memory_report.add_flags(group)
         return parser
 
     return add_megatron_arguments

@@ -1,0 +1,106 @@
+"""The sizes of a parallel layout."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Into how many parts a run is cut, and along what.
+
+    Attributes:
+        world: number of ranks.
+        tensor: tensor-parallel size of dense layers.
+        pipeline: number of pipeline stages.
+        virtual: model chunks of a stage; None without virtual stages.
+        context: context-parallel size.
+        expert: expert-parallel size.
+        expert_tensor: tensor-parallel size of experts.
+        instances: distributed-optimizer instances.
+        sharded: ``--use-distributed-optimizer``.
+
+    Raises:
+        ValueError: sizes that do not fit into each other.
+    """
+
+    world: int
+    tensor: int
+    pipeline: int
+    virtual: int | None
+    context: int
+    expert: int
+    expert_tensor: int
+    instances: int
+    sharded: bool
+
+    def __post_init__(self) -> None:
+        for sizes, product in (
+            ("tensor x context x pipeline", self.tensor * self.context * self.pipeline),
+            ("expert-tensor x expert x pipeline", self.experts_model_size),
+        ):
+            if self.world % product:
+                raise ValueError(
+                    f"{self.world} ranks cannot be cut into {sizes} parallel size {product}."
+                )
+        for ranks in (self.data * self.context, self.expert_data):
+            if ranks % self.instances:
+                raise ValueError(
+                    f"--num-distributed-optimizer-instances {self.instances} does not divide "
+                    f"{ranks} data-parallel ranks."
+                )
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """Take the sizes from Megatron's validated arguments."""
+        return cls(
+            world=args.world_size,
+            tensor=args.tensor_model_parallel_size,
+            pipeline=args.pipeline_model_parallel_size,
+            virtual=args.virtual_pipeline_model_parallel_size,
+            context=args.context_parallel_size,
+            expert=args.expert_model_parallel_size,
+            expert_tensor=args.expert_tensor_parallel_size,
+            instances=args.num_distributed_optimizer_instances,
+            sharded=args.use_distributed_optimizer,
+        )
+
+    @property
+    def experts_model_size(self) -> int:
+        """Ranks that hold one copy of all experts."""
+        return self.expert_tensor * self.expert * self.pipeline
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def expert_data(self) -> int:
+        """Data-parallel size of the experts."""
+        return self.world // self.experts_model_size
+
+    @property
+    def dense_shards(self) -> int:
+        """Ranks over which the distributed optimizer cuts a dense parameter."""
+        return self.data * self.context // self.instances if self.sharded else 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks over which it cuts an expert's parameter."""
+        return self.expert_data // self.instances if self.sharded else 1
+
+    def shards(self) -> Iterator[tuple[int, int]]:
+        """The shards (of dense and of experts' parameters) that the ranks of a stage hold.
+
+        In the order of Megatron's ranks: tensor parallelism is innermost, then come context (or
+        expert) and data parallelism.
+        """
+        for rank in range(self.world // self.pipeline):
+            yield (
+                rank // self.tensor % self.dense_shards,
+                rank // (self.expert_tensor * self.expert) % self.expert_shards,
+            )

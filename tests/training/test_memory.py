@@ -1,0 +1,83 @@
+"""The memory of ranks that train, against what is predicted of them from the flags alone."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_came.host.memory.records import Record
+from tests.training import test_layouts
+from tests.training.harness import Case, run
+from tests.training.test_layouts import DO, FROZEN, LAYOUTS, MODELS, SIXTEEN_BIT, pp, tp
+
+# One step that an overflow does not skip.
+ONE = "--train-iters 1 --lr-warmup-iters 0 --initial-loss-scale 16 --came-report-memory "
+
+# Name of the case: ranks, variant, optimizer and flags.
+CASES = {
+    f"{model}-{name}": (ranks, "came", "came", MODELS[model] + layout)
+    for model, sizes in LAYOUTS.items()
+    for ranks, layouts in sizes.items()
+    for name, layout in layouts.items()
+}
+CASES |= {name: (2, "came", "came", flags) for name, flags in SIXTEEN_BIT.items()}
+CASES |= {
+    name: (ranks, f"came+{variant}", "came", model + layout)
+    for name, (variant, ranks, model, layout) in FROZEN.items()
+}
+CASES |= {
+    "adam-bf16-tp2-pp2-do": (4, "came", "adam", "--bf16 " + tp(2) + pp(2) + DO),
+    "adam-bf16": (2, "came", "adam", "--bf16 --grad-reduce-in-bf16 "),
+    "sgd-bf16": (2, "came", "sgd", "--bf16 "),
+}
+QUICK = (
+    "gpt2-pp2-vpp2-do-overlap",
+    "gpt2-tp2-sp-do",
+    "moe-tp2-sp-ep2-do",
+    "bf16",
+    "bf16-do-bf16-reduce",
+    "adam-bf16",
+    "sgd-bf16",
+)
+
+
+def _mark(names):
+    return [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.matrix) for name in names
+    ]
+
+
+@pytest.fixture(scope="session")
+def reports(request, tmp_path_factory):
+    """What each rank reported, by name of the case; of those cases alone that are asked for."""
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    asked = {item.callspec.params["name"] for item in items if hasattr(item, "callspec")}
+    folder = tmp_path_factory.mktemp("memory")
+    for ranks in (2, 4):
+        cases = [
+            Case(
+                name,
+                f"--optimizer {optimizer} {flags} {ONE} --came-memory-dir {folder / name}",
+                variant,
+            )
+            for name, (where, variant, optimizer, flags) in CASES.items()
+            if where == ranks and name in asked
+        ]
+        if cases:
+            run(ranks, cases, folder / f"ranks{ranks}")
+    return {
+        name: [Record.read(path) for path in sorted((folder / name).iterdir())] for name in asked
+    }
+
+
+def test_every_layout_is_measured():
+    assert set(test_layouts.NAMES) <= CASES.keys()
+
+
+@pytest.mark.parametrize("name", _mark(CASES))
+def test_measured_memory_is_what_was_predicted(reports, name):
+    assert len(reports[name]) == CASES[name][0]
+    for record in reports[name]:
+        assert record.problem is None
+        assert record.measured.static > 0
+        assert record.measured.static == pytest.approx(record.predicted.static, rel=0.01)
+        assert record.measured.as_dict() == record.predicted.as_dict()
