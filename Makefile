@@ -27,8 +27,9 @@ test-all: venv  ## run the full matrix of layouts as well, and break the package
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "matrix or not matrix"
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_mutations.py
 
-check: venv  ## run the linter, the format check and the type checker
+check: venv  ## run the linters, the format check and the type checker
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/shellcheck -x scripts/*.sh examples/*/train_*.sh
 
 clean-quickstart:  ## remove what the quick start made
 	rm -rf quickstart

@@ -42,7 +42,7 @@ install() {
     local log=$VENV/install.log
     echo "Installing the packages (log: $log)."
     if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-        -c constraints.txt -e '.[quickstart,test,dev]' 2>&1 | tee "$log" |
+        -c constraints.txt -e '.[quickstart,examples,test,dev]' 2>&1 | tee "$log" |
         { grep --line-buffered -oE 'Downloading .*\([0-9]{3}.* MB\)' || true; }; then
         fail "Installing the packages failed (the whole log is $PWD/$log):" \
             "$(grep '^ERROR' "$log" | tail -n 1)"

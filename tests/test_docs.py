@@ -19,7 +19,7 @@ def test_paths_exist():
     paths = {
         path
         for code in CODE
-        for path in re.findall(r"\b(?:tests|megatron_came|docs)/[\w/.-]+", code)
+        for path in re.findall(r"\b(?:tests|megatron_came|docs|examples|docker)/[\w/.-]+", code)
     }
     assert paths
     assert [path for path in paths if not (ROOT / path).exists()] == []
