@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_came.host.memory.records import Record
 from tests.training import test_layouts
@@ -39,6 +40,8 @@ QUICK = (
     "sgd-bf16",
 )
 
+LOGGED = "bf16"  # to TensorBoard as well
+
 
 def _mark(names):
     return [
@@ -50,13 +53,14 @@ def _mark(names):
 def reports(request, tmp_path_factory):
     """What each rank reported, by name of the case; of those cases alone that are asked for."""
     items = [item for item in request.session.items if item.path == Path(__file__)]
-    asked = {item.callspec.params["name"] for item in items if hasattr(item, "callspec")}
+    asked = {item.callspec.params["name"] for item in items if hasattr(item, "callspec")} | {LOGGED}
     folder = tmp_path_factory.mktemp("memory")
     for ranks in (2, 4):
         cases = [
             Case(
                 name,
-                f"--optimizer {optimizer} {flags} {ONE} --came-memory-dir {folder / name}",
+                f"--optimizer {optimizer} {flags} {ONE} --came-memory-dir {folder / name} "
+                + (f"--tensorboard-dir {folder / LOGGED} " if name == LOGGED else ""),
                 variant,
             )
             for name, (where, variant, optimizer, flags) in CASES.items()
@@ -65,8 +69,9 @@ def reports(request, tmp_path_factory):
         if cases:
             run(ranks, cases, folder / f"ranks{ranks}")
     return {
-        name: [Record.read(path) for path in sorted((folder / name).iterdir())] for name in asked
-    }
+        name: [Record.read(path) for path in sorted((folder / name).glob("*.json"))]
+        for name in asked
+    } | {"folder": folder}
 
 
 def test_every_layout_is_measured():
@@ -81,3 +86,15 @@ def test_measured_memory_is_what_was_predicted(reports, name):
         assert record.measured.static > 0
         assert record.measured.static == pytest.approx(record.predicted.static, rel=0.01)
         assert record.measured.as_dict() == record.predicted.as_dict()
+
+
+def test_the_fullest_rank_is_printed_and_logged(reports):
+    fullest = max(reports[LOGGED], key=lambda record: record.measured.total)
+    log = (reports["folder"] / "ranks2" / "log").read_text()
+    assert "Memory after the first optimizer step, of the fullest rank" in log
+    assert f"Every rank's report: {reports['folder'] / LOGGED}" in log
+    events = EventAccumulator(str(reports["folder"] / LOGGED)).Reload()
+    for kind in ("measured", "predicted"):
+        (event,) = events.Scalars(f"memory-MiB/momentum-{kind}")
+        assert event.value * 2**20 == pytest.approx(fullest.measured.momentum)
+        assert event.step == 1

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from megatron_came.host.memory.meta_model import Chunk
 from megatron_came.host.memory.precisions import MOMENTUM
 from megatron_came.host.memory.stand_ins import META, SizedGroup
 from megatron_came.host.sharding import ModelGroups, shard_of
+from megatron_came.layout import Shard
 from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS, new_state
 from megatron_came.work import ParameterWork
 
@@ -96,17 +96,16 @@ def lay_out(args: argparse.Namespace, grid: Grid, stage: int, chunks: Sequence[C
             slices.append(buffer)
             weights += padded * buffer.param_bytes
             gradients += padded * buffer.grad_bytes
-    trained = [param for param in params if param.requires_grad]
-    states = [_factor_bytes(param, grid) for param in trained]
+    extras = _extras((param for param in params if param.requires_grad), grid)
     return Layout(
         stage=stage,
         parameters=sum(param.numel() for param in params),
         weights=weights,
         gradients=gradients,
         slices=tuple(slices),
-        factors=sum(factors for factors, _ in states),
-        confidence=sum(confidence for _, confidence in states),
-        sums=_sum_bytes(trained, grid),
+        factors=sum(each.factors for each in extras),
+        confidence=sum(each.confidence for each in extras),
+        sums=sum(each.sums for each in extras),
     )
 
 
@@ -177,29 +176,61 @@ def _groups(grid: Grid) -> ModelGroups:
     return ModelGroups(tp=tensor, expert_tp=experts, embedding=None)
 
 
-def _factor_bytes(param: Tensor, grid: Grid) -> tuple[int, int]:
-    """Bytes of the factors that Adafactor has too, and of those of the confidence."""
-    state = new_state(param, shard_of(param, _groups(grid)))
-    shared = (*VECTOR_FACTORS, *MATRIX_FACTORS[:2])
-    return (
-        sum(_bytes(state[key]) for key in shared if key in state),
-        sum(_bytes(state[key]) for key in MATRIX_FACTORS[2:] if key in state),
-    )
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    """Bytes that CAME keeps of a parameter beside its momentum, on every rank."""
+
+    factors: int
+    confidence: int
+    sums: int
 
 
-def _sum_bytes(params: Sequence[Tensor], grid: Grid) -> int:
+def _extras(params: Iterable[Tensor], grid: Grid) -> list[_Extras]:
+    """Count each parameter's factors and sums, of parameters that are alike once."""
     groups = _groups(grid)
-    works = [ParameterWork(param, {}, shard_of(param, groups)) for param in params]
-    requests = chain.from_iterable(
-        (*work.square_requests(), *work.instability_requests()) for work in works
+    known: dict[tuple[object, ...], _Extras] = {}
+    found = []
+    for param in params:
+        shard = shard_of(param, groups)
+        alike = (shard.shape, param.dtype, shard.tp_dim, shard.tp_size)
+        if alike not in known:
+            known[alike] = _extras_of(param, shard)
+        found.append(known[alike])
+    return found
+
+
+def _extras_of(param: Tensor, shard: Shard) -> _Extras:
+    state = new_state(param, shard)
+    shared = (*VECTOR_FACTORS, *MATRIX_FACTORS[:2])
+    work = ParameterWork(param, {}, shard)
+    sums = SumBuffer([*work.square_requests(), *work.instability_requests()], META)
+    return _Extras(
+        factors=sum(_bytes(state[key]) for key in shared if key in state),
+        confidence=sum(_bytes(state[key]) for key in MATRIX_FACTORS[2:] if key in state),
+        sums=_bytes(sums.flat),
     )
-    return _bytes(SumBuffer(list(requests), META).flat)
 
 
-def fullest_shard(layout: Layout, grid: Grid) -> tuple[int, int]:
+def fullest_shards(layout: Layout, grid: Grid) -> tuple[int, int]:
     """The shards, of dense and of experts' parameters, of the rank that holds most elements."""
+    dense, experts = grid.shards()
+    held = torch.zeros(len(dense), dtype=torch.int64, device="cpu")
+    for part in layout.slices:
+        held += part.elements[experts if part.of_experts else dense]
+    rank = int(held.argmax())
+    return int(dense[rank]), int(experts[rank])
 
-    def elements(shards: tuple[int, int]) -> int:
-        return sum(int(part.elements[shards[part.of_experts]]) for part in layout.slices)
 
-    return max(dict.fromkeys(grid.shards()), key=elements)
+def full_parameters(chunk: Chunk, grid: Grid) -> int:
+    """Number of elements that a chunk's weights have on all tensor- and expert-parallel ranks.
+
+    Megatron's second copy of tied embeddings is none of them.
+    """
+    groups = _groups(grid)
+    return sum(
+        param.numel()
+        * shard_of(param, groups).tp_size
+        * (1 if getattr(param, "allreduce", True) else grid.expert)
+        for param in chunk.params
+        if not getattr(param, "shared", False)
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +95,22 @@ class Grid:
         """Ranks over which it cuts an expert's parameter."""
         return self.expert_data // self.instances if self.sharded else 1
 
-    def shards(self) -> Iterator[tuple[int, int]]:
-        """The shards (of dense and of experts' parameters) that the ranks of a stage hold.
+    def shards(self) -> tuple[Tensor, Tensor]:
+        """The shards, of dense and of experts' parameters, that the ranks of a stage hold.
 
         In the order of Megatron's ranks: tensor parallelism is innermost, then come context (or
         expert) and data parallelism.
         """
-        for rank in range(self.world // self.pipeline):
-            yield (
-                rank // self.tensor % self.dense_shards,
-                rank // (self.expert_tensor * self.expert) % self.expert_shards,
-            )
+        ranks = torch.arange(self.world // self.pipeline, device="cpu")
+        return (
+            ranks // self.tensor % self.dense_shards,
+            ranks // (self.expert_tensor * self.expert) % self.expert_shards,
+        )
+
+    def with_data(self, data: int) -> Self:
+        """The same layout at another data-parallel size.
+
+        Raises:
+            ValueError: a size that it cannot have.
+        """
+        return replace(self, world=data * self.tensor * self.context * self.pipeline)

@@ -110,13 +110,16 @@ def build_stage(args: argparse.Namespace, grid: Grid, stage: int) -> list[Chunk]
                 process_groups(grid, stage),
                 args.virtual_pipeline_model_parallel_size,
             )
-        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:
+            said = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
             raise UnsupportedError(
-                "Megatron's local layers, by which memory is predicted, cannot make up this model "
-                f"({' '.join(str(error).split())})."
+                "Megatron does not build this model of its local layers, which memory is "
+                f"predicted with: {said}."
             ) from error
         if args.fp16 or args.bf16:
             models = [Float16Module(config.transformer, model) for model in models]
+        for model in models:
+            _make_whole(model, grid)
     return [_chunk(model) for model in models]
 
 
@@ -131,6 +134,21 @@ def _chunk(model: torch.nn.Module) -> Chunk:
         embeds=inner.pre_process,
         predicts=inner.post_process,
     )
+
+
+# Of latent attention; Transformer Engine's layers, which it trains with, hold these whole on every
+# tensor-parallel rank.
+_WHOLE = ("linear_q_down_proj", "linear_kv_down_proj")
+
+
+def _make_whole(model: torch.nn.Module, grid: Grid) -> None:
+    for layer in model.modules():
+        for name in _WHOLE:
+            projection = getattr(layer, name, None)
+            if projection is not None and projection.weight.tensor_model_parallel:
+                rows, columns = projection.weight.shape
+                whole = torch.empty(rows * grid.tensor, columns, dtype=projection.weight.dtype)
+                projection.weight = torch.nn.Parameter(whole)
 
 
 def _check_model(args: argparse.Namespace) -> None:

@@ -7,8 +7,12 @@ import copy
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron.core import __version__
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_came.host.errors import UnsupportedError
 from megatron_came.host.memory.activations import activation_bytes
-from megatron_came.host.memory.buffers import Layout, fullest_shard, lay_out
+from megatron_came.host.memory.buffers import Layout, full_parameters, fullest_shards, lay_out
 from megatron_came.host.memory.components import Components
 from megatron_came.host.memory.grid import Grid
 from megatron_came.host.memory.meta_model import Chunk, build_stage
@@ -82,35 +86,65 @@ class Launch:
         args: Megatron's arguments, validated, with ``padded_vocab_size``; left as they are.
 
     Raises:
-        UnsupportedError: a model that cannot be predicted; the message says why.
+        UnsupportedError: a release of Megatron that does not tell how it lays memory out.
+        ValueError: parallel sizes that do not fit into each other.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
+        if not hasattr(DistributedOptimizer, "compute_full_param_layout"):
+            raise UnsupportedError(
+                f"memory is laid out by functions of Megatron 0.19, and this is {__version__}: "
+                "predict it with megatron-core 0.19."
+            )
         self.args = args
         self.grid = Grid.of(args)
+        self._layouts: dict[int, list[tuple[Layout, tuple[int, int]]]] = {}
 
     @cached_property
     def chunks(self) -> list[list[Chunk]]:
-        """The model, by pipeline stage."""
+        """The model, by pipeline stage.
+
+        Raises:
+            UnsupportedError: a model that cannot be predicted; the message says why.
+        """
         return [build_stage(self.args, self.grid, s) for s in range(self.grid.pipeline)]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of the whole model's weights."""
+        return sum(full_parameters(chunk, self.grid) for chunks in self.chunks for chunk in chunks)
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """The pipeline stages of the launch as it is."""
+        """The pipeline stages of the launch as it is, each with its fullest rank."""
         return self.stages_at(self.grid.data, self.args.micro_batch_size)
 
     def stages_at(self, data: int, micro_batch: int) -> list[Stage]:
         """The pipeline stages at another data-parallel size and micro-batch size.
 
+        A global batch size that was not given follows from both.
+
         Raises:
             ValueError: a data-parallel size that the layout cannot have.
         """
+        grid = self.grid.with_data(data)
         args = copy.copy(self.args)
-        grid = self.grid
-        args.world_size = data * grid.tensor * grid.context * grid.pipeline
-        args.data_parallel_size, args.micro_batch_size = data, micro_batch
-        grid = Grid.of(args)
-        return [_stage(args, grid, number, chunks) for number, chunks in enumerate(self.chunks)]
+        args.world_size, args.data_parallel_size = grid.world, data
+        args.micro_batch_size = micro_batch
+        if not self.has_global_batch:
+            args.global_batch_size = data * micro_batch
+        if data not in self._layouts:
+            layouts = [lay_out(args, grid, s, chunks) for s, chunks in enumerate(self.chunks)]
+            self._layouts[data] = [(each, fullest_shards(each, grid)) for each in layouts]
+        return [
+            _stage(args, grid, layout, chunks, shards)
+            for (layout, shards), chunks in zip(self._layouts[data], self.chunks, strict=True)
+        ]
+
+    @property
+    def has_global_batch(self) -> bool:
+        """Whether the global batch size was given."""
+        return bool(getattr(self.args, "_is_global_batch_size_explicitly_specified", True))
 
     def rank(self, stage: int, shards: tuple[int, int]) -> Stage:
         """One rank's stage, seen from that rank.
@@ -118,23 +152,26 @@ class Launch:
         Args:
             stage: its number.
             shards: which shards of dense and of experts' parameters the rank holds.
+
+        Raises:
+            UnsupportedError: a model that cannot be predicted; the message says why.
         """
         chunks = build_stage(self.args, self.grid, stage)
-        return _stage(self.args, self.grid, stage, chunks, shards)
+        layout = lay_out(self.args, self.grid, stage, chunks)
+        return _stage(self.args, self.grid, layout, chunks, shards)
 
 
 def _stage(
     args: argparse.Namespace,
     grid: Grid,
-    number: int,
+    layout: Layout,
     chunks: list[Chunk],
-    shards: tuple[int, int] | None = None,
+    shards: tuple[int, int],
 ) -> Stage:
-    layout = lay_out(args, grid, number, chunks)
     return Stage(
         layout=layout,
-        shards=fullest_shard(layout, grid) if shards is None else shards,
-        activations=activation_bytes(args, grid, number, chunks),
+        shards=shards,
+        activations=activation_bytes(args, grid, layout.stage, chunks),
         layers=sum(chunk.layers for chunk in chunks),
     )
 

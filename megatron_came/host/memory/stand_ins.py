@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch.overrides import TorchFunctionMode
 
 from megatron_came.host.memory.grid import Grid
@@ -67,6 +71,8 @@ def nowhere(grid: Grid, stage: int) -> Iterator[None]:
         stack.enter_context(replaced(parallel_state, _mpu_sizes(grid, stage)))
         if not torch.cuda.is_available():
             stack.enter_context(_without_cuda())
+        stack.enter_context(_latent_attention())
+        stack.enter_context(_environment_restored())
         stack.enter_context(_quiet())
         stack.enter_context(META)
         stack.enter_context(_OnMeta())
@@ -132,13 +138,41 @@ def replaced(target: Any, values: Mapping[str, Any]) -> Iterator[None]:
             setattr(target, name, value)
 
 
+def _latent_attention() -> contextlib.AbstractContextManager[None]:
+    """Let the local attention, which has no weights, stand in for that of latent attention."""
+    original = DotProductAttention.__init__
+
+    @functools.wraps(original)
+    def start(
+        self: Any, *args: Any, k_channels: object = None, v_channels: object = None, **kwargs: Any
+    ) -> None:
+        original(self, *args, **kwargs)
+
+    return replaced(DotProductAttention, {"__init__": start})
+
+
+@contextlib.contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Keep what Megatron's models tell Transformer Engine through the environment out of it."""
+    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("NVTE_")}
+    try:
+        yield
+    finally:
+        for name in list(os.environ):
+            if name.startswith("NVTE_"):
+                del os.environ[name]
+        os.environ.update(before)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Megatron from warning again of what it builds."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
 

@@ -1,0 +1,118 @@
+"""What fits into a GPU: the largest micro-batch, and the fewest GPUs."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_came.host.memory.precisions import Optimizer
+from megatron_came.host.memory.prediction import Launch
+from megatron_came.host.memory.text import human, table
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
+# Without a global batch size there is no other limit to look within.
+_LARGEST = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What fits, of one optimizer.
+
+    Attributes:
+        optimizer: its name.
+        micro_batch: largest micro-batch size at the launch's number of GPUs; None where none fits.
+        gpus: fewest GPUs at the launch's micro-batch size; None likewise.
+    """
+
+    optimizer: str
+    micro_batch: int | None
+    gpus: int | None
+
+
+def parse_size(said: str) -> int:
+    """Read a size such as 80GiB or 80GB.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w+)", said)
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(
+            f"--fit {said} is no size: give a number with {', '.join(_UNITS)}, such as 80GiB."
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
+    """Find what fits, everything else left as the launch has it.
+
+    A micro-batch size must divide each rank's part of the global batch.
+
+    Args:
+        launch: the run.
+        optimizer: what it is trained with.
+        budget: bytes of a GPU.
+    """
+
+    def fits(data: int, micro_batch: int) -> bool:
+        stages = launch.stages_at(data, micro_batch)
+        return max(stage.total(optimizer) for stage in stages) <= budget
+
+    data, micro_batch = launch.grid.data, launch.args.micro_batch_size
+    batch = launch.args.global_batch_size if launch.has_global_batch else None
+    in_flight = launch.grid.pipeline if launch.grid.virtual else 1  # at least so many
+    micro_batches = [
+        size
+        for size in _divisors(None if batch is None else batch // data)[::-1]
+        if batch is None or batch // (data * size) >= in_flight
+    ]
+    datas = [
+        size
+        for size in _divisors(None if batch is None else batch // micro_batch)
+        if _is_possible(launch, size)
+        and (batch is None or batch // (micro_batch * size) >= in_flight)
+    ]
+    smallest = _first(datas, lambda size: fits(size, micro_batch))
+    return Fit(
+        optimizer=optimizer.name,
+        micro_batch=_first(micro_batches, lambda size: fits(data, size)),
+        gpus=None if smallest is None else smallest * launch.grid.world // data,
+    )
+
+
+def _divisors(number: int | None) -> list[int]:
+    if number is None:
+        return [2**power for power in range(_LARGEST.bit_length())]
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _is_possible(launch: Launch, data: int) -> bool:
+    try:
+        launch.grid.with_data(data)
+    except ValueError:
+        return False
+    return True
+
+
+def _first(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The first size that fits; all those behind it fit as well."""
+    place = bisect_left(sizes, True, key=fits)
+    return sizes[place] if place < len(sizes) else None
+
+
+def text(launch: Launch, fits: Sequence[Fit], budget: int) -> list[str]:
+    """Describe what fits, a column for each optimizer."""
+    rows = [
+        ["", *(each.optimizer for each in fits)],
+        [
+            f"largest --micro-batch-size on {launch.grid.world} GPUs",
+            *(str(each.micro_batch or "none") for each in fits),
+        ],
+        [
+            f"fewest GPUs at --micro-batch-size {launch.args.micro_batch_size}",
+            *(str(each.gpus or "none") for each in fits),
+        ],
+    ]
+    return [f"What fits into {human(budget)}:", "", *table(rows)]
