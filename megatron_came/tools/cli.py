@@ -8,7 +8,8 @@ _USAGE = """\
 usage: megatron-came COMMAND ...
 
 commands:
-  inspect CHECKPOINT   list what a checkpoint of Megatron holds"""
+  inspect CHECKPOINT   list what a checkpoint of Megatron holds
+  memory FLAGS...      predict the memory of every GPU from the flags of a launch"""
 
 
 def main() -> int:
@@ -21,5 +22,9 @@ def main() -> int:
         from megatron_came.tools import inspect_checkpoint
 
         return inspect_checkpoint.main(rest)
+    if command == "memory":
+        from megatron_came.tools import memory
+
+        return memory.main(rest)
     print(f"megatron-came: there is no command {command}.\n{_USAGE}", file=sys.stderr)
     return 2
