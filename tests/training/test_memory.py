@@ -41,6 +41,8 @@ QUICK = (
 )
 
 LOGGED = "bf16"  # to TensorBoard as well
+# With random numbers, which a report must not draw.
+TWICE = "--optimizer came --bf16 --hidden-dropout 0.1 --train-iters 3 --lr-warmup-iters 0 "
 
 
 def _mark(names):
@@ -55,6 +57,7 @@ def reports(request, tmp_path_factory):
     items = [item for item in request.session.items if item.path == Path(__file__)]
     asked = {item.callspec.params["name"] for item in items if hasattr(item, "callspec")} | {LOGGED}
     folder = tmp_path_factory.mktemp("memory")
+    seen = {}
     for ranks in (2, 4):
         cases = [
             Case(
@@ -66,12 +69,15 @@ def reports(request, tmp_path_factory):
             for name, (where, variant, optimizer, flags) in CASES.items()
             if where == ranks and name in asked
         ]
+        if ranks == 2:
+            report = f"--came-report-memory --came-memory-dir {folder / 'twice'} "
+            cases += [Case("reporting", TWICE + report), Case("silent", TWICE)]
         if cases:
-            run(ranks, cases, folder / f"ranks{ranks}")
+            seen.update(run(ranks, cases, folder / f"ranks{ranks}"))
     return {
         name: [Record.read(path) for path in sorted((folder / name).glob("*.json"))]
         for name in asked
-    } | {"folder": folder}
+    } | {"folder": folder, "seen": seen}
 
 
 def test_every_layout_is_measured():
@@ -98,3 +104,8 @@ def test_the_fullest_rank_is_printed_and_logged(reports):
         (event,) = events.Scalars(f"memory-MiB/momentum-{kind}")
         assert event.value * 2**20 == pytest.approx(fullest.measured.momentum)
         assert event.step == 1
+
+
+def test_a_report_changes_nothing(reports):
+    assert reports["seen"]["reporting"] == reports["seen"]["silent"]
+    assert len(list((reports["folder"] / "twice").iterdir())) == 2

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_came.host.memory.precisions import Optimizer
 from megatron_came.host.memory.prediction import Launch
 from megatron_came.host.memory.text import human, table
+from megatron_came.tools.memory.pages import gpus
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 # Without a global batch size there is no other limit to look within.
@@ -107,7 +108,7 @@ def text(launch: Launch, fits: Sequence[Fit], budget: int) -> list[str]:
     rows = [
         ["", *(each.optimizer for each in fits)],
         [
-            f"largest --micro-batch-size on {launch.grid.world} GPUs",
+            f"largest --micro-batch-size on {gpus(launch.grid.world)}",
             *(str(each.micro_batch or "none") for each in fits),
         ],
         [

@@ -56,6 +56,11 @@ def _precision(args: Any) -> str:
     return f"{weights} weights, {gradients} gradients"
 
 
+def gpus(count: int) -> str:
+    """A number of GPUs."""
+    return f"{count} GPU" + ("s" if count > 1 else "")
+
+
 def _sizes(grid: Grid) -> str:
     sizes = {
         "tensor": grid.tensor,
@@ -64,7 +69,7 @@ def _sizes(grid: Grid) -> str:
         "data": grid.data,
     }
     said = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    said = f"{grid.world} GPUs" + (f": {said} parallel" if said else "")
+    said = gpus(grid.world) + (f": {said} parallel" if said else "")
     if grid.virtual:
         said += f", {grid.virtual} virtual stages"
     if grid.expert > 1 or grid.expert_tensor != grid.tensor:
