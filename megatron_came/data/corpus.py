@@ -66,6 +66,7 @@ class Corpus:
 
     Attributes:
         skipped: What was skipped; complete once iterated over.
+        separated: Whether a separator, or the end of a line, has cut any file in two by now.
     """
 
     files: list[Path]
@@ -73,6 +74,7 @@ class Corpus:
     layout: Layout = field(default_factory=Layout)
     tolerant: bool = False
     skipped: Skipped = field(default_factory=Skipped)
+    separated: bool = False
     _bytes_before: int = field(default=0, repr=False)
     _file: BinaryIO | None = field(default=None, repr=False)
 
@@ -139,6 +141,7 @@ class Corpus:
                 # A file that breaks off after some documents is one that somebody wants whole.
                 required = not self.tolerant and (path in self.named or count > 0)
                 self.skipped.add(str(path), error, required=required)
+            self.separated |= count > 1
             self._bytes_before += path.stat().st_size if path.is_file() else 0
 
     def _read(self, path: Path) -> Iterator[Record]:

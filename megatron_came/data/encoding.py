@@ -1,13 +1,7 @@
 """Documents into tokens, in one process or several."""
 
 import hashlib
-import multiprocessing
-import signal
-import sys
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +11,7 @@ from megatron_came.data.corpus import Corpus, Skipped
 from megatron_came.data.errors import DataError, UnusableError
 from megatron_came.data.records import Record
 from megatron_came.data.tokenizer import TokenizerFiles
+from megatron_came.data.workers import ordered_map
 
 _BATCH_BYTES = 1 << 20
 
@@ -112,6 +107,9 @@ class Encoder:
                 " end-of-document token: leave out --append-eod, or take one that has."
             )
 
+    def __reduce__(self) -> tuple[type["Encoder"], tuple[Job]]:
+        return Encoder, (self.job,)  # where there is no fork, each worker loads the tokenizer
+
     def encode(self, batch: Batch) -> Encoded:
         """Encodes a batch.
 
@@ -154,41 +152,4 @@ def encode(corpus: Corpus, encoder: Encoder, *, workers: int) -> Iterator[Encode
     Raises:
         DataError: If a document that must be usable is not, or a worker dies.
     """
-    if workers == 1:
-        yield from map(encoder.encode, batches(corpus))
-        return
-    # A fork shares what is imported here already; nothing runs beside it that could hold a lock.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    executor = ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(encoder.job,)
-    )
-    pending: deque[Future[Encoded]] = deque()
-    try:
-        for batch in batches(corpus):
-            pending.append(executor.submit(_work, batch))
-            if len(pending) >= 2 * workers:  # so that no more than this is held in memory
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "A worker was killed, most likely because memory ran out: give fewer --workers, or"
-            " cut the text into smaller documents."
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-_encoder: Encoder
-
-
-def _start_worker(job: Job) -> None:
-    global _encoder
-    # The signals that end the command end a worker at once; the command itself cleans up.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    _encoder = Encoder(job)
-
-
-def _work(batch: Batch) -> Encoded:
-    return _encoder.encode(batch)
+    return ordered_map(encoder.encode, batches(corpus), workers=workers)

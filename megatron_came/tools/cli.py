@@ -8,6 +8,7 @@ _USAGE = """\
 usage: megatron-came COMMAND ...
 
 commands:
+  data INPUT ...       make a dataset for Megatron of text
   inspect CHECKPOINT   list what a checkpoint of Megatron holds
   memory FLAGS...      predict the memory of every GPU from the flags of a launch"""
 
@@ -18,6 +19,10 @@ def main() -> int:
     if command in ("-h", "--help"):
         print(_USAGE)
         return 0
+    if command == "data":
+        from megatron_came.tools import prepare_data
+
+        return prepare_data.main(rest)
     if command == "inspect":
         from megatron_came.tools import inspect_checkpoint
 

@@ -1,0 +1,106 @@
+"""A map over several processes that keeps the order and notices when one of them dies.
+
+``multiprocessing.Pool`` waits for ever for a process that was killed, and ``concurrent.futures``
+for one that was killed while it was sending; here each process has a pipe to itself.
+"""
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import cast
+
+from megatron_came.data.errors import DataError
+
+
+def ordered_map[Item, Result](
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int
+) -> Iterator[Result]:
+    """Yields ``function(item)`` for each item, in order.
+
+    Args:
+        function: What to do; only its DataErrors come through.
+        items: Taken in this process, and no further ahead than the workers can use.
+        workers: How many processes work; 1 is this one.
+
+    Raises:
+        DataError: If the function does, or a process dies.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    # A fork has what is loaded here already; nothing runs beside it that could hold a lock.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    processes: list[BaseProcess] = []
+    idle: list[Connection] = []
+    try:
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process: BaseProcess = context.Process(
+                target=_work, args=(function, there), daemon=True
+            )
+            process.start()
+            there.close()  # so that the pipe ends when the process does
+            processes.append(process)
+            idle.append(here)
+        yield from _distribute(items, idle)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _distribute[Item, Result](items: Iterable[Item], idle: list[Connection]) -> Iterator[Result]:
+    window = 2 * len(idle)  # how many may be worked on or wait for their turn
+    numbered = enumerate(items)
+    busy: dict[Connection, int] = {}
+    done: dict[int, Result | DataError] = {}
+    turn = 0
+    while True:
+        while idle and len(busy) + len(done) < window and (numbered_item := next(numbered, None)):
+            connection = idle.pop()
+            busy[connection], item = numbered_item
+            with _death_noticed():
+                connection.send(item)
+        if not busy:
+            return
+        for connection in cast(list[Connection], wait(list(busy))):
+            with _death_noticed():
+                done[busy.pop(connection)] = connection.recv()
+            idle.append(connection)
+        while turn in done:
+            result = done.pop(turn)
+            if isinstance(result, DataError):
+                raise result
+            yield result
+            turn += 1
+
+
+@contextmanager
+def _death_noticed() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise DataError(
+            "A worker was killed, most likely because memory ran out: give fewer --workers, or cut"
+            " the text into smaller documents."
+        ) from error
+
+
+def _work[Item, Result](function: Callable[[Item], Result], connection: Connection) -> None:
+    # The signals that end the command end a worker at once; the command itself cleans up.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    while True:
+        try:
+            item: Item = connection.recv()
+        except EOFError:  # the command is gone
+            return
+        try:
+            result: Result | DataError = function(item)
+        except DataError as error:
+            result = error
+        connection.send(result)

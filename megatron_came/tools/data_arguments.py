@@ -1,0 +1,164 @@
+"""The arguments of ``megatron-came data``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_came.data.errors import DataError
+from megatron_came.data.tokenizer import Gpt2Bpe, HuggingFace, SentencePiece, TokenizerFiles
+
+
+def parser() -> argparse.ArgumentParser:
+    """Say which arguments there are."""
+    made = argparse.ArgumentParser(
+        prog="megatron-came data",
+        description="Make a dataset that Megatron trains on: PREFIX.bin and PREFIX.idx, the same"
+        " bytes as those of Megatron's tools/preprocess_data.py. They appear when they are whole.",
+    )
+    add = made.add_argument
+    add(
+        "input",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help="text files, JSON Lines, either with .gz, or folders of them",
+    )
+    add(
+        "--output-prefix",
+        type=_prefix,
+        required=True,
+        metavar="PREFIX",
+        help="where to write; with --validation, PREFIX_train and PREFIX_valid",
+    )
+    add("--overwrite", action="store_true", help="replace what is there under these names")
+    add("--workers", type=_workers, help="processes (as many as there are cores, fewer for little)")
+
+    add = made.add_argument_group("tokenizer, one of these").add_argument
+    add(
+        "--train-tokenizer",
+        type=_vocabulary,
+        metavar="SIZE",
+        help="train SentencePiece on the input, with SIZE tokens, and write PREFIX.model",
+    )
+    add(
+        "--tokenizer-model",
+        type=Path,
+        metavar="PATH",
+        help="a SentencePiece model, or a folder with a Hugging Face tokenizer",
+    )
+    add("--vocab-file", type=Path, metavar="FILE", help="GPT-2's vocab.json, and")
+    add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt")
+    add(
+        "--tokenizer-type",
+        choices=[kind.megatron_type for kind in (SentencePiece, Gpt2Bpe, HuggingFace)],
+        help="Megatron's name for it, as a check; the files say it already",
+    )
+
+    add = made.add_argument_group("documents").add_argument
+    add(
+        "--format",
+        choices=["auto", "text", "jsonl"],
+        default="auto",
+        help="auto: JSON Lines if the name ends in .jsonl or .ndjson, or in .json and the first"
+        " line is a document; text otherwise",
+    )
+    add("--json-key", default="text", metavar="KEY", help="where JSON has the text (%(default)s)")
+    add(
+        "--separator",
+        type=_separator,
+        metavar="TEXT",
+        help=r"what stands between documents of a text file, as in '\n\n' or '<|endoftext|>';"
+        " without it a file is one document",
+    )
+    add("--append-eod", action="store_true", help="end each document with the token for that")
+    add(
+        "--validation",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the documents for validation, as in 0.01, drawn by their text",
+    )
+    add(
+        "--skip-faulty",
+        action="store_true",
+        help="leave out and count what cannot be used, instead of stopping at it",
+    )
+    return made
+
+
+def _prefix(value: str) -> Path:
+    if not Path(value).name or value.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{value!r} has no file name: give one, as in {value}text")
+    return Path(value).absolute()
+
+
+def _workers(value: str) -> int:
+    return _number(value, 1, "processes")
+
+
+def _vocabulary(value: str) -> int:
+    return _number(value, 2, "tokens")
+
+
+def _number(value: str, least: int, what: str) -> int:
+    if not value.isdecimal() or int(value) < least:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of {what}: give {least} or more")
+    return int(value)
+
+
+def _share(value: str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no share: give one between 0 and 1")
+    return share
+
+
+def _separator(value: str) -> str:
+    r"""Reads escapes such as \n, which a shell passes on as they are."""
+    try:
+        text = value.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError:
+        text = ""
+    if not text:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is no separator: give some text, in which \\n is a new line"
+        )
+    return text
+
+
+def named_tokenizer(options: argparse.Namespace) -> TokenizerFiles | None:
+    """Tell from the flags which tokenizer is meant; None if one is to be trained.
+
+    Raises:
+        DataError: They name none, or more than one.
+    """
+    gpt2 = options.vocab_file or options.merge_file
+    if sum(map(bool, (gpt2, options.tokenizer_model, options.train_tokenizer))) != 1:
+        raise DataError(
+            "Name one tokenizer: --train-tokenizer SIZE, --tokenizer-model FILE_OR_FOLDER, or"
+            " --vocab-file FILE with --merge-file FILE."
+        )
+    tokenizer: TokenizerFiles | None = None
+    if gpt2:
+        if not (options.vocab_file and options.merge_file):
+            raise DataError("GPT-2's BPE has two files: give both --vocab-file and --merge-file.")
+        tokenizer = Gpt2Bpe(options.vocab_file.absolute(), options.merge_file.absolute())
+    elif options.tokenizer_model:
+        if not options.tokenizer_model.exists():
+            raise DataError(
+                f"--tokenizer-model {options.tokenizer_model} does not exist: name a SentencePiece"
+                " model, or a folder with a Hugging Face tokenizer."
+            )
+        kind = HuggingFace if options.tokenizer_model.is_dir() else SentencePiece
+        tokenizer = kind(options.tokenizer_model.absolute())
+    implied = (tokenizer or SentencePiece).megatron_type
+    if options.tokenizer_type not in (None, implied):
+        raise DataError(
+            f"--tokenizer-type {options.tokenizer_type} does not fit the other flags, which say"
+            f" {implied}: leave it out, or change the others."
+        )
+    return tokenizer
