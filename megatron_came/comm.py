@@ -1,7 +1,7 @@
 """Sums over ranks: one flat float64 buffer, one all-reduce a group, copies kept identical.
 
-The number of collectives does not grow with the number of parameters, and a group of one rank
-costs none.
+The number of collectives does not grow with the number of parameters, a group of one rank costs
+none, and they run while the caller computes something else.
 """
 
 from __future__ import annotations
@@ -41,13 +41,6 @@ class Request:
         return torch.Size(self.shape).numel()
 
 
-def _order(request: Request) -> int:
-    """Order the pieces of a DP group: those with a TP group, and with copies, are neighbours."""
-    if request.copies_group is None:
-        return 0 if request.tp_group is None else 3
-    return 1 if request.tp_group is None else 2
-
-
 class SumBuffer:
     """A flat float64 buffer of local sums that :meth:`reduce` completes.
 
@@ -64,17 +57,7 @@ class SumBuffer:
             Request(r.shape, _several(r.dp_group), _several(r.tp_group), _several(r.copies_group))
             for r in requests
         ]
-        groups: list[ProcessGroup | None] = []
-        for request in requests:
-            if not any(request.dp_group is group for group in groups):
-                groups.append(request.dp_group)
-        order = sorted(
-            range(len(requests)),
-            key=lambda i: (
-                next(k for k, group in enumerate(groups) if group is requests[i].dp_group),
-                _order(requests[i]),
-            ),
-        )
+        order = _order(requests)
         self.flat = torch.zeros(sum(r.numel for r in requests), dtype=torch.float64, device=device)
         views: dict[int, Tensor] = {}
         offsets: list[tuple[int, int, Request]] = []
@@ -85,22 +68,68 @@ class SumBuffer:
             offsets.append((offset, offset + request.numel, request))
             offset += request.numel
         self.views = [views[index] for index in range(len(requests))]
-        self._sums = [
-            *_runs(offsets, "dp_group"),
-            *_runs(offsets, "tp_group"),
-        ]
+        # Pieces whose sums over the first group are not complete yet wait for a second one.
+        self._first = _runs(offsets, "dp_group")
+        self._second = _runs(offsets, "tp_group")
         self._copies = _runs(offsets, "copies_group")
+        self._under_way: list[dist.Work] = []
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether any piece goes over ranks at all."""
+        return bool(self._first or self._second or self._copies)
 
     def zero_(self) -> None:
         """Forget the sums of the last step."""
         self.flat.zero_()
 
-    def reduce(self) -> None:
-        """Complete every piece over its process groups, in place."""
-        for start, stop, group in self._sums:
-            dist.all_reduce(self.flat[start:stop], group=cast(dist.ProcessGroup, group))
+    def start(self) -> None:
+        """Start to complete every piece over its process groups; :meth:`finish` must follow."""
+        self._all_reduce(self._first or self._second)
+
+    def finish(self) -> None:
+        """Wait until every piece is complete. Waits on the device's stream where it has one."""
+        self._wait()
+        if self._first and self._second:
+            self._all_reduce(self._second)
+            self._wait()
         for start, stop, group in self._copies:
             dist.broadcast(self.flat[start:stop], group=cast(dist.ProcessGroup, group), group_src=0)
+
+    def _all_reduce(self, runs: list[tuple[int, int, ProcessGroup]]) -> None:
+        for start, stop, group in runs:
+            work = dist.all_reduce(
+                self.flat[start:stop], group=cast(dist.ProcessGroup, group), async_op=True
+            )
+            if work is not None:  # on ranks outside the group
+                self._under_way.append(work)
+
+    def _wait(self) -> None:
+        for work in self._under_way:
+            work.wait()
+        self._under_way.clear()
+
+
+def _order(requests: Sequence[Request]) -> list[int]:
+    """Order the pieces so that those which one collective can take are neighbours.
+
+    Copies are of one tensor, the tied embeddings, so that at most two first groups have any.
+    """
+    groups: list[ProcessGroup | None] = []
+    for request in sorted(requests, key=lambda r: r.copies_group is None):  # copies first
+        if not any(request.dp_group is group for group in groups):
+            groups.append(request.dp_group)
+
+    def key(index: int) -> tuple[int, int]:
+        request = requests[index]
+        group = next(k for k, group in enumerate(groups) if group is request.dp_group)
+        if request.copies_group is None:
+            return group, 0 if request.tp_group is None else 4
+        if request.tp_group is not None:
+            return group, 3
+        return group, -1 if group else 2  # where the second group begins the first one ends
+
+    return sorted(range(len(requests)), key=key)
 
 
 def _several(group: ProcessGroup | None) -> ProcessGroup | None:

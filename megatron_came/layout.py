@@ -41,6 +41,8 @@ class Shard:
         dp_group: ranks that hold the other flat ranges of this local tensor; None where this
             rank holds the whole local tensor (also with plain data parallelism, whose gradients
             are already summed).
+        tp_dp_group: the ranks of ``tp_group`` times ``dp_group`` as one group, where there is one:
+            a sum over both then takes one collective and fewer bytes.
         copies_group: ranks that hold a copy of this very slice, with the same gradient, and must
             stay bit-identical (tied embeddings on the first and last pipeline stage); None for
             no copies.
@@ -55,6 +57,7 @@ class Shard:
     tp_dim: int | None = None
     tp_group: ProcessGroup | None = None
     dp_group: ProcessGroup | None = None
+    tp_dp_group: ProcessGroup | None = None
     copies_group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:

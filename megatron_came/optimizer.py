@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, overload
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from megatron_came.comm import SumBuffer
+from megatron_came.kernels.choice import Choice, choose
 from megatron_came.layout import Shard
 from megatron_came.maths.hyperparameters import Hyperparameters, check_number
+from megatron_came.plan import Plan
 from megatron_came.state import new_state, state_dtype
 from megatron_came.work import ParameterWork
+
+_logger = logging.getLogger(__name__)
 
 
 class CAME(torch.optim.Optimizer):
@@ -53,10 +57,12 @@ class CAME(torch.optim.Optimizer):
         clip_threshold: largest RMS of an update before momentum, above 0.
         weight_decay: decoupled weight decay, at least 0.
         shards: where each parameter lies in its full tensor; those not named are whole.
+        kernels: who computes fp32 parameters: "auto" is Triton on GPUs and Numba on CPUs where
+            they are installed; "plain" PyTorch; "numba"; "triton". All else is plain PyTorch.
 
     Raises:
-        ValueError: a hyperparameter out of range, a complex or integer parameter, or a shard
-            that does not fit its parameter.
+        ValueError: a hyperparameter out of range, a complex or integer parameter, a shard that
+            does not fit its parameter, or kernels that are not installed.
     """
 
     def __init__(
@@ -69,9 +75,12 @@ class CAME(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         shards: Mapping[Tensor, Shard] | None = None,
+        kernels: str = "auto",
     ) -> None:
         self._shards: dict[Tensor, Shard] = {}
-        self._plan: _Plan | None = None
+        self._wanted_kernels = kernels
+        self._choices: dict[torch.device, Choice] = {}
+        self._plan: Plan | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -83,6 +92,7 @@ class CAME(torch.optim.Optimizer):
         _check_group(defaults)
         super().__init__(params, defaults)
         self.set_shards(shards or {})
+        self._choose_kernels()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group.
@@ -152,22 +162,25 @@ class CAME(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._current_plan()
-        plan.clear()
-        active = [work for work in plan.works if work.takes_part()]
+        active = {work for work in plan.works if work.takes_part()}
         hypers = {id(group): Hyperparameters.from_group(group) for group in self.param_groups}
         for work in active:
             work.begin(self._state_of(work), hypers[id(work.group)])
 
+        # While the sums of the shared chunks travel, the local ones are computed.
+        for chunk in plan.shared:
+            chunk.add_square_sums(active)
+        for chunk in plan.local:
+            chunk.add_square_sums(active)
+            chunk.add_instability_sums()
+            chunk.apply()
+        for chunk in plan.shared:
+            chunk.add_instability_sums()
+        for chunk in plan.shared:
+            chunk.apply()
+
         for work in active:
-            work.add_square_sums()
-        plan.reduce_squares()
-        for work in active:
-            work.update_second_moment()
-            work.add_instability_sums()
-        plan.reduce_instability()
-        for work in active:
-            work.update_instability()
-            work.apply()
+            work.end()
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
         return loss
@@ -195,6 +208,8 @@ class CAME(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_shards", {})
+        self.__dict__.setdefault("_wanted_kernels", "auto")
+        self.__dict__.setdefault("_choices", {})
         self._plan = None
 
     def _state_of(self, work: ParameterWork) -> dict[str, Tensor]:
@@ -203,65 +218,31 @@ class CAME(torch.optim.Optimizer):
             state.update(new_state(work.param, work.shard))
         return state
 
-    def _current_plan(self) -> _Plan:
+    def _current_plan(self) -> Plan:
         """Return the plan, made anew where the host has replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
             group_of = {param: group for group in self.param_groups for param in group["params"]}
             # Named shards first, in the order in which they were named: it is the same on all
             # ranks.
             params = dict.fromkeys(chain(self._shards, group_of))
-            self._plan = _Plan(
-                [ParameterWork(param, group_of[param], self.shard_of(param)) for param in params]
-            )
+            works = [
+                ParameterWork(param, group_of[param], self.shard_of(param)) for param in params
+            ]
+            self._choose_kernels()
+            kernels = {device: choice.kernels for device, choice in self._choices.items()}
+            self._plan = Plan(works, kernels)
         return self._plan
 
+    @property
+    def kernel_choices(self) -> list[str]:
+        """Who computes the step and why, a sentence for each device."""
+        return [choice.reason for choice in self._choices.values()]
 
-class _Plan:
-    """The parameters' works, and for each device the two buffers that they add their sums to."""
-
-    def __init__(self, works: list[ParameterWork]) -> None:
-        self.works = works
-        self._devices = [work.param.device for work in works]
-        self._squares: list[SumBuffer] = []
-        self._instability: list[SumBuffer] = []
-        for device in dict.fromkeys(self._devices):
-            here = [work for work in works if work.param.device == device]
-            square_requests = [work.square_requests() for work in here]
-            instability_requests = [work.instability_requests() for work in here]
-            squares = SumBuffer(list(chain.from_iterable(square_requests)), device)
-            instability = SumBuffer(list(chain.from_iterable(instability_requests)), device)
-            self._squares.append(squares)
-            self._instability.append(instability)
-            square_views, instability_views = iter(squares.views), iter(instability.views)
-            for work, first, second in zip(
-                here, square_requests, instability_requests, strict=True
-            ):
-                work.bind(
-                    [next(square_views) for _ in first], [next(instability_views) for _ in second]
-                )
-
-    def fits(self, param_groups: Iterable[dict[str, Any]]) -> bool:
-        """Whether the groups still hold the plan's parameters, where they were."""
-        group_of = {param: group for group in param_groups for param in group["params"]}
-        return len(group_of) == len(self.works) and all(
-            group_of.get(work.param) is work.group and work.param.device == device
-            for work, device in zip(self.works, self._devices, strict=True)
-        )
-
-    def clear(self) -> None:
-        """Forget the sums of the last step."""
-        for buffer in (*self._squares, *self._instability):
-            buffer.zero_()
-
-    def reduce_squares(self) -> None:
-        """Complete the sums of pass 1 over the ranks."""
-        for buffer in self._squares:
-            buffer.reduce()
-
-    def reduce_instability(self) -> None:
-        """Complete the sums of pass 2 over the ranks."""
-        for buffer in self._instability:
-            buffer.reduce()
+    def _choose_kernels(self) -> None:
+        for group in self.param_groups:
+            for device in {param.device for param in group["params"]} - self._choices.keys():
+                self._choices[device] = choose(self._wanted_kernels, device)
+                _logger.info(self._choices[device].reason)
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

@@ -1,25 +1,16 @@
-"""One parameter's part in a step: its slice cut into boxes, its sums, its factors.
-
-The step of :class:`megatron_came.CAME` calls the methods here in order, for all parameters, with
-one reduction over the ranks after each of the two ``add_*_sums``.
-"""
+"""One parameter's part in a step: its slice, what it sums over ranks, and this step's gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_came.comm import Request
-from megatron_came.layout import Block, ProcessGroup, Shard, blocks
-from megatron_came.maths import factors, passes
+from megatron_came.layout import Shard
 from megatron_came.maths.hyperparameters import Hyperparameters
-from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS, state_dtype
-
-# Elements of a box: large enough to keep the device busy, small enough that an operation's
-# temporaries stay within a few MiB.
-_BLOCK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024}
+from megatron_came.state import state_dtype
 
 
 class ParameterWork:
@@ -29,19 +20,43 @@ class ParameterWork:
         param: the slice, of any shape with ``shard.numel`` elements.
         group: its parameter group; learning rate and the like are read at every step.
         shard: where the slice lies in the full tensor.
+
+    Attributes:
+        dtype: of its state, and of the arithmetic.
+        square_sums: row and column sums of g^2, (batch, rows) and (batch, columns); of a vector,
+            g^2 itself. Float64 views of a buffer that all ranks' sums complete.
+        total: sum of u^2, likewise.
+        residual_sums: row and column sums of e^2, u e and u^2, (3, batch, rows) and (3, batch,
+            columns), likewise; of a vector, none.
+        state: of this parameter, from :meth:`begin` on.
+        hyper: likewise.
+        grad: the flattened gradient of the slice, from :meth:`begin` to :meth:`end`.
     """
 
     def __init__(self, param: Tensor, group: dict[str, Any], shard: Shard) -> None:
         self.param, self.group, self.shard = param, group, shard
-        limit = _BLOCK_ELEMENTS.get(param.device.type, _BLOCK_ELEMENTS["cuda"])
-        self._blocks: list[Block] = list(blocks(shard, limit))
-        self._dtype = state_dtype(param)
+        self.dtype = state_dtype(param)
+        self.state: dict[str, Tensor]
+        self.hyper: Hyperparameters
+        self.grad: Tensor
 
     # What this parameter sums over ranks.
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks hold other parts, or copies, of the tensor."""
+        shard = self.shard
+        tp_group = shard.tp_group if shard.tp_axis is not None else None
+        groups = (shard.dp_group, tp_group, shard.copies_group)
+        return any(group is not None and group.size() > 1 for group in groups)
+
     def _request(self, *shape: int, summed_over_tp: bool) -> Request:
-        tp_group: ProcessGroup | None = self.shard.tp_group if summed_over_tp else None
-        return Request(shape, self.shard.dp_group, tp_group, self.shard.copies_group)
+        shard = self.shard
+        if not summed_over_tp:
+            return Request(shape, shard.dp_group, None, shard.copies_group)
+        if shard.tp_dp_group is not None:
+            return Request(shape, shard.tp_dp_group, None, shard.copies_group)
+        return Request(shape, shard.dp_group, shard.tp_group, shard.copies_group)
 
     def square_requests(self) -> list[Request]:
         """Row and column sums of g^2; of a vector, rows alone."""
@@ -64,10 +79,10 @@ class ParameterWork:
             ]
         return requests
 
-    def bind(self, squares: list[Tensor], instability: list[Tensor]) -> None:
+    def bind(self, squares: Sequence[Tensor], instability: Sequence[Tensor]) -> None:
         """Take the views of the sum buffers that answer the two lists of requests."""
-        self._square_sums = squares
-        self._total, self._instability_sums = instability[0], instability[1:]
+        self.square_sums = list(squares)
+        self.total, self.residual_sums = instability[0], list(instability[1:])
 
     # A step.
 
@@ -91,128 +106,11 @@ class ParameterWork:
 
     def begin(self, state: dict[str, Tensor], hyper: Hyperparameters) -> None:
         """Take up the state, the group's hyperparameters and this step's gradient."""
-        self._state, self._hyper = state, hyper
+        self.state, self.hyper = state, hyper
         # An empty slice may have no gradient; the slice itself is as empty.
         grad = self.param if self.param.grad is None else self.param.grad
-        self._grad = grad.detach().reshape(-1)
-        keys = VECTOR_FACTORS if self.shard.is_vector else MATRIX_FACTORS[:2]
-        self._moments = self._factors(*keys)
+        self.grad = grad.detach().reshape(-1)
 
-    def _factors(self, *keys: str) -> list[Tensor]:
-        """View factors as (batch, n)."""
-        batch = self.shard.local_matrix[0]
-        return [self._state[key].view(batch, -1) for key in keys]
-
-    def _grad_box(self, block: Block) -> Tensor:
-        return self._grad[block.start : block.stop].to(self._dtype).view(block.shape)
-
-    def add_square_sums(self) -> None:
-        """Pass 1 over this rank's boxes."""
-        rows, *columns = self._square_sums
-        for block in self._blocks:
-            passes.add_squared_sums(
-                self._grad_box(block),
-                rows[block.batch, block.rows],
-                columns[0][block.batch, block.columns] if columns else None,
-            )
-
-    def update_second_moment(self) -> None:
-        """With the sums complete: r and c (v of a vector), and the scales of u."""
-        counts = (self.shard.full_columns, self.shard.full_rows)
-        eps, beta = self._hyper.eps1, self._hyper.beta2
-        for moment, sums, count in zip(self._moments, self._square_sums, counts, strict=False):
-            factors.update_moment(moment, sums, count=count, eps=eps, beta=beta)
-        if self.shard.is_vector:
-            self._scales: tuple[Tensor, Tensor | None] = self._moments[0].rsqrt(), None
-            return
-        self._scales = factors.scales(self._moments[0], self._moments[1], self._mean(self._moments))
-        guesses = [
-            factors.guessed_divisor(
-                moment, sums, count=count, eps=eps, clip_threshold=self._hyper.clip_threshold
-            )
-            for axis, moment, sums, count in zip(
-                ("rows", "columns"), self._moments, self._square_sums, counts, strict=True
-            )
-            if self.shard.tp_axis != axis
-        ]
-        self._guess = torch.stack(guesses).amax()
-
-    def _mean(self, pair: list[Tensor]) -> Tensor:
-        """Return mean(r) = mean(c) from the factor that this rank holds whole."""
-        return pair[1 if self.shard.tp_axis == "rows" else 0].mean(-1, keepdim=True)
-
-    def _scale_boxes(
-        self, pair: tuple[Tensor, Tensor | None], block: Block
-    ) -> tuple[Tensor, Tensor | None]:
-        row, column = pair
-        return row[block.batch, block.rows], (
-            None if column is None else column[block.batch, block.columns]
-        )
-
-    def add_instability_sums(self) -> None:
-        """Pass 2 over this rank's boxes."""
-        exp_avg = self._state["exp_avg"].view(-1)
-        for block in self._blocks:
-            row_scale, column_scale = self._scale_boxes(self._scales, block)
-            if column_scale is None:
-                passes.add_squared_update(self._grad_box(block), row_scale, self._total)
-                continue
-            rows, columns = self._instability_sums
-            passes.add_instability_sums(
-                self._grad_box(block),
-                exp_avg[block.start : block.stop].view(block.shape),
-                row_scale,
-                column_scale,
-                self._guess,
-                rows[:, block.batch, block.rows],
-                columns[:, block.batch, block.columns],
-            )
-        if not self.shard.is_vector:
-            self._total.copy_(self._instability_sums[0][2].sum())
-
-    def update_instability(self) -> None:
-        """With the sums complete: the clip divisor, then R and C."""
-        hyper, shard = self._hyper, self.shard
-        divisor = factors.clip_divisor(
-            self._total, numel=shard.full_numel, clip_threshold=hyper.clip_threshold
-        )
-        self._divisor = divisor.to(self._dtype)
-        self._confidence: tuple[Tensor, Tensor] | None = None
-        if shard.is_vector:
-            return
-        pair = self._factors(*MATRIX_FACTORS[2:])
-        for moment, sums, count in zip(
-            pair, self._instability_sums, (shard.full_columns, shard.full_rows), strict=True
-        ):
-            residual = factors.true_residuals(
-                sums, guess=self._guess, divisor=divisor, beta1=hyper.beta1
-            )
-            factors.update_moment(moment, residual, count=count, eps=hyper.eps2, beta=hyper.beta3)
-        self._confidence = factors.scales(pair[0], pair[1], self._mean(pair))
-
-    def apply(self) -> None:
-        """Pass 3 over this rank's boxes, and the end of the step."""
-        param = self.param.detach()
-        flat = param.contiguous().view(-1)
-        exp_avg = self._state["exp_avg"].view(-1)
-        for block in self._blocks:
-            place = slice(block.start, block.stop)
-            confidence = (
-                (None, None)
-                if self._confidence is None
-                else self._scale_boxes(self._confidence, block)
-            )
-            passes.apply_update(
-                flat[place].view(block.shape),
-                self._grad_box(block),
-                exp_avg[place].view(block.shape),
-                *self._scale_boxes(self._scales, block),
-                *confidence,
-                divisor=self._divisor,
-                beta1=self._hyper.beta1,
-                lr=float(self.group["lr"]),
-                weight_decay=float(self.group["weight_decay"]),
-            )
-        if not param.is_contiguous():
-            param.copy_(flat.view(param.shape))
-        del self._grad  # the host's to free
+    def end(self) -> None:
+        """Let go of the gradient, which is the host's to free."""
+        del self.grad

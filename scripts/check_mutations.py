@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 SHARDED = "tests/test_sharded.py"
+KERNELS = "tests/test_kernels.py"
 HOST = "tests/test_host_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
@@ -33,13 +34,23 @@ class Fault:
 
 
 FAULTS = (
-    Fault("skip the DP reduction", "comm.py", '*_runs(offsets, "dp_group"),', ""),
-    Fault("skip the TP reduction", "comm.py", '*_runs(offsets, "tp_group"),', ""),
+    Fault(
+        "skip the DP reduction",
+        "comm.py",
+        'self._first = _runs(offsets, "dp_group")',
+        "self._first = []",
+    ),
+    Fault(
+        "skip the TP reduction",
+        "comm.py",
+        'self._second = _runs(offsets, "tp_group")',
+        "self._second = []",
+    ),
     Fault(
         "reduce over the wrong group",
         "work.py",
-        "tp_group: ProcessGroup | None = self.shard.tp_group if summed_over_tp else None",
-        "tp_group: ProcessGroup | None = None if summed_over_tp else self.shard.tp_group",
+        "if not summed_over_tp:",
+        "if summed_over_tp:",
     ),
     Fault(
         "row mean over the local columns",
@@ -49,13 +60,13 @@ FAULTS = (
     ),
     Fault(
         "mean of a factor that is not whole",
-        "work.py",
-        'pair[1 if self.shard.tp_axis == "rows" else 0]',
+        "plain.py",
+        'pair[1 if self._shard.tp_axis == "rows" else 0]',
         "pair[0]",
     ),
     Fault(
         "alias residual and gradient statistics",
-        "work.py",
+        "plain.py",
         "pair = self._factors(*MATRIX_FACTORS[2:])",
         "pair = self._factors(*MATRIX_FACTORS[:2])",
     ),
@@ -85,9 +96,9 @@ FAULTS = (
     ),
     Fault(
         "the guess used as the clip divisor",
-        "work.py",
-        "self._divisor = divisor.to(self._dtype)",
-        'self._divisor = getattr(self, "_guess", divisor).to(self._dtype)',
+        "plain.py",
+        "self._divisor = divisor.to(work.dtype)",
+        'self._divisor = getattr(self, "_guess", divisor).to(work.dtype)',
     ),
     Fault(
         "residuals with the guess",
@@ -103,7 +114,7 @@ FAULTS = (
     ),
     Fault(
         "drop eps1",
-        "work.py",
+        "plain.py",
         "factors.update_moment(moment, sums, count=count, eps=eps, beta=beta)",
         "factors.update_moment(moment, sums, count=count, eps=0.0, beta=beta)",
     ),
@@ -112,6 +123,27 @@ FAULTS = (
         "comm.py",
         'self._copies = _runs(offsets, "copies_group")',
         "self._copies = []",
+    ),
+    Fault(
+        "Numba: a slice's padding rows counted",
+        "kernels/numba_kernels.py",
+        "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP]), first",
+        "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP] - 1), first",
+        KERNELS,
+    ),
+    Fault(
+        "Triton: the guess used as the clip divisor",
+        "kernels/triton_kernels.py",
+        "inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix) + 1)",
+        "inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix))",
+        KERNELS,
+    ),
+    Fault(
+        "addresses not refreshed",
+        "kernels/fused.py",
+        "self._matrix_table[:, : matrices.shape[-1]] = matrices",
+        "self._matrix_table[:, : matrices.shape[-1]] += matrices * (self._tables.matrices is None)",
+        KERNELS,
     ),
     Fault(
         "expert group mixed with the dense group",

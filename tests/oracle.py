@@ -7,6 +7,10 @@ import torch
 # not zero.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 
+# Who computes a step, and in what: the same tests run against every path. For Triton, whose
+# interpreter is slow, see test_kernels.
+PATHS = [(torch.float64, "plain"), (torch.float32, "plain"), (torch.float32, "numba")]
+
 BETAS = [(0.9, 0.999, 0.9999), (0.9, 0.95, 0.995)]
 
 

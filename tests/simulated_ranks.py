@@ -45,7 +45,10 @@ class SimulatedGroup:
 
 
 def _all_reduce(
-    tensor: torch.Tensor, group: SimulatedGroup, op: dist.ReduceOp = dist.ReduceOp.SUM
+    tensor: torch.Tensor,
+    group: SimulatedGroup,
+    op: dist.ReduceOp = dist.ReduceOp.SUM,
+    async_op: bool = False,
 ) -> None:
     everyone = group.exchange(tensor)
     if op == dist.ReduceOp.MAX:

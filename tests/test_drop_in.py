@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_came import CAME
-from tests.oracle import BETAS, KINDS, TOLERANCE, distance, gradient_history, oracle_updates
+from tests.oracle import BETAS, KINDS, PATHS, TOLERANCE, distance, gradient_history, oracle_updates
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 SHAPES = [(), (1,), (300,), (1, 5), (5, 1), (48, 80), (4, 33, 7), (2, 3, 5, 6), (700, 900)]
@@ -25,21 +25,22 @@ def random_history(shape, kind="normal", steps=12, dtype=torch.float32, seed=0):
     return gradient_history(shape, steps, kind, dtype, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "kernels"), PATHS, ids=str)
 @pytest.mark.parametrize("betas", BETAS, ids=["default", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_numbers(shape, kind, betas, dtype):
+def test_same_numbers(shape, kind, betas, dtype, kernels):
     if kind == "huge" and math.prod(shape) > 10_000:
         pytest.skip("the authors' fp32 sums overflow")
     start = torch.randn(shape, dtype=dtype)
     history = random_history(shape, kind, dtype=dtype)
     param = torch.nn.Parameter(start.clone())
-    train(CAME([param], betas=betas, **SETTINGS), param, history)
+    train(CAME([param], betas=betas, kernels=kernels, **SETTINGS), param, history)
     theirs = oracle_updates(start, history, betas=betas, **SETTINGS)[-1]
     assert distance(param.detach(), theirs, start) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("kernels", ["plain", "numba"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -51,19 +52,20 @@ def test_same_numbers(shape, kind, betas, dtype):
     ],
     ids=str,
 )
-def test_same_numbers_with_other_settings(settings):
+def test_same_numbers_with_other_settings(settings, kernels):
     start, history = torch.randn(30, 20), random_history((30, 20))
     param = torch.nn.Parameter(start.clone())
     settings = {**SETTINGS, **settings}
-    train(CAME([param], **settings), param, history)
+    train(CAME([param], kernels=kernels, **settings), param, history)
     theirs = oracle_updates(start, history, **settings)[-1]
     assert distance(param.detach(), theirs, start) <= TOLERANCE[torch.float32]
 
 
-def test_gradients_of_1e18_in_long_rows_do_not_overflow():
+@pytest.mark.parametrize("kernels", ["plain", "numba"])
+def test_gradients_of_1e18_in_long_rows_do_not_overflow(kernels):
     start, history = torch.randn(3, 4000), random_history((3, 4000), "huge", steps=3)
     param = torch.nn.Parameter(start.clone())
-    train(CAME([param], **SETTINGS), param, history)
+    train(CAME([param], kernels=kernels, **SETTINGS), param, history)
     theirs = oracle_updates(start.double(), [g.double() for g in history], **SETTINGS)[-1]
     assert distance(param.detach(), theirs, start) <= TOLERANCE[torch.float32]
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_came import CAME, Shard
-from megatron_came.work import ParameterWork
-from tests.oracle import BETAS, KINDS, TOLERANCE, distance, gradient_history, oracle_updates
+from tests.oracle import BETAS, KINDS, PATHS, TOLERANCE, distance, gradient_history, oracle_updates
 from tests.simulated_ranks import SimulatedGroup, run_ranks
 from tests.training.variants import without_sums_over
 
@@ -51,10 +50,11 @@ def local_part(tensor, layout, tp, tp_rank):
     return tensor if layout.tp_dim is None else tensor.chunk(tp, dim=layout.tp_dim)[tp_rank]
 
 
-def train_sharded(tp, dp, tensors, starts, histories, betas):
+def train_sharded(tp, dp, tensors, starts, histories, betas, kernels, tp_dp):
     """Train on tp * dp simulated ranks; return the reassembled tensors."""
     tp_groups = [SimulatedGroup([d * tp + t for t in range(tp)]) for d in range(dp)]
     dp_groups = [SimulatedGroup([d * tp + t for d in range(dp)]) for t in range(tp)]
+    everyone = SimulatedGroup(list(range(tp * dp)))
 
     def program(rank):
         dp_rank, tp_rank = divmod(rank, tp)
@@ -71,11 +71,12 @@ def train_sharded(tp, dp, tensors, starts, histories, betas):
                 tp_dim=layout.tp_dim,
                 tp_group=tp_groups[dp_rank],
                 dp_group=dp_groups[tp_rank],
+                tp_dp_group=everyone if tp_dp else None,
             )
             slices.append((param, low, high))
         # Parameter groups in another order on every rank, as in a distributed optimizer.
         params = list(shards)[rank % len(shards) :] + list(shards)[: rank % len(shards)]
-        optimizer = CAME(params, betas=betas, shards=shards, **SETTINGS)
+        optimizer = CAME(params, betas=betas, shards=shards, kernels=kernels, **SETTINGS)
         for step in range(len(histories[0])):
             for (param, low, high), layout, history in zip(slices, tensors, histories, strict=True):
                 param.grad = (
@@ -84,7 +85,7 @@ def train_sharded(tp, dp, tensors, starts, histories, betas):
             optimizer.step()
         return [param.detach() for param, _, _ in slices]
 
-    results = run_ranks(tp * dp, program, [*tp_groups, *dp_groups])
+    results = run_ranks(tp * dp, program, [*tp_groups, *dp_groups, everyone])
     whole = []
     for index, (layout, start) in enumerate(zip(tensors, starts, strict=True)):
         parts = []
@@ -98,13 +99,13 @@ def train_sharded(tp, dp, tensors, starts, histories, betas):
     return whole
 
 
-def worst_distance(tp, dp, tensors, betas, kind, dtype, seed, steps=STEPS):
+def worst_distance(tp, dp, tensors, betas, kind, dtype, kernels, *, seed, steps=STEPS, tp_dp=False):
     generator = torch.Generator().manual_seed(seed)
     starts = [
         torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in tensors
     ]
     histories = [gradient_history(t.shape, steps, kind, dtype, generator) for t in tensors]
-    ours = train_sharded(tp, dp, tensors, starts, histories, betas)
+    ours = train_sharded(tp, dp, tensors, starts, histories, betas, kernels, tp_dp)
     theirs = [
         oracle_updates(start, history, betas=betas, **SETTINGS)[-1]
         for start, history in zip(starts, histories, strict=True)
@@ -112,7 +113,7 @@ def worst_distance(tp, dp, tensors, betas, kind, dtype, seed, steps=STEPS):
     return max(distance(*triple) for triple in zip(ours, theirs, starts, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "kernels"), PATHS, ids=str)
 @settings(max_examples=60, deadline=None)
 @given(
     layout=layouts(),
@@ -120,10 +121,14 @@ def worst_distance(tp, dp, tensors, betas, kind, dtype, seed, steps=STEPS):
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 2**16),
     steps=st.sampled_from([1, STEPS]),
+    tp_dp=st.booleans(),
 )
-def test_any_layout_equals_the_whole(dtype, layout, betas, kind, seed, steps):
+def test_any_layout_equals_the_whole(dtype, kernels, layout, betas, kind, seed, steps, tp_dp):
     tp, dp, tensors = layout
-    assert worst_distance(tp, dp, tensors, betas, kind, dtype, seed, steps) <= TOLERANCE[dtype]
+    worst = worst_distance(
+        tp, dp, tensors, betas, kind, dtype, kernels, seed=seed, steps=steps, tp_dp=tp_dp
+    )
+    assert worst <= TOLERANCE[dtype]
 
 
 MID_ROW = ((0.3, 0.3, 0.71),) * 2  # an empty slice, and bounds within rows
@@ -142,39 +147,46 @@ CASES = [
 @pytest.mark.parametrize("betas", BETAS, ids=["default", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", CASES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_slices_that_split_rows(layout, kind, betas, dtype):
-    assert worst_distance(2, 4, [layout], betas, kind, dtype, seed=3) <= TOLERANCE[dtype]
+@pytest.mark.parametrize(("dtype", "kernels"), PATHS, ids=str)
+def test_slices_that_split_rows(layout, kind, betas, dtype, kernels):
+    assert worst_distance(2, 4, [layout], betas, kind, dtype, kernels, seed=3) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("limit", [1, 7, 80, 81, 1000])
 def test_boxes_of_any_size(limit):
-    with mock.patch.dict("megatron_came.work._BLOCK_ELEMENTS", cpu=limit):
+    with mock.patch.dict("megatron_came.plain._BLOCK_ELEMENTS", cpu=limit):
         tensors = [Layout((4, 5, 16), 2, MID_ROW), Layout((98,), None, MID_ROW)]
-        assert worst_distance(2, 4, tensors, BETAS[0], "normal", torch.float64, seed=1) <= 1e-12
+        assert (
+            worst_distance(2, 4, tensors, BETAS[0], "normal", torch.float64, "plain", seed=1)
+            <= 1e-12
+        )
 
 
+@pytest.mark.parametrize("kernels", ["plain", "numba"])
 @pytest.mark.parametrize("kind", ["dp_group", "tp_group"])
-def test_a_missing_reduction_is_seen(kind):
+def test_a_missing_reduction_is_seen(kind, kernels):
     """These tests can fail."""
     with without_sums_over(kind):
         layout = Layout((48, 80), 0, MID_ROW)
-        assert worst_distance(2, 4, [layout], BETAS[1], "normal", torch.float32, seed=3) > 1e-3
+        assert (
+            worst_distance(2, 4, [layout], BETAS[1], "normal", torch.float32, kernels, seed=3)
+            > 1e-3
+        )
 
 
 def test_bad_guesses_cost_little():
     """The guess of the clip divisor changes rounding only, however bad it is: here 30 times too
     small."""
 
-    class Guessless(ParameterWork):
-        def update_second_moment(self):
-            super().update_second_moment()
-            if not self.shard.is_vector:
-                self._guess.fill_(1.0)
+    def guess_one(*args, **kwargs):
+        return torch.ones((), dtype=torch.float64)
 
-    with mock.patch("megatron_came.optimizer.ParameterWork", Guessless):
+    with mock.patch("megatron_came.maths.factors.guessed_divisor", guess_one):
         layout = Layout((48, 80), 0, MID_ROW)
-        assert worst_distance(2, 4, [layout], BETAS[0], "normal", torch.float64, seed=3) <= 1e-12
+        assert (
+            worst_distance(2, 4, [layout], BETAS[0], "normal", torch.float64, "plain", seed=3)
+            <= 1e-12
+        )
 
 
 def test_copies_stay_bit_identical_whatever_the_order_of_sums():

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_came.host.checkpoint_refusals import notice
 from megatron_came.host.memory import report as memory_report
 from megatron_came.host.patching import Function, wrap
+from megatron_came.kernels.choice import CHOICES
 from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparameters
 
 _HELP = {
@@ -176,6 +177,13 @@ def _with_flags(original: Function) -> Function:
                 default=field.default,
                 help=f"{_HELP[field.name]} (default: {field.default:g})",
             )
+        group.add_argument(
+            "--came-kernels",
+            choices=CHOICES,
+            default="auto",
+            help="who computes CAME's step: auto is triton on GPUs and numba on CPUs, where they "
+            "are installed, otherwise plain PyTorch (default: auto)",
+        )
         memory_report.add_flags(group)
         return parser
 
@@ -205,6 +213,16 @@ def _with_checks(original: Function) -> Function:
         return result
 
     return validate_args
+
+
+_said: set[str] = set()
+
+
+def say_once(sentence: str) -> None:
+    """Print a sentence on rank 0, if it has not been printed yet."""
+    if sentence not in _said:
+        _said.add(sentence)
+        _say(sentence)
 
 
 def _say(sentence: str) -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_came.host.arguments import hyperparameters
+from megatron_came.host.arguments import hyperparameters, say_once
 from megatron_came.host.config import CameOptimizerConfig
 from megatron_came.host.distributed import CameDistributedOptimizer
 from megatron_came.host.errors import UnsupportedError
@@ -33,7 +33,9 @@ def _with_came_config(original: Function) -> Function:
     def get_megatron_optimizer_config(args: Any) -> Any:
         config, overrides = original(args)
         if config.optimizer == "came":
-            config = CameOptimizerConfig.from_megatron(config, hyperparameters(args))
+            config = CameOptimizerConfig.from_megatron(
+                config, hyperparameters(args), args.came_kernels
+            )
         return config, overrides
 
     return get_megatron_optimizer_config
@@ -144,14 +146,18 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
     """Megatron has no optimizer on a rank without parameter groups."""
     if not param_groups:
         return None
-    return CAME(
+    came = CAME(
         param_groups,
         lr=config.lr,
         betas=config.came.betas,
         eps=config.came.eps,
         clip_threshold=config.came.clip_threshold,
         weight_decay=config.weight_decay,
+        kernels=config.kernels,
     )
+    for reason in came.kernel_choices:
+        say_once(reason)
+    return came
 
 
 def _init_state(optimizer: CAME, config: Any = None) -> None:

@@ -17,6 +17,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
 
     Args:
         came: hyperparameters beyond learning rate and weight decay, which stay Megatron's own.
+        kernels: as in :class:`megatron_came.CAME`.
 
     Attributes:
         as_asked: on the copy of :meth:`as_standard`, the configuration it was made from.
@@ -24,12 +25,13 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
 
     optimizer: str = "came"
     came: Hyperparameters = field(default_factory=Hyperparameters)
+    kernels: str = "auto"
 
     @classmethod
-    def from_megatron(cls, config: Any, came: Hyperparameters) -> Self:
+    def from_megatron(cls, config: Any, came: Hyperparameters, kernels: str = "auto") -> Self:
         """Turn Megatron's own configuration into one of this type."""
         values = {f.name: getattr(config, f.name) for f in fields(OptimizerConfig)}
-        return cls(**values, came=came)
+        return cls(**values, came=came, kernels=kernels)
 
     def as_standard(self) -> Self:
         """Return a copy that Megatron's builder takes the standard path with.

@@ -21,12 +21,14 @@ class ModelGroups:
     Attributes:
         tp: tensor-parallel group of dense parameters.
         expert_tp: tensor-parallel group of expert parameters.
+        tp_dp: ``tp`` times the data-parallel group of dense parameters, as one group.
         embedding: ranks that hold copies of tied embeddings; None on stages that hold none.
     """
 
     tp: dist.ProcessGroup
     expert_tp: dist.ProcessGroup
     embedding: dist.ProcessGroup | None
+    tp_dp: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, collection: Any | None) -> ModelGroups:
@@ -39,11 +41,24 @@ class ModelGroups:
             tp=collection.tp,
             expert_tp=getattr(collection, "expt_tp", None) or collection.tp,
             embedding=getattr(collection, "embd", None),
+            tp_dp=getattr(collection, "tp_dp_cp", None),
         )
 
     def tp_of(self, param: Tensor) -> dist.ProcessGroup:
         """The tensor-parallel group of a model parameter."""
         return self.tp if getattr(param, "allreduce", True) else self.expert_tp
+
+    def tp_dp_of(
+        self, param: Tensor, dp_group: dist.ProcessGroup | None
+    ) -> dist.ProcessGroup | None:
+        """The tensor-parallel group times ``dp_group`` as one group, if Megatron has one.
+
+        It has none for experts, nor for one of several distributed-optimizer instances.
+        """
+        if dp_group is None or self.tp_dp is None or self.tp_of(param) is not self.tp:
+            return None
+        whole = self.tp_dp.size() == self.tp.size() * dp_group.size()
+        return self.tp_dp if whole and getattr(param, "allreduce", True) else None
 
 
 def shard_of(
@@ -82,6 +97,7 @@ def shard_of(
         tp_dim=tp_dim,
         tp_group=groups.tp_of(param),
         dp_group=dp_group,
+        tp_dp_group=groups.tp_dp_of(param, dp_group),
         copies_group=groups.embedding if getattr(param, "shared_embedding", False) else None,
     )
 

@@ -1,0 +1,68 @@
+"""Who computes a step: Triton on GPUs, Numba on CPUs, plain PyTorch for all else."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+from megatron_came.kernels.fused import Kernels
+
+CHOICES = ("auto", "plain", "numba", "triton")
+
+
+class Choice(NamedTuple):
+    """Who computes a step on one device.
+
+    Attributes:
+        kernels: None for plain PyTorch.
+        reason: one sentence.
+    """
+
+    kernels: Kernels | None
+    reason: str
+
+
+def choose(wanted: str, device: torch.device) -> Choice:
+    """Decide who computes the parameters of a device.
+
+    Args:
+        wanted: one of ``CHOICES``; "auto" is the fastest that is installed.
+        device: where they lie.
+
+    Raises:
+        ValueError: what is wanted does not exist, is not installed, or does not run there.
+    """
+    if wanted not in CHOICES:
+        raise ValueError(f"CAME: kernels {wanted!r} is not one of {', '.join(CHOICES)}.")
+    if wanted == "plain":
+        return Choice(None, "CAME's step runs in plain PyTorch, as asked for.")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    usual = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+    if wanted == "auto" and usual is None:
+        return Choice(
+            None, f"CAME's step runs in plain PyTorch: there are no kernels for {device.type}."
+        )
+    name = usual if wanted == "auto" else wanted
+    runs_there = name == usual or (name == "triton" and interpreted)
+    if not runs_there:
+        raise ValueError(
+            f"CAME: kernels {wanted!r} do not run on {device.type}: use 'auto' or 'plain'."
+        )
+    if name is None or importlib.util.find_spec(name) is None:
+        if wanted != "auto":
+            raise ValueError(f"CAME: kernels {wanted!r} need {name}: pip install {name}.")
+        return Choice(
+            None,
+            f"CAME's step runs in plain PyTorch, which is slower: {name} is not installed "
+            f"(pip install {name}).",
+        )
+    if name == "numba":
+        from megatron_came.kernels.numba_launch import NumbaKernels
+
+        return Choice(NumbaKernels(), "CAME's step runs in Numba's kernels.")
+    from megatron_came.kernels.triton_launch import TritonKernels
+
+    return Choice(TritonKernels(device), "CAME's step runs in Triton's kernels.")

@@ -1,0 +1,293 @@
+"""The passes of a step through kernels: each a few calls for all parameters of a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_came.kernels.tables import (
+    GroupField,
+    IntTable,
+    MatrixField,
+    Segment,
+    Sums,
+    Tiling,
+    VectorField,
+    cut,
+    matrix_row,
+    vector_row,
+)
+from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS
+from megatron_came.work import ParameterWork
+
+
+@dataclass(slots=True)
+class Tables:
+    """What the kernels read and write, on their device; see ``megatron_came.kernels.tables``.
+
+    Attributes:
+        matrices: table of ``MatrixField``.
+        vectors: table of ``VectorField``.
+        tiles: table of ``TileField``.
+        strips: table of ``StripField``.
+        factors: (matrices, 2): matrix parameter and place in its batch.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
+        scratch: (slots, 3, tile rows + tile columns), fp32.
+        segments: ranges of tiles and strips.
+        aligned: whether the matrices allow vector loads.
+    """
+
+    matrices: Any
+    vectors: Any
+    tiles: Any
+    strips: Any
+    factors: Any
+    groups: Any
+    divisors: Any
+    scratch: Any
+    segments: tuple[Segment, ...]
+    aligned: bool = False
+
+
+class Kernels(Protocol):
+    """The fused twins of the passes on one device."""
+
+    tiling: Tiling
+
+    @property
+    def chunk_elements(self) -> int | None:
+        """Elements of a chunk, whose passes find in the cache what they read; None: no limit."""
+        ...
+
+    def aligned(self, matrices: IntTable) -> bool:
+        """Whether all rows of a table of matrices allow vector loads."""
+        ...
+
+    def bears(self, param: Tensor) -> bool:
+        """Whether they can update this parameter; the answer is the same on all ranks."""
+        ...
+
+    def place(self, table: np.ndarray[Any, Any]) -> Any:
+        """Copy a table to where the kernels read it, without waiting for the device."""
+        ...
+
+    def scratch(self, slots: int) -> Any:
+        """Return a buffer with at least so many slots; all chunks of the device share it."""
+        ...
+
+    def square_tiles(self, tables: Tables, segment: Segment) -> None:
+        """Sum g^2 over rows and columns of the tiles."""
+        ...
+
+    def add_square_strips(self, tables: Tables, segment: Segment) -> None:
+        """Add the tiles' sums to the buffer of sums."""
+        ...
+
+    def square_vectors(self, tables: Tables) -> None:
+        """Write g^2 to the buffer of sums."""
+        ...
+
+    def update_second_moments(self, tables: Tables) -> None:
+        """Update r and c; scales of u; guess of the clip divisor."""
+        ...
+
+    def instability_tiles(self, tables: Tables, segment: Segment) -> None:
+        """Sum e^2, u e and u^2 over rows and columns of the tiles."""
+        ...
+
+    def add_instability_strips(self, tables: Tables, segment: Segment) -> None:
+        """Add the tiles' sums to the buffer of sums."""
+        ...
+
+    def total_updates(self, tables: Tables) -> None:
+        """Sum u^2 over each matrix parameter."""
+        ...
+
+    def update_vectors(self, tables: Tables) -> None:
+        """Update v; sum u^2."""
+        ...
+
+    def update_instabilities(self, tables: Tables) -> None:
+        """Clip divisor; update R and C; scales of the confidence."""
+        ...
+
+    def apply_tiles(self, tables: Tables) -> None:
+        """Update momentum and weights of matrices."""
+        ...
+
+    def apply_vectors(self, tables: Tables) -> None:
+        """Update momentum and weights of vectors."""
+        ...
+
+
+class FusedPasses:
+    """The passes over some parameters through kernels.
+
+    Args:
+        works: the parameters that may take part in a step.
+        kernels: of their device.
+    """
+
+    def __init__(self, works: Sequence[ParameterWork], kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._members: list[ParameterWork] = []
+        self._scales = [_scales(work) for work in works]
+        self._scales_of = dict(zip(works, self._scales, strict=True))
+
+    def begin(self, active: Sequence[ParameterWork]) -> None:
+        """Start a step of these parameters, all of which have begun."""
+        members = [work for work in active if work.shard.full_numel]
+        if not self._members or members != self._members:
+            self._build(members)
+        self._refresh_addresses()
+        self._refresh_groups()
+        # Chunks share the scratch buffer, which may have grown since.
+        self._tables.scratch = self._kernels.scratch(self._slots)
+
+    def add_square_sums(self) -> None:
+        """Pass 1."""
+        kernels, tables = self._kernels, self._tables
+        for segment in tables.segments:
+            kernels.square_tiles(tables, segment)
+            kernels.add_square_strips(tables, segment)
+        if self._vectors:
+            kernels.square_vectors(tables)
+
+    def add_instability_sums(self) -> None:
+        """With the sums of pass 1 complete: second moments and pass 2."""
+        kernels, tables = self._kernels, self._tables
+        if self._matrices:
+            kernels.update_second_moments(tables)
+        for segment in tables.segments:
+            kernels.instability_tiles(tables, segment)
+            kernels.add_instability_strips(tables, segment)
+        if self._matrices:
+            kernels.total_updates(tables)
+        if self._vectors:
+            kernels.update_vectors(tables)
+
+    def apply(self) -> None:
+        """With the sums of pass 2 complete: instabilities and pass 3."""
+        kernels, tables = self._kernels, self._tables
+        if self._matrices:
+            kernels.update_instabilities(tables)
+            kernels.apply_tiles(tables)
+        if self._vectors:
+            kernels.apply_vectors(tables)
+        self._grads.clear()
+
+    def _build(self, members: list[ParameterWork]) -> None:
+        """Make the tables of these parameters."""
+        self._members = members
+        self._matrices = [work for work in members if not work.shard.is_vector]
+        self._vectors = [work for work in members if work.shard.is_vector]
+        self._groups = list({id(work.group): work for work in members}.values())
+        group_of = {id(work.group): index for index, work in enumerate(self._groups)}
+        sums = [Sums(work.square_sums, work.total, work.residual_sums) for work in self._matrices]
+        batches = [work.shard.local_matrix[0] for work in self._matrices]
+        firsts = np.cumsum([0, *batches])
+        self._matrix_table = _stack(
+            MatrixField,
+            [
+                matrix_row(
+                    work.shard, one, group_of[id(work.group)], self._scales_of[work], int(first)
+                )
+                for work, one, first in zip(self._matrices, sums, firsts, strict=False)
+            ],
+        )
+        self._vector_table = _stack(
+            VectorField,
+            [
+                vector_row(work.shard, Sums(work.square_sums, work.total), group_of[id(work.group)])
+                for work in self._vectors
+            ],
+        )
+        factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
+        tiles, strips, segments, self._slots = cut(
+            [work.shard for work in self._matrices], sums, self._kernels.tiling
+        )
+        place = self._kernels.place
+        self._matrix_addresses = self._vector_addresses = np.zeros((0, 0), np.int64)
+        self._group_rows: list[tuple[float, ...]] = []
+        self._tables = Tables(
+            matrices=None,
+            vectors=None,
+            tiles=place(tiles),
+            strips=place(strips),
+            factors=place(np.array(factors, np.int64).reshape(-1, 2)),
+            groups=None,
+            divisors=place(np.zeros((int(firsts[-1]), 2), np.float32)),
+            scratch=None,
+            segments=segments,
+        )
+
+    def _refresh_addresses(self) -> None:
+        """Write anew where tensors lie, if the host has moved any."""
+        self._grads: list[Tensor] = []
+        matrices = np.array(
+            [[*self._pass_addresses(work, MATRIX_FACTORS)] for work in self._matrices], np.int64
+        )
+        if not np.array_equal(matrices, self._matrix_addresses):
+            self._matrix_addresses = matrices
+            self._matrix_table[:, : matrices.shape[-1]] = matrices
+            self._tables.matrices = self._kernels.place(self._matrix_table)
+            self._tables.aligned = self._kernels.aligned(self._matrix_table)
+        vectors = np.array(
+            [[*self._pass_addresses(work, VECTOR_FACTORS)] for work in self._vectors], np.int64
+        )
+        if not np.array_equal(vectors, self._vector_addresses):
+            self._vector_addresses = vectors
+            self._vector_table[:, : vectors.shape[-1]] = vectors
+            self._tables.vectors = self._kernels.place(self._vector_table)
+
+    def _pass_addresses(self, work: ParameterWork, factors: Sequence[str]) -> list[int]:
+        """The first columns of a parameter's row: what the host may change between steps."""
+        grad = work.grad
+        if grad.dtype not in (torch.float32, torch.bfloat16) or not grad.is_contiguous():
+            grad = grad.to(torch.float32).contiguous()
+            self._grads.append(grad)
+        state = work.state
+        return [
+            work.param.data_ptr(),
+            grad.data_ptr(),
+            state["exp_avg"].data_ptr(),
+            *(state[key].data_ptr() for key in factors),
+            grad.dtype == torch.bfloat16,
+        ]
+
+    def _refresh_groups(self) -> None:
+        """Write anew learning rates and other hyperparameters, if any has changed."""
+        rows = []
+        for work in self._groups:
+            hyper, group = work.hyper, work.group
+            row = [0.0] * len(GroupField)
+            row[GroupField.LR] = float(group["lr"])
+            row[GroupField.WEIGHT_DECAY] = float(group["weight_decay"])
+            row[GroupField.BETA1], row[GroupField.BETA2], row[GroupField.BETA3] = hyper.betas
+            row[GroupField.EPS1], row[GroupField.EPS2] = hyper.eps
+            row[GroupField.CLIP_THRESHOLD] = hyper.clip_threshold
+            rows.append(tuple(row))
+        if rows != self._group_rows:
+            self._group_rows = rows
+            self._tables.groups = self._kernels.place(np.array(rows, np.float64))
+
+
+def _scales(work: ParameterWork) -> tuple[Tensor, ...]:
+    """Make room for row and column scale, and row and column confidence, of a matrix parameter."""
+    if work.shard.is_vector:
+        return ()
+    batch, rows, columns = work.shard.local_matrix
+    return tuple(
+        torch.empty(batch, count, dtype=torch.float32, device=work.param.device)
+        for count in (rows, columns, rows, columns)
+    )
+
+
+def _stack(fields: type[MatrixField] | type[VectorField], rows: list[IntTable]) -> IntTable:
+    return np.stack(rows) if rows else np.zeros((0, len(fields)), np.int64)

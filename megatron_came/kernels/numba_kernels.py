@@ -1,0 +1,501 @@
+"""The passes on the CPU, compiled by Numba: loops over tables, without the GIL.
+
+Every function takes the rows [first, stop) of one table, so that threads can share the work; what
+is summed, and in which order, does not depend on their number. The twins of these functions are
+those of ``megatron_came.maths``; arithmetic on elements is fp32, on sums float64.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from megatron_came.kernels.tables import GroupField as Group
+from megatron_came.kernels.tables import MatrixField as Matrix
+from megatron_came.kernels.tables import StripField as Strip
+from megatron_came.kernels.tables import TileField as Tile
+from megatron_came.kernels.tables import VectorField as Vector
+
+# Sums may be reordered, but NaN and infinity keep their meaning.
+_REORDER = {"reassoc", "contract", "nsz"}
+_jit = njit(nogil=True, cache=True)
+_fast = njit(nogil=True, cache=True, fastmath=_REORDER)
+_elementwise = njit(nogil=True, cache=True, fastmath={"contract"})
+
+_ONE = np.float32(1.0)
+_SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
+_SQUARE_UNSCALE = 2.0**20
+
+
+def _pointer(dtype):
+    """Return an intrinsic that turns an address into a pointer."""
+
+    @intrinsic
+    def pointer(_context, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(address), generate
+
+    return pointer
+
+
+_to_float32 = _pointer(types.float32)
+_to_float64 = _pointer(types.float64)
+_to_uint16 = _pointer(types.uint16)
+
+
+@_jit
+def _floats(address, count):
+    return carray(_to_float32(address), (count,))
+
+
+@_jit
+def _doubles(address, count):
+    return carray(_to_float64(address), (count,))
+
+
+@_elementwise
+def _read_bf16(bits, out):
+    whole = out.view(np.uint32)
+    for i in range(bits.size):
+        whole[i] = np.uint32(bits[i]) << np.uint32(16)
+
+
+@_jit
+def _gradient(param, offset, count, buffer):
+    """Part of a slice's gradient in fp32: its own memory, or the buffer."""
+    if not param[Matrix.GRAD_IS_BF16]:
+        return _floats(param[Matrix.GRAD] + 4 * offset, count)
+    out = _floats(buffer.ctypes.data, count)
+    _read_bf16(carray(_to_uint16(param[Matrix.GRAD] + 2 * offset), (count,)), out)
+    return out
+
+
+@_jit
+def _slot(scratch, index):
+    """Address of a slot. Not a view of the array, whose count of references threads would share."""
+    return scratch.ctypes.data + 4 * index * scratch.shape[1] * scratch.shape[2]
+
+
+@_jit
+def _span(param, tile, row, tile_columns):
+    """What of a tile's row lies in the slice.
+
+    Returns:
+        [low, high) of the flattened local tensor; the place there of the tile's first column.
+    """
+    first = (tile[Tile.MATRIX] * param[Matrix.ROWS] + row) * param[Matrix.COLUMNS]
+    end = first + min(tile[Tile.COLUMN] + tile_columns, param[Matrix.COLUMNS])
+    first += tile[Tile.COLUMN]
+    return max(first, param[Matrix.START]), min(end, param[Matrix.STOP]), first
+
+
+@_fast
+def _square_row(grad, column_sums):
+    total = np.float32(0.0)
+    for i in range(grad.size):
+        scaled = grad[i] * _SQUARE_SCALE
+        square = scaled * scaled
+        total += square
+        column_sums[i] += square
+    return total
+
+
+@_jit
+def square_tiles(first, stop, origin, matrices, tiles, scratch, tile_rows, tile_columns):
+    """Twin of ``passes.add_squared_sums``: the row and column sums of each tile, to its slot.
+
+    Args:
+        first: row of the table of tiles.
+        stop: one past the last row.
+        origin: the tile that has the first slot.
+        matrices: table of ``MatrixField``.
+        tiles: table of ``TileField``.
+        scratch: (slots, 3, tile_rows + tile_columns), fp32, out; the first of the three is used.
+        tile_rows: of a tile.
+        tile_columns: of a tile.
+    """
+    width = tile_rows + tile_columns
+    buffer = np.empty(tile_columns, np.float32)
+    for index in range(first, stop):
+        tile = tiles[index]
+        param = matrices[tile[Tile.PARAM]]
+        slot = _slot(scratch, index - origin)
+        row_sums = _floats(slot, width)  # and those of the columns
+        row_sums[:] = 0.0
+        for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
+            low, high, start = _span(param, tile, row, tile_columns)
+            if low < high:
+                count = high - low
+                row_sums[row - tile[Tile.ROW]] = _square_row(
+                    _gradient(param, low - param[Matrix.START], count, buffer),
+                    _floats(slot + 4 * (tile_rows + low - start), count),
+                )
+
+
+@_fast
+def _instability_row(
+    grad, exp_avg, column_scale, row_scale, inverse_guess, error_sums, cross_sums, update_sums
+):
+    errors, crosses, updates = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for i in range(grad.size):
+        update = grad[i] * row_scale * column_scale[i]
+        error = update * inverse_guess - exp_avg[i]
+        square, cross, update_square = error * error, update * error, update * update
+        errors += square
+        crosses += cross
+        updates += update_square
+        error_sums[i] += square
+        cross_sums[i] += cross
+        update_sums[i] += update_square
+    return errors, crosses, updates
+
+
+@_jit
+def instability_tiles(
+    first, stop, origin, matrices, tiles, divisors, scratch, tile_rows, tile_columns
+):
+    """Twin of ``passes.add_instability_sums``: the sums of e^2, u e and u^2 of each tile.
+
+    Args as those of :func:`square_tiles`, and
+        divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
+    """
+    width = tile_rows + tile_columns
+    buffer = np.empty(tile_columns, np.float32)
+    for index in range(first, stop):
+        tile = tiles[index]
+        param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
+        slot = _slot(scratch, index - origin)
+        row_sums = _floats(slot, 3 * width)  # and those of the columns
+        row_sums[:] = 0.0
+        rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
+        row_scale = _floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows)
+        column_scale = param[Matrix.COLUMN_SCALE] + 4 * matrix * columns
+        inverse_guess = divisors[param[Matrix.FIRST_MATRIX] + matrix, 0]
+        for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
+            low, high, start = _span(param, tile, row, tile_columns)
+            if low < high:
+                offset, count, column = low - param[Matrix.START], high - low, low - start
+                place, at = row - tile[Tile.ROW], slot + 4 * (tile_rows + column)
+                sums = _instability_row(
+                    _gradient(param, offset, count, buffer),
+                    _floats(param[Matrix.EXP_AVG] + 4 * offset, count),
+                    _floats(column_scale + 4 * (tile[Tile.COLUMN] + column), count),
+                    row_scale[row],
+                    inverse_guess,
+                    _floats(at, count),
+                    _floats(at + 4 * width, count),
+                    _floats(at + 8 * width, count),
+                )
+                row_sums[place], row_sums[width + place], row_sums[2 * width + place] = sums
+
+
+@_jit
+def add_square_strips(first, stop, strips, scratch):
+    """Add the tiles' sums of g^2 to the buffer of sums."""
+    for index in range(first, stop):
+        strip = strips[index]
+        out = _doubles(strip[Strip.SQUARES], strip[Strip.COUNT])
+        _add_strip(strip, scratch[:, 0], _SQUARE_UNSCALE, out)
+
+
+@_jit
+def add_instability_strips(first, stop, strips, scratch):
+    """Add the tiles' sums of e^2, u e and u^2 to the buffer of sums."""
+    for index in range(first, stop):
+        strip = strips[index]
+        for kind in range(3):
+            address = strip[Strip.RESIDUALS] + 8 * kind * strip[Strip.RESIDUALS_STRIDE]
+            _add_strip(strip, scratch[:, kind], 1.0, _doubles(address, strip[Strip.COUNT]))
+
+
+@_jit
+def _add_strip(strip, scratch, factor, out):
+    within, count = strip[Strip.WITHIN], strip[Strip.COUNT]
+    for tile in range(strip[Strip.TILES]):
+        sums = scratch[strip[Strip.SLOT] + tile * strip[Strip.STRIDE], within : within + count]
+        for i in range(count):
+            out[i] += factor * np.float64(sums[i])
+
+
+@_fast
+def _update_moment(moment, sums, count, eps, beta):
+    """Twin of ``factors.update_moment``; returns the sum of the moment, and of the mean over it."""
+    total, ratio = 0.0, 0.0
+    keep, add = np.float32(beta), np.float32(1.0 - beta)
+    for i in range(moment.size):
+        mean = sums[i] / count + eps
+        moment[i] = keep * moment[i] + add * np.float32(mean)
+        total += moment[i]
+        ratio += mean / np.float64(moment[i])
+    return total, ratio
+
+
+@_elementwise
+def _inverse_roots(moment, mean, out):
+    for i in range(moment.size):
+        out[i] = _ONE / math.sqrt(moment[i] / mean)
+
+
+@_jit
+def _mean(param, row_total, column_total):
+    """mean(r) = mean(c) of the full matrix, from the factor that this rank holds whole."""
+    if param[Matrix.ROWS_ARE_WHOLE]:
+        return np.float32(row_total / param[Matrix.ROWS])
+    return np.float32(column_total / param[Matrix.COLUMNS])
+
+
+@_jit
+def _matrix(address, index, size, width):
+    return address + width * index * size
+
+
+@_jit
+def update_second_moments(first, stop, matrices, factors, groups, divisors):
+    """Twin of ``factors.update_moment``, ``scales`` and ``guessed_divisor`` (of each matrix).
+
+    Args:
+        first: row of ``factors``.
+        stop: one past the last row.
+        matrices: table of ``MatrixField``.
+        factors: (matrices, 2): matrix parameter, place in its batch.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32, out: 1/d0.
+    """
+    for index in range(first, stop):
+        param, matrix = matrices[factors[index, 0]], factors[index, 1]
+        group = groups[param[Matrix.GROUP]]
+        rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
+        row = _floats(param[Matrix.ROW] + 4 * matrix * rows, rows)
+        column = _floats(param[Matrix.COLUMN] + 4 * matrix * columns, columns)
+        eps, beta = group[Group.EPS1], group[Group.BETA2]
+        row_total, row_ratio = _update_moment(
+            row,
+            _doubles(param[Matrix.SQUARE_ROWS] + 8 * matrix * rows, rows),
+            param[Matrix.FULL_COLUMNS],
+            eps,
+            beta,
+        )
+        column_total, column_ratio = _update_moment(
+            column,
+            _doubles(param[Matrix.SQUARE_COLUMNS] + 8 * matrix * columns, columns),
+            param[Matrix.FULL_ROWS],
+            eps,
+            beta,
+        )
+        mean = _mean(param, row_total, column_total)
+        _inverse_roots(row, mean, _floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows))
+        _inverse_roots(
+            column, _ONE, _floats(param[Matrix.COLUMN_SCALE] + 4 * matrix * columns, columns)
+        )
+        squared = 0.0
+        if param[Matrix.ROWS_ARE_WHOLE]:
+            squared = row_ratio / rows
+        if param[Matrix.COLUMNS_ARE_WHOLE]:
+            squared = max(squared, column_ratio / columns)
+        guess = max(1.0, math.sqrt(squared) / group[Group.CLIP_THRESHOLD])
+        divisors[index, 0] = np.float32(1.0 / guess)
+
+
+@_fast
+def _sum(values):
+    total = 0.0
+    for i in range(values.size):
+        total += values[i]
+    return total
+
+
+@_jit
+def total_updates(first, stop, matrices):
+    """Sum u^2 over this rank's part of each matrix parameter, from its row sums."""
+    for index in range(first, stop):
+        param = matrices[index]
+        count = param[Matrix.BATCH] * param[Matrix.ROWS]
+        sums = _doubles(param[Matrix.RESIDUAL_ROWS] + 16 * count, count)
+        _doubles(param[Matrix.TOTAL], 1)[0] = _sum(sums)
+
+
+@_jit
+def _inverse_divisor(total, numel, clip_threshold):
+    """Twin of ``factors.clip_divisor``, of which it returns the inverse."""
+    return 1.0 / max(1.0, math.sqrt(total / numel) / clip_threshold)
+
+
+@_fast
+def _update_residual(moment, sums, stride, delta, beta1, count, eps, beta):
+    """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's sum."""
+    total = 0.0
+    keep, add = np.float32(beta), np.float32(1.0 - beta)
+    for i in range(moment.size):
+        error, cross, square = sums[i], sums[i + stride], sums[i + 2 * stride]
+        residual = max(error + delta * (2.0 * cross + delta * square), 0.0) * beta1 * beta1
+        moment[i] = keep * moment[i] + add * np.float32(residual / count + eps)
+        total += moment[i]
+    return total
+
+
+@_jit
+def update_instabilities(first, stop, matrices, factors, groups, divisors):
+    """Twin of ``factors.clip_divisor``, ``true_residuals``, ``update_moment`` and ``scales``.
+
+    Args as those of :func:`update_second_moments`; 1/d is written to ``divisors``.
+    """
+    for index in range(first, stop):
+        param, matrix = matrices[factors[index, 0]], factors[index, 1]
+        group = groups[param[Matrix.GROUP]]
+        batch, rows, columns = param[Matrix.BATCH], param[Matrix.ROWS], param[Matrix.COLUMNS]
+        row = _floats(param[Matrix.RESIDUAL_ROW] + 4 * matrix * rows, rows)
+        column = _floats(param[Matrix.RESIDUAL_COLUMN] + 4 * matrix * columns, columns)
+        inverse = _inverse_divisor(
+            _doubles(param[Matrix.TOTAL], 1)[0],
+            param[Matrix.FULL_NUMEL],
+            group[Group.CLIP_THRESHOLD],
+        )
+        delta = inverse - np.float64(divisors[index, 0])
+        divisors[index, 1] = np.float32(inverse)
+        eps, beta, beta1 = group[Group.EPS2], group[Group.BETA3], group[Group.BETA1]
+        row_sums = _doubles(param[Matrix.RESIDUAL_ROWS], 3 * batch * rows)[matrix * rows :]
+        column_sums = _doubles(param[Matrix.RESIDUAL_COLUMNS], 3 * batch * columns)
+        row_total = _update_residual(
+            row, row_sums, batch * rows, delta, beta1, param[Matrix.FULL_COLUMNS], eps, beta
+        )
+        column_total = _update_residual(
+            column,
+            column_sums[matrix * columns :],
+            batch * columns,
+            delta,
+            beta1,
+            param[Matrix.FULL_ROWS],
+            eps,
+            beta,
+        )
+        mean = _mean(param, row_total, column_total)
+        _inverse_roots(row, mean, _floats(param[Matrix.ROW_CONFIDENCE] + 4 * matrix * rows, rows))
+        _inverse_roots(
+            column, _ONE, _floats(param[Matrix.COLUMN_CONFIDENCE] + 4 * matrix * columns, columns)
+        )
+
+
+@_elementwise
+def _apply_row(
+    param, grad, exp_avg, column_scale, column_confidence, row_scale, step, beta1, rest, decay
+):
+    for i in range(param.size):
+        momentum = beta1 * exp_avg[i] + rest * (grad[i] * row_scale * column_scale[i])
+        exp_avg[i] = momentum
+        weight = param[i]
+        weight -= decay * weight
+        param[i] = weight - step * (momentum * column_confidence[i])
+
+
+@_jit
+def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
+    """Twin of ``passes.apply_update`` for matrices.
+
+    Args as those of :func:`instability_tiles`, with 1/d known.
+    """
+    buffer = np.empty(tile_columns, np.float32)
+    for index in range(first, stop):
+        tile = tiles[index]
+        param = matrices[tile[Tile.PARAM]]
+        matrix, rows, columns = tile[Tile.MATRIX], param[Matrix.ROWS], param[Matrix.COLUMNS]
+        group = groups[param[Matrix.GROUP]]
+        beta1, rest = np.float32(group[Group.BETA1]), np.float32(1.0 - group[Group.BETA1])
+        lr = np.float32(group[Group.LR])
+        decay = np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY])
+        row_scale = _floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows)
+        row_confidence = _floats(param[Matrix.ROW_CONFIDENCE] + 4 * matrix * rows, rows)
+        inverse_divisor = divisors[param[Matrix.FIRST_MATRIX] + matrix, 1]
+        for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
+            low, high, start = _span(param, tile, row, tile_columns)
+            if low < high:
+                offset, count = low - param[Matrix.START], high - low
+                place = 4 * (matrix * columns + tile[Tile.COLUMN] + low - start)
+                _apply_row(
+                    _floats(param[Matrix.PARAM] + 4 * offset, count),
+                    _gradient(param, offset, count, buffer),
+                    _floats(param[Matrix.EXP_AVG] + 4 * offset, count),
+                    _floats(param[Matrix.COLUMN_SCALE] + place, count),
+                    _floats(param[Matrix.COLUMN_CONFIDENCE] + place, count),
+                    row_scale[row] * inverse_divisor,
+                    lr * row_confidence[row],
+                    beta1,
+                    rest,
+                    decay,
+                )
+
+
+@_jit
+def _vector_gradient(vector):
+    count = vector[Vector.STOP] - vector[Vector.START]
+    if not vector[Vector.GRAD_IS_BF16]:
+        return _floats(vector[Vector.GRAD], count)
+    out = np.empty(count, np.float32)
+    _read_bf16(carray(_to_uint16(vector[Vector.GRAD]), (count,)), out)
+    return out
+
+
+@_jit
+def square_vectors(first, stop, vectors):
+    """Twin of ``passes.add_squared_sums`` for vectors."""
+    for index in range(first, stop):
+        vector = vectors[index]
+        grad = _vector_gradient(vector)
+        out = _doubles(vector[Vector.SQUARES] + 8 * vector[Vector.START], grad.size)
+        for i in range(grad.size):
+            scaled = grad[i] * _SQUARE_SCALE
+            out[i] = np.float64(scaled * scaled) * _SQUARE_UNSCALE
+
+
+@_jit
+def update_vectors(first, stop, vectors, groups):
+    """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for vectors."""
+    for index in range(first, stop):
+        vector = vectors[index]
+        group = groups[vector[Vector.GROUP]]
+        size, start = vector[Vector.SIZE], vector[Vector.START]
+        moment = _floats(vector[Vector.MOMENT], size)
+        _update_moment(
+            moment, _doubles(vector[Vector.SQUARES], size), 1, group[Group.EPS1], group[Group.BETA2]
+        )
+        grad = _vector_gradient(vector)
+        total = 0.0
+        for i in range(grad.size):
+            update = grad[i] * (_ONE / math.sqrt(moment[start + i]))
+            total += np.float64(update * update)
+        _doubles(vector[Vector.TOTAL], 1)[0] = total
+
+
+@_jit
+def apply_vectors(first, stop, vectors, groups):
+    """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for vectors."""
+    for index in range(first, stop):
+        vector = vectors[index]
+        group = groups[vector[Vector.GROUP]]
+        moment = _floats(vector[Vector.MOMENT], vector[Vector.SIZE])[vector[Vector.START] :]
+        grad = _vector_gradient(vector)
+        param = _floats(vector[Vector.PARAM], grad.size)
+        exp_avg = _floats(vector[Vector.EXP_AVG], grad.size)
+        inverse_divisor = np.float32(
+            _inverse_divisor(
+                _doubles(vector[Vector.TOTAL], 1)[0],
+                vector[Vector.FULL_NUMEL],
+                group[Group.CLIP_THRESHOLD],
+            )
+        )
+        beta1, rest = np.float32(group[Group.BETA1]), np.float32(1.0 - group[Group.BETA1])
+        lr = np.float32(group[Group.LR])
+        decay = np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY])
+        for i in range(grad.size):
+            update = grad[i] * (_ONE / math.sqrt(moment[i])) * inverse_divisor
+            momentum = beta1 * exp_avg[i] + rest * update
+            exp_avg[i] = momentum
+            weight = param[i]
+            weight -= decay * weight
+            param[i] = weight - lr * momentum

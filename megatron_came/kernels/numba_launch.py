@@ -1,0 +1,148 @@
+"""The Numba kernels on threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_came.kernels import numba_kernels as kernels
+from megatron_came.kernels.fused import Tables
+from megatron_came.kernels.tables import Segment, Tiling
+
+
+class NumbaKernels:
+    """:class:`megatron_came.kernels.fused.Kernels` for the CPU.
+
+    As many threads as PyTorch uses (``torch.get_num_threads``) share every table.
+    """
+
+    tiling = Tiling(rows=128, columns=1024, slots=512)
+    # What one thread leaves in the cache, another seldom finds there: not worth a barrier.
+    chunk_elements = None
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        width = self.tiling.rows + self.tiling.columns
+        self._scratch = np.empty((0, 3, width), np.float32)
+
+    def bears(self, param: Tensor) -> bool:
+        """Fp32 weights in one piece."""
+        return param.dtype == torch.float32 and param.is_contiguous()
+
+    def place(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return a copy: the original may change."""
+        return table.copy()
+
+    def aligned(self, matrices: npt.NDArray[np.int64]) -> bool:
+        """Of no interest here."""
+        return False
+
+    def scratch(self, slots: int) -> npt.NDArray[np.float32]:
+        """Return the buffer, grown if need be."""
+        if slots > len(self._scratch):
+            self._scratch = np.empty((slots, *self._scratch.shape[1:]), np.float32)
+        return self._scratch
+
+    def _share(self, kernel: Callable[..., None], first: int, stop: int, *args: Any) -> None:
+        """Run a kernel over rows [first, stop) of a table, on all threads."""
+        threads = min(torch.get_num_threads(), stop - first)
+        if threads <= 1:
+            if stop > first:
+                kernel(first, stop, *args)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(threads - 1, "megatron_came")
+        bounds = [first + (stop - first) * i // threads for i in range(threads + 1)]
+        parts = list(pairwise(bounds))
+        others = [self._pool.submit(kernel, *part, *args) for part in parts[1:]]
+        kernel(*parts[0], *args)
+        for other in others:
+            other.result()
+
+    def square_tiles(self, tables: Tables, segment: Segment) -> None:
+        """See ``numba_kernels.square_tiles``; likewise below."""
+        self._share(
+            kernels.square_tiles,
+            segment.tiles.start,
+            segment.tiles.stop,
+            segment.tiles.start,
+            tables.matrices,
+            tables.tiles,
+            tables.scratch,
+            self.tiling.rows,
+            self.tiling.columns,
+        )
+
+    def instability_tiles(self, tables: Tables, segment: Segment) -> None:  # noqa: D102
+        self._share(
+            kernels.instability_tiles,
+            segment.tiles.start,
+            segment.tiles.stop,
+            segment.tiles.start,
+            tables.matrices,
+            tables.tiles,
+            tables.divisors,
+            tables.scratch,
+            self.tiling.rows,
+            self.tiling.columns,
+        )
+
+    def add_square_strips(self, tables: Tables, segment: Segment) -> None:  # noqa: D102
+        strips = segment.strips
+        self._share(
+            kernels.add_square_strips, strips.start, strips.stop, tables.strips, tables.scratch
+        )
+
+    def add_instability_strips(self, tables: Tables, segment: Segment) -> None:  # noqa: D102
+        strips = segment.strips
+        self._share(
+            kernels.add_instability_strips, strips.start, strips.stop, tables.strips, tables.scratch
+        )
+
+    def update_second_moments(self, tables: Tables) -> None:  # noqa: D102
+        self._share_factors(kernels.update_second_moments, tables)
+
+    def update_instabilities(self, tables: Tables) -> None:  # noqa: D102
+        self._share_factors(kernels.update_instabilities, tables)
+
+    def _share_factors(self, kernel: Callable[..., None], tables: Tables) -> None:
+        self._share(
+            kernel,
+            0,
+            len(tables.factors),
+            tables.matrices,
+            tables.factors,
+            tables.groups,
+            tables.divisors,
+        )
+
+    def total_updates(self, tables: Tables) -> None:  # noqa: D102
+        self._share(kernels.total_updates, 0, len(tables.matrices), tables.matrices)
+
+    def apply_tiles(self, tables: Tables) -> None:  # noqa: D102
+        self._share(
+            kernels.apply_tiles,
+            0,
+            len(tables.tiles),
+            tables.matrices,
+            tables.tiles,
+            tables.groups,
+            tables.divisors,
+            self.tiling.columns,
+        )
+
+    def square_vectors(self, tables: Tables) -> None:  # noqa: D102
+        self._share(kernels.square_vectors, 0, len(tables.vectors), tables.vectors)
+
+    def update_vectors(self, tables: Tables) -> None:  # noqa: D102
+        self._share(kernels.update_vectors, 0, len(tables.vectors), tables.vectors, tables.groups)
+
+    def apply_vectors(self, tables: Tables) -> None:  # noqa: D102
+        self._share(kernels.apply_vectors, 0, len(tables.vectors), tables.vectors, tables.groups)

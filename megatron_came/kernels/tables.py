@@ -1,0 +1,290 @@
+"""What the kernels read: tables of addresses, shapes and ranges, one row for each piece of work.
+
+The slice of a matrix parameter is cut into *tiles* of ``tile_rows`` x ``tile_columns`` elements. A
+tile sums its rows and columns into a slot of a scratch buffer, and *strips* then add up, in a fixed
+order, what the tiles beside or below one another hold. Tiles are taken in *segments*, so that the
+scratch buffer has a fixed number of slots. Vectors need none of this: see ``VectorField``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from megatron_came.layout import Shard
+
+IntTable = npt.NDArray[np.int64]
+
+
+class MatrixField(IntEnum):
+    """Columns of the table of matrix parameters. Addresses point to fp32 unless said otherwise."""
+
+    # Addresses that the host may change between steps.
+    PARAM = 0  # the slice
+    GRAD = 1  # the slice; fp32 or bf16
+    EXP_AVG = 2  # the slice
+    ROW = 3  # r, (batch, rows)
+    COLUMN = 4  # c, (batch, columns)
+    RESIDUAL_ROW = 5  # R
+    RESIDUAL_COLUMN = 6  # C
+    GRAD_IS_BF16 = 7
+    # Geometry.
+    START = 8  # the slice is [START, STOP) of the flattened local tensor
+    STOP = 9
+    BATCH = 10
+    ROWS = 11
+    COLUMNS = 12
+    FULL_ROWS = 13  # all tensor-parallel ranks' together
+    FULL_COLUMNS = 14
+    FULL_NUMEL = 15
+    ROWS_ARE_WHOLE = 16  # this rank's row factor is that of the full matrix
+    COLUMNS_ARE_WHOLE = 17
+    GROUP = 18  # row of the table of hyperparameters
+    # Sums over elements, float64.
+    SQUARE_ROWS = 19  # of g^2, (batch, rows)
+    SQUARE_COLUMNS = 20
+    TOTAL = 21  # of u^2
+    RESIDUAL_ROWS = 22  # of e^2, u e and u^2, (3, batch, rows)
+    RESIDUAL_COLUMNS = 23
+    # Results of the factors, in the scale buffer.
+    ROW_SCALE = 24  # (batch, rows)
+    COLUMN_SCALE = 25
+    ROW_CONFIDENCE = 26
+    COLUMN_CONFIDENCE = 27
+    FIRST_MATRIX = 28  # row of the first matrix in the table of clip divisors
+
+
+class VectorField(IntEnum):
+    """Columns of the table of vector parameters. Addresses point to fp32 unless said otherwise."""
+
+    PARAM = 0
+    GRAD = 1
+    EXP_AVG = 2
+    MOMENT = 3  # v, of the whole local vector
+    GRAD_IS_BF16 = 4
+    START = 5
+    STOP = 6
+    SIZE = 7  # of the local vector
+    FULL_NUMEL = 8
+    GROUP = 9
+    SQUARES = 10  # g^2 of the local vector, float64
+    TOTAL = 11  # sum of u^2, float64
+
+
+class TileField(IntEnum):
+    """Columns of the table of tiles."""
+
+    PARAM = 0  # row of the table of matrix parameters
+    MATRIX = 1  # of the parameter's batch
+    ROW = 2  # first row
+    STOP_ROW = 3
+    COLUMN = 4  # first column
+
+
+class StripField(IntEnum):
+    """Columns of the table of strips: sums of tiles' sums, added to the buffers of sums."""
+
+    SLOT = 0  # of the first tile in the scratch buffer
+    STRIDE = 1  # slots to the next tile
+    TILES = 2  # how many
+    WITHIN = 3  # offset of the strip's first sum in a slot: 0 for rows, tile_rows for columns
+    COUNT = 4  # sums
+    SQUARES = 5  # address of the first sum, float64
+    RESIDUALS = 6  # address of the first sum of e^2, float64
+    RESIDUALS_STRIDE = 7  # elements from there to u e, and on to u^2
+
+
+class GroupField(IntEnum):
+    """Columns of the table of hyperparameters, float64, a row for each parameter group."""
+
+    LR = 0
+    WEIGHT_DECAY = 1
+    BETA1 = 2
+    BETA2 = 3
+    BETA3 = 4
+    EPS1 = 5
+    EPS2 = 6
+    CLIP_THRESHOLD = 7
+
+
+class Segment(NamedTuple):
+    """Tiles that share the scratch buffer, and the strips that empty it."""
+
+    tiles: slice
+    strips: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Where a parameter's sums over elements go; see ``ParameterWork.bind``."""
+
+    squares: Sequence[Tensor]
+    total: Tensor
+    residuals: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a device's kernels cut matrices.
+
+    Attributes:
+        rows: of a tile.
+        columns: of a tile.
+        slots: tiles whose sums the scratch buffer holds, at least.
+    """
+
+    rows: int
+    columns: int
+    slots: int
+
+
+def vector_row(shard: Shard, sums: Sums, group: int) -> IntTable:
+    """Describe a vector parameter."""
+    row = np.zeros(len(VectorField), np.int64)
+    row[VectorField.START], row[VectorField.STOP] = shard.start, shard.stop
+    row[VectorField.SIZE] = shard.local_matrix[1]
+    row[VectorField.FULL_NUMEL] = shard.full_numel
+    row[VectorField.GROUP] = group
+    row[VectorField.SQUARES] = sums.squares[0].data_ptr()
+    row[VectorField.TOTAL] = sums.total.data_ptr()
+    return row
+
+
+def matrix_row(
+    shard: Shard, sums: Sums, group: int, scales: Sequence[Tensor], first_matrix: int
+) -> IntTable:
+    """Describe a matrix parameter.
+
+    Args:
+        shard: where the slice lies.
+        sums: where its sums go.
+        group: row of its group's hyperparameters.
+        scales: row and column scale, row and column confidence.
+        first_matrix: row of its first matrix in the table of clip divisors.
+    """
+    field = MatrixField
+    row = np.zeros(len(field), np.int64)
+    row[field.START], row[field.STOP] = shard.start, shard.stop
+    row[field.BATCH], row[field.ROWS], row[field.COLUMNS] = shard.local_matrix
+    row[field.FULL_ROWS], row[field.FULL_COLUMNS] = shard.full_rows, shard.full_columns
+    row[field.FULL_NUMEL] = shard.full_numel
+    row[field.ROWS_ARE_WHOLE] = shard.tp_axis != "rows"
+    row[field.COLUMNS_ARE_WHOLE] = shard.tp_axis != "columns"
+    row[field.GROUP] = group
+    row[field.SQUARE_ROWS : field.SQUARE_COLUMNS + 1] = [s.data_ptr() for s in sums.squares]
+    row[field.TOTAL] = sums.total.data_ptr()
+    row[field.RESIDUAL_ROWS : field.RESIDUAL_COLUMNS + 1] = [s.data_ptr() for s in sums.residuals]
+    row[field.ROW_SCALE : field.COLUMN_CONFIDENCE + 1] = [s.data_ptr() for s in scales]
+    row[field.FIRST_MATRIX] = first_matrix
+    return row
+
+
+class _Bands(NamedTuple):
+    """Rows of tiles of one matrix that follow one another in a segment."""
+
+    param: int
+    matrix: int
+    rows: range  # first rows of the bands
+    stop_row: int
+
+
+def cut(
+    shards: Sequence[Shard], sums: Sequence[Sums], tiling: Tiling
+) -> tuple[IntTable, IntTable, tuple[Segment, ...], int]:
+    """Cut the slices of matrix parameters.
+
+    Args:
+        shards: of the matrix parameters, in the order of their table.
+        sums: likewise.
+        tiling: sizes.
+
+    Returns:
+        Table of tiles, table of strips, segments, and slots that a segment needs at most.
+    """
+    tiles: list[IntTable] = []
+    strips: list[list[int]] = []
+    segments: list[Segment] = []
+    tile_count = first_tile = first_strip = slots = 0
+
+    def end_segment() -> None:
+        nonlocal first_tile, first_strip, slots
+        if tile_count > first_tile:
+            segments.append(Segment(slice(first_tile, tile_count), slice(first_strip, len(strips))))
+            slots = max(slots, tile_count - first_tile)
+            first_tile, first_strip = tile_count, len(strips)
+
+    for param, shard in enumerate(shards):
+        across = -(-shard.local_matrix[2] // tiling.columns)
+        for matrix, rows, stop_row in _touched(shard, tiling.rows):
+            while rows:
+                free = max(tiling.slots - (tile_count - first_tile), 0) // across
+                if not free and tile_count > first_tile:
+                    end_segment()
+                    continue
+                bands = _Bands(param, matrix, rows[: max(free, 1)], stop_row)
+                rows = rows[len(bands.rows) :]
+                slot = tile_count - first_tile
+                tiles.append(_tiles(bands, across, tiling))
+                strips += _strips(bands, across, tiling, slot, shard, sums[param])
+                tile_count += len(bands.rows) * across
+    end_segment()
+    return (
+        np.concatenate([np.zeros((0, len(TileField)), np.int64), *tiles]),
+        np.array(strips, np.int64).reshape(-1, len(StripField)),
+        tuple(segments),
+        slots,
+    )
+
+
+def _touched(shard: Shard, tile_rows: int) -> Iterator[tuple[int, range, int]]:
+    """Yield what a slice touches: a matrix of the batch, first rows of its tiles, last row + 1."""
+    _, rows, columns = shard.local_matrix
+    if shard.start == shard.stop:
+        return
+    first, stop = shard.start // columns, -(-shard.stop // columns)
+    for matrix in range(first // rows, -(-stop // rows)):
+        low, high = max(first - matrix * rows, 0), min(stop - matrix * rows, rows)
+        yield matrix, range(low, high, tile_rows), high
+
+
+def _tiles(bands: _Bands, across: int, tiling: Tiling) -> IntTable:
+    """Return the tiles of some bands, row by row."""
+    row, column = np.meshgrid(
+        np.array(bands.rows, np.int64),
+        np.arange(across, dtype=np.int64) * tiling.columns,
+        indexing="ij",
+    )
+    table = np.empty((row.size, len(TileField)), np.int64)
+    table[:, TileField.PARAM], table[:, TileField.MATRIX] = bands.param, bands.matrix
+    table[:, TileField.ROW], table[:, TileField.COLUMN] = row.ravel(), column.ravel()
+    table[:, TileField.STOP_ROW] = np.minimum(row.ravel() + tiling.rows, bands.stop_row)
+    return table
+
+
+def _strips(
+    bands: _Bands, across: int, tiling: Tiling, slot: int, shard: Shard, sums: Sums
+) -> list[list[int]]:
+    """Return the strips that add up the bands' tiles: rows side by side, columns downwards."""
+    batch, rows, columns = shard.local_matrix
+    (row_squares, column_squares), (row_residuals, column_residuals) = sums.squares, sums.residuals
+    strips = []
+    for index, row in enumerate(bands.rows):
+        count = min(tiling.rows, bands.stop_row - row)
+        place = (bands.matrix * rows + row) * 8
+        addresses = [row_squares.data_ptr() + place, row_residuals.data_ptr() + place]
+        strips.append([slot + index * across, 1, across, 0, count, *addresses, batch * rows])
+    for index in range(across):
+        column = index * tiling.columns
+        count = min(tiling.columns, columns - column)
+        place = (bands.matrix * columns + column) * 8
+        addresses = [column_squares.data_ptr() + place, column_residuals.data_ptr() + place]
+        strips.append(
+            [slot + index, across, len(bands.rows), tiling.rows, count, *addresses, batch * columns]
+        )
+    return strips

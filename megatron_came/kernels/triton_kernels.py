@@ -1,0 +1,595 @@
+"""The passes on GPUs, in Triton: every kernel is one launch for all parameters of a chunk.
+
+A program takes one row of a table: a tile, a strip, a matrix or a vector. Sums are written to
+places of their own and added up in a fixed order, so that runs are bit-identical. The twins of
+these kernels are the functions of ``megatron_came.maths``; arithmetic on elements is fp32, on sums
+float64. All are in place and none is autotuned.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_came.kernels import tables
+
+_SQUARE_SCALE = tl.constexpr(2.0**-10)  # see megatron_came.maths.passes
+_SQUARE_UNSCALE = tl.constexpr(2.0**20)
+_MATRIX_FIELDS = tl.constexpr(len(tables.MatrixField))
+_VECTOR_FIELDS = tl.constexpr(len(tables.VectorField))
+_TILE_FIELDS = tl.constexpr(len(tables.TileField))
+_STRIP_FIELDS = tl.constexpr(len(tables.StripField))
+_GROUP_FIELDS = tl.constexpr(len(tables.GroupField))
+
+
+@triton.jit
+def _floats(address):
+    return address.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _aligned_floats(address, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:  # here, because a hint on the result of a call is lost
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _doubles(address):
+    return address.to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def _elements(address, is_bf16, index, mask, ALIGNED: tl.constexpr):
+    """Read elements of a gradient in fp32."""
+    if is_bf16 != 0:
+        short = address.to(tl.pointer_type(tl.bfloat16))
+        if ALIGNED:
+            short = tl.multiple_of(short, 8)
+        values = tl.load(short + index, mask=mask, other=0.0).to(tl.float32)
+    else:
+        full = _aligned_floats(address, ALIGNED)
+        values = tl.load(full + index, mask=mask, other=0.0)
+    return values
+
+
+@triton.jit
+def _tile(matrices, tiles, index, ALIGNED: tl.constexpr):
+    """Geometry of a tile.
+
+    Returns:
+        The parameter's row; flat place of the tile's first element in the slice (before its start
+        where negative); the place of the slice's start and stop relative to that; columns of the
+        matrix; the tile's matrix, first row, stop row and first column.
+    """
+    tile = tiles + index.to(tl.int64) * _TILE_FIELDS
+    param = matrices + tl.load(tile + tables.TileField.PARAM) * _MATRIX_FIELDS
+    matrix = tl.load(tile + tables.TileField.MATRIX)
+    row = tl.load(tile + tables.TileField.ROW)
+    stop_row = tl.load(tile + tables.TileField.STOP_ROW)
+    column = tl.load(tile + tables.TileField.COLUMN)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    columns = tl.load(param + tables.MatrixField.COLUMNS)
+    start = tl.load(param + tables.MatrixField.START)
+    stop = tl.load(param + tables.MatrixField.STOP)
+    place = (matrix * rows + row) * columns + column - start
+    low = tl.maximum(-place, 0).to(tl.int32)
+    high = tl.minimum(stop - start - place, 2147483647 - 65536).to(tl.int32)
+    narrow = columns.to(tl.int32)
+    if ALIGNED:
+        place = tl.multiple_of(place, 4)
+        low = tl.multiple_of(low, 4)
+        high = tl.multiple_of(high, 4)
+        narrow = tl.multiple_of(narrow, 4)
+        column = tl.multiple_of(column, 4)
+    return param, place, low, high, narrow, matrix, row, stop_row, column
+
+
+@triton.jit
+def square_tiles(
+    matrices,
+    tiles,
+    scratch,
+    origin,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Twin of ``passes.add_squared_sums``: the row and column sums of a tile, to its slot.
+
+    Args:
+        matrices: table of ``MatrixField``, int64.
+        tiles: table of ``TileField``, int64.
+        scratch: (slots, 3, ROWS + COLUMNS), fp32, out; the first of the three is used.
+        origin: the tile that has the first slot.
+        ROWS: of a tile.
+        COLUMNS: of a tile.
+        STEP: rows that a program reads at once.
+        ALIGNED: whether addresses, widths and starts allow vector loads.
+    """
+    slot = tl.program_id(0)
+    param, place, low, high, width, _matrix, row, stop_row, column = _tile(
+        matrices, tiles, slot + origin, ALIGNED
+    )
+    address = tl.load(param + tables.MatrixField.GRAD)
+    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
+    sums = scratch + slot.to(tl.int64) * (3 * (ROWS + COLUMNS))
+    steps = tl.arange(0, STEP)
+    across = tl.arange(0, COLUMNS)
+    inside = across < width - column.to(tl.int32)
+    total = tl.zeros((STEP, COLUMNS), tl.float32)
+    for first in range(0, ROWS, STEP):
+        down = first + steps
+        offset = down[:, None] * width + across[None, :]
+        mask = (down < (stop_row - row))[:, None] & inside[None, :]
+        mask = mask & (offset >= low) & (offset < high)
+        grad = _elements(address, is_bf16, place + offset, mask, ALIGNED) * _SQUARE_SCALE
+        square = grad * grad
+        tl.store(sums + down, tl.sum(square, 1))
+        total += square
+    tl.store(sums + ROWS + across, tl.sum(total, 0))
+
+
+@triton.jit
+def instability_tiles(
+    matrices,
+    tiles,
+    divisors,
+    scratch,
+    origin,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Twin of ``passes.add_instability_sums``: the sums of e^2, u e and u^2 of a tile.
+
+    Args as those of :func:`square_tiles`, and
+        divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
+    """
+    slot = tl.program_id(0)
+    param, place, low, high, width, matrix, row, stop_row, column = _tile(
+        matrices, tiles, slot + origin, ALIGNED
+    )
+    grads = tl.load(param + tables.MatrixField.GRAD)
+    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
+    momenta = _aligned_floats(tl.load(param + tables.MatrixField.EXP_AVG), ALIGNED)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    row_scales = _floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + matrix * rows + row
+    column_scales = _floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * width
+    first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
+    inverse_guess = tl.load(divisors + 2 * (first_matrix + matrix))
+    sums = scratch + slot.to(tl.int64) * (3 * (ROWS + COLUMNS))
+    steps = tl.arange(0, STEP)
+    across = tl.arange(0, COLUMNS)
+    inside = across < width - column.to(tl.int32)
+    column_scale = tl.load(column_scales + column + across, mask=inside, other=0.0)
+    errors = tl.zeros((STEP, COLUMNS), tl.float32)
+    crosses = tl.zeros((STEP, COLUMNS), tl.float32)
+    updates = tl.zeros((STEP, COLUMNS), tl.float32)
+    for first in range(0, ROWS, STEP):
+        down = first + steps
+        in_rows = down < (stop_row - row)
+        offset = down[:, None] * width + across[None, :]
+        mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
+        row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0)
+        grad = _elements(grads, is_bf16, place + offset, mask, ALIGNED)
+        momentum = tl.load(momenta + place + offset, mask=mask, other=0.0)
+        update = grad * row_scale[:, None] * column_scale[None, :]
+        error = update * inverse_guess - momentum
+        square, cross, update_square = error * error, update * error, update * update
+        tl.store(sums + down, tl.sum(square, 1))
+        tl.store(sums + (ROWS + COLUMNS) + down, tl.sum(cross, 1))
+        tl.store(sums + 2 * (ROWS + COLUMNS) + down, tl.sum(update_square, 1))
+        errors += square
+        crosses += cross
+        updates += update_square
+    tl.store(sums + ROWS + across, tl.sum(errors, 0))
+    tl.store(sums + (ROWS + COLUMNS) + ROWS + across, tl.sum(crosses, 0))
+    tl.store(sums + 2 * (ROWS + COLUMNS) + ROWS + across, tl.sum(updates, 0))
+
+
+@triton.jit
+def add_strips(
+    strips,
+    scratch,
+    first_strip,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    COUNT: tl.constexpr,
+    SQUARES: tl.constexpr,
+):
+    """Add the tiles' sums of a strip to the buffers of sums.
+
+    Args:
+        strips: table of ``StripField``, int64.
+        scratch: (slots, 3, WIDTH), fp32.
+        first_strip: of the segment.
+        WIDTH: of a slot's sums: rows and columns of a tile.
+        TILES: read at once.
+        COUNT: at least the sums of a strip.
+        SQUARES: whether the sums are those of g^2.
+    """
+    strip = strips + (tl.program_id(0) + first_strip).to(tl.int64) * _STRIP_FIELDS
+    slot = tl.load(strip + tables.StripField.SLOT)
+    stride = tl.load(strip + tables.StripField.STRIDE)
+    tiles = tl.load(strip + tables.StripField.TILES)
+    within = tl.load(strip + tables.StripField.WITHIN)
+    count = tl.load(strip + tables.StripField.COUNT)
+    which = tl.program_id(1)  # of e^2, u e and u^2
+    index = tl.arange(0, COUNT)
+    inside = index < count
+    below = tl.arange(0, TILES)
+    total = tl.zeros((TILES, COUNT), tl.float64)
+    for first in range(0, tiles, TILES):
+        tile = first + below
+        place = (slot + tile * stride) * (3 * WIDTH) + which * WIDTH + within
+        mask = (tile < tiles)[:, None] & inside[None, :]
+        values = tl.load(scratch + place[:, None] + index[None, :], mask=mask, other=0.0)
+        total += values.to(tl.float64)
+    sums = tl.sum(total, 0)
+    if SQUARES:
+        out = _doubles(tl.load(strip + tables.StripField.SQUARES))
+        sums = sums * _SQUARE_UNSCALE
+    else:
+        out = _doubles(tl.load(strip + tables.StripField.RESIDUALS))
+        out += which * tl.load(strip + tables.StripField.RESIDUALS_STRIDE)
+    before = tl.load(out + index, mask=inside, other=0.0)
+    tl.store(out + index, before + sums, mask=inside)
+
+
+@triton.jit
+def _update_moment(moment, sums, size, count, eps, beta, BLOCK: tl.constexpr):
+    """Twin of ``factors.update_moment``; returns the moment's sum, and that of the mean over it."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    ratio = tl.zeros((BLOCK,), tl.float64)
+    keep = beta.to(tl.float32)
+    add = (1.0 - beta).to(tl.float32)
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        mean = tl.load(sums + index, mask=mask, other=0.0) / count + eps
+        old = tl.load(moment + index, mask=mask, other=0.0)
+        new = keep * old + add * mean.to(tl.float32)
+        tl.store(moment + index, new, mask=mask)
+        wide = new.to(tl.float64)
+        total += tl.where(mask, wide, 0.0)
+        ratio += tl.where(mask, mean / wide, 0.0)
+    return tl.sum(total, 0), tl.sum(ratio, 0)
+
+
+@triton.jit
+def _inverse_roots(moment, mean, out, size, BLOCK: tl.constexpr):
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        values = tl.load(moment + index, mask=mask, other=1.0)
+        tl.store(out + index, 1.0 / tl.sqrt_rn(values / mean), mask=mask)
+
+
+@triton.jit
+def _factor(factors, index, matrices):
+    """The parameter's row, and the place in its batch, of a row of ``factors``."""
+    param = matrices + tl.load(factors + 2 * index) * _MATRIX_FIELDS
+    return param, tl.load(factors + 2 * index + 1)
+
+
+@triton.jit
+def _mean(param, row_total, column_total):
+    """mean(r) = mean(c) of the full matrix, from the factor that this rank holds whole."""
+    if tl.load(param + tables.MatrixField.ROWS_ARE_WHOLE) != 0:
+        mean = row_total / tl.load(param + tables.MatrixField.ROWS)
+    else:
+        mean = column_total / tl.load(param + tables.MatrixField.COLUMNS)
+    return mean.to(tl.float32)
+
+
+@triton.jit
+def update_second_moments(matrices, factors, groups, divisors, BLOCK: tl.constexpr):
+    """Twin of ``factors.update_moment``, ``scales`` and ``guessed_divisor`` (of each matrix).
+
+    Args:
+        matrices: table of ``MatrixField``, int64.
+        factors: (matrices, 2), int64: matrix parameter, place in its batch.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32, out: 1/d0.
+        BLOCK: elements of a factor that a program reads at once.
+    """
+    index = tl.program_id(0)
+    param, matrix = _factor(factors, index, matrices)
+    group = groups + tl.load(param + tables.MatrixField.GROUP) * _GROUP_FIELDS
+    eps = tl.load(group + tables.GroupField.EPS1)
+    beta = tl.load(group + tables.GroupField.BETA2)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    columns = tl.load(param + tables.MatrixField.COLUMNS)
+    row = _floats(tl.load(param + tables.MatrixField.ROW)) + matrix * rows
+    column = _floats(tl.load(param + tables.MatrixField.COLUMN)) + matrix * columns
+    row_total, row_ratio = _update_moment(
+        row,
+        _doubles(tl.load(param + tables.MatrixField.SQUARE_ROWS)) + matrix * rows,
+        rows,
+        tl.load(param + tables.MatrixField.FULL_COLUMNS),
+        eps,
+        beta,
+        BLOCK,
+    )
+    column_total, column_ratio = _update_moment(
+        column,
+        _doubles(tl.load(param + tables.MatrixField.SQUARE_COLUMNS)) + matrix * columns,
+        columns,
+        tl.load(param + tables.MatrixField.FULL_ROWS),
+        eps,
+        beta,
+        BLOCK,
+    )
+    tl.debug_barrier()  # the moments are read again
+    mean = _mean(param, row_total, column_total)
+    row_scale = _floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + matrix * rows
+    column_scale = _floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * columns
+    _inverse_roots(row, mean, row_scale, rows, BLOCK)
+    _inverse_roots(column, 1.0, column_scale, columns, BLOCK)
+    from_rows = tl.where(
+        tl.load(param + tables.MatrixField.ROWS_ARE_WHOLE) != 0, row_ratio / rows, 0.0
+    )
+    from_columns = tl.where(
+        tl.load(param + tables.MatrixField.COLUMNS_ARE_WHOLE) != 0, column_ratio / columns, 0.0
+    )
+    clip = tl.load(group + tables.GroupField.CLIP_THRESHOLD)
+    guess = tl.maximum(tl.sqrt(tl.maximum(from_rows, from_columns)) / clip, 1.0)
+    tl.store(divisors + 2 * index, (1.0 / guess).to(tl.float32))
+
+
+@triton.jit
+def total_updates(matrices, BLOCK: tl.constexpr):
+    """Sum u^2 over this rank's part of a matrix parameter, from its row sums."""
+    param = matrices + tl.program_id(0).to(tl.int64) * _MATRIX_FIELDS
+    count = tl.load(param + tables.MatrixField.BATCH) * tl.load(param + tables.MatrixField.ROWS)
+    sums = _doubles(tl.load(param + tables.MatrixField.RESIDUAL_ROWS)) + 2 * count
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, count, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        total += tl.load(sums + index, mask=index < count, other=0.0)
+    tl.store(_doubles(tl.load(param + tables.MatrixField.TOTAL)), tl.sum(total, 0))
+
+
+@triton.jit
+def _inverse_divisor(total, numel, clip_threshold):
+    """Twin of ``factors.clip_divisor``, of which it returns the inverse, in float64."""
+    return 1.0 / tl.maximum(tl.sqrt(total / numel) / clip_threshold, 1.0)
+
+
+@triton.jit
+def _update_residual(
+    moment, sums, stride, size, delta, beta1, count, eps, beta, BLOCK: tl.constexpr
+):
+    """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's sum."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    keep = beta.to(tl.float32)
+    add = (1.0 - beta).to(tl.float32)
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        error = tl.load(sums + index, mask=mask, other=0.0)
+        cross = tl.load(sums + stride + index, mask=mask, other=0.0)
+        square = tl.load(sums + 2 * stride + index, mask=mask, other=0.0)
+        residual = tl.maximum(error + delta * (2.0 * cross + delta * square), 0.0) * beta1 * beta1
+        old = tl.load(moment + index, mask=mask, other=0.0)
+        new = keep * old + add * (residual / count + eps).to(tl.float32)
+        tl.store(moment + index, new, mask=mask)
+        total += tl.where(mask, new.to(tl.float64), 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def update_instabilities(matrices, factors, groups, divisors, BLOCK: tl.constexpr):
+    """Twin of ``factors.clip_divisor``, ``true_residuals``, ``update_moment`` and ``scales``.
+
+    Args as those of :func:`update_second_moments`; 1/d is written to ``divisors``.
+    """
+    index = tl.program_id(0)
+    param, matrix = _factor(factors, index, matrices)
+    group = groups + tl.load(param + tables.MatrixField.GROUP) * _GROUP_FIELDS
+    eps = tl.load(group + tables.GroupField.EPS2)
+    beta = tl.load(group + tables.GroupField.BETA3)
+    beta1 = tl.load(group + tables.GroupField.BETA1)
+    batch = tl.load(param + tables.MatrixField.BATCH)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    columns = tl.load(param + tables.MatrixField.COLUMNS)
+    inverse = _inverse_divisor(
+        tl.load(_doubles(tl.load(param + tables.MatrixField.TOTAL))),
+        tl.load(param + tables.MatrixField.FULL_NUMEL),
+        tl.load(group + tables.GroupField.CLIP_THRESHOLD),
+    )
+    delta = inverse - tl.load(divisors + 2 * index).to(tl.float64)
+    tl.store(divisors + 2 * index + 1, inverse.to(tl.float32))
+    row = _floats(tl.load(param + tables.MatrixField.RESIDUAL_ROW)) + matrix * rows
+    column = _floats(tl.load(param + tables.MatrixField.RESIDUAL_COLUMN)) + matrix * columns
+    row_total = _update_residual(
+        row,
+        _doubles(tl.load(param + tables.MatrixField.RESIDUAL_ROWS)) + matrix * rows,
+        batch * rows,
+        rows,
+        delta,
+        beta1,
+        tl.load(param + tables.MatrixField.FULL_COLUMNS),
+        eps,
+        beta,
+        BLOCK,
+    )
+    column_total = _update_residual(
+        column,
+        _doubles(tl.load(param + tables.MatrixField.RESIDUAL_COLUMNS)) + matrix * columns,
+        batch * columns,
+        columns,
+        delta,
+        beta1,
+        tl.load(param + tables.MatrixField.FULL_ROWS),
+        eps,
+        beta,
+        BLOCK,
+    )
+    tl.debug_barrier()  # the moments are read again
+    mean = _mean(param, row_total, column_total)
+    row_confidence = _floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)) + matrix * rows
+    column_confidence = _floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
+    _inverse_roots(row, mean, row_confidence, rows, BLOCK)
+    _inverse_roots(column, 1.0, column_confidence + matrix * columns, columns, BLOCK)
+
+
+@triton.jit
+def _rates(group):
+    """beta1, 1 - beta1, lr and lr * weight_decay in fp32."""
+    beta1 = tl.load(group + tables.GroupField.BETA1)
+    lr = tl.load(group + tables.GroupField.LR)
+    decay = lr * tl.load(group + tables.GroupField.WEIGHT_DECAY)
+    return (
+        beta1.to(tl.float32),
+        (1.0 - beta1).to(tl.float32),
+        lr.to(tl.float32),
+        decay.to(tl.float32),
+    )
+
+
+@triton.jit
+def apply_tiles(
+    matrices,
+    tiles,
+    groups,
+    divisors,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Twin of ``passes.apply_update`` for matrices.
+
+    Args as those of :func:`instability_tiles`, with 1/d known.
+    """
+    param, place, low, high, width, matrix, row, stop_row, column = _tile(
+        matrices, tiles, tl.program_id(0), ALIGNED
+    )
+    grads = tl.load(param + tables.MatrixField.GRAD)
+    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
+    momenta = _aligned_floats(tl.load(param + tables.MatrixField.EXP_AVG), ALIGNED)
+    weights = _aligned_floats(tl.load(param + tables.MatrixField.PARAM), ALIGNED)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    row_place = matrix * rows + row
+    column_place = matrix * width + column
+    row_scales = _floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + row_place
+    row_confidences = _floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)) + row_place
+    column_scales = _floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + column_place
+    column_confidences = _floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
+    first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
+    inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix) + 1)
+    beta1, rest, lr, decay = _rates(
+        groups + tl.load(param + tables.MatrixField.GROUP) * _GROUP_FIELDS
+    )
+    steps = tl.arange(0, STEP)
+    across = tl.arange(0, COLUMNS)
+    inside = across < width - column.to(tl.int32)
+    column_scale = tl.load(column_scales + across, mask=inside, other=0.0)
+    column_confidence = tl.load(column_confidences + column_place + across, mask=inside, other=0.0)
+    for first in range(0, ROWS, STEP):
+        down = first + steps
+        in_rows = down < (stop_row - row)
+        offset = down[:, None] * width + across[None, :]
+        mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
+        row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0) * inverse_divisor
+        row_confidence = tl.load(row_confidences + down, mask=in_rows, other=0.0) * lr
+        grad = _elements(grads, is_bf16, place + offset, mask, ALIGNED)
+        momentum = tl.load(momenta + place + offset, mask=mask, other=0.0)
+        weight = tl.load(weights + place + offset, mask=mask, other=0.0)
+        momentum = beta1 * momentum + rest * (grad * row_scale[:, None] * column_scale[None, :])
+        tl.store(momenta + place + offset, momentum, mask=mask)
+        weight -= decay * weight
+        weight -= row_confidence[:, None] * (momentum * column_confidence[None, :])
+        tl.store(weights + place + offset, weight, mask=mask)
+
+
+@triton.jit
+def _vector(vectors):
+    """A vector's row, its start and its number of elements."""
+    vector = vectors + tl.program_id(0).to(tl.int64) * _VECTOR_FIELDS
+    start = tl.load(vector + tables.VectorField.START)
+    return vector, start, tl.load(vector + tables.VectorField.STOP) - start
+
+
+@triton.jit
+def square_vectors(vectors, BLOCK: tl.constexpr):
+    """Twin of ``passes.add_squared_sums`` for a vector.
+
+    Args:
+        vectors: table of ``VectorField``, int64.
+        BLOCK: elements that a program reads at once.
+    """
+    vector, start, size = _vector(vectors)
+    address = tl.load(vector + tables.VectorField.GRAD)
+    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
+    out = _doubles(tl.load(vector + tables.VectorField.SQUARES)) + start
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        grad = _elements(address, is_bf16, index, mask, False) * _SQUARE_SCALE
+        tl.store(out + index, (grad * grad).to(tl.float64) * _SQUARE_UNSCALE, mask=mask)
+
+
+@triton.jit
+def update_vectors(vectors, groups, BLOCK: tl.constexpr):
+    """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for a vector."""
+    vector, start, size = _vector(vectors)
+    group = groups + tl.load(vector + tables.VectorField.GROUP) * _GROUP_FIELDS
+    moment = _floats(tl.load(vector + tables.VectorField.MOMENT))
+    _update_moment(
+        moment,
+        _doubles(tl.load(vector + tables.VectorField.SQUARES)),
+        tl.load(vector + tables.VectorField.SIZE),
+        1.0,
+        tl.load(group + tables.GroupField.EPS1),
+        tl.load(group + tables.GroupField.BETA2),
+        BLOCK,
+    )
+    tl.debug_barrier()  # the moment is read again
+    address = tl.load(vector + tables.VectorField.GRAD)
+    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        grad = _elements(address, is_bf16, index, mask, False)
+        root = tl.sqrt_rn(tl.load(moment + start + index, mask=mask, other=1.0))
+        update = grad * (1.0 / root)
+        total += (update * update).to(tl.float64)
+    tl.store(_doubles(tl.load(vector + tables.VectorField.TOTAL)), tl.sum(total, 0))
+
+
+@triton.jit
+def apply_vectors(vectors, groups, BLOCK: tl.constexpr):
+    """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for a vector."""
+    vector, start, size = _vector(vectors)
+    group = groups + tl.load(vector + tables.VectorField.GROUP) * _GROUP_FIELDS
+    inverse_divisor = _inverse_divisor(
+        tl.load(_doubles(tl.load(vector + tables.VectorField.TOTAL))),
+        tl.load(vector + tables.VectorField.FULL_NUMEL),
+        tl.load(group + tables.GroupField.CLIP_THRESHOLD),
+    ).to(tl.float32)
+    beta1, rest, lr, decay = _rates(group)
+    moment = _floats(tl.load(vector + tables.VectorField.MOMENT)) + start
+    momenta = _floats(tl.load(vector + tables.VectorField.EXP_AVG))
+    weights = _floats(tl.load(vector + tables.VectorField.PARAM))
+    address = tl.load(vector + tables.VectorField.GRAD)
+    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        grad = _elements(address, is_bf16, index, mask, False)
+        root = tl.sqrt_rn(tl.load(moment + index, mask=mask, other=1.0))
+        momentum = tl.load(momenta + index, mask=mask, other=0.0)
+        momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse_divisor)
+        tl.store(momenta + index, momentum, mask=mask)
+        weight = tl.load(weights + index, mask=mask, other=0.0)
+        weight -= decay * weight
+        tl.store(weights + index, weight - lr * momentum, mask=mask)

@@ -1,0 +1,187 @@
+"""The passes of a step in plain PyTorch: for any device and dtype, parameter by parameter.
+
+A slice is cut into boxes, so that temporaries stay within a few MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_came.layout import Block, blocks
+from megatron_came.maths import factors, passes
+from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS
+from megatron_came.work import ParameterWork
+
+# Elements of a box: large enough to keep the device busy, small enough that an operation's
+# temporaries stay within a few MiB.
+_BLOCK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024}
+
+
+class PlainPasses:
+    """The passes over some parameters.
+
+    Args:
+        works: the parameters that may take part in a step.
+    """
+
+    def __init__(self, works: Iterable[ParameterWork]) -> None:
+        self._parts = {work: _Part(work) for work in works}
+        self._active: list[_Part] = []
+
+    def begin(self, active: Sequence[ParameterWork]) -> None:
+        """Start a step of these parameters, all of which have begun."""
+        self._active = [self._parts[work] for work in active]
+
+    def add_square_sums(self) -> None:
+        """Pass 1."""
+        for part in self._active:
+            part.add_square_sums()
+
+    def add_instability_sums(self) -> None:
+        """With the sums of pass 1 complete: second moments and pass 2."""
+        for part in self._active:
+            part.update_second_moment()
+            part.add_instability_sums()
+
+    def apply(self) -> None:
+        """With the sums of pass 2 complete: instabilities and pass 3."""
+        for part in self._active:
+            part.update_instability()
+            part.apply()
+        self._active = []
+
+
+class _Part:
+    """The passes over one parameter."""
+
+    def __init__(self, work: ParameterWork) -> None:
+        self._work, self._shard = work, work.shard
+        limit = _BLOCK_ELEMENTS.get(work.param.device.type, _BLOCK_ELEMENTS["cuda"])
+        self._blocks: list[Block] = list(blocks(work.shard, limit))
+
+    def _factors(self, *keys: str) -> list[Tensor]:
+        """View factors as (batch, n)."""
+        batch = self._shard.local_matrix[0]
+        return [self._work.state[key].view(batch, -1) for key in keys]
+
+    def _grad_box(self, block: Block) -> Tensor:
+        box = self._work.grad[block.start : block.stop]
+        return box.to(self._work.dtype).view(block.shape)
+
+    def _momentum_box(self, block: Block) -> Tensor:
+        return self._work.state["exp_avg"].view(-1)[block.start : block.stop].view(block.shape)
+
+    def add_square_sums(self) -> None:
+        """Pass 1 over this rank's boxes."""
+        rows, *columns = self._work.square_sums
+        for block in self._blocks:
+            passes.add_squared_sums(
+                self._grad_box(block),
+                rows[block.batch, block.rows],
+                columns[0][block.batch, block.columns] if columns else None,
+            )
+
+    def update_second_moment(self) -> None:
+        """R and c (v of a vector), and the scales of u."""
+        work, shard = self._work, self._shard
+        keys = VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS[:2]
+        moments = self._factors(*keys)
+        counts = (shard.full_columns, shard.full_rows)
+        eps, beta = work.hyper.eps1, work.hyper.beta2
+        for moment, sums, count in zip(moments, work.square_sums, counts, strict=False):
+            factors.update_moment(moment, sums, count=count, eps=eps, beta=beta)
+        if shard.is_vector:
+            self._scales: tuple[Tensor, Tensor | None] = moments[0].rsqrt(), None
+            return
+        self._scales = factors.scales(moments[0], moments[1], self._mean(moments))
+        guesses = [
+            factors.guessed_divisor(
+                moment, sums, count=count, eps=eps, clip_threshold=work.hyper.clip_threshold
+            )
+            for axis, moment, sums, count in zip(
+                ("rows", "columns"), moments, work.square_sums, counts, strict=True
+            )
+            if shard.tp_axis != axis
+        ]
+        self._guess = torch.stack(guesses).amax()
+
+    def _mean(self, pair: list[Tensor]) -> Tensor:
+        """Return mean(r) = mean(c) from the factor that this rank holds whole."""
+        return pair[1 if self._shard.tp_axis == "rows" else 0].mean(-1, keepdim=True)
+
+    def _scale_boxes(
+        self, pair: tuple[Tensor, Tensor | None], block: Block
+    ) -> tuple[Tensor, Tensor | None]:
+        row, column = pair
+        return row[block.batch, block.rows], (
+            None if column is None else column[block.batch, block.columns]
+        )
+
+    def add_instability_sums(self) -> None:
+        """Pass 2 over this rank's boxes."""
+        work = self._work
+        for block in self._blocks:
+            row_scale, column_scale = self._scale_boxes(self._scales, block)
+            if column_scale is None:
+                passes.add_squared_update(self._grad_box(block), row_scale, work.total)
+                continue
+            rows, columns = work.residual_sums
+            passes.add_instability_sums(
+                self._grad_box(block),
+                self._momentum_box(block),
+                row_scale,
+                column_scale,
+                self._guess,
+                rows[:, block.batch, block.rows],
+                columns[:, block.batch, block.columns],
+            )
+        if not self._shard.is_vector:
+            work.total.copy_(work.residual_sums[0][2].sum())
+
+    def update_instability(self) -> None:
+        """The clip divisor, then R and C."""
+        work, shard, hyper = self._work, self._shard, self._work.hyper
+        divisor = factors.clip_divisor(
+            work.total, numel=shard.full_numel, clip_threshold=hyper.clip_threshold
+        )
+        self._divisor = divisor.to(work.dtype)
+        self._confidence: tuple[Tensor, Tensor] | None = None
+        if shard.is_vector:
+            return
+        pair = self._factors(*MATRIX_FACTORS[2:])
+        for moment, sums, count in zip(
+            pair, work.residual_sums, (shard.full_columns, shard.full_rows), strict=True
+        ):
+            residual = factors.true_residuals(
+                sums, guess=self._guess, divisor=divisor, beta1=hyper.beta1
+            )
+            factors.update_moment(moment, residual, count=count, eps=hyper.eps2, beta=hyper.beta3)
+        self._confidence = factors.scales(pair[0], pair[1], self._mean(pair))
+
+    def apply(self) -> None:
+        """Pass 3 over this rank's boxes."""
+        work = self._work
+        param = work.param.detach()
+        flat = param.contiguous().view(-1)
+        for block in self._blocks:
+            confidence = (
+                (None, None)
+                if self._confidence is None
+                else self._scale_boxes(self._confidence, block)
+            )
+            passes.apply_update(
+                flat[block.start : block.stop].view(block.shape),
+                self._grad_box(block),
+                self._momentum_box(block),
+                *self._scale_boxes(self._scales, block),
+                *confidence,
+                divisor=self._divisor,
+                beta1=work.hyper.beta1,
+                lr=float(work.group["lr"]),
+                weight_decay=float(work.group["weight_decay"]),
+            )
+        if not param.is_contiguous():
+            param.copy_(flat.view(param.shape))

@@ -1,0 +1,125 @@
+"""A step's order of work: parameters in chunks, each with its buffers of sums and its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+from megatron_came.comm import SumBuffer
+from megatron_came.kernels.fused import FusedPasses, Kernels
+from megatron_came.plain import PlainPasses
+from megatron_came.work import ParameterWork
+
+# Bytes of sums from which on a chunk is worth a reduction of its own, and the most chunks.
+_SHARED_CHUNK_BYTES = 32 * 1024 * 1024
+_MAX_SHARED_CHUNKS = 4
+
+
+class Chunk:
+    """Parameters that go through a step together, with a reduction after each of two passes.
+
+    Args:
+        works: the parameters, on one device.
+        kernels: for those that they can bear; None for plain PyTorch alone.
+    """
+
+    def __init__(self, works: Sequence[ParameterWork], kernels: Kernels | None) -> None:
+        device = works[0].param.device
+        square_requests = [work.square_requests() for work in works]
+        instability_requests = [work.instability_requests() for work in works]
+        self._squares = SumBuffer(list(chain.from_iterable(square_requests)), device)
+        self._instability = SumBuffer(list(chain.from_iterable(instability_requests)), device)
+        squares, instability = iter(self._squares.views), iter(self._instability.views)
+        for work, first, second in zip(works, square_requests, instability_requests, strict=True):
+            work.bind([next(squares) for _ in first], [next(instability) for _ in second])
+        self._works = works
+        fused = [work for work in works if kernels is not None and kernels.bears(work.param)]
+        plain = [work for work in works if work not in fused]
+        self._passes: list[tuple[PlainPasses | FusedPasses, set[ParameterWork]]] = []
+        if plain:
+            self._passes.append((PlainPasses(plain), set(plain)))
+        if fused and kernels is not None:
+            self._passes.append((FusedPasses(fused, kernels), set(fused)))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no sum goes over ranks."""
+        return not (self._squares.is_reduced or self._instability.is_reduced)
+
+    def add_square_sums(self, active: set[ParameterWork]) -> None:
+        """Pass 1 of those parameters that take part in this step."""
+        self._squares.zero_()
+        self._instability.zero_()
+        for passes, works in self._passes:
+            passes.begin([work for work in self._works if work in works and work in active])
+            passes.add_square_sums()
+        self._squares.start()
+
+    def add_instability_sums(self) -> None:
+        """Second moments and pass 2."""
+        self._squares.finish()
+        for passes, _ in self._passes:
+            passes.add_instability_sums()
+        self._instability.start()
+
+    def apply(self) -> None:
+        """Instabilities and pass 3."""
+        self._instability.finish()
+        for passes, _ in self._passes:
+            passes.apply()
+
+
+class Plan:
+    """The chunks of an optimizer's parameters.
+
+    Args:
+        works: all parameters, in an order that is the same on all ranks.
+        kernels: by device.
+    """
+
+    def __init__(
+        self, works: list[ParameterWork], kernels: dict[torch.device, Kernels | None]
+    ) -> None:
+        self.works = works
+        self._devices = [work.param.device for work in works]
+        self.local: list[Chunk] = []
+        self.shared: list[Chunk] = []
+        for device in dict.fromkeys(self._devices):
+            here = [work for work in works if work.param.device == device]
+            alone = [work for work in here if not work.is_shared]
+            shared = [work for work in here if work.is_shared]
+            here_kernels = kernels[device]
+            elements = here_kernels.chunk_elements if here_kernels else None
+            for members in _cut(alone, [work.shard.numel for work in alone], elements):
+                self.local.append(Chunk(members, here_kernels))
+            sizes = [8 * sum(r.numel for r in work.instability_requests()) for work in shared]
+            limit = max(_SHARED_CHUNK_BYTES, -(-sum(sizes) // _MAX_SHARED_CHUNKS))
+            for members in _cut(shared, sizes, limit):
+                self.shared.append(Chunk(members, here_kernels))
+
+    def fits(self, param_groups: Iterable[dict[str, Any]]) -> bool:
+        """Whether the groups still hold the plan's parameters, where they were."""
+        group_of = {param: group for group in param_groups for param in group["params"]}
+        return len(group_of) == len(self.works) and all(
+            group_of.get(work.param) is work.group and work.param.device == device
+            for work, device in zip(self.works, self._devices, strict=True)
+        )
+
+
+def _cut(
+    works: Sequence[ParameterWork], sizes: Sequence[int], limit: int | None
+) -> Iterable[list[ParameterWork]]:
+    """Cut a list of parameters where the sum of their sizes would pass the limit, if any."""
+    chunk: list[ParameterWork] = []
+    total = 0
+    for work, size in zip(works, sizes, strict=True):
+        if chunk and limit is not None and total + size > limit:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(work)
+        total += size
+    if chunk:
+        yield chunk

@@ -1,0 +1,60 @@
+"""Compile every Triton kernel for an H100 or H200, which takes no GPU."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_came.kernels import triton_kernels as kernels
+from megatron_came.kernels.triton_launch import _BLOCK, _STEP, _STRIP_TILES, TritonKernels
+
+TABLE = "*i64"
+POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
+tiling = TritonKernels.tiling
+TILE = {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "STEP": _STEP}
+STRIP = {"WIDTH": tiling.rows + tiling.columns, "TILES": _STRIP_TILES, "COUNT": tiling.columns}
+VARIANTS = {
+    "square_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
+    "instability_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
+    "apply_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
+    "add_strips": [{**STRIP, "SQUARES": squares} for squares in (True, False)],
+    "update_second_moments": [{"BLOCK": _BLOCK}],
+    "update_instabilities": [{"BLOCK": _BLOCK}],
+    "total_updates": [{"BLOCK": _BLOCK}],
+    "square_vectors": [{"BLOCK": _BLOCK}],
+    "update_vectors": [{"BLOCK": _BLOCK}],
+    "apply_vectors": [{"BLOCK": _BLOCK}],
+}
+
+
+def compile_for_hopper(name, constants):
+    kernel = getattr(kernels, name)
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else "i32"
+        if argument in ("origin", "first_strip")
+        else POINTERS.get(argument, TABLE)
+        for argument in kernel.arg_names
+    }
+    values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 8 if "ROWS" in constants else 4},
+    )
+
+
+for name, variants in VARIANTS.items():
+    for constants in variants:
+        ptx = compile_for_hopper(name, constants).asm["ptx"]
+        aligned = " aligned" if constants.get("ALIGNED") else ""
+        vector = "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+        print(f"{name}{aligned}: {'vector loads and stores' if vector else 'compiled'}")

@@ -1,0 +1,91 @@
+"""What the kernels are held against: the plain path in float64, on the same numbers.
+
+Nothing here needs pytest or the authors' package, so that ``scripts/gpu_check.py`` can run it on a
+machine that has PyTorch and Triton alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_came import CAME, Shard
+
+# Of the total update, see tests/oracle.py; with bf16 gradients both read the same rounded numbers.
+TOLERANCE = 5e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Slices of tensors on one rank: (shape, start, stop), whole where start is None."""
+
+    name: str
+    tensors: tuple[tuple[tuple[int, ...], int | None, int | None], ...]
+    grad_dtype: torch.dtype = torch.float32
+    steps: int = 3
+
+
+def whole(*shapes):
+    return tuple((shape, None, None) for shape in shapes)
+
+
+CASES = [
+    Case("matrix", whole((70, 300))),
+    Case("vector", whole((70,), (1,), (1030,))),
+    Case("aligned", whole((64, 256), (128, 8))),
+    Case("thin", whole((1, 9), (9, 1), (130, 3))),
+    Case("batches", whole((3, 33, 21), (2, 2, 3, 5))),
+    Case("middle of rows", (((40, 90), 301, 2907), ((90,), 13, 77), ((3, 10, 30), 301, 700))),
+    Case("inside one row", (((4, 700), 710, 1390),)),
+    Case("empty slices", (((40, 300), 0, 0), ((90,), 90, 90), ((20, 30), None, None))),
+    Case("no elements", whole((0, 5), (0,), (3, 4))),
+    Case("bf16 gradients", whole((70, 300), (50,)), torch.bfloat16),
+    Case("nothing", ()),
+]
+
+
+def train(case, kernels, device, dtype, seed=0):
+    """Train, with two parameter groups; return the total update of every tensor in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    params, shards = [], {}
+    for shape, start, stop in case.tensors:
+        numel = torch.Size(shape).numel()
+        low, high = (0, numel) if start is None else (start, stop)
+        values = torch.randn(numel, generator=generator)[low:high]
+        values = values.view(shape) if start is None else values
+        param = torch.nn.Parameter(values.to(device, dtype))
+        params.append(param)
+        shards[param] = Shard(shape, low, high)
+    starts = [param.detach().clone() for param in params]
+    groups = [
+        {"params": params[::2], "lr": 1e-2, "weight_decay": 0.1},
+        {"params": params[1::2], "lr": 3e-3, "weight_decay": 0.0, "betas": (0.8, 0.95, 0.99)},
+    ]
+    optimizer = CAME(groups, lr=1e-2, shards=shards, kernels=kernels)
+    for step in range(case.steps):
+        for param, shard in shards.items():
+            rows = torch.rand(shard.local_matrix[1:], generator=generator) + 0.1
+            grad = torch.randn(shard.local_matrix, generator=generator) * rows * 10 ** (step % 2)
+            grad = grad.reshape(-1)[shard.start : shard.stop].to(case.grad_dtype)
+            param.grad_dtype = None  # a gradient may have another dtype than its parameter
+            param.grad = grad.to(device, dtype if dtype == torch.float64 else grad.dtype).view(
+                param.shape
+            )
+        optimizer.step()
+    return [
+        (param.detach().double() - start.double()).cpu()
+        for param, start in zip(params, starts, strict=True)
+    ]
+
+
+def worst_distance(case, kernels, device):
+    """How far the kernels are from the plain path in float64, of the total update."""
+    ours = train(case, kernels, device, torch.float32)
+    plain = train(case, "plain", torch.device("cpu"), torch.float64)
+    return max(
+        (
+            ((one - other).norm() / other.norm()).item()
+            for one, other in zip(ours, plain, strict=True)
+            if other.numel()
+        ),
+        default=0.0,
+    )

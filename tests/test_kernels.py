@@ -1,0 +1,184 @@
+"""The kernels against the plain path in float64; Triton's under its interpreter without a GPU."""
+
+import itertools
+import subprocess
+import sys
+import threading
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_came import CAME
+from megatron_came.kernels.choice import choose
+from megatron_came.kernels.fused import Kernels
+from megatron_came.kernels.tables import Tiling
+from megatron_came.kernels.triton_launch import TritonKernels
+from tests.kernel_cases import CASES, TOLERANCE, train, worst_distance
+from tests.test_sharded import MID_ROW, Layout
+from tests.test_sharded import worst_distance as worst_sharded_distance
+
+DEVICES = {
+    "numba": torch.device("cpu"),
+    "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+}
+LAUNCHERS = {
+    "numba": "megatron_came.kernels.numba_launch.NumbaKernels",
+    "triton": "megatron_came.kernels.triton_launch.TritonKernels",
+}
+on_both = pytest.mark.parametrize("kernels", DEVICES)
+
+
+@on_both
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernels_equal_the_plain_path(case, kernels):
+    assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+
+
+@on_both
+@pytest.mark.parametrize("tiling", [Tiling(8, 64, 1), Tiling(16, 64, 7)], ids=str)
+def test_any_cut_into_tiles_and_segments(tiling, kernels):
+    case = next(case for case in CASES if case.name == "middle of rows")
+    with mock.patch(f"{LAUNCHERS[kernels]}.tiling", tiling):
+        assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+
+
+@pytest.fixture
+def one_launch_at_a_time(monkeypatch):
+    """The interpreter is not made for the threads that stand for ranks."""
+    lock = threading.Lock()
+
+    def locked(launch):
+        def under_lock(*args):
+            with lock:
+                return launch(*args)
+
+        return under_lock
+
+    for name in [name for name in vars(Kernels) if name.endswith("s")]:
+        launch = getattr(TritonKernels, name, None)
+        if callable(launch):
+            monkeypatch.setattr(TritonKernels, name, locked(launch))
+
+
+@pytest.mark.usefixtures("one_launch_at_a_time")
+@pytest.mark.parametrize("tp_dim", [None, 0, 1])
+def test_slices_on_several_ranks_in_triton(tp_dim):
+    worst = worst_sharded_distance(
+        2, 2, [Layout((24, 40), tp_dim, ((0.37,),) * 2)], (0.9, 0.999, 0.9999), "spikes",
+        torch.float32, "triton", seed=3, steps=4,
+    )  # fmt: skip
+    assert worst <= TOLERANCE
+
+
+@pytest.mark.usefixtures("one_launch_at_a_time")
+def test_slices_of_a_vector_and_of_batches_in_triton():
+    tensors = [Layout((98,), 0, ((0.3,), (0.7,))), Layout((6, 14, 10), 0, MID_ROW)]
+    worst = worst_sharded_distance(
+        2, 2, [Layout(t.shape, t.tp_dim, tuple(cut[:1] for cut in t.cuts)) for t in tensors],
+        (0.9, 0.999, 0.9999), "wakes", torch.float32, "triton", seed=3, steps=4,
+    )  # fmt: skip
+    assert worst <= TOLERANCE
+
+
+def test_the_number_of_threads_changes_no_bit():
+    case = next(case for case in CASES if case.name == "middle of rows")
+    results, before = [], torch.get_num_threads()
+    with mock.patch(f"{LAUNCHERS['numba']}.tiling", Tiling(8, 16, 64)):
+        for threads in (1, 2, 3):
+            try:
+                torch.set_num_threads(threads)
+                results.append(train(case, "numba", torch.device("cpu"), torch.float32))
+            finally:
+                torch.set_num_threads(before)
+    for one, other in itertools.pairwise(results):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@on_both
+def test_tensors_that_the_host_has_moved_are_found(kernels):
+    device = DEVICES[kernels]
+    results = []
+    for moves in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(20, 30, generator=generator)
+        params = [torch.nn.Parameter(start.to(device, copy=True)) for _ in range(2)]
+        optimizer = CAME(params, lr=1e-2, kernels=kernels)
+        for step in range(4):
+            grad = torch.randn(20, 30, generator=generator).to(device)
+            for param in params[: 1 + step % 2]:  # the other takes part in every second step
+                param.grad = grad.clone()
+            if step % 2 == 0:
+                params[1].grad = None
+            if moves:
+                for param in params:
+                    param.data = param.data.clone()
+                    for key, value in optimizer.state[param].items():
+                        optimizer.state[param][key] = value.clone()
+                optimizer.param_groups[0]["lr"] = 1e-2
+            optimizer.step()
+        results.append([param.detach().cpu() for param in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and "view" not in str(func):
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("kernels", ["plain", "numba"])
+def test_no_temporary_has_the_size_of_a_parameter(kernels):
+    param = torch.nn.Parameter(torch.randn(3000, 1000))
+    param.grad = torch.randn(3000, 1000)
+    optimizer = CAME([param], lr=1e-2, kernels=kernels)
+    optimizer.step()
+    with Allocations() as allocations:
+        optimizer.step()
+    # Operations that write to a given tensor return it.
+    own = {tensor.untyped_storage().nbytes() for tensor in (param, param.grad)}
+    assert allocations.largest in own or allocations.largest <= 4 * 512 * 1024
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "message"),
+    [
+        ("cuda", "cpu", "not one of auto, plain, numba, triton"),
+        ("numba", "cuda", "do not run on cuda: use 'auto' or 'plain'"),
+        ("numba", "meta", "do not run on meta"),
+    ],
+)
+def test_kernels_that_cannot_be_had_are_refused(wanted, device, message):
+    with pytest.raises(ValueError, match=message):
+        choose(wanted, torch.device(device))
+
+
+def test_without_numba_the_step_is_plain_and_says_what_is_lost(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    choice = choose("auto", torch.device("cpu"))
+    assert choice.kernels is None
+    assert "slower: numba is not installed (pip install numba)" in choice.reason
+    with pytest.raises(ValueError, match="need numba: pip install numba"):
+        choose("numba", torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_can_be_captured_in_a_cuda_graph():
+    from scripts.gpu_check import check_graph_capture
+
+    check_graph_capture()
+
+
+def test_the_kernels_compile_for_hopper_with_vector_loads():
+    """Without a GPU, by Triton's compiler alone; the interpreter must be off for it."""
+    script = "tests/compile_kernels.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "apply_tiles aligned: vector loads and stores" in done.stdout
