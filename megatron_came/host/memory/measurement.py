@@ -84,7 +84,9 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
         buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
     ]
     gradients = _Storages(
-        tensor for buffer in buffers for tensor in (buffer.grad_data, *buffer.extra_main_grads)
+        tensor
+        for buffer in buffers  # in which older releases make no copies
+        for tensor in (buffer.grad_data, *getattr(buffer, "extra_main_grads", ()))
     )
     updated = [param for each in inner for group in each.param_groups for param in group["params"]]
     main_weights = _Storages(updated) - weights

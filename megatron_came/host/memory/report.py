@@ -52,14 +52,23 @@ def _with_report(original: Function) -> Function:
 def _report(
     args: argparse.Namespace, model: Sequence[Any], optimizer: Any, allocated: Allocated | None
 ) -> None:
+    from megatron.core.distributed import DistributedDataParallel
+
+    if not isinstance(model[0], DistributedDataParallel):
+        _say("--came-report-memory measures Megatron's own DistributedDataParallel, not FSDP.")
+        return
     record = _record(args, model, optimizer, allocated)
     folder = _folder(args)
     if folder is not None:
         record.write(folder)
     records = _gather(record)
-    if dist.get_rank() == 0:
-        print("\n".join(_text(records, folder)), flush=True)
+    _say("\n".join(_text(records, folder)))
     _write_to_tensorboard(args, fullest(records))
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def _folder(args: argparse.Namespace) -> Path | None:
@@ -103,12 +112,13 @@ def _predict(args: argparse.Namespace, model: Sequence[Any], stage: int) -> tupl
     optimizer = of_launch(args)
     if optimizer is None:
         raise UnsupportedError(f"the state of --optimizer {args.optimizer} is not known here.")
+    launch = Launch(args)
     shards = (
         (model[0].intra_dp_cp_group.rank(), model[0].intra_expt_dp_group.rank())
         if args.use_distributed_optimizer
         else (0, 0)
     )
-    predicted = Launch(args).rank(stage, shards)
+    predicted = launch.rank(stage, shards)
     count = predicted.layout.parameters
     if count != parameters(model):
         raise UnsupportedError(
