@@ -49,7 +49,7 @@ class CAME(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups.
-        lr: learning rate; the authors advise 0.5 to 0.9 times AdamW's.
+        lr: learning rate, a number or a scalar tensor; the authors advise 0.5 to 0.9 times AdamW's.
         betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1). No
             bias correction: with the default beta3 the first updates are up to 11 lr in RMS, so
             warm up.

@@ -182,3 +182,22 @@ def test_the_kernels_compile_for_hopper_with_vector_loads():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "apply_tiles aligned: vector loads and stores" in done.stdout
+
+
+@on_both
+def test_a_learning_rate_may_be_a_tensor(kernels):
+    device, results = DEVICES[kernels], []
+    for as_tensor in (False, True):
+        param = torch.nn.Parameter(torch.ones(6, 5, device=device))
+        rate = torch.tensor(1e-2, device=device) if as_tensor else 1e-2
+        optimizer = CAME([param], lr=rate, kernels=kernels)
+        for step in range(3):
+            value = 1e-2 / (step + 1)
+            if as_tensor:
+                rate.fill_(value)
+            else:
+                optimizer.param_groups[0]["lr"] = value
+            param.grad = torch.arange(30.0, device=device).view(6, 5) - 11
+            optimizer.step()
+        results.append(param.detach().cpu())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)

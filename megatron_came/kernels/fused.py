@@ -77,6 +77,10 @@ class Kernels(Protocol):
         """Copy a table to where the kernels read it, without waiting for the device."""
         ...
 
+    def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
+        """Write a group's learning rate to its table."""
+        ...
+
     def scratch(self, slots: int) -> Any:
         """Return a buffer with at least so many slots; all chunks of the device share it."""
         ...
@@ -267,7 +271,10 @@ class FusedPasses:
         for work in self._groups:
             hyper, group = work.hyper, work.group
             row = [0.0] * len(GroupField)
-            row[GroupField.LR] = float(group["lr"])
+            # A rate on the device is copied there: the host need not wait for it, and a CUDA graph
+            # reads it anew.
+            rate = group["lr"]
+            row[GroupField.LR] = 0.0 if isinstance(rate, Tensor) else float(rate)
             row[GroupField.WEIGHT_DECAY] = float(group["weight_decay"])
             row[GroupField.BETA1], row[GroupField.BETA2], row[GroupField.BETA3] = hyper.betas
             row[GroupField.EPS1], row[GroupField.EPS2] = hyper.eps
@@ -276,6 +283,9 @@ class FusedPasses:
         if rows != self._group_rows:
             self._group_rows = rows
             self._tables.groups = self._kernels.place(np.array(rows, np.float64))
+        for index, work in enumerate(self._groups):
+            if isinstance(work.group["lr"], Tensor):
+                self._kernels.set_rate(self._tables, index, work.group["lr"])
 
 
 def _scales(work: ParameterWork) -> tuple[Tensor, ...]:

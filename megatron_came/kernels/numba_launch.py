@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_came.kernels import numba_kernels as kernels
 from megatron_came.kernels.fused import Tables
-from megatron_came.kernels.tables import Segment, Tiling
+from megatron_came.kernels.tables import GroupField, Segment, Tiling
 
 
 class NumbaKernels:
@@ -43,6 +43,10 @@ class NumbaKernels:
     def aligned(self, matrices: npt.NDArray[np.int64]) -> bool:
         """Of no interest here."""
         return False
+
+    def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
+        """Write a group's learning rate to its table."""
+        tables.groups[group, GroupField.LR] = float(rate)
 
     def scratch(self, slots: int) -> npt.NDArray[np.float32]:
         """Return the buffer, grown if need be."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_came.kernels import triton_kernels as kernels
 from megatron_came.kernels.fused import Tables
-from megatron_came.kernels.tables import MatrixField, Segment, Tiling
+from megatron_came.kernels.tables import GroupField, MatrixField, Segment, Tiling
 
 _STEP = 8  # rows of a tile that a program reads at once
 _TILE_WARPS = 8
@@ -52,6 +52,10 @@ class TritonKernels:
         if self._device.type != "cuda":
             return host
         return host.pin_memory().to(self._device, non_blocking=True)
+
+    def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
+        """Write a group's learning rate to its table, on the device."""
+        tables.groups[group, GroupField.LR].copy_(rate)
 
     def scratch(self, slots: int) -> Tensor:
         """Return the buffer, grown if need be."""

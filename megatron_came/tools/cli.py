@@ -8,6 +8,7 @@ _USAGE = """\
 usage: megatron-came COMMAND ...
 
 commands:
+  bench                time a step of CAME beside a step of other optimizers
   data INPUT ...       make a dataset for Megatron of text
   inspect CHECKPOINT   list what a checkpoint of Megatron holds
   memory FLAGS...      predict the memory of every GPU from the flags of a launch"""
@@ -19,6 +20,10 @@ def main() -> int:
     if command in ("-h", "--help"):
         print(_USAGE)
         return 0
+    if command == "bench":
+        from megatron_came.tools.bench import command as bench
+
+        return bench.main(rest)
     if command == "data":
         from megatron_came.tools import prepare_data
 

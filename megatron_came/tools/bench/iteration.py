@@ -1,0 +1,108 @@
+"""A whole iteration of Megatron, with CAME and with Adam."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_came.tools.bench.shapes import MODELS
+
+# layers, hidden size, attention heads
+_SIZES = {
+    "gpt2-small": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+}
+_WARM_UP = 3
+_ITERATION = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+# Of the ranks' least and greatest, the greatest.
+_OPTIMIZER = re.compile(r"optimizer-inner-step[ .]*: \([\d.]+, ([\d.]+)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """Medians over the iterations after the first few, in milliseconds.
+
+    Attributes:
+        optimizer: ``--optimizer``.
+        milliseconds: of a whole iteration.
+        step_milliseconds: of the optimizer's own step in it.
+        iterations: that were timed.
+    """
+
+    optimizer: str
+    milliseconds: float
+    step_milliseconds: float
+    iterations: int
+
+
+def measure_iterations(
+    model: str, *, layers: int | None, ranks: int, iterations: int, flags: Sequence[str]
+) -> list[Iteration]:
+    """Train on made-up data with CAME and with Adam.
+
+    Args:
+        model: one of the GPT-2 sizes of ``MODELS``.
+        layers: instead of the model's own number.
+        ranks: processes, as data-parallel ranks.
+        iterations: to time.
+        flags: more of Megatron's.
+
+    Raises:
+        ValueError: the model is not a whole one.
+        RuntimeError: a run failed; the message ends with its output.
+    """
+    if model not in _SIZES:
+        raise ValueError(
+            f"--iteration needs a whole model: --model {model} is not one of {', '.join(_SIZES)} "
+            f"(without --iteration: {', '.join(MODELS)})."
+        )
+    return [
+        _measure(optimizer, model, layers, ranks, iterations, flags)
+        for optimizer in ("came", "adam")
+    ]
+
+
+def _measure(
+    optimizer: str,
+    model: str,
+    layers: int | None,
+    ranks: int,
+    iterations: int,
+    flags: Sequence[str],
+) -> Iteration:
+    usual, hidden, heads = _SIZES[model]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks), "-m", "megatron_came.pretrain_gpt"),
+        *("--optimizer", optimizer, "--lr", "1e-5", "--use-distributed-optimizer"),
+        *("--num-layers", str(layers or usual), "--hidden-size", str(hidden)),
+        *("--num-attention-heads", str(heads)),
+        *("--seq-length", "1024", "--max-position-embeddings", "1024"),
+        *("--micro-batch-size", "1", "--global-batch-size", str(ranks)),
+        *(
+            "--train-iters",
+            str(iterations + _WARM_UP),
+            "--eval-iters",
+            "0",
+            "--eval-interval",
+            "1000",
+        ),
+        *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "50303"),
+        *("--log-interval", "1", "--timing-log-level", "1"),
+        *flags,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    wholes, steps = (
+        [float(number) for number in pattern.findall(output)][_WARM_UP:]
+        for pattern in (_ITERATION, _OPTIMIZER)
+    )
+    if done.returncode or not wholes or not steps:
+        raise RuntimeError(f"The run with --optimizer {optimizer} failed:\n{output[-2000:]}")
+    return Iteration(optimizer, statistics.median(wholes), statistics.median(steps), len(wholes))

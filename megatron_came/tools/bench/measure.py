@@ -1,0 +1,187 @@
+"""Time, memory and traffic of optimizer steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_came.layout import Shard
+from megatron_came.tools.bench.contenders import Contender
+from megatron_came.tools.bench.shapes import Shape
+
+_COPY_ELEMENTS = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One contender's step.
+
+    Attributes:
+        name: of the contender.
+        milliseconds: median.
+        fastest: of the timed steps, in milliseconds.
+        steps: timed.
+        ns_per_parameter: of the parameters that the rank updates.
+        gigabytes_per_second: floor's bytes over the median.
+        fraction_of_floor: time that the floor's bytes take at the device's copy bandwidth over the
+            median.
+        extra_mebibytes: peak of the memory taken during a step beyond what was held before it.
+        collectives: of one step.
+        mebibytes_sent: handed to collectives in one step.
+    """
+
+    name: str
+    milliseconds: float
+    fastest: float
+    steps: int
+    ns_per_parameter: float
+    gigabytes_per_second: float | None
+    fraction_of_floor: float | None
+    extra_mebibytes: float
+    collectives: int
+    mebibytes_sent: float
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def parameters(
+    shapes: Sequence[Shape], device: torch.device, ranks: int
+) -> tuple[list[Tensor], dict[Tensor, Shard]]:
+    """Make what the middle one of so many data-parallel ranks updates, with gradients.
+
+    As the distributed optimizer does, the parameters lie one after another in a flat buffer, and a
+    rank has one part of it.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    low, high = (sum(sizes) * part // ranks for part in (ranks // 2, ranks // 2 + 1))
+    group: Any = dist.group.WORLD if ranks > 1 else None
+    params: list[Tensor] = []
+    shards: dict[Tensor, Shard] = {}
+    offset = 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        start, stop = (min(max(bound - offset, 0), size) for bound in (low, high))
+        offset += size
+        own_shape = shape if ranks == 1 else (stop - start,)
+        values = torch.randn(own_shape, device=device, generator=generator)
+        param: Tensor = torch.nn.Parameter(values * 0.02)
+        param.grad = torch.randn(own_shape, device=device, generator=generator) * 1e-3
+        params.append(param)
+        shards[param] = Shard(shape, start, stop, dp_group=group)
+    return params, shards
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.randn(_COPY_ELEMENTS, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(times[2:])
+
+
+@contextmanager
+def _counted_collectives() -> Iterator[list[int]]:
+    """Collect the bytes that each collective of CAME is handed."""
+    sent: list[int] = []
+
+    def counted(original: Any) -> Any:
+        def collective(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            sent.append(tensor.nbytes)
+            return original(tensor, *args, **kwargs)
+
+        return collective
+
+    with (
+        mock.patch("megatron_came.comm.dist.all_reduce", counted(dist.all_reduce)),
+        mock.patch("megatron_came.comm.dist.broadcast", counted(dist.broadcast)),
+    ):
+        yield sent
+
+
+def _resident(key: str) -> int:
+    """Read a size of this process in bytes: VmRSS, or VmHWM, its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1]) * 1024
+
+
+def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """Bytes at the peak of a step beyond those held before it.
+
+    On the CPU from the kernel's count of resident pages, whose peak can be reset.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        optimizer.step()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    optimizer.step()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def measure(
+    contender: Contender,
+    params: list[Tensor],
+    shards: Mapping[Tensor, Shard],
+    *,
+    steps: int,
+    bandwidth: float,
+) -> Result:
+    """Time a contender's steps, after warm-up, and count what else they cost.
+
+    Args:
+        contender: the optimizer.
+        params: with gradients.
+        shards: where each lies in its full tensor.
+        steps: timed ones.
+        bandwidth: of the device, in bytes a second.
+    """
+    device = params[0].device
+    optimizer = contender.build(params, shards)
+    for _ in range(3):
+        optimizer.step()
+    synchronize(device)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        optimizer.step()
+        synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    with _counted_collectives() as sent:
+        extra = _extra_memory(optimizer, device)
+    count = sum(param.numel() for param in params)
+    median = statistics.median(times)
+    moved = None if contender.floor is None else contender.floor * count
+    return Result(
+        name=contender.name,
+        milliseconds=median,
+        fastest=min(times),
+        steps=steps,
+        ns_per_parameter=median * 1e6 / count,
+        gigabytes_per_second=None if moved is None else moved / median / 1e6,
+        fraction_of_floor=None if moved is None else moved / bandwidth / (median / 1e3),
+        extra_mebibytes=extra / 2**20,
+        collectives=len(sent),
+        mebibytes_sent=sum(sent) / 2**20,
+    )

@@ -1,0 +1,44 @@
+"""Shapes of the parameters of well-known models, and a small one, as Megatron lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Shape = tuple[int, ...]
+
+
+def _gpt2(layers: int, hidden: int) -> list[Shape]:
+    """GPT-2 with tied embeddings, 1024 positions, and 50257 words padded to 50304."""
+    layer: list[Shape] = [(hidden,)] * 2 + [(3 * hidden, hidden), (3 * hidden,)]
+    layer += [(hidden, hidden), (hidden,)] + [(hidden,)] * 2
+    layer += [(4 * hidden, hidden), (4 * hidden,), (hidden, 4 * hidden), (hidden,)]
+    return [(50304, hidden), (1024, hidden), *(layer * layers), (hidden,), (hidden,)]
+
+
+def _llama(layers: int, hidden: int, ffn: int) -> list[Shape]:
+    """The layers of a Llama without grouped queries; no embeddings."""
+    attention: list[Shape] = [(hidden,), (3 * hidden, hidden), (hidden, hidden)]
+    mlp: list[Shape] = [(hidden,), (2 * ffn, hidden), (hidden, ffn)]
+    return (attention + mlp) * layers
+
+
+_MODELS: dict[str, tuple[int, Callable[[int], list[Shape]]]] = {
+    "gpt2-mini": (4, lambda layers: _gpt2(layers, 256)),
+    "gpt2-small": (12, lambda layers: _gpt2(layers, 768)),
+    "gpt2-medium": (24, lambda layers: _gpt2(layers, 1024)),
+    "gpt2-large": (36, lambda layers: _gpt2(layers, 1280)),
+    "gpt2-xl": (48, lambda layers: _gpt2(layers, 1600)),
+    "llama-7b-layer": (1, lambda layers: _llama(layers, 4096, 11008)),
+}
+MODELS = tuple(_MODELS)
+
+
+def shapes_of(model: str, layers: int | None = None) -> list[Shape]:
+    """Return the shapes of a model's parameters.
+
+    Args:
+        model: one of ``MODELS``.
+        layers: another number of layers than the model's own.
+    """
+    usual, shapes = _MODELS[model]
+    return shapes(usual if layers is None else layers)

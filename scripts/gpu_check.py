@@ -1,0 +1,98 @@
+"""Check the Triton kernels on a GPU and time them: what ``make gpu-check`` runs.
+
+    python scripts/gpu_check.py [FOLDER]
+
+Needs PyTorch and Triton alone; what else is installed (came-pytorch, apex, Transformer Engine) is
+timed too. The results go to FOLDER (default: benchmarks/results) as JSON.
+"""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_came import CAME
+from megatron_came.tools.bench import command
+from tests.kernel_cases import CASES, TOLERANCE, train, worst_distance
+
+CUDA = torch.device("cuda")
+# (model, layers)
+SIZES = [("gpt2-small", 1), ("gpt2-small", None), ("gpt2-medium", None), ("gpt2-xl", 36)]
+
+
+def check_cases() -> None:
+    """The kernels equal the plain path in float64, and themselves bit for bit."""
+    for case in CASES:
+        distance = worst_distance(case, "triton", CUDA)
+        assert distance <= TOLERANCE, f"{case.name}: {distance}"
+        first, second = (train(case, "triton", CUDA, torch.float32) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case.name
+        print(f"ok  {case.name}: {distance:.1e} of the update", flush=True)
+
+
+def check_graph_capture() -> None:
+    """A step captured in a CUDA graph, with the learning rate in a tensor, equals one outside."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape, device=CUDA) for shape in ((300, 200), (77,))]
+    grads = [[torch.randn_like(value) for value in start] for _ in range(6)]
+    rates = [1e-2, 1e-2, 1e-2, 5e-3, 2e-3, 1e-3]
+
+    def make():
+        params = [torch.nn.Parameter(value.clone()) for value in start]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        rate = torch.tensor(rates[0], device=CUDA)
+        return params, rate, CAME(params, lr=rate, weight_decay=0.1, kernels="triton")
+
+    def feed(params, rate, step):
+        rate.fill_(rates[step])
+        for param, grad in zip(params, grads[step], strict=True):
+            param.grad.copy_(grad)
+
+    outside, rate, optimizer = make()
+    for step in range(6):
+        feed(outside, rate, step)
+        optimizer.step()
+
+    inside, rate, optimizer = make()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up, as PyTorch asks for
+        for step in range(3):
+            feed(inside, rate, step)
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(3, 6):
+        feed(inside, rate, step)
+        graph.replay()
+    for one, other in zip(inside, outside, strict=True):
+        assert torch.equal(one, other)
+    print("ok  a step in a CUDA graph, at changing learning rates", flush=True)
+
+
+def main() -> None:
+    """Check, then time models from ten million to more than a billion parameters."""
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_check: there is no GPU here.")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results"
+    check_cases()
+    check_graph_capture()
+    device = torch.cuda.get_device_name().lower().replace(" ", "-")
+    day = datetime.now(UTC).date().isoformat()
+    for model, layers in SIZES:
+        name = f"{day}-{device}-{model}{f'-{layers}' if layers else ''}.json"
+        options = ["--model", model, "--steps", "30", "--json", str(folder / name)]
+        options += ["--layers", str(layers)] if layers else []
+        if command.main(options):
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Write docs/performance.md and its chart from the latest results of each kind.
+
+    .venv/bin/python scripts/performance_page.py
+
+The results are the JSON files that scripts/benchmarks.sh and scripts/gpu_check.py leave in
+benchmarks/results.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+CHART = ROOT / "docs" / "performance.svg"
+OURS = "CAME, fused"
+
+Report = dict[str, Any]
+
+HEAD = """\
+# How fast
+
+*Written by `scripts/performance_page.py` from the files in `benchmarks/results/`; `make benchmarks` measures again.*
+
+A step of CAME must read the gradient three times, the momentum twice and the weights once, and write momentum and
+weights: 32 bytes a parameter in fp32, or 20 where gradient and momentum stay in a cache from pass to pass. AdamW's 28
+are the yardstick. "Of floor" is the time that these bytes take at the copy bandwidth measured in the same run, over the
+median time: above 100% where reads are faster than copies. "Extra" is the peak of the memory taken during a step beyond
+what was held before it.
+
+"CAME, fused" runs in kernels: Numba's on CPUs, Triton's on GPUs. **The Triton kernels {gpu}.**
+"""
+
+
+def latest(kind: Callable[[str], bool]) -> list[Report]:
+    """The reports whose file names, less the day, are of a kind; the last day of each name."""
+    by_name = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        name = file.stem[len("2026-01-01-") :]
+        if kind(name):
+            by_name[name] = json.loads(file.read_text())
+    return list(by_name.values())
+
+
+def result(report: Report, name: str) -> Report | None:
+    """What a report says of one contender."""
+    return next((one for one in report["results"] if one["name"] == name), None)
+
+
+def setting(report: Report) -> str:
+    """What a report was measured on."""
+    machine = report["machine"]
+    versions = ", ".join(
+        f"{name} {machine[name]}" for name in ("torch", "numba", "triton") if name in machine
+    )
+    return f"{machine['device']}, {machine['threads']} threads, {versions}, {report['date'][:10]}"
+
+
+def peers(report: Report) -> str:
+    """A table of all contenders of one run."""
+    lines = [
+        f"## {report['model']}, {report['parameters'] / 1e6:.1f} million parameters\n",
+        f"{setting(report)}; copy bandwidth {report['copy_gigabytes_per_second']:.0f} GB/s; "
+        f"medians of {report['results'][0]['steps']} steps, side by side in one process.\n",
+        "| | ms | ns / parameter | GB/s | of floor | extra MiB | time / ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ours = result(report, OURS)
+    for one in report["results"]:
+        bandwidth, floor = one["gigabytes_per_second"], one["fraction_of_floor"]
+        ratio = one["milliseconds"] / ours["milliseconds"] if ours else None
+        lines.append(
+            f"| {one['name']} | {one['milliseconds']:.1f} | {one['ns_per_parameter']:.3f} "
+            f"| {'-' if bandwidth is None else format(bandwidth, '.0f')} "
+            f"| {'-' if floor is None else format(floor, '.0%')} | {one['extra_mebibytes']:.1f} "
+            f"| {'-' if ratio is None else format(ratio, '.2f')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def table(
+    title: str, intro: str, reports: list[Report], column: str, of: Callable[..., Any]
+) -> str:
+    """A table of CAME and AdamW over reports."""
+    lines = [
+        f"## {title}\n",
+        intro + "\n",
+        f"| {column} | parameters, M | CAME, ms | CAME, ns / parameter | AdamW, ms |"
+        " collectives | MiB sent |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        ours, adamw = result(report, OURS), result(report, "torch AdamW, fused")
+        lines.append(
+            f"| {of(report)} | {report['parameters'] / 1e6:.1f} | {ours['milliseconds']:.1f} "
+            f"| {ours['ns_per_parameter']:.3f} "
+            f"| {'-' if adamw is None else format(adamw['milliseconds'], '.1f')} "
+            f"| {ours['collectives']} | {ours['mebibytes_sent']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def chart(series: list[tuple[str, list[Report], Callable[[Report], float], str]]) -> None:
+    """One panel for each series: time per step of CAME, and of AdamW where it was measured."""
+    figure, axes = plt.subplots(1, len(series), figsize=(4.2 * len(series), 3.4))
+    for panel, (title, reports, of, label) in zip(axes, series, strict=True):
+        for name in (OURS, "torch AdamW, fused"):
+            points = [(of(r), one["milliseconds"]) for r in reports if (one := result(r, name))]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", label=name)
+        panel.set(title=title, xlabel=label, ylabel="ms per step")
+        panel.set_xscale("log")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(CHART, metadata={"Date": None})
+
+
+def main() -> None:
+    """Write the page and its chart."""
+    sizes = sorted(latest(lambda n: n.startswith("cpu-size")), key=lambda r: r["parameters"])
+    layers = sorted(latest(lambda n: n.startswith("cpu-layers")), key=lambda r: r["layers"])
+    ranks = sorted(latest(lambda n: n.startswith("cpu-ranks")), key=lambda r: r["ranks"])
+    gpu = latest(lambda n: n.startswith("nvidia") or n.startswith("cuda"))
+    parts = [
+        HEAD.format(
+            gpu="were timed on the GPU named below"
+            if gpu
+            else "have not been timed: no GPU was at hand. They are proved under Triton's "
+            "interpreter and compile for an H100 (tests/test_kernels.py); `make gpu-check` checks "
+            "and times them on a machine with one"
+        )
+    ]
+    parts += [peers(report) for report in (*gpu, *latest(lambda n: n == "cpu-peers"))]
+    chart(
+        [
+            ("Models", sizes, lambda r: r["parameters"] / 1e6, "million parameters"),
+            ("Layers of 768", layers, lambda r: r["layers"], "layers"),
+            ("One rank of many (simulated)", ranks, lambda r: r["ranks"], "data-parallel ranks"),
+        ]
+    )
+    parts.append(
+        "## Growth\n\n![Time per step against parameters, layers and ranks](performance.svg)\n"
+    )
+    parts.append(
+        table("Models", f"On the CPU: {setting(sizes[0])}.", sizes, "model", lambda r: r["model"])
+    )
+    parts.append(
+        table(
+            "Layers",
+            f"GPT-2 small with more and fewer layers: {setting(layers[0])}.",
+            layers,
+            "layers",
+            lambda r: r["layers"],
+        )
+    )
+    parts.append(
+        table(
+            "Ranks",
+            "**Simulated**: what one rank of GPT-2 medium's distributed optimizer computes, with "
+            "PyTorch's fake process group in place of the others; collectives are counted and cost "
+            f"nothing. {setting(ranks[0])}. Factors are whole on every rank, so that their share "
+            "of the time, and what is sent, do not shrink with the number of ranks.",
+            ranks,
+            "ranks",
+            lambda r: r["ranks"],
+        )
+    )
+    for report in latest(lambda n: n.endswith("iteration")):
+        lines = [
+            f"| {one['optimizer']} | {one['milliseconds']:.0f} | {one['step_milliseconds']:.1f} |"
+            for one in report["iterations"]
+        ]
+        parts.append(
+            "## A whole iteration of Megatron\n\n"
+            f"{report['model']}, one rank, micro-batch 1, flags `{' '.join(report['flags'])}`; "
+            f"{setting(report)}; medians of {report['iterations'][0]['iterations']}.\n\n"
+            "| optimizer | ms an iteration | of it in the step |\n|---|---|---|\n"
+            + "\n".join(lines)
+            + "\n"
+        )
+    PAGE.write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
