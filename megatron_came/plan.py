@@ -96,8 +96,8 @@ class Plan:
             for members in _cut(alone, [work.shard.numel for work in alone], elements):
                 self.local.append(Chunk(members, here_kernels))
             sizes = [8 * sum(r.numel for r in work.instability_requests()) for work in shared]
-            limit = max(_SHARED_CHUNK_BYTES, -(-sum(sizes) // _MAX_SHARED_CHUNKS))
-            for members in _cut(shared, sizes, limit):
+            parts = min(max(sum(sizes) // _SHARED_CHUNK_BYTES, 1), _MAX_SHARED_CHUNKS)
+            for members in _spread(shared, sizes, parts):
                 self.shared.append(Chunk(members, here_kernels))
 
     def fits(self, param_groups: Iterable[dict[str, Any]]) -> bool:
@@ -123,3 +123,16 @@ def _cut(
         total += size
     if chunk:
         yield chunk
+
+
+def _spread(
+    works: Sequence[ParameterWork], sizes: Sequence[int], parts: int
+) -> Iterable[list[ParameterWork]]:
+    """Cut a list of parameters into at most so many chunks of about the same size."""
+    chunks: list[list[ParameterWork]] = [[] for _ in range(parts)]
+    before = 0
+    for work, size in zip(works, sizes, strict=True):
+        middle = before + size / 2
+        chunks[min(int(middle * parts / sum(sizes)), parts - 1)].append(work)
+        before += size
+    return filter(None, chunks)

@@ -241,8 +241,9 @@ def test_copies_stay_bit_identical_whatever_the_order_of_sums():
 
 
 def test_collectives_do_not_grow_with_the_number_of_tensors():
-    def count(tensors):
-        tp_group, dp_group, copies = (SimulatedGroup([0, 1]) for _ in range(3))
+    def count(tensors, *, tp_dp=False):
+        # Of the same two ranks all, which is enough to count.
+        tp_group, dp_group, both, copies = (SimulatedGroup([0, 1]) for _ in range(4))
 
         def program(rank):
             shards = {}
@@ -253,14 +254,44 @@ def test_collectives_do_not_grow_with_the_number_of_tensors():
                 param = torch.nn.Parameter(torch.randn(shape))
                 param.grad = torch.randn(shape)
                 tied = copies if index == 0 else None
-                shards[param] = Shard(shape, 0, param.numel(), tp_dim, tp_group, dp_group, tied)
+                shards[param] = Shard(
+                    shape,
+                    0,
+                    param.numel(),
+                    tp_dim,
+                    tp_group=tp_group,
+                    dp_group=dp_group,
+                    tp_dp_group=both if tp_dp else None,
+                    copies_group=tied,
+                )
             CAME(list(shards), shards=shards, lr=1e-3).step()
 
-        run_ranks(2, program, [tp_group, dp_group, copies])
-        return tp_group.calls, dp_group.calls, copies.calls
+        run_ranks(2, program, [tp_group, dp_group, both, copies])
+        return tp_group.calls, dp_group.calls, both.calls, copies.calls
 
-    assert count(5) == (2, 2, 2)
-    assert count(50) == (2, 2, 2)
+    assert count(5) == count(50) == (2, 2, 0, 2)
+    assert count(5, tp_dp=True) == count(50, tp_dp=True) == (0, 2, 2, 2)
+
+
+def test_many_sums_go_in_at_most_four_chunks():
+    def count(limit):
+        group = SimulatedGroup([0, 1])
+
+        def program(rank):
+            shards = {}
+            for rows in [2, 30, 4, 30, 30, 2, 30, 30]:
+                param = torch.nn.Parameter(torch.randn(3 * rows))
+                param.grad = torch.randn(3 * rows)
+                start = 3 * rows * rank
+                shards[param] = Shard((rows, 6), start, start + 3 * rows, dp_group=group)
+            CAME(list(shards), shards=shards, lr=1e-3).step()
+
+        with mock.patch("megatron_came.plan._SHARED_CHUNK_BYTES", limit):
+            run_ranks(2, program, [group])
+        return group.calls
+
+    assert count(10**6) == 2
+    assert count(1) == 2 * 4
 
 
 def test_a_group_of_one_rank_costs_no_collective():
