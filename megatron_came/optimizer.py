@@ -80,6 +80,7 @@ class CAME(torch.optim.Optimizer):
         self._shards: dict[Tensor, Shard] = {}
         self._wanted_kernels = kernels
         self._choices: dict[torch.device, Choice] = {}
+        self._model_weights: dict[Tensor, Tensor] = {}
         self._plan: Plan | None = None
         defaults = {
             "lr": lr,
@@ -130,6 +131,23 @@ class CAME(torch.optim.Optimizer):
         self._shards = dict(shards)
         self._plan = None
 
+    def set_model_weights(self, weights: Mapping[Tensor, Tensor]) -> None:
+        """Name 16-bit copies of parameters, which every step rewrites, rounded to nearest.
+
+        Args:
+            weights: by parameter, contiguous, with as many elements; those not named have none.
+
+        Raises:
+            ValueError: one does not fit its parameter.
+        """
+        for param, weight in weights.items():
+            if weight.numel() != param.numel() or not weight.is_contiguous():
+                raise ValueError(
+                    f"CAME: the model weight of a parameter of {param.numel()} elements must be "
+                    f"contiguous with as many, not {tuple(weight.shape)}."
+                )
+        self._model_weights = dict(weights)
+
     def shard_of(self, param: Tensor) -> Shard:
         """Return where a parameter lies in its full tensor."""
         return self._shards.get(param) or Shard.whole(tuple(param.shape))
@@ -165,7 +183,8 @@ class CAME(torch.optim.Optimizer):
         active = {work for work in plan.works if work.takes_part()}
         hypers = {id(group): Hyperparameters.from_group(group) for group in self.param_groups}
         for work in active:
-            work.begin(self._state_of(work), hypers[id(work.group)])
+            weight = self._model_weights.get(work.param)
+            work.begin(self._state_of(work), hypers[id(work.group)], weight)
 
         # While the sums of the shared chunks travel, the local ones are computed.
         for chunk in plan.shared:
@@ -210,6 +229,7 @@ class CAME(torch.optim.Optimizer):
         self.__dict__.setdefault("_shards", {})
         self.__dict__.setdefault("_wanted_kernels", "auto")
         self.__dict__.setdefault("_choices", {})
+        self.__dict__.setdefault("_model_weights", {})
         self._plan = None
 
     def _state_of(self, work: ParameterWork) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class PlainPasses:
         for part in self._active:
             part.update_instability()
             part.apply()
+            part.work.copy_to_model()
         self._active = []
 
 
@@ -58,25 +59,25 @@ class _Part:
     """The passes over one parameter."""
 
     def __init__(self, work: ParameterWork) -> None:
-        self._work, self._shard = work, work.shard
+        self.work, self._shard = work, work.shard
         limit = _BLOCK_ELEMENTS.get(work.param.device.type, _BLOCK_ELEMENTS["cuda"])
         self._blocks: list[Block] = list(blocks(work.shard, limit))
 
     def _factors(self, *keys: str) -> list[Tensor]:
         """View factors as (batch, n)."""
         batch = self._shard.local_matrix[0]
-        return [self._work.state[key].view(batch, -1) for key in keys]
+        return [self.work.state[key].view(batch, -1) for key in keys]
 
     def _grad_box(self, block: Block) -> Tensor:
-        box = self._work.grad[block.start : block.stop]
-        return box.to(self._work.dtype).view(block.shape)
+        box = self.work.grad[block.start : block.stop]
+        return box.to(self.work.dtype).view(block.shape)
 
     def _momentum_box(self, block: Block) -> Tensor:
-        return self._work.state["exp_avg"].view(-1)[block.start : block.stop].view(block.shape)
+        return self.work.state["exp_avg"].view(-1)[block.start : block.stop].view(block.shape)
 
     def add_square_sums(self) -> None:
         """Pass 1 over this rank's boxes."""
-        rows, *columns = self._work.square_sums
+        rows, *columns = self.work.square_sums
         for block in self._blocks:
             passes.add_squared_sums(
                 self._grad_box(block),
@@ -86,7 +87,7 @@ class _Part:
 
     def update_second_moment(self) -> None:
         """R and c (v of a vector), and the scales of u."""
-        work, shard = self._work, self._shard
+        work, shard = self.work, self._shard
         keys = VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS[:2]
         moments = self._factors(*keys)
         counts = (shard.full_columns, shard.full_rows)
@@ -122,7 +123,7 @@ class _Part:
 
     def add_instability_sums(self) -> None:
         """Pass 2 over this rank's boxes."""
-        work = self._work
+        work = self.work
         for block in self._blocks:
             row_scale, column_scale = self._scale_boxes(self._scales, block)
             if column_scale is None:
@@ -143,7 +144,7 @@ class _Part:
 
     def update_instability(self) -> None:
         """The clip divisor, then R and C."""
-        work, shard, hyper = self._work, self._shard, self._work.hyper
+        work, shard, hyper = self.work, self._shard, self.work.hyper
         divisor = factors.clip_divisor(
             work.total, numel=shard.full_numel, clip_threshold=hyper.clip_threshold
         )
@@ -163,7 +164,7 @@ class _Part:
 
     def apply(self) -> None:
         """Pass 3 over this rank's boxes."""
-        work = self._work
+        work = self.work
         param = work.param.detach()
         flat = param.contiguous().view(-1)
         for block in self._blocks:

@@ -30,6 +30,7 @@ class ParameterWork:
             columns), likewise; of a vector, none.
         state: of this parameter, from :meth:`begin` on.
         hyper: likewise.
+        model_weight: 16-bit copy of the slice that the step rewrites, or None; likewise.
         grad: the flattened gradient of the slice, from :meth:`begin` to :meth:`end`.
     """
 
@@ -38,6 +39,7 @@ class ParameterWork:
         self.dtype = state_dtype(param)
         self.state: dict[str, Tensor]
         self.hyper: Hyperparameters
+        self.model_weight: Tensor | None
         self.grad: Tensor
 
     # What this parameter sums over ranks.
@@ -104,12 +106,19 @@ class ParameterWork:
             raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
         return self.shard.full_numel > 0 and (grad is not None or self.shard.numel == 0)
 
-    def begin(self, state: dict[str, Tensor], hyper: Hyperparameters) -> None:
+    def begin(
+        self, state: dict[str, Tensor], hyper: Hyperparameters, model_weight: Tensor | None
+    ) -> None:
         """Take up the state, the group's hyperparameters and this step's gradient."""
-        self.state, self.hyper = state, hyper
+        self.state, self.hyper, self.model_weight = state, hyper, model_weight
         # An empty slice may have no gradient; the slice itself is as empty.
         grad = self.param if self.param.grad is None else self.param.grad
         self.grad = grad.detach().reshape(-1)
+
+    def copy_to_model(self) -> None:
+        """Rewrite the 16-bit copy, where kernels have not."""
+        if self.model_weight is not None:
+            self.model_weight.copy_(self.param.detach().view_as(self.model_weight))
 
     def end(self) -> None:
         """Let go of the gradient, which is the host's to free."""

@@ -184,6 +184,23 @@ def test_the_kernels_compile_for_hopper_with_vector_loads():
     assert "apply_tiles aligned: vector loads and stores" in done.stdout
 
 
+@pytest.mark.parametrize("kernels", ["plain", *DEVICES])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_model_weights_are_rewritten(kernels, dtype):
+    device = DEVICES.get(kernels, torch.device("cpu"))
+    params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in ((9, 70), (40,), (8, 64))]
+    weights = {p: torch.zeros(p.numel(), dtype=dtype, device=device) for p in params[:2]}
+    optimizer = CAME(params, lr=1e-2, kernels=kernels)
+    optimizer.set_model_weights(weights)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    for param, weight in weights.items():
+        assert torch.equal(weight, param.detach().view(-1).to(dtype))
+    with pytest.raises(ValueError, match="of 630 elements must be contiguous with as many"):
+        optimizer.set_model_weights({params[0]: torch.zeros(3)})
+
+
 @on_both
 def test_a_learning_rate_may_be_a_tensor(kernels):
     device, results = DEVICES[kernels], []

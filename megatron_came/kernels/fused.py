@@ -61,6 +61,11 @@ class Kernels(Protocol):
     tiling: Tiling
 
     @property
+    def written_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the model weights that they can write beside the fp32 ones."""
+        ...
+
+    @property
     def chunk_elements(self) -> int | None:
         """Elements of a chunk, whose passes find in the cache what they read; None: no limit."""
         ...
@@ -184,6 +189,8 @@ class FusedPasses:
             kernels.apply_tiles(tables)
         if self._vectors:
             kernels.apply_vectors(tables)
+        for work in self._copied:
+            work.copy_to_model()
         self._grads.clear()
 
     def _build(self, members: list[ParameterWork]) -> None:
@@ -234,6 +241,7 @@ class FusedPasses:
     def _refresh_addresses(self) -> None:
         """Write anew where tensors lie, if the host has moved any."""
         self._grads: list[Tensor] = []
+        self._copied: list[ParameterWork] = []
         matrices = np.array(
             [[*self._pass_addresses(work, MATRIX_FACTORS)] for work in self._matrices], np.int64
         )
@@ -256,13 +264,18 @@ class FusedPasses:
         if grad.dtype not in (torch.float32, torch.bfloat16) or not grad.is_contiguous():
             grad = grad.to(torch.float32).contiguous()
             self._grads.append(grad)
-        state = work.state
+        state, weight = work.state, work.model_weight
+        if weight is not None and weight.dtype not in self._kernels.written_dtypes:
+            self._copied.append(work)
+            weight = None
         return [
             work.param.data_ptr(),
             grad.data_ptr(),
             state["exp_avg"].data_ptr(),
+            0 if weight is None else weight.data_ptr(),
             *(state[key].data_ptr() for key in factors),
             grad.dtype == torch.bfloat16,
+            weight is not None and weight.dtype == torch.bfloat16,
         ]
 
     def _refresh_groups(self) -> None:

@@ -77,6 +77,23 @@ def _gradient(param, offset, count, buffer):
     return out
 
 
+@_elementwise
+def _write_bf16(values, bits):
+    """Round to nearest even; NaN stays NaN."""
+    whole = values.view(np.uint32)
+    for i in range(values.size):
+        odd = (whole[i] >> np.uint32(16)) & np.uint32(1)
+        rounded = (whole[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        bits[i] = np.uint32(0x7FC0) if values[i] != values[i] else rounded
+
+
+@_jit
+def _copy_to_model(address, offset, values):
+    """Write the 16-bit model weights, if there are any."""
+    if address:
+        _write_bf16(values, carray(_to_uint16(address + 2 * offset), (values.size,)))
+
+
 @_jit
 def _slot(scratch, index):
     """Address of a slot. Not a view of the array, whose count of references threads would share."""
@@ -417,8 +434,9 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
             if low < high:
                 offset, count = low - param[Matrix.START], high - low
                 place = 4 * (matrix * columns + tile[Tile.COLUMN] + low - start)
+                weights = _floats(param[Matrix.PARAM] + 4 * offset, count)
                 _apply_row(
-                    _floats(param[Matrix.PARAM] + 4 * offset, count),
+                    weights,
                     _gradient(param, offset, count, buffer),
                     _floats(param[Matrix.EXP_AVG] + 4 * offset, count),
                     _floats(param[Matrix.COLUMN_SCALE] + place, count),
@@ -429,6 +447,7 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
                     rest,
                     decay,
                 )
+                _copy_to_model(param[Matrix.MODEL_WEIGHT], offset, weights)
 
 
 @_jit
@@ -499,3 +518,4 @@ def apply_vectors(first, stop, vectors, groups):
             weight = param[i]
             weight -= decay * weight
             param[i] = weight - lr * momentum
+        _copy_to_model(vector[Vector.MODEL_WEIGHT], 0, param)

@@ -23,6 +23,7 @@ class NumbaKernels:
     As many threads as PyTorch uses (``torch.get_num_threads``) share every table.
     """
 
+    written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     tiling = Tiling(rows=128, columns=1024, slots=512)
     # What one thread leaves in the cache, another seldom finds there: not worth a barrier.
     chunk_elements = None

@@ -25,39 +25,41 @@ IntTable = npt.NDArray[np.int64]
 class MatrixField(IntEnum):
     """Columns of the table of matrix parameters. Addresses point to fp32 unless said otherwise."""
 
-    # Addresses that the host may change between steps.
-    PARAM = 0  # the slice
-    GRAD = 1  # the slice; fp32 or bf16
-    EXP_AVG = 2  # the slice
-    ROW = 3  # r, (batch, rows)
-    COLUMN = 4  # c, (batch, columns)
-    RESIDUAL_ROW = 5  # R
-    RESIDUAL_COLUMN = 6  # C
-    GRAD_IS_BF16 = 7
+    # What the host may change between steps.
+    PARAM = 0  # address of the slice
+    GRAD = 1  # fp32 or bf16
+    EXP_AVG = 2
+    MODEL_WEIGHT = 3  # 16-bit copy of the slice, or 0
+    ROW = 4  # r, (batch, rows)
+    COLUMN = 5  # c, (batch, columns)
+    RESIDUAL_ROW = 6  # R
+    RESIDUAL_COLUMN = 7  # C
+    GRAD_IS_BF16 = 8
+    MODEL_IS_BF16 = 9  # otherwise fp16
     # Geometry.
-    START = 8  # the slice is [START, STOP) of the flattened local tensor
-    STOP = 9
-    BATCH = 10
-    ROWS = 11
-    COLUMNS = 12
-    FULL_ROWS = 13  # all tensor-parallel ranks' together
-    FULL_COLUMNS = 14
-    FULL_NUMEL = 15
-    ROWS_ARE_WHOLE = 16  # this rank's row factor is that of the full matrix
-    COLUMNS_ARE_WHOLE = 17
-    GROUP = 18  # row of the table of hyperparameters
+    START = 10  # the slice is [START, STOP) of the flattened local tensor
+    STOP = 11
+    BATCH = 12
+    ROWS = 13
+    COLUMNS = 14
+    FULL_ROWS = 15  # all tensor-parallel ranks' together
+    FULL_COLUMNS = 16
+    FULL_NUMEL = 17
+    ROWS_ARE_WHOLE = 18  # this rank's row factor is that of the full matrix
+    COLUMNS_ARE_WHOLE = 19
+    GROUP = 20  # row of the table of hyperparameters
     # Sums over elements, float64.
-    SQUARE_ROWS = 19  # of g^2, (batch, rows)
-    SQUARE_COLUMNS = 20
-    TOTAL = 21  # of u^2
-    RESIDUAL_ROWS = 22  # of e^2, u e and u^2, (3, batch, rows)
-    RESIDUAL_COLUMNS = 23
+    SQUARE_ROWS = 21  # of g^2, (batch, rows)
+    SQUARE_COLUMNS = 22
+    TOTAL = 23  # of u^2
+    RESIDUAL_ROWS = 24  # of e^2, u e and u^2, (3, batch, rows)
+    RESIDUAL_COLUMNS = 25
     # Results of the factors, in the scale buffer.
-    ROW_SCALE = 24  # (batch, rows)
-    COLUMN_SCALE = 25
-    ROW_CONFIDENCE = 26
-    COLUMN_CONFIDENCE = 27
-    FIRST_MATRIX = 28  # row of the first matrix in the table of clip divisors
+    ROW_SCALE = 26  # (batch, rows)
+    COLUMN_SCALE = 27
+    ROW_CONFIDENCE = 28
+    COLUMN_CONFIDENCE = 29
+    FIRST_MATRIX = 30  # row of the first matrix in the table of clip divisors
 
 
 class VectorField(IntEnum):
@@ -66,15 +68,17 @@ class VectorField(IntEnum):
     PARAM = 0
     GRAD = 1
     EXP_AVG = 2
-    MOMENT = 3  # v, of the whole local vector
-    GRAD_IS_BF16 = 4
-    START = 5
-    STOP = 6
-    SIZE = 7  # of the local vector
-    FULL_NUMEL = 8
-    GROUP = 9
-    SQUARES = 10  # g^2 of the local vector, float64
-    TOTAL = 11  # sum of u^2, float64
+    MODEL_WEIGHT = 3
+    MOMENT = 4  # v, of the whole local vector
+    GRAD_IS_BF16 = 5
+    MODEL_IS_BF16 = 6
+    START = 7
+    STOP = 8
+    SIZE = 9  # of the local vector
+    FULL_NUMEL = 10
+    GROUP = 11
+    SQUARES = 12  # g^2 of the local vector, float64
+    TOTAL = 13  # sum of u^2, float64
 
 
 class TileField(IntEnum):

@@ -57,6 +57,25 @@ def _elements(address, is_bf16, index, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _store_short(address, is_bf16, index, values, mask, ALIGNED: tl.constexpr):
+    """Write 16-bit model weights, rounded to nearest even."""
+    if is_bf16 != 0:
+        # Rounded by hand, since the interpreter cuts bits off.
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(values == values, rounded, 0x7FC0)
+        brains = address.to(tl.pointer_type(tl.uint16))
+        if ALIGNED:
+            brains = tl.multiple_of(brains, 8)
+        tl.store(brains + index, rounded.to(tl.uint16), mask=mask)
+    else:
+        halves = address.to(tl.pointer_type(tl.float16))
+        if ALIGNED:
+            halves = tl.multiple_of(halves, 8)
+        tl.store(halves + index, values.to(tl.float16), mask=mask)
+
+
+@triton.jit
 def _tile(matrices, tiles, index, ALIGNED: tl.constexpr):
     """Geometry of a tile.
 
@@ -476,6 +495,8 @@ def apply_tiles(
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
     momenta = _aligned_floats(tl.load(param + tables.MatrixField.EXP_AVG), ALIGNED)
     weights = _aligned_floats(tl.load(param + tables.MatrixField.PARAM), ALIGNED)
+    model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
+    model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
     rows = tl.load(param + tables.MatrixField.ROWS)
     row_place = matrix * rows + row
     column_place = matrix * width + column
@@ -508,6 +529,8 @@ def apply_tiles(
         weight -= decay * weight
         weight -= row_confidence[:, None] * (momentum * column_confidence[None, :])
         tl.store(weights + place + offset, weight, mask=mask)
+        if model != 0:
+            _store_short(model, model_is_bf16, place + offset, weight, mask, ALIGNED)
 
 
 @triton.jit
@@ -580,6 +603,8 @@ def apply_vectors(vectors, groups, BLOCK: tl.constexpr):
     moment = _floats(tl.load(vector + tables.VectorField.MOMENT)) + start
     momenta = _floats(tl.load(vector + tables.VectorField.EXP_AVG))
     weights = _floats(tl.load(vector + tables.VectorField.PARAM))
+    model = tl.load(vector + tables.VectorField.MODEL_WEIGHT)
+    model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
     address = tl.load(vector + tables.VectorField.GRAD)
     is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
     for first in range(0, size, BLOCK):
@@ -592,4 +617,7 @@ def apply_vectors(vectors, groups, BLOCK: tl.constexpr):
         tl.store(momenta + index, momentum, mask=mask)
         weight = tl.load(weights + index, mask=mask, other=0.0)
         weight -= decay * weight
-        tl.store(weights + index, weight - lr * momentum, mask=mask)
+        weight -= lr * momentum
+        tl.store(weights + index, weight, mask=mask)
+        if model != 0:
+            _store_short(model, model_is_bf16, index, weight, mask, False)

@@ -28,6 +28,7 @@ class TritonKernels:
         device: where the parameters lie.
     """
 
+    written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     tiling = Tiling(rows=64, columns=256, slots=4096)
 
     def __init__(self, device: torch.device) -> None:
@@ -67,7 +68,10 @@ class TritonKernels:
         """Whether all rows of a table of matrices allow vector loads."""
         addresses = matrices[:, [MatrixField.PARAM, MatrixField.GRAD, MatrixField.EXP_AVG]]
         elements = matrices[:, [MatrixField.START, MatrixField.STOP, MatrixField.COLUMNS]]
-        return bool((addresses % 16 == 0).all() and (elements % 4 == 0).all())
+        models = matrices[:, MatrixField.MODEL_WEIGHT]
+        return bool(
+            (addresses % 16 == 0).all() and (models % 8 == 0).all() and (elements % 4 == 0).all()
+        )
 
     @property
     def _tile_shape(self) -> dict[str, int]:
