@@ -272,14 +272,16 @@ class TestDocuments:
         (tmp_path / "in.jsonl").write_text('{"text": "no", "body": "yes"}\n')
         assert texts(tmp_path / "in.jsonl", "--json-key", "body") == ["yes"]
 
-    def test_json_by_its_first_line(self, tmp_path: Path, texts) -> None:
-        write_json(tmp_path / "a.json", ["one", "two"])
-        (tmp_path / "b.json").write_text('{\n "text": "three"\n}\n')
-        assert texts(*sorted(tmp_path.glob("*.json"))) == [
-            "one",
-            "two",
-            '{\n "text": "three"\n}\n',
-        ]
+    def test_json_that_is_not_json_lines(
+        self, tmp_path: Path, texts, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "in"
+        folder.mkdir()
+        write_json(folder / "a.json", ["one", "two"])
+        (folder / "b.json").write_text('{\n "text": "three"\n}\n')
+        assert texts(folder) == ["one", "two"]
+        assert f"Left out {folder}/b.json, which has no JSON object with" in capsys.readouterr().err
+        assert len(texts(folder / "b.json", "--format", "text", "--overwrite")) == 1
 
     @pytest.mark.parametrize(
         ("form", "expected"), [("jsonl", ["one"]), ("text", ['{"text": "one", "id": 0}\n'])]
@@ -401,6 +403,7 @@ class TestFaultyInput:
             ("a.txt", b"\x89PNG\0\0", "is not text"),
             ("a.txt", b"", "is empty"),
             ("a.jsonl", b"\n\n", "is empty"),
+            ("a.json", b'[{"text": "a"}]', "in its first line: give the right --json-key, or"),
             ("a.jsonl", b'{"text": "a"}\n\xff\n', "line 2, is not UTF-8 text"),
             ("a.jsonl", b'{"text": null}\n', 'line 1, has no JSON object with a text under "text"'),
             ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1, has no JSON object with a text"),
@@ -435,7 +438,7 @@ class TestFaultyInput:
             )
             assert len(documents(tmp_path / "out")) == 2
             error = capsys.readouterr().err
-            assert "Left out 1, each of which is not UTF-8 text" in error
+            assert f"Left out {tmp_path}/a.jsonl, line 2, which is not UTF-8 text." in error
             assert "Left out 2, each of which has no JSON object" in error
             assert f"the first: {tmp_path}/a.jsonl, line 3." in error
 
@@ -638,6 +641,30 @@ class TestOutput:
         assert run(*arguments, "--overwrite") == 130
         assert capsys.readouterr().err.endswith("Interrupted: nothing was written.\n")
         assert files(tmp_path / "out") == before
+
+    @pytest.mark.parametrize("renamed", range(4))
+    def test_interrupted_while_files_get_their_names(
+        self,
+        tmp_path: Path,
+        arguments: list[object],
+        monkeypatch: pytest.MonkeyPatch,
+        renamed: int,
+    ) -> None:
+        assert run(*arguments, "--validation", 0.3) == 0
+        replace, left = os.replace, renamed
+
+        def replace_some(*paths: Path) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            replace(*paths)
+
+        monkeypatch.setattr(os, "replace", replace_some)
+        assert run(*arguments, "--validation", 0.4, "--overwrite") == 130
+        # No index, new or old, is there before both files of tokens are.
+        order = ["set_train.bin", "set_valid.bin", "set_train.idx", "set_valid.idx"]
+        assert set(files(tmp_path / "out")) == {"set_train.bin", *order[:renamed]}
 
     def test_a_batch_system_that_ends_it(
         self,

@@ -48,7 +48,9 @@ class Skipped:
     def lines(self) -> list[str]:
         """A sentence for each reason."""
         return [
-            f"Left out {count:,}, each of which {reason}; the first: {self.examples[reason]}."
+            f"Left out {self.examples[reason]}, which {reason}."
+            if count == 1
+            else f"Left out {count:,}, each of which {reason}; the first: {self.examples[reason]}."
             for reason, count in self.counts.items()
         ]
 

@@ -19,7 +19,8 @@ class Layout:
     """How documents lie in files.
 
     Attributes:
-        format: What files hold; "auto" tells by their names, as ``README.md`` says.
+        format: What files hold; "auto" is "jsonl" for names that end in .jsonl, .ndjson or .json,
+            before a .gz if there is one, and "text" for others.
         json_key: Under which key a JSON object has the text.
         separator: What stands between the documents of a text file; None if a file is a document.
     """
@@ -148,13 +149,17 @@ def _holds_json_lines(path: Path, file: BinaryIO, layout: Layout) -> bool:
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix != ".json":
         return suffix in (".jsonl", ".ndjson")
-    # Such a file may be JSON Lines or one JSON value over many lines: its first line decides.
+    # Others' .json files hold one value over many lines; the first line tells.
     first = file.readline(_LONGEST_PROBE)
     file.seek(0)
-    try:
-        _decode_line(str(path), first, layout.json_key)
-    except UnusableError:
-        return False
+    if first.strip():
+        try:
+            _decode_line(str(path), first, layout.json_key)
+        except UnusableError as error:
+            raise UnusableError(
+                f"{error.reason} in its first line",
+                "give the right --json-key, or --format text to take it as it is",
+            ) from error
     return True
 
 

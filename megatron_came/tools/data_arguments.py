@@ -32,7 +32,12 @@ def parser() -> argparse.ArgumentParser:
         help="where to write; with --validation, PREFIX_train and PREFIX_valid",
     )
     add("--overwrite", action="store_true", help="replace what is there under these names")
-    add("--workers", type=_workers, help="processes (as many as there are cores, fewer for little)")
+    add(
+        "--workers",
+        type=_workers,
+        metavar="N",
+        help="processes (as many as there are cores, fewer for little text)",
+    )
 
     add = made.add_argument_group("tokenizer, one of these").add_argument
     add(
@@ -52,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--tokenizer-type",
         choices=[kind.megatron_type for kind in (SentencePiece, Gpt2Bpe, HuggingFace)],
+        metavar="TYPE",
         help="Megatron's name for it, as a check; the files say it already",
     )
 
@@ -60,8 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=["auto", "text", "jsonl"],
         default="auto",
-        help="auto: JSON Lines if the name ends in .jsonl or .ndjson, or in .json and the first"
-        " line is a document; text otherwise",
+        help="auto: JSON Lines if the name ends in .jsonl, .ndjson or .json, else text; .gz aside",
     )
     add("--json-key", default="text", metavar="KEY", help="where JSON has the text (%(default)s)")
     add(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ from megatron_came.tools.progress import Progress
 if TYPE_CHECKING:
     from megatron_came.data.indexed import DatasetWriter
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BYTES_PER_WORKER = 4_000_000  # of text, below which another process is not worth its start
 
 
@@ -69,7 +72,7 @@ def run(options: argparse.Namespace) -> str:
                     encoder,
                     partial[len(models) :],
                     workers=options.workers or _worthwhile_workers(corpus.size),
-                    advance=progress.advance,
+                    advance=_with_speed(progress),
                 )
         finally:
             _say(corpus.skipped.lines())
@@ -127,6 +130,18 @@ def _texts(corpus: Corpus, size: int) -> Iterator[str]:
     _say([f"Training a tokenizer of {size} tokens, which may take a minute."])
 
 
+def _with_speed(progress: Progress) -> Callable[[int], None]:
+    start, done = time.monotonic(), 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        speed = done / (time.monotonic() - start) / 1e6
+        progress.advance(size, f", {speed:.1f} MB/s")
+
+    return advance
+
+
 def _worthwhile_workers(size: int) -> int:
     return min(len(os.sched_getaffinity(0)), 1 + size // _BYTES_PER_WORKER)
 
@@ -150,9 +165,10 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         path = str(error.filename or f"{options.output_prefix}.bin").removesuffix(".partial")
         reason = (error.strerror or "unknown error").lower()
+        remedy = "make room, or give" if error.errno in _FULL else "give"
         return _fail(
-            f"{path} cannot be written ({reason}): make room, or give another --output-prefix;"
-            " nothing was written.",
+            f"{path} cannot be written ({reason}): {remedy} another --output-prefix; nothing was"
+            " written.",
             1,
         )
     finally:
