@@ -38,6 +38,7 @@ class Shard:
         tp_dim: dimension of ``shape`` along which tensor parallelism cut the full tensor
             (Megatron's ``partition_dim``); None where every rank of ``tp_group`` holds all of it.
         tp_group: ranks that hold the other tensor-parallel shards; None for a single rank.
+        tp_rank: which of the shards this is.
         dp_group: ranks that hold the other flat ranges of this local tensor; None where this
             rank holds the whole local tensor (also with plain data parallelism, whose gradients
             are already summed).
@@ -59,6 +60,7 @@ class Shard:
     dp_group: ProcessGroup | None = None
     tp_dp_group: ProcessGroup | None = None
     copies_group: ProcessGroup | None = None
+    tp_rank: int = 0
 
     def __post_init__(self) -> None:
         numel = math.prod(self.shape)
@@ -109,6 +111,15 @@ class Shard:
             return "rows"
         axes: dict[int, Axis] = {len(self.shape) - 2: "rows", len(self.shape) - 1: "columns"}
         return axes.get(self.tp_dim, "batch")
+
+    @property
+    def offsets(self) -> tuple[int, int, int]:
+        """Where the local tensor begins in the full one, as (batch, row, column)."""
+        sizes = zip(("batch", "rows", "columns"), self.local_matrix, strict=True)
+        batch, row, column = (
+            self.tp_rank * size if axis == self.tp_axis else 0 for axis, size in sizes
+        )
+        return batch, row, column
 
     @property
     def full_rows(self) -> int:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from megatron_came import state as state_of
 from megatron_came.kernels.choice import Choice, choose
 from megatron_came.layout import Shard
 from megatron_came.maths.hyperparameters import Hyperparameters, check_number
+from megatron_came.maths.rounding import parameter_key
 from megatron_came.plan import Plan
-from megatron_came.state import new_state, state_dtype
 from megatron_came.work import ParameterWork
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class CAME(torch.optim.Optimizer):
     float64 parameters:
 
     ====================  =========================  ==========================================
-    ``exp_avg``           like the parameter         momentum m of this rank's slice
+    ``exp_avg``           like the parameter         momentum m of this rank's slice; fp32 or bf16
     ``exp_avg_sq_row``    (..., n)                   r, whole on every data-parallel rank
     ``exp_avg_sq_col``    (..., m)                   c, likewise
     ``exp_avg_res_row``   (..., n)                   R, likewise
@@ -59,10 +60,17 @@ class CAME(torch.optim.Optimizer):
         shards: where each parameter lies in its full tensor; those not named are whole.
         kernels: who computes fp32 parameters: "auto" is Triton on GPUs and Numba on CPUs where
             they are installed; "plain" PyTorch; "numba"; "triton". All else is plain PyTorch.
+        momentum_dtype: ``torch.float32``, or ``torch.bfloat16``, which is rounded stochastically:
+            half the memory.
+        seed: of that rounding. Its bits are a function of the seed, the step, the parameter's
+            name and the element's place in the full tensor.
+        names: of parameters, the same in every layout, for that rounding; the others are named by
+            their place in the parameter groups.
 
     Raises:
         ValueError: a hyperparameter out of range, a complex or integer parameter, a shard that
-            does not fit its parameter, or kernels that are not installed.
+            does not fit its parameter, kernels that are not installed, or a dtype that momentum
+            cannot have.
     """
 
     def __init__(
@@ -76,7 +84,15 @@ class CAME(torch.optim.Optimizer):
         *,
         shards: Mapping[Tensor, Shard] | None = None,
         kernels: str = "auto",
+        momentum_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        names: Mapping[Tensor, str] | None = None,
     ) -> None:
+        if momentum_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"CAME: momentum_dtype {momentum_dtype} is not torch.float32 or torch.bfloat16."
+            )
+        self._momentum_dtype, self._seed, self._names = momentum_dtype, seed, dict(names or {})
         self._shards: dict[Tensor, Shard] = {}
         self._wanted_kernels = kernels
         self._choices: dict[torch.device, Choice] = {}
@@ -156,7 +172,8 @@ class CAME(torch.optim.Optimizer):
         """Create what is missing of the parameters' state; no collectives, no update."""
         for group in self.param_groups:
             for param in group["params"]:
-                for key, value in new_state(param, self.shard_of(param)).items():
+                state = state_of.new_state(param, self.shard_of(param), self._momentum_dtype)
+                for key, value in state.items():
                     self.state[param].setdefault(key, value)
 
     @overload
@@ -214,7 +231,8 @@ class CAME(torch.optim.Optimizer):
         mine = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(saved, mine, strict=True):
             if key in state_dict["state"]:
-                self.state[param] = _as_state(state_dict["state"][key], param)
+                momentum = state_of.momentum_dtype(param, self._momentum_dtype)
+                self.state[param] = _as_state(state_dict["state"][key], param, momentum)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:
@@ -230,12 +248,15 @@ class CAME(torch.optim.Optimizer):
         self.__dict__.setdefault("_wanted_kernels", "auto")
         self.__dict__.setdefault("_choices", {})
         self.__dict__.setdefault("_model_weights", {})
+        self.__dict__.setdefault("_momentum_dtype", torch.float32)
+        self.__dict__.setdefault("_seed", 0)
+        self.__dict__.setdefault("_names", {})
         self._plan = None
 
     def _state_of(self, work: ParameterWork) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[work.param]
         if not state:
-            state.update(new_state(work.param, work.shard))
+            state.update(state_of.new_state(work.param, work.shard, self._momentum_dtype))
         return state
 
     def _current_plan(self) -> Plan:
@@ -245,8 +266,15 @@ class CAME(torch.optim.Optimizer):
             # Named shards first, in the order in which they were named: it is the same on all
             # ranks.
             params = dict.fromkeys(chain(self._shards, group_of))
+            place = {param: str(index) for index, param in enumerate(group_of)}
             works = [
-                ParameterWork(param, group_of[param], self.shard_of(param)) for param in params
+                ParameterWork(
+                    param,
+                    group_of[param],
+                    self.shard_of(param),
+                    parameter_key(self._seed, self._names.get(param, place[param])),
+                )
+                for param in params
             ]
             self._choose_kernels()
             kernels = {device: choice.kernels for device, choice in self._choices.items()}
@@ -271,10 +299,12 @@ def _check_group(group: Mapping[str, Any]) -> None:
     Hyperparameters.from_group(group)
 
 
-def _as_state(saved: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+def _as_state(saved: Mapping[str, Any], param: Tensor, momentum: torch.dtype) -> dict[str, Any]:
     """Give loaded state our dtypes; drop what only the authors' class has: ``step``, ``RMS``."""
     return {
-        key: value.to(device=param.device, dtype=state_dtype(param)).contiguous()
+        key: value.to(
+            device=param.device, dtype=momentum if key == "exp_avg" else state_of.state_dtype(param)
+        ).contiguous()
         for key, value in saved.items()
         if key not in ("step", "RMS")
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_came.layout import Block, blocks
 from megatron_came.maths import factors, passes
+from megatron_came.maths.rounding import random_bits, to_bf16
 from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.work import ParameterWork
 
@@ -73,7 +74,28 @@ class _Part:
         return box.to(self.work.dtype).view(block.shape)
 
     def _momentum_box(self, block: Block) -> Tensor:
-        return self.work.state["exp_avg"].view(-1)[block.start : block.stop].view(block.shape)
+        """The momentum, or a copy of it in the dtype of the arithmetic."""
+        box = self.work.state["exp_avg"].view(-1)[block.start : block.stop].view(block.shape)
+        return box.to(self.work.dtype)
+
+    def _keep_momentum(self, momentum: Tensor, block: Block) -> None:
+        """Round a copy back to bf16."""
+        kept = self.work.state["exp_avg"].view(-1)[block.start : block.stop]
+        if kept.dtype == torch.bfloat16:
+            bits = random_bits(self._places(block), self.work.step_key)
+            kept.copy_(to_bf16(momentum, bits).view(-1))
+
+    def _places(self, block: Block) -> Tensor:
+        """The flat places of a box's elements in the full tensor."""
+        device = self.work.param.device
+        batch, rows, columns = (
+            torch.arange(axis.start, axis.stop, device=device) + offset
+            for axis, offset in zip(
+                (block.batch, block.rows, block.columns), self._shard.offsets, strict=True
+            )
+        )
+        row = batch.view(-1, 1, 1) * self._shard.full_rows + rows.view(-1, 1)
+        return row * self._shard.full_columns + columns
 
     def add_square_sums(self) -> None:
         """Pass 1 over this rank's boxes."""
@@ -173,10 +195,11 @@ class _Part:
                 if self._confidence is None
                 else self._scale_boxes(self._confidence, block)
             )
+            momentum = self._momentum_box(block)
             passes.apply_update(
                 flat[block.start : block.stop].view(block.shape),
                 self._grad_box(block),
-                self._momentum_box(block),
+                momentum,
                 *self._scale_boxes(self._scales, block),
                 *confidence,
                 divisor=self._divisor,
@@ -184,5 +207,6 @@ class _Part:
                 lr=float(work.group["lr"]),
                 weight_decay=float(work.group["weight_decay"]),
             )
+            self._keep_momentum(momentum, block)
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_came.comm import Request
 from megatron_came.layout import Shard
 from megatron_came.maths.hyperparameters import Hyperparameters
+from megatron_came.maths.rounding import step_key
 from megatron_came.state import state_dtype
 
 
@@ -20,6 +21,7 @@ class ParameterWork:
         param: the slice, of any shape with ``shard.numel`` elements.
         group: its parameter group; learning rate and the like are read at every step.
         shard: where the slice lies in the full tensor.
+        key: of the random bits that round its momentum.
 
     Attributes:
         dtype: of its state, and of the arithmetic.
@@ -34,13 +36,18 @@ class ParameterWork:
         grad: the flattened gradient of the slice, from :meth:`begin` to :meth:`end`.
     """
 
-    def __init__(self, param: Tensor, group: dict[str, Any], shard: Shard) -> None:
-        self.param, self.group, self.shard = param, group, shard
+    def __init__(self, param: Tensor, group: dict[str, Any], shard: Shard, key: int = 0) -> None:
+        self.param, self.group, self.shard, self.key = param, group, shard, key
         self.dtype = state_dtype(param)
         self.state: dict[str, Tensor]
         self.hyper: Hyperparameters
         self.model_weight: Tensor | None
         self.grad: Tensor
+
+    @property
+    def step_key(self) -> int:
+        """The key of this step's random bits."""
+        return step_key(self.key, self.group.get("step", 0))
 
     # What this parameter sums over ranks.
 

@@ -276,6 +276,8 @@ class FusedPasses:
             *(state[key].data_ptr() for key in factors),
             grad.dtype == torch.bfloat16,
             weight is not None and weight.dtype == torch.bfloat16,
+            state["exp_avg"].dtype == torch.bfloat16,
+            work.step_key if state["exp_avg"].dtype == torch.bfloat16 else 0,
         ]
 
     def _refresh_groups(self) -> None:

@@ -68,13 +68,49 @@ def _read_bf16(bits, out):
 
 
 @_jit
-def _gradient(param, offset, count, buffer):
-    """Part of a slice's gradient in fp32: its own memory, or the buffer."""
-    if not param[Matrix.GRAD_IS_BF16]:
-        return _floats(param[Matrix.GRAD] + 4 * offset, count)
+def _elements(address, is_bf16, offset, count, buffer):
+    """Elements of a gradient or momentum in fp32: its own memory, or the buffer."""
+    if not is_bf16:
+        return _floats(address + 4 * offset, count)
     out = _floats(buffer.ctypes.data, count)
-    _read_bf16(carray(_to_uint16(param[Matrix.GRAD] + 2 * offset), (count,)), out)
+    _read_bf16(carray(_to_uint16(address + 2 * offset), (count,)), out)
     return out
+
+
+@_jit
+def _gradient(param, offset, count, buffer):
+    return _elements(param[Matrix.GRAD], param[Matrix.GRAD_IS_BF16], offset, count, buffer)
+
+
+@_jit
+def _momentum(param, offset, count, buffer):
+    return _elements(param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_IS_BF16], offset, count, buffer)
+
+
+@_elementwise
+def _round_to_bf16(values, bits, first_place, key):
+    """Twin of ``rounding.to_bf16`` and ``random_bits`` for consecutive places."""
+    whole = values.view(np.uint32)
+    for i in range(values.size):
+        place = first_place + i
+        mixed = (place * 0x9E3779B1 + (place >> 32) * 0x27D4EB2F + key) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+        mixed = (mixed ^ (mixed >> 16)) & 0xFFFF
+        word = np.int64(whole[i])
+        if (word & 0x7F800000) != 0x7F800000:
+            word += mixed
+        elif word & 0x7FFFFF:
+            word |= 0x10000
+        bits[i] = word >> 16
+
+
+@_jit
+def _keep_momentum(address, is_bf16, offset, values, first_place, key):
+    """Round the momentum to where it is kept, if that is not its own memory."""
+    if is_bf16:
+        kept = carray(_to_uint16(address + 2 * offset), (values.size,))
+        _round_to_bf16(values, kept, first_place, key)
 
 
 @_elementwise
@@ -184,7 +220,7 @@ def instability_tiles(
         divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
     """
     width = tile_rows + tile_columns
-    buffer = np.empty(tile_columns, np.float32)
+    buffer, momenta = np.empty(tile_columns, np.float32), np.empty(tile_columns, np.float32)
     for index in range(first, stop):
         tile = tiles[index]
         param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
@@ -202,7 +238,7 @@ def instability_tiles(
                 place, at = row - tile[Tile.ROW], slot + 4 * (tile_rows + column)
                 sums = _instability_row(
                     _gradient(param, offset, count, buffer),
-                    _floats(param[Matrix.EXP_AVG] + 4 * offset, count),
+                    _momentum(param, offset, count, momenta),
                     _floats(column_scale + 4 * (tile[Tile.COLUMN] + column), count),
                     row_scale[row],
                     inverse_guess,
@@ -417,7 +453,7 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
 
     Args as those of :func:`instability_tiles`, with 1/d known.
     """
-    buffer = np.empty(tile_columns, np.float32)
+    buffer, momenta = np.empty(tile_columns, np.float32), np.empty(tile_columns, np.float32)
     for index in range(first, stop):
         tile = tiles[index]
         param = matrices[tile[Tile.PARAM]]
@@ -435,10 +471,11 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
                 offset, count = low - param[Matrix.START], high - low
                 place = 4 * (matrix * columns + tile[Tile.COLUMN] + low - start)
                 weights = _floats(param[Matrix.PARAM] + 4 * offset, count)
+                momentum = _momentum(param, offset, count, momenta)
                 _apply_row(
                     weights,
                     _gradient(param, offset, count, buffer),
-                    _floats(param[Matrix.EXP_AVG] + 4 * offset, count),
+                    momentum,
                     _floats(param[Matrix.COLUMN_SCALE] + place, count),
                     _floats(param[Matrix.COLUMN_CONFIDENCE] + place, count),
                     row_scale[row] * inverse_divisor,
@@ -447,17 +484,34 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
                     rest,
                     decay,
                 )
+                full_row = (matrix + param[Matrix.BATCH_OFFSET]) * param[Matrix.FULL_ROWS]
+                full_row += row + param[Matrix.ROW_OFFSET]
+                _keep_momentum(
+                    param[Matrix.EXP_AVG],
+                    param[Matrix.EXP_AVG_IS_BF16],
+                    offset,
+                    momentum,
+                    full_row * param[Matrix.FULL_COLUMNS]
+                    + (param[Matrix.COLUMN_OFFSET] + tile[Tile.COLUMN] + low - start),
+                    param[Matrix.KEY],
+                )
                 _copy_to_model(param[Matrix.MODEL_WEIGHT], offset, weights)
 
 
 @_jit
-def _vector_gradient(vector):
+def _whole(vector, address, is_bf16):
+    """All elements of a slice of a vector in fp32."""
     count = vector[Vector.STOP] - vector[Vector.START]
-    if not vector[Vector.GRAD_IS_BF16]:
-        return _floats(vector[Vector.GRAD], count)
+    if not is_bf16:
+        return _floats(address, count)
     out = np.empty(count, np.float32)
-    _read_bf16(carray(_to_uint16(vector[Vector.GRAD]), (count,)), out)
+    _read_bf16(carray(_to_uint16(address), (count,)), out)
     return out
+
+
+@_jit
+def _vector_gradient(vector):
+    return _whole(vector, vector[Vector.GRAD], vector[Vector.GRAD_IS_BF16])
 
 
 @_jit
@@ -500,7 +554,7 @@ def apply_vectors(first, stop, vectors, groups):
         moment = _floats(vector[Vector.MOMENT], vector[Vector.SIZE])[vector[Vector.START] :]
         grad = _vector_gradient(vector)
         param = _floats(vector[Vector.PARAM], grad.size)
-        exp_avg = _floats(vector[Vector.EXP_AVG], grad.size)
+        exp_avg = _whole(vector, vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16])
         inverse_divisor = np.float32(
             _inverse_divisor(
                 _doubles(vector[Vector.TOTAL], 1)[0],
@@ -518,4 +572,12 @@ def apply_vectors(first, stop, vectors, groups):
             weight = param[i]
             weight -= decay * weight
             param[i] = weight - lr * momentum
+        _keep_momentum(
+            vector[Vector.EXP_AVG],
+            vector[Vector.EXP_AVG_IS_BF16],
+            0,
+            exp_avg,
+            vector[Vector.OFFSET] + vector[Vector.START],
+            vector[Vector.KEY],
+        )
         _copy_to_model(vector[Vector.MODEL_WEIGHT], 0, param)

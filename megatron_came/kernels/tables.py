@@ -28,7 +28,7 @@ class MatrixField(IntEnum):
     # What the host may change between steps.
     PARAM = 0  # address of the slice
     GRAD = 1  # fp32 or bf16
-    EXP_AVG = 2
+    EXP_AVG = 2  # fp32 or bf16
     MODEL_WEIGHT = 3  # 16-bit copy of the slice, or 0
     ROW = 4  # r, (batch, rows)
     COLUMN = 5  # c, (batch, columns)
@@ -36,30 +36,35 @@ class MatrixField(IntEnum):
     RESIDUAL_COLUMN = 7  # C
     GRAD_IS_BF16 = 8
     MODEL_IS_BF16 = 9  # otherwise fp16
+    EXP_AVG_IS_BF16 = 10
+    KEY = 11  # of this step's random bits
     # Geometry.
-    START = 10  # the slice is [START, STOP) of the flattened local tensor
-    STOP = 11
-    BATCH = 12
-    ROWS = 13
-    COLUMNS = 14
-    FULL_ROWS = 15  # all tensor-parallel ranks' together
-    FULL_COLUMNS = 16
-    FULL_NUMEL = 17
-    ROWS_ARE_WHOLE = 18  # this rank's row factor is that of the full matrix
-    COLUMNS_ARE_WHOLE = 19
-    GROUP = 20  # row of the table of hyperparameters
+    START = 12  # the slice is [START, STOP) of the flattened local tensor
+    STOP = 13
+    BATCH = 14
+    ROWS = 15
+    COLUMNS = 16
+    FULL_ROWS = 17  # all tensor-parallel ranks' together
+    FULL_COLUMNS = 18
+    FULL_NUMEL = 19
+    ROWS_ARE_WHOLE = 20  # this rank's row factor is that of the full matrix
+    COLUMNS_ARE_WHOLE = 21
+    BATCH_OFFSET = 22  # where the local tensor begins in the full one
+    ROW_OFFSET = 23
+    COLUMN_OFFSET = 24
+    GROUP = 25  # row of the table of hyperparameters
     # Sums over elements, float64.
-    SQUARE_ROWS = 21  # of g^2, (batch, rows)
-    SQUARE_COLUMNS = 22
-    TOTAL = 23  # of u^2
-    RESIDUAL_ROWS = 24  # of e^2, u e and u^2, (3, batch, rows)
-    RESIDUAL_COLUMNS = 25
+    SQUARE_ROWS = 26  # of g^2, (batch, rows)
+    SQUARE_COLUMNS = 27
+    TOTAL = 28  # of u^2
+    RESIDUAL_ROWS = 29  # of e^2, u e and u^2, (3, batch, rows)
+    RESIDUAL_COLUMNS = 30
     # Results of the factors, in the scale buffer.
-    ROW_SCALE = 26  # (batch, rows)
-    COLUMN_SCALE = 27
-    ROW_CONFIDENCE = 28
-    COLUMN_CONFIDENCE = 29
-    FIRST_MATRIX = 30  # row of the first matrix in the table of clip divisors
+    ROW_SCALE = 31  # (batch, rows)
+    COLUMN_SCALE = 32
+    ROW_CONFIDENCE = 33
+    COLUMN_CONFIDENCE = 34
+    FIRST_MATRIX = 35  # row of the first matrix in the table of clip divisors
 
 
 class VectorField(IntEnum):
@@ -72,13 +77,16 @@ class VectorField(IntEnum):
     MOMENT = 4  # v, of the whole local vector
     GRAD_IS_BF16 = 5
     MODEL_IS_BF16 = 6
-    START = 7
-    STOP = 8
-    SIZE = 9  # of the local vector
-    FULL_NUMEL = 10
-    GROUP = 11
-    SQUARES = 12  # g^2 of the local vector, float64
-    TOTAL = 13  # sum of u^2, float64
+    EXP_AVG_IS_BF16 = 7
+    KEY = 8  # of this step's random bits
+    START = 9
+    STOP = 10
+    SIZE = 11  # of the local vector
+    FULL_NUMEL = 12
+    OFFSET = 13  # where the local vector begins in the full one
+    GROUP = 14
+    SQUARES = 15  # g^2 of the local vector, float64
+    TOTAL = 16  # sum of u^2, float64
 
 
 class TileField(IntEnum):
@@ -154,6 +162,7 @@ def vector_row(shard: Shard, sums: Sums, group: int) -> IntTable:
     row[VectorField.START], row[VectorField.STOP] = shard.start, shard.stop
     row[VectorField.SIZE] = shard.local_matrix[1]
     row[VectorField.FULL_NUMEL] = shard.full_numel
+    row[VectorField.OFFSET] = shard.offsets[1]
     row[VectorField.GROUP] = group
     row[VectorField.SQUARES] = sums.squares[0].data_ptr()
     row[VectorField.TOTAL] = sums.total.data_ptr()
@@ -180,6 +189,7 @@ def matrix_row(
     row[field.FULL_NUMEL] = shard.full_numel
     row[field.ROWS_ARE_WHOLE] = shard.tp_axis != "rows"
     row[field.COLUMNS_ARE_WHOLE] = shard.tp_axis != "columns"
+    row[field.BATCH_OFFSET : field.COLUMN_OFFSET + 1] = shard.offsets
     row[field.GROUP] = group
     row[field.SQUARE_ROWS : field.SQUARE_COLUMNS + 1] = [s.data_ptr() for s in sums.squares]
     row[field.TOTAL] = sums.total.data_ptr()

@@ -44,7 +44,7 @@ def _doubles(address):
 
 @triton.jit
 def _elements(address, is_bf16, index, mask, ALIGNED: tl.constexpr):
-    """Read elements of a gradient in fp32."""
+    """Read elements of a gradient or momentum in fp32."""
     if is_bf16 != 0:
         short = address.to(tl.pointer_type(tl.bfloat16))
         if ALIGNED:
@@ -73,6 +73,27 @@ def _store_short(address, is_bf16, index, values, mask, ALIGNED: tl.constexpr):
         if ALIGNED:
             halves = tl.multiple_of(halves, 8)
         tl.store(halves + index, values.to(tl.float16), mask=mask)
+
+
+@triton.jit
+def _store_momentum(address, is_bf16, index, values, mask, place, key, ALIGNED: tl.constexpr):
+    """Write momentum; to bf16 as the twin of ``rounding.to_bf16`` and ``random_bits`` does."""
+    if is_bf16 != 0:
+        mixed = place.to(tl.uint32) * 0x9E3779B1 + (place >> 32).to(tl.uint32) * 0x27D4EB2F
+        mixed += key.to(tl.uint32)
+        mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+        mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
+        mixed = (mixed ^ (mixed >> 16)) & 0xFFFF
+        bits = values.to(tl.uint32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        special = tl.where((bits & 0x7FFFFF) != 0, bits | 0x10000, bits)
+        rounded = tl.where(finite, bits + mixed, special) >> 16
+        brains = address.to(tl.pointer_type(tl.uint16))
+        if ALIGNED:
+            brains = tl.multiple_of(brains, 8)
+        tl.store(brains + index, rounded.to(tl.uint16), mask=mask)
+    else:
+        tl.store(_aligned_floats(address, ALIGNED) + index, values, mask=mask)
 
 
 @triton.jit
@@ -176,7 +197,8 @@ def instability_tiles(
     )
     grads = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
-    momenta = _aligned_floats(tl.load(param + tables.MatrixField.EXP_AVG), ALIGNED)
+    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
+    momenta_are_bf16 = tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16)
     rows = tl.load(param + tables.MatrixField.ROWS)
     row_scales = _floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + matrix * rows + row
     column_scales = _floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * width
@@ -197,7 +219,7 @@ def instability_tiles(
         mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
         row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0)
         grad = _elements(grads, is_bf16, place + offset, mask, ALIGNED)
-        momentum = tl.load(momenta + place + offset, mask=mask, other=0.0)
+        momentum = _elements(momenta, momenta_are_bf16, place + offset, mask, ALIGNED)
         update = grad * row_scale[:, None] * column_scale[None, :]
         error = update * inverse_guess - momentum
         square, cross, update_square = error * error, update * error, update * update
@@ -493,7 +515,14 @@ def apply_tiles(
     )
     grads = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
-    momenta = _aligned_floats(tl.load(param + tables.MatrixField.EXP_AVG), ALIGNED)
+    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
+    momenta_are_bf16 = tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16)
+    key = tl.load(param + tables.MatrixField.KEY)
+    full_columns = tl.load(param + tables.MatrixField.FULL_COLUMNS)
+    full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
+    full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS) + row
+    full_row += tl.load(param + tables.MatrixField.ROW_OFFSET)
+    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
     weights = _aligned_floats(tl.load(param + tables.MatrixField.PARAM), ALIGNED)
     model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
     model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
@@ -522,10 +551,13 @@ def apply_tiles(
         row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0) * inverse_divisor
         row_confidence = tl.load(row_confidences + down, mask=in_rows, other=0.0) * lr
         grad = _elements(grads, is_bf16, place + offset, mask, ALIGNED)
-        momentum = tl.load(momenta + place + offset, mask=mask, other=0.0)
+        momentum = _elements(momenta, momenta_are_bf16, place + offset, mask, ALIGNED)
         weight = tl.load(weights + place + offset, mask=mask, other=0.0)
         momentum = beta1 * momentum + rest * (grad * row_scale[:, None] * column_scale[None, :])
-        tl.store(momenta + place + offset, momentum, mask=mask)
+        full_place = (full_row + down)[:, None] * full_columns + full_column + across[None, :]
+        _store_momentum(
+            momenta, momenta_are_bf16, place + offset, momentum, mask, full_place, key, ALIGNED
+        )
         weight -= decay * weight
         weight -= row_confidence[:, None] * (momentum * column_confidence[None, :])
         tl.store(weights + place + offset, weight, mask=mask)
@@ -601,7 +633,10 @@ def apply_vectors(vectors, groups, BLOCK: tl.constexpr):
     ).to(tl.float32)
     beta1, rest, lr, decay = _rates(group)
     moment = _floats(tl.load(vector + tables.VectorField.MOMENT)) + start
-    momenta = _floats(tl.load(vector + tables.VectorField.EXP_AVG))
+    momenta = tl.load(vector + tables.VectorField.EXP_AVG)
+    momenta_are_bf16 = tl.load(vector + tables.VectorField.EXP_AVG_IS_BF16)
+    key = tl.load(vector + tables.VectorField.KEY)
+    offset = tl.load(vector + tables.VectorField.OFFSET) + start
     weights = _floats(tl.load(vector + tables.VectorField.PARAM))
     model = tl.load(vector + tables.VectorField.MODEL_WEIGHT)
     model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
@@ -612,9 +647,10 @@ def apply_vectors(vectors, groups, BLOCK: tl.constexpr):
         mask = index < size
         grad = _elements(address, is_bf16, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + index, mask=mask, other=1.0))
-        momentum = tl.load(momenta + index, mask=mask, other=0.0)
+        momentum = _elements(momenta, momenta_are_bf16, index, mask, False)
         momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse_divisor)
-        tl.store(momenta + index, momentum, mask=mask)
+        place = offset + index
+        _store_momentum(momenta, momenta_are_bf16, index, momentum, mask, place, key, False)
         weight = tl.load(weights + index, mask=mask, other=0.0)
         weight -= decay * weight
         weight -= lr * momentum
