@@ -34,6 +34,22 @@ def check_cases() -> None:
         print(f"ok  {case.name}: {distance:.1e} of the update", flush=True)
 
 
+def check_bf16_momentum() -> None:
+    """Momentum in bf16 is that of the plain path, but for a few last bits."""
+    results = {}
+    for path, device in (("plain", torch.device("cpu")), ("triton", CUDA)):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(300, 200, generator=generator).to(device))
+        optimizer = CAME([param], lr=1e-2, kernels=path, momentum_dtype=torch.bfloat16)
+        for _ in range(3):
+            param.grad = torch.randn(300, 200, generator=generator).to(device)
+            optimizer.step()
+        results[path] = optimizer.state[param]["exp_avg"].cpu()
+    different = (results["plain"] != results["triton"]).double().mean().item()
+    assert different < 0.005, different
+    print(f"ok  bf16 momentum: {different:.2%} of the elements differ from the plain path")
+
+
 def check_graph_capture() -> None:
     """A step captured in a CUDA graph, with the learning rate in a tensor, equals one outside."""
     torch.manual_seed(0)
@@ -83,6 +99,7 @@ def main() -> None:
         raise SystemExit("gpu_check: there is no GPU here.")
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results"
     check_cases()
+    check_bf16_momentum()
     check_graph_capture()
     device = torch.cuda.get_device_name().lower().replace(" ", "-")
     day = datetime.now(UTC).date().isoformat()

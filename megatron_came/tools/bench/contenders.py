@@ -24,8 +24,8 @@ class Contender:
     Attributes:
         name: as printed.
         build: from parameters and their shards to an optimizer.
-        floor: bytes a parameter that a step reads and writes at least, with fp32 everything; None
-            where nobody has counted.
+        floor: bytes a parameter that a step reads and writes at least; None where nobody has
+            counted.
         sharded: whether it can update slices of tensors.
     """
 
@@ -35,8 +35,12 @@ class Contender:
     sharded: bool = False
 
 
-def _came(kernels: str) -> Callable[..., torch.optim.Optimizer]:
-    return lambda params, shards: CAME(params, lr=_LR, shards=shards, kernels=kernels)
+def _came(
+    kernels: str, momentum: torch.dtype = torch.float32
+) -> Callable[..., torch.optim.Optimizer]:
+    return lambda params, shards: CAME(
+        params, lr=_LR, shards=shards, kernels=kernels, momentum_dtype=momentum
+    )
 
 
 def _plain(make: Callable[..., Any]) -> Callable[..., torch.optim.Optimizer]:
@@ -52,6 +56,7 @@ def contenders(device: torch.device) -> list[Contender]:
     fused = "triton" if device.type == "cuda" else "numba"
     found = [
         Contender("CAME, fused", _came(fused), 32, sharded=True),
+        Contender("CAME, bf16 momentum", _came(fused, torch.bfloat16), 26, sharded=True),
         Contender("CAME, plain", _came("plain"), 32, sharded=True),
         Contender("torch AdamW, fused", _plain(partial(torch.optim.AdamW, fused=True)), 28),
         Contender("torch AdamW, foreach", _plain(partial(torch.optim.AdamW, foreach=True)), 28),
