@@ -12,10 +12,10 @@ SMOKE=${SMOKE:-0}       # 1: a shrunken model, a few iterations, on whatever is 
 SMOKE_ITERS=4
 EVAL_ITERS=10
 
-# One node, unless a script says otherwise; --standalone finds a free port.
+# One node, unless a script says otherwise: on a free port, under a name that every machine knows.
 NODES=1
 LAUNCHER=()
-RENDEZVOUS_ARGS=(--standalone)
+RENDEZVOUS_ARGS=(--standalone --local-addr localhost)
 
 say() {
     echo "${0##*/}: $*" >&2
