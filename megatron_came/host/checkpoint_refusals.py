@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -19,6 +20,7 @@ _SIZES = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
+_TRACKER = "latest_checkpointed_iteration.txt"
 _AFRESH = "give --no-load-optim or --finetune to start it afresh from the checkpoint's weights"
 
 
@@ -108,6 +110,13 @@ def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
         )
     if not sharded or sharding_type not in ("dp_reshardable", "legacy"):
         return None
+    step, latest = getattr(args, "ckpt_step", None), _latest(args.load)
+    if sharding_type == "legacy" and step and latest != str(step):
+        return (
+            f"--ckpt-step {step} is not the latest checkpoint, of which Megatron would take the "
+            "optimizer's state all the same, because this one has --ckpt-format torch: write "
+            f"{step} to {_TRACKER} in {args.load} and leave --ckpt-step out, or {_AFRESH}."
+        )
     for name in _SIZES:
         was, size = getattr(saved, name, None) or 1, getattr(args, name, None) or 1
         if was != size:
@@ -119,6 +128,12 @@ def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
                 f"--dist-ckpt-optim-fully-reshardable and resume from that, or {_AFRESH}."
             )
     return None
+
+
+def _latest(folder: Any) -> str | None:
+    """What Megatron's tracker file names as the latest checkpoint of a folder."""
+    tracker = Path(str(folder)) / _TRACKER
+    return tracker.read_text().strip() if tracker.is_file() else None
 
 
 def _experts_apart(args: Any) -> bool:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = """
     --num-layers 4 --hidden-size 48 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --tokenizer-type NullTokenizer --vocab-size 255
-    --make-vocab-size-divisible-by 32 --mock-data --micro-batch-size 1 --global-batch-size 8
+    --make-vocab-size-divisible-by 32 --mock-data --micro-batch-size 2 --global-batch-size 8
     --train-iters 20 --eval-iters 0 --eval-interval 1000 --lr 3e-4 --min-lr 3e-5
     --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1 --clip-grad 1.0
     --attention-dropout 0 --hidden-dropout 0 --log-interval 10 --seed 5

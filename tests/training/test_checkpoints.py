@@ -84,6 +84,15 @@ def _mark(names):
     ]
 
 
+def _is_stopped(name):
+    """Whether a run of its own saves and stops, beside one in one go that does not save.
+
+    So it is for one case of the usual format, and where Megatron would take the optimizer's state
+    of the latest checkpoint whatever --ckpt-step says.
+    """
+    return name == "full" or name.startswith("legacy")
+
+
 @pytest.fixture(scope="session")
 def seen(request, start_from, tmp_path_factory):
     """What the ranks saw, by name of the case; of those cases alone that are asked for."""
@@ -100,19 +109,17 @@ def seen(request, start_from, tmp_path_factory):
             own = any(part in name for part in ("swiglu", "legacy", "moe"))  # other weights
             start = "" if own else start_from
             variant = "came+frozen-but-one" if "nothing" in name else "came"
-            place, elsewhere = (
-                f"--save {folder / save} --save-interval 10 " for save in (name, name + "-first")
-            )
-            # The run in one go saves on its way; "full" is also stopped, and run without saving.
+            place = f"--save {folder / name} --save-interval 10 "
+            straight, second = start + CAME + flags, f"--load {folder / name} {AT_TEN}"
+            if _is_stopped(name):
+                cases.append(Case(f"{name}-first", straight + place + STOP, variant))
+                second = f"--load {folder / name} "
+            else:
+                straight += place  # the run in one go saves on its way
             cases += [
-                Case(f"{name}-straight", start + CAME + flags + place, variant),
-                Case(f"{name}-second", CAME + flags + f"--load {folder / name} {AT_TEN}", variant),
+                Case(f"{name}-straight", straight, variant),
+                Case(f"{name}-second", CAME + flags + second, variant),
             ]
-            if name == "full":
-                cases += [
-                    Case(f"{name}-silent", start + CAME + flags, variant),
-                    Case(f"{name}-first", start + CAME + flags + elsewhere + STOP, variant),
-                ]
         results.update(run(ranks, cases, tmp_path_factory.mktemp(f"saved{ranks}")))
     for ranks in (1, 2, 4):
         cases = [
@@ -133,16 +140,11 @@ def test_resuming_at_the_same_layout_is_bit_identical(seen, name):
     straight, second = (seen[f"{name}-{part}"] for part in ("straight", "second"))
     assert len(losses(second)) == 10
     assert losses(second) == losses(straight)[10:]
+    if _is_stopped(name):
+        assert losses(seen[f"{name}-first"]) == losses(straight)[:10]
     for rank, (one, other) in enumerate(zip(straight, second, strict=True)):
         assert one["state"] == other["state"], f"rank {rank}"
         assert one["weights"] == other["weights"], f"rank {rank}"
-
-
-@pytest.mark.parametrize("name", ["full"])
-def test_a_run_that_is_stopped_and_one_that_does_not_save_are_the_same(seen, name):
-    straight, silent, first = (seen[f"{name}-{part}"] for part in ("straight", "silent", "first"))
-    assert silent == straight
-    assert losses(first) == losses(straight)[:10]
 
 
 @pytest.mark.parametrize("name", _mark(RESHARDED))

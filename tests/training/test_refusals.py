@@ -1,7 +1,10 @@
 """Command lines that Megatron itself reads: one sentence, before training starts."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from megatron_came.host import checkpoint_refusals
 from megatron_came.tools import inspect_checkpoint
 from tests.training.harness import Case, run
 
@@ -68,6 +71,18 @@ def test_refused(seen, name):
 def test_weights_of_another_optimizers_checkpoint_train_on(seen, name):
     assert seen[name][0]["error"] is None
     assert len(seen[name][0]["losses"]) == 2
+
+
+@pytest.mark.parametrize(("step", "refused"), [(None, False), (20, False), (10, True)])
+def test_an_earlier_legacy_checkpoint_is_refused(tmp_path, step, refused):
+    """Megatron would load its weights, and the optimizer's state of the latest one."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    saved = SimpleNamespace(optimizer="came", use_distributed_optimizer=True)
+    args = SimpleNamespace(
+        **vars(saved), finetune=False, no_load_optim=False, load=str(tmp_path), ckpt_step=step
+    )
+    problem = checkpoint_refusals.refusal(saved, args, "legacy")
+    assert refused == (problem is not None and "leave --ckpt-step out" in problem)
 
 
 def test_settings_of_adam_and_sgd_are_ignored_with_a_line(seen):
