@@ -42,7 +42,7 @@ class Request:
 
 
 class SumBuffer:
-    """A flat float64 buffer of local sums that :meth:`reduce` completes.
+    """A flat float64 buffer of local sums that :meth:`start` and :meth:`finish` complete.
 
     Every rank of a group must build its buffer from the same requests in the same order, those
     of parameters it holds no element of included.

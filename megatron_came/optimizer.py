@@ -109,6 +109,11 @@ class CAME(torch.optim.Optimizer):
         _check_group(defaults)
         super().__init__(params, defaults)
         self.set_shards(shards or {})
+        if shards and momentum_dtype != torch.float32 and names is None:
+            raise ValueError(
+                "CAME: with shards and momentum in bf16, names must name the parameters: their "
+                "places in the parameter groups may differ between ranks."
+            )
         self._choose_kernels()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -217,6 +222,8 @@ class CAME(torch.optim.Optimizer):
 
         for work in active:
             work.end()
+        if active:  # kernels write behind autograd's back
+            torch.autograd.graph.increment_version([work.param for work in active])
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
         return loss

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_came.comm import SumBuffer
 from megatron_came.kernels.fused import FusedPasses, Kernels
@@ -36,7 +37,9 @@ class Chunk:
         for work, first, second in zip(works, square_requests, instability_requests, strict=True):
             work.bind([next(squares) for _ in first], [next(instability) for _ in second])
         self._works = works
-        fused = [work for work in works if kernels is not None and kernels.bears(work.param)]
+        fused = [
+            work for work in works if kernels is not None and kernels.bears(work.param, work.shard)
+        ]
         plain = [work for work in works if work not in fused]
         self._passes: list[tuple[PlainPasses | FusedPasses, set[ParameterWork]]] = []
         if plain:
@@ -84,10 +87,10 @@ class Plan:
         self, works: list[ParameterWork], kernels: dict[torch.device, Kernels | None]
     ) -> None:
         self.works = works
-        self._devices = [work.param.device for work in works]
+        self._natures = [_nature(work.param) for work in works]
         self.local: list[Chunk] = []
         self.shared: list[Chunk] = []
-        for device in dict.fromkeys(self._devices):
+        for device in dict.fromkeys(work.param.device for work in works):
             here = [work for work in works if work.param.device == device]
             alone = [work for work in here if not work.is_shared]
             shared = [work for work in here if work.is_shared]
@@ -104,9 +107,14 @@ class Plan:
         """Whether the groups still hold the plan's parameters, where they were."""
         group_of = {param: group for group in param_groups for param in group["params"]}
         return len(group_of) == len(self.works) and all(
-            group_of.get(work.param) is work.group and work.param.device == device
-            for work, device in zip(self.works, self._devices, strict=True)
+            group_of.get(work.param) is work.group and _nature(work.param) == nature
+            for work, nature in zip(self.works, self._natures, strict=True)
         )
+
+
+def _nature(param: Tensor) -> tuple[object, ...]:
+    """What of a tensor decides who updates it, and how."""
+    return param.device, param.dtype, param.shape, param.is_contiguous()
 
 
 def _cut(

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_came import CAME
 from megatron_came.tools.bench import command
-from tests.kernel_cases import CASES, TOLERANCE, train, worst_distance
+from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
 
 CUDA = torch.device("cuda")
 # (model, layers)
@@ -32,6 +32,13 @@ def check_cases() -> None:
         first, second = (train(case, "triton", CUDA, torch.float32) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case.name
         print(f"ok  {case.name}: {distance:.1e} of the update", flush=True)
+
+
+def check_bad_gradients() -> None:
+    """NaN and infinity reach the weights that they reach on the plain path."""
+    ours, plain = bad_gradients("triton", CUDA), bad_gradients("plain", torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    print("ok  what is not finite is not hidden", flush=True)
 
 
 def check_bf16_momentum() -> None:
@@ -99,6 +106,7 @@ def main() -> None:
         raise SystemExit("gpu_check: there is no GPU here.")
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results"
     check_cases()
+    check_bad_gradients()
     check_bf16_momentum()
     check_graph_capture()
     device = torch.cuda.get_device_name().lower().replace(" ", "-")

@@ -56,5 +56,6 @@ for name, variants in VARIANTS.items():
     for constants in variants:
         ptx = compile_for_hopper(name, constants).asm["ptx"]
         aligned = " aligned" if constants.get("ALIGNED") else ""
-        vector = "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
-        print(f"{name}{aligned}: {'vector loads and stores' if vector else 'compiled'}")
+        loads, stores = (f"{verb}.global.v4.b32" in ptx for verb in ("ld", "st"))
+        found = "vector loads" * loads + " and stores" * stores
+        print(f"{name}{aligned}: {found or 'compiled'}")

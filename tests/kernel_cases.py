@@ -35,12 +35,30 @@ CASES = [
     Case("thin", whole((1, 9), (9, 1), (130, 3))),
     Case("batches", whole((3, 33, 21), (2, 2, 3, 5))),
     Case("middle of rows", (((40, 90), 301, 2907), ((90,), 13, 77), ((3, 10, 30), 301, 700))),
+    Case("aligned middle of rows", (((64, 256), 132, 9000), ((30, 260), 264, 7000))),
     Case("inside one row", (((4, 700), 710, 1390),)),
     Case("empty slices", (((40, 300), 0, 0), ((90,), 90, 90), ((20, 30), None, None))),
     Case("no elements", whole((0, 5), (0,), (3, 4))),
     Case("bf16 gradients", whole((70, 300), (50,)), torch.bfloat16),
+    Case("bf16 slices", (((64, 256), 132, 9000), ((40, 90), 301, 2907)), torch.bfloat16),
+    Case("convolutions", whole((70, 4, 3))),
     Case("nothing", ()),
 ]
+
+
+def bad_gradients(kernels, device):
+    """Which weights are not finite after a step with a NaN, an infinity or a huge gradient."""
+    masks = []
+    for bad in (float("nan"), float("inf"), 1e30):
+        for shape in ((8,), (6, 5), (2, 4, 5)):
+            param = torch.nn.Parameter(torch.ones(shape, device=device))
+            grad = torch.ones(shape)
+            grad.view(-1)[3] = bad
+            grad.view(-1)[-1] = 0.0
+            param.grad = grad.to(device)
+            CAME([param], lr=1e-2, kernels=kernels).step()
+            masks.append(param.detach().isfinite().cpu())
+    return masks
 
 
 def train(case, kernels, device, dtype, seed=0):

@@ -15,7 +15,7 @@ from megatron_came.kernels.choice import choose
 from megatron_came.kernels.fused import Kernels
 from megatron_came.kernels.tables import Tiling
 from megatron_came.kernels.triton_launch import TritonKernels
-from tests.kernel_cases import CASES, TOLERANCE, train, worst_distance
+from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
 from tests.test_sharded import MID_ROW, Layout
 from tests.test_sharded import worst_distance as worst_sharded_distance
 
@@ -34,6 +34,62 @@ on_both = pytest.mark.parametrize("kernels", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernels_equal_the_plain_path(case, kernels):
     assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+
+
+@on_both
+def test_local_chunks_share_the_scratch_buffer(kernels, monkeypatch):
+    monkeypatch.setattr(f"{LAUNCHERS[kernels]}.chunk_elements", 500)
+    case = next(case for case in CASES if case.name == "batches")
+    assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+
+
+@on_both
+def test_what_is_not_finite_is_not_hidden(kernels):
+    ours = bad_gradients(kernels, DEVICES[kernels])
+    plain = bad_gradients("plain", torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert not all(mask.all() for mask in plain)
+
+
+@on_both
+def test_state_of_another_size_is_refused(kernels):
+    """Kernels read addresses, and would write beyond its end."""
+    small, large = (
+        CAME([torch.nn.Parameter(torch.ones(n, 4, device=DEVICES[kernels]))], lr=1e-2)
+        for n in (3, 300)
+    )
+    for optimizer in (small, large):
+        optimizer.init_state()
+    large._wanted_kernels = kernels
+    large.load_state_dict(small.state_dict())
+    (param,) = large.param_groups[0]["params"]
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"state 'exp_avg' of a parameter of shape \(300, 4\)"):
+        large.step()
+
+
+@on_both
+def test_a_parameter_that_changes_its_nature_is_updated_by_another_path(kernels):
+    param = torch.nn.Parameter(torch.ones(6, 4, device=DEVICES[kernels]))
+    optimizer = CAME([param], lr=1e-2, kernels=kernels)
+    results = []
+    for change in (lambda t: t, lambda t: t.t().contiguous().t(), lambda t: t.bfloat16()):
+        param.data = change(torch.ones_like(param.data, dtype=torch.float32))
+        optimizer.state.clear()
+        param.grad = torch.arange(24.0, device=param.device).view(6, 4).to(param.dtype)
+        optimizer.step()
+        results.append(param.detach().float())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=2**-8, atol=0)
+
+
+def test_autograd_notices_a_step():
+    param = torch.nn.Parameter(torch.ones(3, 4))
+    loss = (param**2).sum()
+    loss.backward(retain_graph=True)
+    CAME([param], lr=1e-2, kernels="numba").step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @on_both
@@ -161,11 +217,12 @@ def test_kernels_that_cannot_be_had_are_refused(wanted, device, message):
 
 
 def test_without_numba_the_step_is_plain_and_says_what_is_lost(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    # As if importing it failed.
+    monkeypatch.setitem(sys.modules, "megatron_came.kernels.numba_launch", None)
     choice = choose("auto", torch.device("cpu"))
     assert choice.kernels is None
-    assert "slower: numba is not installed (pip install numba)" in choice.reason
-    with pytest.raises(ValueError, match="need numba: pip install numba"):
+    assert "slower: numba cannot be used" in choice.reason
+    with pytest.raises(ValueError, match=r"need numba \(pip install numba\)"):
         choose("numba", torch.device("cpu"))
 
 
@@ -182,6 +239,8 @@ def test_the_kernels_compile_for_hopper_with_vector_loads():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "apply_tiles aligned: vector loads and stores" in done.stdout
+    assert "square_tiles aligned: vector loads" in done.stdout
+    assert "instability_tiles aligned: vector loads" in done.stdout
 
 
 @pytest.mark.parametrize("kernels", ["plain", *DEVICES])

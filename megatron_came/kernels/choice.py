@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import NamedTuple
 
@@ -51,14 +50,22 @@ def choose(wanted: str, device: torch.device) -> Choice:
         raise ValueError(
             f"CAME: kernels {wanted!r} do not run on {device.type}: use 'auto' or 'plain'."
         )
-    if name is None or importlib.util.find_spec(name) is None:
+    try:
+        return _kernels(str(name), device)
+    except (ImportError, RuntimeError) as error:  # not installed, or not working here
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if wanted != "auto":
-            raise ValueError(f"CAME: kernels {wanted!r} need {name}: pip install {name}.")
+            raise ValueError(
+                f"CAME: kernels {wanted!r} need {name} (pip install {name}): {reason}."
+            ) from error
         return Choice(
             None,
-            f"CAME's step runs in plain PyTorch, which is slower: {name} is not installed "
-            f"(pip install {name}).",
+            f"CAME's step runs in plain PyTorch, which is slower: {name} cannot be used ({reason});"
+            f" pip install {name}.",
         )
+
+
+def _kernels(name: str, device: torch.device) -> Choice:
     if name == "numba":
         from megatron_came.kernels.numba_launch import NumbaKernels
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ from megatron_came.kernels.tables import (
     matrix_row,
     vector_row,
 )
+from megatron_came.layout import Shard
 from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.work import ParameterWork
 
@@ -74,8 +77,12 @@ class Kernels(Protocol):
         """Whether all rows of a table of matrices allow vector loads."""
         ...
 
-    def bears(self, param: Tensor) -> bool:
-        """Whether they can update this parameter; the answer is the same on all ranks."""
+    def bears(self, param: Tensor, shard: Shard) -> bool:
+        """Whether they can, and should, update this parameter."""
+        ...
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make the parameters' device the current one."""
         ...
 
     def place(self, table: np.ndarray[Any, Any]) -> Any:
@@ -135,6 +142,18 @@ class Kernels(Protocol):
         ...
 
 
+def is_plain_fp32(param: Tensor) -> bool:
+    """Whether a parameter is an ordinary fp32 tensor in one piece, which an address describes."""
+    ordinary = type(param) in (Tensor, torch.nn.Parameter)
+    return ordinary and param.dtype == torch.float32 and param.is_contiguous()
+
+
+def is_batch_of_small(shard: Shard) -> bool:
+    """Whether tiles would be mostly empty: many small matrices, as of convolutions."""
+    batch, rows, columns = shard.local_matrix
+    return batch > 64 and rows * columns < 1024
+
+
 class FusedPasses:
     """The passes over some parameters through kernels.
 
@@ -150,7 +169,11 @@ class FusedPasses:
         self._scales_of = dict(zip(works, self._scales, strict=True))
 
     def begin(self, active: Sequence[ParameterWork]) -> None:
-        """Start a step of these parameters, all of which have begun."""
+        """Start a step of these parameters, all of which have begun.
+
+        Raises:
+            ValueError: state that does not fit its parameter.
+        """
         members = [work for work in active if work.shard.full_numel]
         if not self._members or members != self._members:
             self._build(members)
@@ -162,33 +185,36 @@ class FusedPasses:
     def add_square_sums(self) -> None:
         """Pass 1."""
         kernels, tables = self._kernels, self._tables
-        for segment in tables.segments:
-            kernels.square_tiles(tables, segment)
-            kernels.add_square_strips(tables, segment)
-        if self._vectors:
-            kernels.square_vectors(tables)
+        with kernels.on_device():
+            for segment in tables.segments:
+                kernels.square_tiles(tables, segment)
+                kernels.add_square_strips(tables, segment)
+            if self._vectors:
+                kernels.square_vectors(tables)
 
     def add_instability_sums(self) -> None:
         """With the sums of pass 1 complete: second moments and pass 2."""
         kernels, tables = self._kernels, self._tables
-        if self._matrices:
-            kernels.update_second_moments(tables)
-        for segment in tables.segments:
-            kernels.instability_tiles(tables, segment)
-            kernels.add_instability_strips(tables, segment)
-        if self._matrices:
-            kernels.total_updates(tables)
-        if self._vectors:
-            kernels.update_vectors(tables)
+        with kernels.on_device():
+            if self._matrices:
+                kernels.update_second_moments(tables)
+            for segment in tables.segments:
+                kernels.instability_tiles(tables, segment)
+                kernels.add_instability_strips(tables, segment)
+            if self._matrices:
+                kernels.total_updates(tables)
+            if self._vectors:
+                kernels.update_vectors(tables)
 
     def apply(self) -> None:
         """With the sums of pass 2 complete: instabilities and pass 3."""
         kernels, tables = self._kernels, self._tables
-        if self._matrices:
-            kernels.update_instabilities(tables)
-            kernels.apply_tiles(tables)
-        if self._vectors:
-            kernels.apply_vectors(tables)
+        with kernels.on_device():
+            if self._matrices:
+                kernels.update_instabilities(tables)
+                kernels.apply_tiles(tables)
+            if self._vectors:
+                kernels.apply_vectors(tables)
         for work in self._copied:
             work.copy_to_model()
         self._grads.clear()
@@ -265,6 +291,8 @@ class FusedPasses:
             grad = grad.to(torch.float32).contiguous()
             self._grads.append(grad)
         state, weight = work.state, work.model_weight
+        for key in ("exp_avg", *factors):
+            _check_state(state[key], work, key)
         if weight is not None and weight.dtype not in self._kernels.written_dtypes:
             self._copied.append(work)
             weight = None
@@ -289,18 +317,37 @@ class FusedPasses:
             # A rate on the device is copied there: the host need not wait for it, and a CUDA graph
             # reads it anew.
             rate = group["lr"]
-            row[GroupField.LR] = 0.0 if isinstance(rate, Tensor) else float(rate)
+            row[GroupField.LR] = math.nan if isinstance(rate, Tensor) else float(rate)
             row[GroupField.WEIGHT_DECAY] = float(group["weight_decay"])
             row[GroupField.BETA1], row[GroupField.BETA2], row[GroupField.BETA3] = hyper.betas
             row[GroupField.EPS1], row[GroupField.EPS2] = hyper.eps
             row[GroupField.CLIP_THRESHOLD] = hyper.clip_threshold
             rows.append(tuple(row))
-        if rows != self._group_rows:
+        if repr(rows) != repr(self._group_rows):  # NaN, in place of a rate on the device
             self._group_rows = rows
             self._tables.groups = self._kernels.place(np.array(rows, np.float64))
         for index, work in enumerate(self._groups):
             if isinstance(work.group["lr"], Tensor):
                 self._kernels.set_rate(self._tables, index, work.group["lr"])
+
+
+def _check_state(value: Tensor, work: ParameterWork, key: str) -> None:
+    """Kernels read addresses, and would write beyond the end of what is smaller than it should be.
+
+    Raises:
+        ValueError: state of another size, dtype, device or layout.
+    """
+    dtypes = (torch.float32, torch.bfloat16) if key == "exp_avg" else (torch.float32,)
+    batch, rows, columns = work.shard.local_matrix
+    sizes = {"exp_avg": work.shard.numel, "exp_avg_sq": rows}
+    size = sizes.get(key, batch * (rows if key.endswith("_row") else columns))
+    fits = value.numel() == size and value.dtype in dtypes and value.is_contiguous()
+    if not fits or value.device != work.param.device:
+        raise ValueError(
+            f"CAME: state {key!r} of a parameter of shape {work.shard.shape} has the shape "
+            f"{tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to another "
+            "model, or something has changed it."
+        )
 
 
 def _scales(work: ParameterWork) -> tuple[Tensor, ...]:

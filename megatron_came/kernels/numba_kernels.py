@@ -23,9 +23,11 @@ from megatron_came.kernels.tables import VectorField as Vector
 
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _REORDER = {"reassoc", "contract", "nsz"}
-_jit = njit(nogil=True, cache=True)
-_fast = njit(nogil=True, cache=True, fastmath=_REORDER)
-_elementwise = njit(nogil=True, cache=True, fastmath={"contract"})
+# As in PyTorch, a division by zero gives infinity or NaN.
+_options = {"nogil": True, "cache": True, "error_model": "numpy"}
+_jit = njit(**_options)
+_fast = njit(fastmath=_REORDER, **_options)
+_elementwise = njit(fastmath={"contract"}, **_options)
 
 _ONE = np.float32(1.0)
 _SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
@@ -58,6 +60,12 @@ def _floats(address, count):
 @_jit
 def _doubles(address, count):
     return carray(_to_float64(address), (count,))
+
+
+@_jit
+def _at_least(value, low):
+    """``torch.clamp(min=low)``: NaN stays NaN."""
+    return low if value < low else value
 
 
 @_elementwise
@@ -349,10 +357,10 @@ def update_second_moments(first, stop, matrices, factors, groups, divisors):
         )
         squared = 0.0
         if param[Matrix.ROWS_ARE_WHOLE]:
-            squared = row_ratio / rows
+            squared = _at_least(row_ratio / rows, squared)
         if param[Matrix.COLUMNS_ARE_WHOLE]:
-            squared = max(squared, column_ratio / columns)
-        guess = max(1.0, math.sqrt(squared) / group[Group.CLIP_THRESHOLD])
+            squared = _at_least(column_ratio / columns, squared)
+        guess = _at_least(math.sqrt(squared) / group[Group.CLIP_THRESHOLD], 1.0)
         divisors[index, 0] = np.float32(1.0 / guess)
 
 
@@ -377,7 +385,7 @@ def total_updates(first, stop, matrices):
 @_jit
 def _inverse_divisor(total, numel, clip_threshold):
     """Twin of ``factors.clip_divisor``, of which it returns the inverse."""
-    return 1.0 / max(1.0, math.sqrt(total / numel) / clip_threshold)
+    return 1.0 / _at_least(math.sqrt(total / numel) / clip_threshold, 1.0)
 
 
 @_fast
@@ -387,7 +395,8 @@ def _update_residual(moment, sums, stride, delta, beta1, count, eps, beta):
     keep, add = np.float32(beta), np.float32(1.0 - beta)
     for i in range(moment.size):
         error, cross, square = sums[i], sums[i + stride], sums[i + 2 * stride]
-        residual = max(error + delta * (2.0 * cross + delta * square), 0.0) * beta1 * beta1
+        residual = error + delta * (2.0 * cross + delta * square)
+        residual = _at_least(residual, 0.0) * beta1 * beta1
         moment[i] = keep * moment[i] + add * np.float32(residual / count + eps)
         total += moment[i]
     return total

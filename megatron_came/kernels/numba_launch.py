@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels import numba_kernels as kernels
-from megatron_came.kernels.fused import Tables
+from megatron_came.kernels.fused import Tables, is_batch_of_small, is_plain_fp32
 from megatron_came.kernels.tables import GroupField, Segment, Tiling
+from megatron_came.layout import Shard
 
 
 class NumbaKernels:
@@ -30,16 +32,21 @@ class NumbaKernels:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
+        self._threads = 1
         width = self.tiling.rows + self.tiling.columns
         self._scratch = np.empty((0, 3, width), np.float32)
 
-    def bears(self, param: Tensor) -> bool:
+    def bears(self, param: Tensor, shard: Shard) -> bool:
         """Fp32 weights in one piece."""
-        return param.dtype == torch.float32 and param.is_contiguous()
+        return is_plain_fp32(param) and not is_batch_of_small(shard)
 
     def place(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return a copy: the original may change."""
         return table.copy()
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Of no interest here."""
+        return nullcontext()
 
     def aligned(self, matrices: npt.NDArray[np.int64]) -> bool:
         """Of no interest here."""
@@ -62,8 +69,9 @@ class NumbaKernels:
             if stop > first:
                 kernel(first, stop, *args)
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(threads - 1, "megatron_came")
+        if self._pool is None or self._threads < threads:
+            self._threads = torch.get_num_threads()
+            self._pool = ThreadPoolExecutor(self._threads - 1, "megatron_came")
         bounds = [first + (stop - first) * i // threads for i in range(threads + 1)]
         parts = list(pairwise(bounds))
         others = [self._pool.submit(kernel, *part, *args) for part in parts[1:]]

@@ -38,6 +38,12 @@ def _aligned_floats(address, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _at_least(value, low):
+    """``torch.clamp(min=low)``: NaN stays NaN, which ``tl.maximum`` drops."""
+    return tl.where(value < low, low, value)
+
+
+@triton.jit
 def _doubles(address):
     return address.to(tl.pointer_type(tl.float64))
 
@@ -117,7 +123,7 @@ def _tile(matrices, tiles, index, ALIGNED: tl.constexpr):
     stop = tl.load(param + tables.MatrixField.STOP)
     place = (matrix * rows + row) * columns + column - start
     low = tl.maximum(-place, 0).to(tl.int32)
-    high = tl.minimum(stop - start - place, 2147483647 - 65536).to(tl.int32)
+    high = tl.minimum(stop - start - place, 2147483648 - 65536).to(tl.int32)
     narrow = columns.to(tl.int32)
     if ALIGNED:
         place = tl.multiple_of(place, 4)
@@ -380,7 +386,8 @@ def update_second_moments(matrices, factors, groups, divisors, BLOCK: tl.constex
         tl.load(param + tables.MatrixField.COLUMNS_ARE_WHOLE) != 0, column_ratio / columns, 0.0
     )
     clip = tl.load(group + tables.GroupField.CLIP_THRESHOLD)
-    guess = tl.maximum(tl.sqrt(tl.maximum(from_rows, from_columns)) / clip, 1.0)
+    squared = _at_least(from_columns, from_rows)
+    guess = _at_least(tl.sqrt(squared) / clip, 1.0)
     tl.store(divisors + 2 * index, (1.0 / guess).to(tl.float32))
 
 
@@ -400,7 +407,7 @@ def total_updates(matrices, BLOCK: tl.constexpr):
 @triton.jit
 def _inverse_divisor(total, numel, clip_threshold):
     """Twin of ``factors.clip_divisor``, of which it returns the inverse, in float64."""
-    return 1.0 / tl.maximum(tl.sqrt(total / numel) / clip_threshold, 1.0)
+    return 1.0 / _at_least(tl.sqrt(total / numel) / clip_threshold, 1.0)
 
 
 @triton.jit
@@ -417,7 +424,8 @@ def _update_residual(
         error = tl.load(sums + index, mask=mask, other=0.0)
         cross = tl.load(sums + stride + index, mask=mask, other=0.0)
         square = tl.load(sums + 2 * stride + index, mask=mask, other=0.0)
-        residual = tl.maximum(error + delta * (2.0 * cross + delta * square), 0.0) * beta1 * beta1
+        residual = error + delta * (2.0 * cross + delta * square)
+        residual = _at_least(residual, 0.0) * beta1 * beta1
         old = tl.load(moment + index, mask=mask, other=0.0)
         new = keep * old + add * (residual / count + eps).to(tl.float32)
         tl.store(moment + index, new, mask=mask)

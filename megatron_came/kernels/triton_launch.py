@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels import triton_kernels as kernels
-from megatron_came.kernels.fused import Tables
+from megatron_came.kernels.fused import Tables, is_batch_of_small, is_plain_fp32
 from megatron_came.kernels.tables import GroupField, MatrixField, Segment, Tiling
+from megatron_came.layout import Shard
 
 _STEP = 8  # rows of a tile that a program reads at once
 _TILE_WARPS = 8
@@ -32,26 +34,37 @@ class TritonKernels:
     tiling = Tiling(rows=64, columns=256, slots=4096)
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._is_cuda = device, device.type == "cuda"
         width = self.tiling.rows + self.tiling.columns
         self._scratch = torch.empty(0, 3, width, dtype=torch.float32, device=device)
 
     @property
     def chunk_elements(self) -> int | None:
         """What half of the L2 cache holds of gradient and momentum."""
-        if self._device.type != "cuda":
+        if not self._is_cuda:
             return None
         return int(torch.cuda.get_device_properties(self._device).L2_cache_size) // 2 // 8
 
-    def bears(self, param: Tensor) -> bool:
-        """Fp32 weights in one piece."""
-        return param.dtype == torch.float32 and param.is_contiguous()
+    def bears(self, param: Tensor, shard: Shard) -> bool:
+        """Fp32 weights in one piece, with places in a tile that fit 32 bits."""
+        narrow = shard.local_matrix[2] < 2**24
+        return is_plain_fp32(param) and narrow and not is_batch_of_small(shard)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make the parameters' device the current one, on which Triton launches."""
+        return torch.cuda.device(self._device) if self._is_cuda else nullcontext()
 
     def place(self, table: npt.NDArray[Any]) -> Tensor:
         """Copy to the device, from pinned memory: the copy is queued, not waited for."""
         host = torch.from_numpy(table.copy())
-        if self._device.type != "cuda":
+        if not self._is_cuda:
             return host
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "CAME: a tensor, hyperparameter or random key has changed while a CUDA graph is "
+                "captured: warm up with the gradients where they will stay, give the learning "
+                "rate as a tensor on the device, and keep the momentum in fp32."
+            )
         return host.pin_memory().to(self._device, non_blocking=True)
 
     def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:

@@ -38,3 +38,7 @@ def main() -> int:
         return memory.main(rest)
     print(f"megatron-came: there is no command {command}.\n{_USAGE}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
