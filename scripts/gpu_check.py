@@ -2,8 +2,8 @@
 
     python scripts/gpu_check.py [FOLDER]
 
-Needs PyTorch and Triton alone; what else is installed (came-pytorch, apex, Transformer Engine) is
-timed too. The results go to FOLDER (default: benchmarks/results) as JSON.
+Needs PyTorch, with NumPy, and Triton alone; what else is installed (came-pytorch, apex,
+Transformer Engine) is timed too. The results go to FOLDER (default: benchmarks/results) as JSON.
 """
 
 import sys

@@ -75,11 +75,13 @@ def peers(report: Report) -> str:
     ours = result(report, OURS)
     for one in report["results"]:
         bandwidth, floor = one["gigabytes_per_second"], one["fraction_of_floor"]
+        extra = one["extra_mebibytes"]
         ratio = one["milliseconds"] / ours["milliseconds"] if ours else None
         lines.append(
             f"| {one['name']} | {one['milliseconds']:.1f} | {one['ns_per_parameter']:.3f} "
             f"| {'-' if bandwidth is None else format(bandwidth, '.0f')} "
-            f"| {'-' if floor is None else format(floor, '.0%')} | {one['extra_mebibytes']:.1f} "
+            f"| {'-' if floor is None else format(floor, '.0%')} "
+            f"| {'-' if extra is None else format(extra, '.1f')} "
             f"| {'-' if ratio is None else format(ratio, '.2f')} |"
         )
     return "\n".join(lines) + "\n"

@@ -39,7 +39,12 @@ def _came(
     kernels: str, momentum: torch.dtype = torch.float32
 ) -> Callable[..., torch.optim.Optimizer]:
     return lambda params, shards: CAME(
-        params, lr=_LR, shards=shards, kernels=kernels, momentum_dtype=momentum
+        params,
+        lr=_LR,
+        shards=shards,
+        kernels=kernels,
+        momentum_dtype=momentum,
+        names={param: str(index) for index, param in enumerate(params)},
     )
 
 

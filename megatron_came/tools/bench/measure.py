@@ -35,7 +35,8 @@ class Result:
         gigabytes_per_second: floor's bytes over the median.
         fraction_of_floor: time that the floor's bytes take at the device's copy bandwidth over the
             median.
-        extra_mebibytes: peak of the memory taken during a step beyond what was held before it.
+        extra_mebibytes: peak of the memory taken during a step beyond what was held before it;
+            None where the system does not say.
         collectives: of one step.
         mebibytes_sent: handed to collectives in one step.
     """
@@ -47,7 +48,7 @@ class Result:
     ns_per_parameter: float
     gigabytes_per_second: float | None
     fraction_of_floor: float | None
-    extra_mebibytes: float
+    extra_mebibytes: float | None
     collectives: int
     mebibytes_sent: float
 
@@ -123,7 +124,7 @@ def _resident(key: str) -> int:
     return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1]) * 1024
 
 
-def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int | None:
     """Bytes at the peak of a step beyond those held before it.
 
     On the CPU from the kernel's count of resident pages, whose peak can be reset.
@@ -134,8 +135,11 @@ def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int
         optimizer.step()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
     optimizer.step()
     return max(_resident("VmHWM") - before, 0)
 
@@ -181,7 +185,7 @@ def measure(
         ns_per_parameter=median * 1e6 / count,
         gigabytes_per_second=None if moved is None else moved / median / 1e6,
         fraction_of_floor=None if moved is None else moved / bandwidth / (median / 1e3),
-        extra_mebibytes=extra / 2**20,
+        extra_mebibytes=None if extra is None else extra / 2**20,
         collectives=len(sent),
         mebibytes_sent=sum(sent) / 2**20,
     )

@@ -1,0 +1,37 @@
+"""``megatron-came bench``."""
+
+import json
+
+import pytest
+
+from megatron_came.tools.bench import command
+from megatron_came.tools.bench.shapes import shapes_of
+
+
+def test_gpt2_sizes():
+    assert sum(a * b for a, *rest in shapes_of("gpt2-medium") for b in rest or [1]) == 354_871_296
+
+
+def test_a_step_is_timed_and_written(tmp_path, capsys):
+    file = tmp_path / "results" / "one.json"
+    options = ["--model", "gpt2-mini", "--layers", "1", "--steps", "1", "--device", "cpu"]
+    assert command.main([*options, "--only", "came,", "adamw, fused", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    names = [one["name"] for one in report["results"]]
+    assert names == ["CAME, fused", "CAME, bf16 momentum", "CAME, plain", "torch AdamW, fused"]
+    assert all(one["milliseconds"] > 0 for one in report["results"])
+    assert report["machine"]["torch"]
+    assert "times as long as CAME, fused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "lion"], "--only matches none of 'CAME, fused'"),
+        (["--iteration", "--model", "llama-7b-layer"], "--iteration needs a whole model"),
+        (["--", "--seq-length", "64"], "flags after -- are for --iteration alone"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, capsys):
+    assert command.main(["--device", "cpu", *options]) == 2
+    assert message in capsys.readouterr().err
