@@ -212,7 +212,9 @@ class TestCommands:
         copy = tmp_path / "slurm_script"
         shutil.copy(EXAMPLES / "gpt2_medium" / "train_slurm.sh", copy)
         words = dry_run(str(copy), path=cluster.path, **cluster.variables)
-        assert shlex.join(words).startswith("srun --nodes 3 --ntasks-per-node 1 env ")
+        assert shlex.join(words).startswith(
+            "srun --nodes 3 --ntasks-per-node 1 --cpu-bind none env "
+        )
         assert words[words.index("--nnodes") + 1] == "3"
         assert words[words.index("--nproc-per-node") + 1] == "8"
         assert words[words.index("--rdzv-endpoint") + 1] == "localhost:29500"
@@ -235,7 +237,7 @@ class Cluster:
             ("scontrol", "echo localhost; echo others"),
             (
                 "srun",
-                'n=$2; shift 4; for ((; n > 0; n--)); do "$@" & p+=($!); done; wait "${p[@]}"',
+                'n=$2; shift 6; for ((; n > 0; n--)); do "$@" & p+=($!); done; wait "${p[@]}"',
             ),
         ):
             (programs / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -329,7 +331,6 @@ def test_on_data_and_resumed_in_another_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "optimizer"),
     [
-        ("gpt2_medium/train_tp2_pp2_dp2.sh", "came"),
         ("gpt2_medium/train_slurm.sh", "came"),
         ("llama/train_8gpus.sh", "came"),
         ("moe/train_8gpus.sh", "came"),
@@ -341,6 +342,12 @@ def test_smoke(tmp_path: Path, script: str, optimizer: str) -> None:
     seen = losses(log)
     assert sorted(seen) == [1, 2, 3, 4]
     assert all(8 < loss < 13 for loss in seen.values())
+
+
+@pytest.mark.matrix
+def test_resumed_with_tensor_and_pipeline_parallelism(tmp_path: Path) -> None:
+    assert sorted(losses(smoke("gpt2_medium/train_1gpu.sh", tmp_path))) == [1, 2, 3, 4]
+    assert sorted(losses(smoke("gpt2_medium/train_tp2_pp2_dp2.sh", tmp_path))) == [5, 6, 7, 8]
 
 
 @pytest.mark.matrix

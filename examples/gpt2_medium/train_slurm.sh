@@ -40,7 +40,8 @@ MODEL_PARALLEL_ARGS=(
 )
 
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    LAUNCHER=(srun --nodes "$NODES" --ntasks-per-node 1)
+    # Unbound, so that a node's one task, the torchrun, has all cores for its processes.
+    LAUNCHER=(srun --nodes "$NODES" --ntasks-per-node 1 --cpu-bind none)
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     first=${hosts%%$'\n'*}
     SMOKE_PROCESSES=1   # on each node
