@@ -33,7 +33,7 @@ A step of CAME must read the gradient three times, the momentum twice and the we
 weights: 32 bytes a parameter in fp32, or 20 where gradient and momentum stay in a cache from pass to pass. AdamW's 28
 are the yardstick. "Of floor" is the time that these bytes take at the copy bandwidth measured in the same run, over the
 median time: above 100% where reads are faster than copies. "Extra" is the peak of the memory taken during a step beyond
-what was held before it.
+what was held before it. Medians differ by some ten per cent from run to run on a shared machine.
 
 "CAME, fused" runs in kernels: Numba's on CPUs, Triton's on GPUs. **The Triton kernels {gpu}.**
 """
