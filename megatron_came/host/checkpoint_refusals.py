@@ -110,8 +110,8 @@ def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
         )
     if not sharded or sharding_type not in ("dp_reshardable", "legacy"):
         return None
-    step, latest = getattr(args, "ckpt_step", None), _latest(args.load)
-    if sharding_type == "legacy" and step and latest != str(step):
+    step = getattr(args, "ckpt_step", None)
+    if sharding_type == "legacy" and step and _latest(args.load) != str(step):
         return (
             f"--ckpt-step {step} is not the latest checkpoint, of which Megatron would take the "
             "optimizer's state all the same, because this one has --ckpt-format torch: write "
