@@ -8,7 +8,7 @@ BIN := .venv/bin
 OPTIONS = $(if $(TEXT),--text $(TEXT)) $(if $(RANKS),--ranks $(RANKS)) \
 	$(if $(PORT),--port $(PORT)) $(if $(ITERATIONS),--iterations $(ITERATIONS))
 
-.PHONY: help venv quickstart test test-all check-mutations gpu-check benchmarks check lock clean-quickstart
+.PHONY: help venv quickstart test test-all test-hosts check-mutations gpu-check benchmarks check lock clean-quickstart
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,20 @@ gpu-check:  ## check and time the Triton kernels (PYTHON=python; needs PyTorch, 
 
 benchmarks: venv  ## measure what docs/performance.md shows on this machine's CPU, and write that page
 	@scripts/benchmarks.sh
+
+# The releases that are tested beside the installed one, each in a folder of its own.
+HOSTS := $(addprefix build/hosts/,0.16.1 0.17.1 0.18.2 0.19.0)
+PIP_INTO = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target
+
+$(HOSTS): | venv
+	@echo "Downloading megatron-core $(@F)."
+	@rm -rf $@.part && $(PIP_INTO) $@.part megatron-core==$(@F) && mv $@.part $@
+
+build/hosts/packages: tests/hosts/requirements.txt | venv
+	@rm -rf $@ $@.part && $(PIP_INTO) $@.part --requirement $< && mv $@.part $@
+
+test-hosts: $(HOSTS) build/hosts/packages  ## test other releases of Megatron (MEGATRON_CHECKOUTS=folder for checkouts)
+	@OMP_NUM_THREADS=1 MEGATRON_HOSTS=$(CURDIR)/build/hosts $(BIN)/python -m pytest -q -rs tests/hosts
 
 check: venv  ## run the linters, the format check and the type checker
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

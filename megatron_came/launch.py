@@ -18,6 +18,7 @@ from typing import NoReturn
 from megatron_came.host import cpu, install
 from megatron_came.host.cpu.host_functions import use_compiled_dataset_helpers
 from megatron_came.host.errors import HostError, UnsupportedError
+from megatron_came.host.versions import check_version, has_training_loop
 
 _USAGE = """\
 usage: torchrun ... -m megatron_came.launch SCRIPT FLAGS...
@@ -28,10 +29,13 @@ trains on the CPU; MEGATRON_CAME_CPU=1 asks for the CPU where there is a GPU, ME
 forbids it. SCRIPT --help lists the flags of the script."""
 
 
-def prepare() -> None:
+def prepare(*, training_loop: bool = False) -> None:
     """Enable the CPU where it is wanted, and make ``came`` known to Megatron.
 
     The ``megatron`` package that is to train must be the first on ``sys.path``.
+
+    Args:
+        training_loop: whether it has to have one of its own.
 
     Raises:
         SystemExit: With status 2, if ``MEGATRON_CAME_CPU`` is set to nonsense or this Megatron is
@@ -45,6 +49,12 @@ def prepare() -> None:
         install()
     except HostError as error:
         _stop("megatron_came", str(error))
+    if training_loop and not has_training_loop():
+        _stop(
+            "megatron_came",
+            f"megatron-core {check_version()} of pip has no training loop: install 0.17 or newer, "
+            "or use -m megatron_came.launch with the script of a Megatron-LM checkout.",
+        )
     use_compiled_dataset_helpers()
 
 

@@ -16,7 +16,7 @@ _STARTED = time.time()  # before the slow imports: Megatron reports how long the
 from megatron_came.launch import prepare, refusals_in_a_sentence
 
 if __name__ == "__main__":
-    prepare()
+    prepare(training_loop=True)
 
 import json
 from argparse import Namespace
@@ -28,29 +28,21 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
-from megatron.core.utils import (
-    StragglerDetector,
-    get_attr_wrapped_model,
-    get_batch_on_this_cp_rank,
-    get_batch_on_this_tp_rank,
-)
-from megatron.training import (
-    get_args,
-    get_timers,
-    inprocess_restart,
-    pretrain,
-    print_rank_0,
-    set_startup_timestamps,
-)
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
+from megatron.training import get_args, get_timers, print_rank_0, set_startup_timestamps
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-Batch = dict[str, Any]  # tensors, or None for what the rank has no use of
+from megatron_came.host.releases.pretraining import (
+    Batch,
+    build_tokenizer,
+    mtp_on_this_rank,
+    share_batch,
+    train,
+)
+
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 _INPUTS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -84,15 +76,7 @@ def refusal(args: Namespace) -> str | None:
 
 def _predicts_further(vp_stage: int | None) -> bool:
     """Whether this rank's model chunk holds layers of multi-token prediction."""
-    config = core_transformer_config_from_args(get_args())
-    return bool(
-        mtp_on_this_rank(
-            layout=config.pipeline_model_parallel_layout,
-            mtp_num_layers=config.mtp_num_layers,
-            ignore_virtual=False,
-            vp_stage=vp_stage,
-        )
-    )
+    return mtp_on_this_rank(core_transformer_config_from_args(get_args()), vp_stage)
 
 
 def get_batch(data: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None) -> Batch:
@@ -100,34 +84,7 @@ def get_batch(data: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | No
     predicts_further = _predicts_further(vp_stage)
     if not predicts_further and not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(_INPUTS)
-    args = get_args()
-    tp_rank = mpu.get_tensor_model_parallel_rank()
-    batch: Batch = {}
-    if tp_rank == 0:  # the only one with a data loader
-        if data is None:
-            raise RuntimeError("Megatron gave tensor-parallel rank 0 no data loader.")
-        sample = next(data)
-        batch = {key: sample[key].cuda(non_blocking=True) for key in _INPUTS if key in sample}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=predicts_further,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
-    return {key: batch.get(key) for key in _INPUTS}
+    return share_batch(data, _INPUTS, predicts_further=predicts_further)
 
 
 def _check_loss(loss: torch.Tensor) -> None:
@@ -266,20 +223,8 @@ def main() -> None:
         SystemExit: The command line asks for something that this script leaves out.
     """
     set_startup_timestamps(program_start=_STARTED, main_entry=time.time())
-    train, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    message = refusal(args)
-    if message is not None:
-        raise SystemExit(message)
     with refusals_in_a_sentence():
-        train(
-            pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-            datasets,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            store=store,
-            get_embedding_ranks=embedding_ranks,
-        )
+        train(datasets, forward_step, embedding_ranks, refusal)
 
 
 if __name__ == "__main__":

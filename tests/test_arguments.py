@@ -48,6 +48,7 @@ def test_the_defaults_are_the_authors():
             "--tensor-parallel-num-weight-shards 4: leave it out",
         ),
         ({"use_layer_wise_distributed_optimizer": True}, "a layer-wise optimizer"),
+        ({"use_legacy_models": True}, "--use-legacy-models: leave it out"),
         ({"yaml_cfg": "run.yaml"}, "--yaml-cfg run.yaml: give the settings as flags"),
     ],
     ids=str,

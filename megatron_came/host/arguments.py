@@ -12,6 +12,7 @@ from typing import Any
 from megatron_came.host.checkpoint_refusals import notice
 from megatron_came.host.memory import report as memory_report
 from megatron_came.host.patching import Function, wrap
+from megatron_came.host.releases.refusals import flag_problem
 from megatron_came.kernels.choice import CHOICES
 from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparameters
 
@@ -96,6 +97,7 @@ UNSUPPORTED = (
     Unsupported("moe_single_grouped_weight", "--moe-single-grouped-weight", _SEPARATE),
     Unsupported("moe_single_grouped_bias", "--moe-single-grouped-bias", _SEPARATE),
     Unsupported("use_layer_wise_distributed_optimizer", "a layer-wise optimizer", _SHARDING),
+    Unsupported("use_legacy_models", "--use-legacy-models", "leave it out"),
     Unsupported("yaml_cfg", "--yaml-cfg", "give the settings as flags"),
 )
 
@@ -207,6 +209,9 @@ def _with_checks(original: Function) -> Function:
         finally:
             args.optimizer = "came"
         _stop_if_refused(args, flags)
+        problem = flag_problem(args)
+        if problem:
+            raise SystemExit(f"megatron_came: {problem}")
         reshardable = notice(args)
         if reshardable:
             _say(reshardable)

@@ -8,37 +8,25 @@ import torch.distributed as dist
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_came.host.arguments import hyperparameters, say_once
+from megatron_came.host.arguments import say_once
 from megatron_came.host.config import CameOptimizerConfig
 from megatron_came.host.distributed import CameDistributedOptimizer
 from megatron_came.host.errors import UnsupportedError
 from megatron_came.host.patching import Function, wrap
+from megatron_came.host.releases.refusals import check_model
 from megatron_came.host.sharding import ModelGroups, check_replicas
 from megatron_came.host.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
 
 
 def install() -> None:
-    """Let Megatron's two builders, and its reading of the arguments, know CAME."""
-    wrap("megatron.training.training", "get_megatron_optimizer_config", _with_came_config)
+    """Let Megatron's two builders know CAME."""
     wrap("megatron.core.optimizer", "get_megatron_optimizer", _with_came)
     wrap(
         "megatron.core.optimizer",
         "_get_megatron_optimizer_based_on_param_groups",
         _with_came_for_groups,
     )
-
-
-def _with_came_config(original: Function) -> Function:
-    def get_megatron_optimizer_config(args: Any) -> Any:
-        config, overrides = original(args)
-        if config.optimizer == "came":
-            config = CameOptimizerConfig.from_megatron(
-                config, hyperparameters(args), args.came_kernels
-            )
-        return config, overrides
-
-    return get_megatron_optimizer_config
 
 
 def _with_came(original: Function) -> Function:
@@ -76,6 +64,7 @@ def _check_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> None:
             "--optimizer came does not go with --use-megatron-fsdp: "
             "use --use-distributed-optimizer."
         )
+    check_model(model_chunks)
 
 
 def _with_came_for_groups(original: Function) -> Function:

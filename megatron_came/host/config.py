@@ -8,7 +8,28 @@ from typing import Any, Self
 
 from megatron.core.optimizer import OptimizerConfig
 
+from megatron_came.host.arguments import hyperparameters
+from megatron_came.host.patching import Function, wrap
 from megatron_came.maths.hyperparameters import Hyperparameters
+
+
+def install() -> None:
+    """Let Megatron's reading of the arguments make a configuration of this type."""
+    wrap("megatron.training.training", "get_megatron_optimizer_config", _with_came)
+
+
+def _with_came(original: Function) -> Function:
+    def get_megatron_optimizer_config(args: Any) -> Any:
+        if args.optimizer != "came":
+            return original(args)
+        # Some releases know no other names than those of their own optimizers.
+        standard = copy.copy(args)
+        standard.optimizer = "adam"
+        config, overrides = original(standard)
+        came = CameOptimizerConfig.from_megatron(config, hyperparameters(args), args.came_kernels)
+        return came, overrides
+
+    return get_megatron_optimizer_config
 
 
 @dataclass
@@ -31,7 +52,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     def from_megatron(cls, config: Any, came: Hyperparameters, kernels: str = "auto") -> Self:
         """Turn Megatron's own configuration into one of this type."""
         values = {f.name: getattr(config, f.name) for f in fields(OptimizerConfig)}
-        return cls(**values, came=came, kernels=kernels)
+        return cls(**{**values, "optimizer": "came"}, came=came, kernels=kernels)
 
     def as_standard(self) -> Self:
         """Return a copy that Megatron's builder takes the standard path with.

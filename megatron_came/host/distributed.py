@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_came.host.factor_checkpoints import (
@@ -15,6 +14,7 @@ from megatron_came.host.factor_checkpoints import (
     sharded_factors,
     unknown_format,
 )
+from megatron_came.host.releases.distributed_optimizer import DistributedOptimizer
 from megatron_came.host.resumed_settings import own_settings_kept
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.layout import Shard

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_came.host.versions import check_version
+from megatron_came.host.versions import check_version, has_training_loop
 
 
 def install() -> None:
@@ -13,9 +13,14 @@ def install() -> None:
             be replaced.
     """
     check_version()
-    from megatron_came.host import arguments, building, checkpoint_refusals, memory
+    from megatron_came.host import building
 
     building.install()
+    if not has_training_loop():
+        return
+    from megatron_came.host import arguments, checkpoint_refusals, config, memory
+
+    config.install()
     arguments.install()
     checkpoint_refusals.install()
     memory.install()

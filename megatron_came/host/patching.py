@@ -12,13 +12,14 @@ from megatron_came.host.errors import HostError
 
 Function = Callable[..., Any]
 
-_MARK = "_megatron_came_original"
+# What a function has been replaced by already.
+_MARK = "_megatron_came_makers"
 
 
 def wrap(module_name: str, name: str, make: Callable[[Function], Function]) -> None:
     """Replace a function by ``make(original)``, also where another module has imported it.
 
-    Once only: a function that has been replaced is left alone.
+    Once only: a function that the same ``make`` has replaced is left alone.
 
     Args:
         module_name: module that defines the function.
@@ -33,10 +34,11 @@ def wrap(module_name: str, name: str, make: Callable[[Function], Function]) -> N
         raise HostError(
             f"--optimizer came does not fit this Megatron: {module_name} has no function {name}."
         )
-    if hasattr(original, _MARK):
+    makers, name_of_make = getattr(original, _MARK, ()), f"{make.__module__}.{make.__qualname__}"
+    if name_of_make in makers:
         return
     replacement = functools.wraps(original)(make(original))
-    setattr(replacement, _MARK, original)
+    setattr(replacement, _MARK, (*makers, name_of_make))
     for module in list(sys.modules.values()):
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if value is original:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +41,13 @@ def free_port() -> int:
 
 
 def run(
-    world_size: int, cases: list[Case], folder: Path, *, dies: bool = False
+    world_size: int,
+    cases: list[Case],
+    folder: Path,
+    *,
+    dies: bool = False,
+    search_path: Sequence[Path] = (),
+    worker: str = "tests.training.worker",
 ) -> dict[str, list[dict]]:
     """Run the cases one after the other on ``world_size`` ranks.
 
@@ -49,6 +56,8 @@ def run(
         cases: in this order.
         folder: for the log and what the ranks saw.
         dies: the last case ends its processes; nothing is returned of it.
+        search_path: folders with the ``megatron`` package to use; none for the one installed.
+        worker: module that runs the cases.
 
     Returns:
         By name of the case, what each rank saw.
@@ -61,7 +70,7 @@ def run(
         "--master-port",
         str(free_port()),
         "-m",
-        "tests.training.worker",
+        worker,
         str(cases_file),
         str(folder),
     ]
@@ -69,7 +78,7 @@ def run(
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "MEGATRON_CAME_CPU": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(map(str, [*search_path, ROOT])),
     }
     with (folder / "log").open("w") as log:
         code = subprocess.run(

@@ -21,6 +21,7 @@ prepare()  # before anything imports Megatron
 
 from megatron_came import pretrain_gpt  # noqa: E402
 from tests.training import variants  # noqa: E402
+from tests.training.groups import connect, meet  # noqa: E402
 from tests.training.recording import Recorder  # noqa: E402
 
 
@@ -43,13 +44,6 @@ def run_case(case: dict) -> dict:
     return recorder.finish()
 
 
-def connect(name: str, store: dist.TCPStore) -> None:
-    """Start process groups of the case's own, which Megatron takes as it finds them."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    prefix = dist.PrefixStore(name, store)
-    dist.init_process_group("gloo", store=prefix, rank=rank, world_size=world_size)
-
-
 def forget() -> None:
     """Drop Megatron's global state, so that the next case starts afresh in the same processes."""
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
@@ -67,8 +61,7 @@ def forget() -> None:
 def main() -> None:
     cases_file, results = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False)
+    store = meet()
     for case in json.loads(cases_file.read_text()):
         print(f"=== case {case['name']}", flush=True)
         connect(case["name"], store)

@@ -6,12 +6,13 @@ so a refused value was asked for, on the command line or by the arguments of a c
 """
 
 import argparse
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_came.host.errors import HostError
+from megatron_came.host.patching import Function, wrap
+from megatron_came.host.releases import cpu as releases
 
 # What is announced, and what it sets: a destination of Megatron's parser and its value.
 _DEFAULTS: Mapping[str, tuple[str, object]] = {
@@ -145,9 +146,9 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
-def refusal(arguments: argparse.Namespace) -> str | None:
+def refusal(arguments: argparse.Namespace, rules: Iterable[Refusal] = REFUSALS) -> str | None:
     """The sentence that refuses ``arguments`` on a CPU, or None if they can work."""
-    for rule in REFUSALS:
+    for rule in rules:
         message = rule.message(arguments)
         if message is not None:
             return message
@@ -170,7 +171,9 @@ def _refused_together(arguments: argparse.Namespace) -> str | None:
 
 def default_flags() -> str:
     """The defaults that are set, as flags on one line."""
-    return " ".join(_DEFAULTS)
+    return " ".join(
+        flag for flag, (destination, _) in _DEFAULTS.items() if not releases.lacks(destination)
+    )
 
 
 def set_defaults(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +184,8 @@ def set_defaults(parser: argparse.ArgumentParser) -> None:
     """
     known = {action.dest for action in parser._actions}
     for flag, (destination, value) in _DEFAULTS.items():
+        if releases.lacks(destination):
+            continue
         if destination not in known:
             raise HostError(
                 f"Training on the CPU sets {flag}, which this version of Megatron-LM does not "
@@ -191,39 +196,47 @@ def set_defaults(parser: argparse.ArgumentParser) -> None:
 
 def install() -> None:
     """Make Megatron's parser take the defaults, and its validation refuse what cannot work."""
-    import megatron.training.arguments as megatron_arguments
-    from megatron.core.transformer.enums import AttnBackend
+    wrap("megatron.training.arguments", "add_megatron_arguments", _with_defaults)
+    wrap("megatron.training.arguments", "parse_args", _with_check)
+    wrap("megatron.training.arguments", "validate_args", _with_check_and_attention)
 
-    add_arguments = megatron_arguments.add_megatron_arguments
-    parse_args = megatron_arguments.parse_args
-    validate_args = megatron_arguments.validate_args
 
-    def check(arguments: argparse.Namespace) -> None:
-        message = refusal(arguments)
-        if message is not None:
-            raise SystemExit(f"megatron_came: {message}")
+def _check(arguments: argparse.Namespace) -> None:
+    here = [_leave_out(flag, needs) for flag, needs in releases.refused_flags().items()]
+    message = refusal(arguments, (*REFUSALS, *here))
+    if message is not None:
+        raise SystemExit(f"megatron_came: {message}")
 
-    @functools.wraps(add_arguments)
-    def add_arguments_for_cpu(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = add_arguments(parser)
+
+def _with_defaults(original: Function) -> Function:
+    def add_megatron_arguments(
+        parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
+    ) -> argparse.ArgumentParser:
+        parser = original(parser, *args, **kwargs)
         set_defaults(parser)
         return parser
 
-    @functools.wraps(parse_args)
-    def parse_args_on_cpu(*args: Any, **kwargs: Any) -> argparse.Namespace:
-        arguments: argparse.Namespace = parse_args(*args, **kwargs)
-        check(arguments)  # those of a file are not validated below
+    return add_megatron_arguments
+
+
+def _with_check(original: Function) -> Function:
+    def parse_args(*args: Any, **kwargs: Any) -> argparse.Namespace:
+        arguments: argparse.Namespace = original(*args, **kwargs)
+        _check(arguments)  # those of a file are not validated below
         return arguments
 
-    @functools.wraps(validate_args)
-    def validate_args_on_cpu(arguments: argparse.Namespace, *args: Any, **kwargs: Any) -> Any:
-        check(arguments)  # a checkpoint's may have been added
+    return parse_args
+
+
+def _with_check_and_attention(original: Function) -> Function:
+    def validate_args(arguments: argparse.Namespace, *args: Any, **kwargs: Any) -> Any:
+        from megatron.core.transformer.enums import AttnBackend
+
+        _check(arguments)  # a checkpoint's may have been added
         if arguments.attention_backend == AttnBackend.local and not arguments.spec:
             # Local layers have one attention, whatever its name; Megatron 0.19 wants a --spec for
             # this name that it cannot build.
             arguments.attention_backend = AttnBackend.unfused
-        return validate_args(arguments, *args, **kwargs)
+        return original(arguments, *args, **kwargs)
 
-    megatron_arguments.add_megatron_arguments = add_arguments_for_cpu
-    megatron_arguments.parse_args = parse_args_on_cpu
-    megatron_arguments.validate_args = validate_args_on_cpu
+    return validate_args

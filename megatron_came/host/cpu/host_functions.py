@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_came.host.releases.cpu import forks_checkpoint_worker
+
 
 def use_compiled_dataset_helpers() -> None:
     """Do not compile Megatron's data set helpers where they come compiled and without a Makefile.
@@ -29,6 +31,8 @@ def _fork_checkpoint_worker() -> None:
     """
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
+    if not forks_checkpoint_worker():
+        return
     start = PersistentAsyncCaller._get_process.__func__
 
     @functools.wraps(start)

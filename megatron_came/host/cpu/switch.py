@@ -41,7 +41,8 @@ def enable() -> bool:
     Raises:
         ValueError: ``MEGATRON_CAME_CPU`` is set to something else than 0 or 1.
         RuntimeError: Megatron was imported before this call.
-        HostError: This Megatron lacks a flag that has to be set.
+        HostError: Megatron is missing, of a release that is not supported, or lacks a flag that
+            has to be set.
     """
     global _enabled
     if _enabled or not wanted():
@@ -61,8 +62,13 @@ def enable() -> bool:
 
     # These import Megatron, which has to find the stand-ins in place.
     from megatron_came.host.cpu import arguments, host_functions, parallel_layers, torch_adam
+    from megatron_came.host.releases import cpu as releases
+    from megatron_came.host.versions import check_version, has_training_loop
 
-    arguments.install()
+    check_version()
+    releases.install()
+    if has_training_loop():
+        arguments.install()
     host_functions.install()
     parallel_layers.install()
     torch_adam.install()
