@@ -11,7 +11,8 @@ commands:
   bench                time a step of CAME beside a step of other optimizers
   data INPUT ...       make a dataset for Megatron of text
   inspect CHECKPOINT   list what a checkpoint of Megatron holds
-  memory FLAGS...      predict the memory of every GPU from the flags of a launch"""
+  memory FLAGS...      predict the memory of every GPU from the flags of a launch
+  patch CHECKOUT       make --optimizer came work in a Megatron-LM checkout's own pretrain_gpt.py"""
 
 
 def main() -> int:
@@ -36,6 +37,10 @@ def main() -> int:
         from megatron_came.tools import memory
 
         return memory.main(rest)
+    if command == "patch":
+        from megatron_came.tools import patch_checkout
+
+        return patch_checkout.main(rest)
     print(f"megatron-came: there is no command {command}.\n{_USAGE}", file=sys.stderr)
     return 2
 
