@@ -694,6 +694,8 @@ class TestOutput:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Whoever started the tests in the background may have had it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         partial = out.with_name("set.bin.partial")
         while not (partial.exists() and partial.stat().st_size):
