@@ -703,7 +703,7 @@ class TestOutput:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
         _, error = process.communicate(timeout=60)
-        assert process.returncode == 130
+        assert process.returncode == 130, error
         assert error.endswith("megatron-came data: Interrupted: nothing was written.\n")
         assert "Traceback" not in error
         assert files(tmp_path / "out") == {}
