@@ -84,4 +84,10 @@ in_image SMOKE=1 -- /opt/megatron-came/docker/entrypoint.sh gpt2-medium | tee "$
     echo "docker/verify.sh: the training did not do four iterations." >&2
     exit 1
 }
+for written in checkpoints/gpt2_medium-came/checkpoints-smoke logs/gpt2_medium-came-smoke; do
+    [[ -n $(ls "$mounts/$written") ]] || {
+        echo "docker/verify.sh: the training wrote nothing to what is mounted at /$written." >&2
+        exit 1
+    }
+done
 exit "${different:-0}"
