@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -681,32 +680,6 @@ class TestOutput:
         assert capsys.readouterr().err.endswith("Interrupted: nothing was written.\n")
         assert files(tmp_path / "out") == {}
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-    def test_control_c(self, tmp_path: Path, model: Path) -> None:
-        corpus = tmp_path / "c.jsonl"
-        corpus.write_bytes(write_json(tmp_path / "one.jsonl", TEXTS).read_bytes() * 40)
-        out = tmp_path / "out" / "set"
-        command = ["data", corpus, "--output-prefix", out, "--tokenizer-model", model]
-        start = [sys.executable, "-c", "from megatron_came.tools import cli; exit(cli.main())"]
-        process = subprocess.Popen(
-            [*start, *map(str, command), "--workers", "2"],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # Whoever started the tests in the background may have had it ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        partial = out.with_name("set.bin.partial")
-        while not (partial.exists() and partial.stat().st_size):
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 130, error
-        assert error.endswith("megatron-came data: Interrupted: nothing was written.\n")
-        assert "Traceback" not in error
-        assert files(tmp_path / "out") == {}
 
 
 class files_no_larger_than:  # noqa: N801

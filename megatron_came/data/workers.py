@@ -5,10 +5,11 @@ for one that was killed while it was sending; here each process has a pipe to it
 """
 
 import multiprocessing
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import cast
@@ -40,9 +41,10 @@ def ordered_map[Item, Result](
         for _ in range(workers):
             here, there = context.Pipe()
             process: BaseProcess = context.Process(
-                target=_work, args=(function, there), daemon=True
+                target=_work, args=(function, there, [*idle, here]), daemon=True
             )
-            process.start()
+            with _signals_held_back():
+                process.start()
             there.close()  # so that the pipe ends when the process does
             processes.append(process)
             idle.append(here)
@@ -64,7 +66,7 @@ def _distribute[Item, Result](items: Iterable[Item], idle: list[Connection]) -> 
             connection = idle.pop()
             busy[connection], item = numbered_item
             with _death_noticed():
-                connection.send(item)
+                _send(connection, item)
         if not busy:
             return
         for connection in cast(list[Connection], wait(list(busy))):
@@ -80,6 +82,26 @@ def _distribute[Item, Result](items: Iterable[Item], idle: list[Connection]) -> 
 
 
 @contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes that are started within never see what ends the command, as in Ctrl-C.
+
+    The command itself decides, and kills them: a worker that a signal ended on its own would be
+    taken for one that ran out of memory, where the command ignores that signal or sees it later.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _send(connection: Connection, thing: object) -> None:
+    # Connection.send pickles into a buffer with a view on it, which crashes the interpreter
+    # (CPython 3.12) if the other end is gone and the garbage collector finds both.
+    connection.send_bytes(pickle.dumps(thing))
+
+
+@contextmanager
 def _death_noticed() -> Iterator[None]:
     try:
         yield
@@ -90,17 +112,19 @@ def _death_noticed() -> Iterator[None]:
         ) from error
 
 
-def _work[Item, Result](function: Callable[[Item], Result], connection: Connection) -> None:
-    # The signals that end the command end a worker at once; the command itself cleans up.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+def _work[Item, Result](
+    function: Callable[[Item], Result], connection: Connection, others: list[Connection]
+) -> None:
+    for other in others:  # the command's ends, which a fork has too: the pipe would never end
+        other.close()
     while True:
         try:
             item: Item = connection.recv()
-        except EOFError:  # the command is gone
+        except (EOFError, ConnectionError):  # the command is gone
             return
         try:
             result: Result | DataError = function(item)
         except DataError as error:
             result = error
-        connection.send(result)
+        with suppress(ConnectionError):
+            _send(connection, result)
