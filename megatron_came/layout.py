@@ -39,6 +39,9 @@ class Shard:
             (Megatron's ``partition_dim``); None where every rank of ``tp_group`` holds all of it.
         tp_group: ranks that hold the other tensor-parallel shards; None for a single rank.
         tp_rank: which of the shards this is.
+        tp_parts: number of equal parts that the rows (of a vector, the elements) of the full
+            tensor consist of, each of which tensor parallelism cuts by itself (Megatron's
+            ``partition_stride``): 2 for SwiGLU, whose two projections are stacked.
         dp_group: ranks that hold the other flat ranges of this local tensor; None where this
             rank holds the whole local tensor (also with plain data parallelism, whose gradients
             are already summed).
@@ -49,7 +52,8 @@ class Shard:
             no copies.
 
     Raises:
-        ValueError: a range outside the tensor, or a ``tp_dim`` that the tensor does not have.
+        ValueError: a range outside the tensor, a ``tp_dim`` that the tensor does not have, or
+            parts that are not of equal size.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +65,7 @@ class Shard:
     tp_dp_group: ProcessGroup | None = None
     copies_group: ProcessGroup | None = None
     tp_rank: int = 0
+    tp_parts: int = 1
 
     def __post_init__(self) -> None:
         numel = math.prod(self.shape)
@@ -73,6 +78,13 @@ class Shard:
             raise ValueError(
                 f"Shard: tp_dim {self.tp_dim} is not a dimension of shape {self.shape}; "
                 "give None for a tensor that tensor parallelism does not cut."
+            )
+        if self.tp_parts > 1 and (
+            self.tp_axis not in ("rows", None) or self.local_matrix[1] % self.tp_parts
+        ):
+            raise ValueError(
+                f"Shard: the {self.local_matrix[1]} rows of shape {self.shape}, cut along "
+                f"dimension {self.tp_dim}, do not consist of {self.tp_parts} equal parts."
             )
 
     @classmethod
@@ -115,11 +127,16 @@ class Shard:
     @property
     def offsets(self) -> tuple[int, int, int]:
         """Where the local tensor begins in the full one, as (batch, row, column)."""
-        sizes = zip(("batch", "rows", "columns"), self.local_matrix, strict=True)
-        batch, row, column = (
-            self.tp_rank * size if axis == self.tp_axis else 0 for axis, size in sizes
-        )
-        return batch, row, column
+        batch, rows, columns = self.local_matrix
+        sizes = {"batch": batch, "rows": rows // self.tp_parts, "columns": columns}
+        place = [self.tp_rank * size * (axis == self.tp_axis) for axis, size in sizes.items()]
+        return place[0], place[1], place[2]
+
+    @property
+    def row_parts(self) -> tuple[int, int]:
+        """Local rows of a part, and rows of the full matrix between the local ones of two parts."""
+        rows = self.local_matrix[1] // self.tp_parts
+        return max(rows, 1), self.full_rows // self.tp_parts - rows
 
     @property
     def full_rows(self) -> int:

@@ -38,7 +38,11 @@ class CAME(torch.optim.Optimizer):
     float64 parameters:
 
     ====================  =========================  ==========================================
-    ``exp_avg``           like the parameter         momentum m of this rank's slice; fp32 or bf16
+    ``exp_avg``           like the parameter         momentum m of this rank's slice, in
+                                                     ``momentum_dtype``
+    ``exp_avg_scale``     (ceil(elements / 256),)    int8 alone: ``exp_avg`` is to be multiplied
+                                                     by these, in blocks along the flat slice
+    ``remainder``         like the parameter         int16: the lower halves of fp32 weights
     ``exp_avg_sq_row``    (..., n)                   r, whole on every data-parallel rank
     ``exp_avg_sq_col``    (..., m)                   c, likewise
     ``exp_avg_res_row``   (..., n)                   R, likewise
@@ -46,7 +50,8 @@ class CAME(torch.optim.Optimizer):
     ``exp_avg_sq``        (n,), vectors alone        v, instead of the four factors; whole
     ====================  =========================  ==========================================
 
-    A parameter group counts its steps under ``step``.
+    A parameter group counts its steps under ``step``. A gradient in another dtype than the
+    parameter's is taken from the parameter's attribute ``decoupled_grad``, if that is set.
 
     Args:
         params: parameters or parameter groups.
@@ -60,8 +65,11 @@ class CAME(torch.optim.Optimizer):
         shards: where each parameter lies in its full tensor; those not named are whole.
         kernels: who computes fp32 parameters: "auto" is Triton on GPUs and Numba on CPUs where
             they are installed; "plain" PyTorch; "numba"; "triton". All else is plain PyTorch.
-        momentum_dtype: ``torch.float32``, or ``torch.bfloat16``, which is rounded stochastically:
-            half the memory.
+        momentum_dtype: ``torch.float32``; ``torch.bfloat16``, half the memory; or ``torch.int8``
+            with a scale for every 256 elements, a quarter. Both are rounded stochastically.
+        remainders: take bf16 parameters for the upper halves of fp32 weights and keep the lower
+            halves as state, see :mod:`megatron_came.maths.remainders`: they are trained as fp32
+            parameters are.
         seed: of that rounding. Its bits are a function of the seed, the step, the parameter's
             name and the element's place in the full tensor.
         names: of parameters, the same in every layout, for that rounding; the others are named by
@@ -85,14 +93,18 @@ class CAME(torch.optim.Optimizer):
         shards: Mapping[Tensor, Shard] | None = None,
         kernels: str = "auto",
         momentum_dtype: torch.dtype = torch.float32,
+        remainders: bool = False,
         seed: int = 0,
         names: Mapping[Tensor, str] | None = None,
     ) -> None:
-        if momentum_dtype not in (torch.float32, torch.bfloat16):
+        dtypes = state_of.MOMENTUM_DTYPES.values()
+        if momentum_dtype not in dtypes:
             raise ValueError(
-                f"CAME: momentum_dtype {momentum_dtype} is not torch.float32 or torch.bfloat16."
+                f"CAME: momentum_dtype {momentum_dtype} is not one of "
+                f"{', '.join(map(str, dtypes))}."
             )
-        self._momentum_dtype, self._seed, self._names = momentum_dtype, seed, dict(names or {})
+        self._momentum_dtype, self._seed = momentum_dtype, seed
+        self._remainders = remainders
         self._shards: dict[Tensor, Shard] = {}
         self._wanted_kernels = kernels
         self._choices: dict[torch.device, Choice] = {}
@@ -108,12 +120,7 @@ class CAME(torch.optim.Optimizer):
         }
         _check_group(defaults)
         super().__init__(params, defaults)
-        self.set_shards(shards or {})
-        if shards and momentum_dtype != torch.float32 and names is None:
-            raise ValueError(
-                "CAME: with shards and momentum in bf16, names must name the parameters: their "
-                "places in the parameter groups may differ between ranks."
-            )
+        self.set_shards(shards or {}, names)
         self._choose_kernels()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,16 +135,27 @@ class CAME(torch.optim.Optimizer):
             if not param.is_floating_point():
                 raise ValueError(f"CAME updates real floating-point parameters, not {param.dtype}.")
 
-    def set_shards(self, shards: Mapping[Tensor, Shard]) -> None:
+    def set_shards(
+        self, shards: Mapping[Tensor, Shard], names: Mapping[Tensor, str] | None = None
+    ) -> None:
         """Say where each parameter lies in its full tensor; those not named are whole.
 
         All ranks of a group must name the same tensors in the same order, those they hold no
         element of included (as parameters of zero elements).
 
+        Args:
+            shards: by parameter.
+            names: as for the class.
+
         Raises:
             ValueError: a shard with another number of elements than its parameter, or of no
-                parameter of this optimizer.
+                parameter of this optimizer; no names, which the momentum's dtype needs.
         """
+        if shards and self._momentum_dtype != torch.float32 and names is None:
+            raise ValueError(
+                f"CAME: with shards and momentum in {self._momentum_dtype}, names must name the "
+                "parameters: their places in the parameter groups may differ between ranks."
+            )
         known = {param for group in self.param_groups for param in group["params"]}
         for param, shard in shards.items():
             if param not in known:
@@ -149,7 +167,7 @@ class CAME(torch.optim.Optimizer):
                     f"CAME: a parameter has {param.numel()} elements, its shard {shard.numel} "
                     f"([{shard.start}, {shard.stop}) of shape {shard.shape})."
                 )
-        self._shards = dict(shards)
+        self._shards, self._names = dict(shards), dict(names or {})
         self._plan = None
 
     def set_model_weights(self, weights: Mapping[Tensor, Tensor]) -> None:
@@ -177,8 +195,7 @@ class CAME(torch.optim.Optimizer):
         """Create what is missing of the parameters' state; no collectives, no update."""
         for group in self.param_groups:
             for param in group["params"]:
-                state = state_of.new_state(param, self.shard_of(param), self._momentum_dtype)
-                for key, value in state.items():
+                for key, value in self._new_state(param).items():
                     self.state[param].setdefault(key, value)
 
     @overload
@@ -232,14 +249,14 @@ class CAME(torch.optim.Optimizer):
         """Load a state dictionary, also one of ``came_pytorch.CAME``.
 
         State keeps the dtype that CAME gives it; ``torch.optim`` would cast it to the parameter's.
+        Momentum of another dtype is rounded to nearest.
         """
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         mine = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(saved, mine, strict=True):
             if key in state_dict["state"]:
-                momentum = state_of.momentum_dtype(param, self._momentum_dtype)
-                self.state[param] = _as_state(state_dict["state"][key], param, momentum)
+                self.state[param] = self._as_state(state_dict["state"][key], param)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:
@@ -256,6 +273,7 @@ class CAME(torch.optim.Optimizer):
         self.__dict__.setdefault("_choices", {})
         self.__dict__.setdefault("_model_weights", {})
         self.__dict__.setdefault("_momentum_dtype", torch.float32)
+        self.__dict__.setdefault("_remainders", False)
         self.__dict__.setdefault("_seed", 0)
         self.__dict__.setdefault("_names", {})
         self._plan = None
@@ -263,7 +281,33 @@ class CAME(torch.optim.Optimizer):
     def _state_of(self, work: ParameterWork) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[work.param]
         if not state:
-            state.update(state_of.new_state(work.param, work.shard, self._momentum_dtype))
+            state.update(self._new_state(work.param))
+        return state
+
+    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+        return state_of.new_state(
+            param, self.shard_of(param), self._momentum_dtype, self._remainders
+        )
+
+    def _as_state(self, saved: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """Give loaded state our dtypes; drop ``step`` and ``RMS`` of the authors' class."""
+        state = self._new_state(param)
+        if state_of.REMAINDER in saved and state_of.REMAINDER not in state:
+            raise ValueError(
+                "CAME: the state dictionary holds the lower halves of fp32 weights, which would "
+                "be lost: give remainders=True, with bf16 parameters."
+            )
+        for key, value in saved.items():
+            if key == state_of.MOMENTUM:
+                if value.dtype == torch.int8 == state[key].dtype:
+                    state[key] = value.to(param.device).contiguous()
+                else:
+                    state_of.set_momentum(state, state_of.momentum_of(saved))
+            elif key == state_of.SCALE and key not in state:
+                pass  # the momentum of another dtype has taken it up
+            elif key not in ("step", "RMS"):
+                dtype = state[key].dtype if key in state else state_of.state_dtype(param)
+                state[key] = value.to(device=param.device, dtype=dtype).contiguous()
         return state
 
     def _current_plan(self) -> Plan:
@@ -280,6 +324,7 @@ class CAME(torch.optim.Optimizer):
                     group_of[param],
                     self.shard_of(param),
                     parameter_key(self._seed, self._names.get(param, place[param])),
+                    self._remainders,
                 )
                 for param in params
             ]
@@ -304,14 +349,3 @@ def _check_group(group: Mapping[str, Any]) -> None:
     check_number("lr", group["lr"], 0.0)
     check_number("weight_decay", group["weight_decay"], 0.0)
     Hyperparameters.from_group(group)
-
-
-def _as_state(saved: Mapping[str, Any], param: Tensor, momentum: torch.dtype) -> dict[str, Any]:
-    """Give loaded state our dtypes; drop what only the authors' class has: ``step``, ``RMS``."""
-    return {
-        key: value.to(
-            device=param.device, dtype=momentum if key == "exp_avg" else state_of.state_dtype(param)
-        ).contiguous()
-        for key, value in saved.items()
-        if key not in ("step", "RMS")
-    }

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_came.layout import Block, blocks
-from megatron_came.maths import factors, passes
+from megatron_came.maths import factors, int8, passes, remainders
 from megatron_came.maths.rounding import random_bits, to_bf16
-from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS
+from megatron_came.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
 from megatron_came.work import ParameterWork
 
 # Elements of a box: large enough to keep the device busy, small enough that an operation's
@@ -63,6 +63,8 @@ class _Part:
         self.work, self._shard = work, work.shard
         limit = _BLOCK_ELEMENTS.get(work.param.device.type, _BLOCK_ELEMENTS["cuda"])
         self._blocks: list[Block] = list(blocks(work.shard, limit))
+        # Momentum, and its random bits, of a begun block of int8.
+        self._rest: tuple[Tensor, Tensor]
 
     def _factors(self, *keys: str) -> list[Tensor]:
         """View factors as (batch, n)."""
@@ -75,15 +77,52 @@ class _Part:
 
     def _momentum_box(self, block: Block) -> Tensor:
         """The momentum, or a copy of it in the dtype of the arithmetic."""
-        box = self.work.state["exp_avg"].view(-1)[block.start : block.stop].view(block.shape)
+        state = self.work.state
+        box = state[MOMENTUM].view(-1)[block.start : block.stop].view(block.shape)
+        if box.dtype == torch.int8:
+            return int8.dequantize(box, state[SCALE], block.start)
         return box.to(self.work.dtype)
 
     def _keep_momentum(self, momentum: Tensor, block: Block) -> None:
-        """Round a copy back to bf16."""
-        kept = self.work.state["exp_avg"].view(-1)[block.start : block.stop]
+        """Round a copy back to the dtype in which momentum is kept."""
+        kept = self.work.state[MOMENTUM].view(-1)
+        if kept.dtype not in (torch.bfloat16, torch.int8):
+            return
+        bits = random_bits(self._places(block), self.work.step_key)
         if kept.dtype == torch.bfloat16:
-            bits = random_bits(self._places(block), self.work.step_key)
-            kept.copy_(to_bf16(momentum, bits).view(-1))
+            kept[block.start : block.stop] = to_bf16(momentum, bits).view(-1)
+        else:
+            self._keep_int8(momentum.view(-1), bits.view(-1), block)
+
+    def _keep_int8(self, momentum: Tensor, bits: Tensor, block: Block) -> None:
+        """Round whole blocks of 256; what is left begins the next box."""
+        values, bits = (torch.cat(pair) for pair in zip(self._rest, (momentum, bits), strict=True))
+        whole = values.numel()
+        if block.stop < self._shard.numel:
+            whole -= whole % int8.BLOCK
+        first = block.stop - values.numel()
+        self._rest = values[whole:], bits[whole:]
+        quantized, scale = int8.quantize(values[:whole], bits[:whole])
+        self.work.state[MOMENTUM].view(-1)[first : first + whole] = quantized
+        at = first // int8.BLOCK
+        self.work.state[SCALE][at : at + scale.numel()] = scale
+
+    def _weights_box(self, flat: Tensor, block: Block) -> Tensor:
+        """The weights, or a copy of them in fp32 where remainders complete them."""
+        box = flat[block.start : block.stop]
+        if REMAINDER in self.work.state:
+            box = remainders.join(
+                box, self.work.state[REMAINDER].view(-1)[block.start : block.stop]
+            )
+        return box.view(block.shape)
+
+    def _keep_weights(self, weights: Tensor, flat: Tensor, block: Block) -> None:
+        """Split a copy into bf16 weights and remainders."""
+        if REMAINDER in self.work.state:
+            span = slice(block.start, block.stop)
+            flat[span], self.work.state[REMAINDER].view(-1)[span] = remainders.split(
+                weights.view(-1)
+            )
 
     def _places(self, block: Block) -> Tensor:
         """The flat places of a box's elements in the full tensor."""
@@ -94,6 +133,8 @@ class _Part:
                 (block.batch, block.rows, block.columns), self._shard.offsets, strict=True
             )
         )
+        size, jump = self._shard.row_parts
+        rows = rows + torch.arange(block.rows.start, block.rows.stop, device=device) // size * jump
         row = batch.view(-1, 1, 1) * self._shard.full_rows + rows.view(-1, 1)
         return row * self._shard.full_columns + columns
 
@@ -189,15 +230,16 @@ class _Part:
         work = self.work
         param = work.param.detach()
         flat = param.contiguous().view(-1)
+        self._rest = flat.new_empty(0, dtype=work.dtype), flat.new_empty(0, dtype=torch.int64)
         for block in self._blocks:
             confidence = (
                 (None, None)
                 if self._confidence is None
                 else self._scale_boxes(self._confidence, block)
             )
-            momentum = self._momentum_box(block)
+            momentum, weights = self._momentum_box(block), self._weights_box(flat, block)
             passes.apply_update(
-                flat[block.start : block.stop].view(block.shape),
+                weights,
                 self._grad_box(block),
                 momentum,
                 *self._scale_boxes(self._scales, block),
@@ -208,5 +250,6 @@ class _Part:
                 weight_decay=float(work.group["weight_decay"]),
             )
             self._keep_momentum(momentum, block)
+            self._keep_weights(weights, flat, block)
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))

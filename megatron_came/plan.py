@@ -38,7 +38,11 @@ class Chunk:
             work.bind([next(squares) for _ in first], [next(instability) for _ in second])
         self._works = works
         fused = [
-            work for work in works if kernels is not None and kernels.bears(work.param, work.shard)
+            work
+            for work in works
+            if kernels is not None
+            and work.has_fp32_weights
+            and kernels.bears(work.param, work.shard)
         ]
         plain = [work for work in works if work not in fused]
         self._passes: list[tuple[PlainPasses | FusedPasses, set[ParameterWork]]] = []

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_came.comm import Request
 from megatron_came.layout import Shard
 from megatron_came.maths.hyperparameters import Hyperparameters
 from megatron_came.maths.rounding import step_key
-from megatron_came.state import state_dtype
+from megatron_came.state import has_remainder, state_dtype
+
+
+def gradient_of(param: Tensor) -> Tensor | None:
+    """Return a parameter's gradient.
+
+    PyTorch wants ``grad`` to have the parameter's dtype; ``decoupled_grad`` (Megatron's name) may
+    have another, and is used where it is set.
+    """
+    grad: Tensor | None = getattr(param, "decoupled_grad", None)
+    return param.grad if grad is None else grad
 
 
 class ParameterWork:
@@ -22,8 +33,10 @@ class ParameterWork:
         group: its parameter group; learning rate and the like are read at every step.
         shard: where the slice lies in the full tensor.
         key: of the random bits that round its momentum.
+        remainders: whether a bf16 slice is the upper halves of fp32 weights.
 
     Attributes:
+        has_fp32_weights: whether the weights are fp32, in one piece or two.
         dtype: of its state, and of the arithmetic.
         square_sums: row and column sums of g^2, (batch, rows) and (batch, columns); of a vector,
             g^2 itself. Float64 views of a buffer that all ranks' sums complete.
@@ -36,9 +49,17 @@ class ParameterWork:
         grad: the flattened gradient of the slice, from :meth:`begin` to :meth:`end`.
     """
 
-    def __init__(self, param: Tensor, group: dict[str, Any], shard: Shard, key: int = 0) -> None:
+    def __init__(
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        shard: Shard,
+        key: int = 0,
+        remainders: bool = False,
+    ) -> None:
         self.param, self.group, self.shard, self.key = param, group, shard, key
         self.dtype = state_dtype(param)
+        self.has_fp32_weights = param.dtype == torch.float32 or has_remainder(param, remainders)
         self.state: dict[str, Tensor]
         self.hyper: Hyperparameters
         self.model_weight: Tensor | None
@@ -102,7 +123,7 @@ class ParameterWork:
             RuntimeError: a sparse gradient.
             ValueError: no gradient, while other ranks hold other parts of the same tensor.
         """
-        grad, dp_group = self.param.grad, self.shard.dp_group
+        grad, dp_group = gradient_of(self.param), self.shard.dp_group
         if grad is None and self.shard.numel and dp_group is not None and dp_group.size() > 1:
             raise ValueError(
                 f"CAME: a slice of shape {self.shard.shape} has no gradient on this rank, "
@@ -119,8 +140,8 @@ class ParameterWork:
         """Take up the state, the group's hyperparameters and this step's gradient."""
         self.state, self.hyper, self.model_weight = state, hyper, model_weight
         # An empty slice may have no gradient; the slice itself is as empty.
-        grad = self.param if self.param.grad is None else self.param.grad
-        self.grad = grad.detach().reshape(-1)
+        grad = gradient_of(self.param)
+        self.grad = (self.param if grad is None else grad).detach().reshape(-1)
 
     def copy_to_model(self) -> None:
         """Rewrite the 16-bit copy, where kernels have not."""

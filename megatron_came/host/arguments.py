@@ -15,6 +15,7 @@ from megatron_came.host.patching import Function, wrap
 from megatron_came.host.releases.refusals import flag_problem
 from megatron_came.kernels.choice import CHOICES
 from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparameters
+from megatron_came.state import MOMENTUM_DTYPES
 
 _HELP = {
     "beta1": "decay of CAME's momentum",
@@ -153,10 +154,31 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
             "--optimizer came does not go with --softmax-type learnable at "
             "--tensor-model-parallel-size above 1: use another --softmax-type, or size 1."
         )
+    if args.came_main_params == "remainder":
+        _check_remainders(args)
     foreign = [flag for flag in flags if flag.startswith(_FOREIGN)]
     if foreign:
         raise ValueError(
             f"{foreign[0]} is a setting of another optimizer than --optimizer came: leave it out."
+        )
+
+
+def _check_remainders(args: argparse.Namespace) -> None:
+    flag = "--came-main-params remainder"
+    if not args.bf16:
+        weights = "fp16" if args.fp16 else "fp32"
+        raise ValueError(
+            f"{flag} completes bf16 weights, and the model's are {weights}: add --bf16, or leave "
+            f"{flag} out."
+        )
+    if not args.use_distributed_optimizer:
+        raise ValueError(
+            f"{flag} needs the distributed optimizer: add --use-distributed-optimizer, or leave "
+            f"{flag} out."
+        )
+    if getattr(args, "load_main_params_from_ckpt", False):
+        raise ValueError(
+            f"{flag} does not go with --load-main-params-from-ckpt: leave one of them out."
         )
 
 
@@ -185,6 +207,20 @@ def _with_flags(original: Function) -> Function:
             default="auto",
             help="who computes CAME's step: auto is triton on GPUs and numba on CPUs, where they "
             "are installed, otherwise plain PyTorch (default: auto)",
+        )
+        group.add_argument(
+            "--came-momentum-dtype",
+            choices=tuple(MOMENTUM_DTYPES),
+            default="fp32",
+            help="CAME's momentum: bf16 halves its memory, int8 with a scale for every 256 "
+            "elements quarters it; both are rounded stochastically (default: fp32)",
+        )
+        group.add_argument(
+            "--came-main-params",
+            choices=("fp32", "remainder"),
+            default="fp32",
+            help="main weights of a bf16 model: remainder keeps of each the 16 bits that the bf16 "
+            "weight lacks, half the memory and the same fp32 value (default: fp32)",
         )
         memory_report.add_flags(group)
         return parser

@@ -13,10 +13,12 @@ from megatron_came.host.config import CameOptimizerConfig
 from megatron_came.host.distributed import CameDistributedOptimizer
 from megatron_came.host.errors import UnsupportedError
 from megatron_came.host.patching import Function, wrap
+from megatron_came.host.places import places
 from megatron_came.host.releases.refusals import check_model
 from megatron_came.host.sharding import ModelGroups, check_replicas
 from megatron_came.host.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
+from megatron_came.state import MOMENTUM_DTYPES
 
 
 def install() -> None:
@@ -103,6 +105,7 @@ def build(
     if model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
         check_replicas([param for params in model_params for param in params], model_groups)
     came = _came(config, param_groups)
+    known = None if config.momentum_dtype == "fp32" else places(model_chunks)
 
     wrapper: Any
     if config.use_distributed_optimizer:
@@ -118,6 +121,7 @@ def build(
             data_parallel_group_idx=data_parallel_group_idx,
             distributed_optimizer_instance_id=distributed_optimizer_instance_id,
             model_groups=model_groups,
+            places=known,
         )
         wrapper.grad_stats_parallel_group = intra_dist_opt_group
     else:
@@ -125,7 +129,7 @@ def build(
             wrapper = CameFloat16Optimizer(came, config, _grad_scaler(config), _init_state)
         else:
             wrapper = CameFP32Optimizer(came, config, _init_state)
-        wrapper.adopt(model_params, model_groups)
+        wrapper.adopt(model_params, model_groups, known)
         wrapper.grad_stats_parallel_group = model_parallel_group
     wrapper.tp_group, wrapper.expert_tp_group = model_groups.tp, model_groups.expert_tp
     return wrapper
@@ -143,6 +147,9 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
         clip_threshold=config.came.clip_threshold,
         weight_decay=config.weight_decay,
         kernels=config.kernels,
+        momentum_dtype=MOMENTUM_DTYPES[config.momentum_dtype],
+        remainders=config.main_params == "remainder",
+        seed=config.seed,
     )
     for reason in came.kernel_choices:
         say_once(reason)

@@ -26,8 +26,7 @@ def _with_came(original: Function) -> Function:
         standard = copy.copy(args)
         standard.optimizer = "adam"
         config, overrides = original(standard)
-        came = CameOptimizerConfig.from_megatron(config, hyperparameters(args), args.came_kernels)
-        return came, overrides
+        return CameOptimizerConfig.from_megatron(config, args), overrides
 
     return get_megatron_optimizer_config
 
@@ -39,6 +38,10 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     Args:
         came: hyperparameters beyond learning rate and weight decay, which stay Megatron's own.
         kernels: as in :class:`megatron_came.CAME`.
+        momentum_dtype: "fp32", "bf16" or "int8".
+        main_params: "fp32", or "remainder" for the lower halves alone; see
+            :mod:`megatron_came.maths.remainders`.
+        seed: of the rounding of momentum.
 
     Attributes:
         as_asked: on the copy of :meth:`as_standard`, the configuration it was made from.
@@ -47,12 +50,22 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     optimizer: str = "came"
     came: Hyperparameters = field(default_factory=Hyperparameters)
     kernels: str = "auto"
+    momentum_dtype: str = "fp32"
+    main_params: str = "fp32"
+    seed: int = 0
 
     @classmethod
-    def from_megatron(cls, config: Any, came: Hyperparameters, kernels: str = "auto") -> Self:
-        """Turn Megatron's own configuration into one of this type."""
+    def from_megatron(cls, config: Any, args: Any) -> Self:
+        """Turn Megatron's own configuration, made from its arguments, into one of this type."""
         values = {f.name: getattr(config, f.name) for f in fields(OptimizerConfig)}
-        return cls(**{**values, "optimizer": "came"}, came=came, kernels=kernels)
+        return cls(
+            **{**values, "optimizer": "came"},
+            came=hyperparameters(args),
+            kernels=args.came_kernels,
+            momentum_dtype=args.came_momentum_dtype,
+            main_params=args.came_main_params,
+            seed=args.seed,
+        )
 
     def as_standard(self) -> Self:
         """Return a copy that Megatron's builder takes the standard path with.

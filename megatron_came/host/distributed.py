@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from megatron_came.host.factor_checkpoints import (
     sharded_factors,
     unknown_format,
 )
+from megatron_came.host.places import Place, place_of
 from megatron_came.host.releases.distributed_optimizer import DistributedOptimizer
 from megatron_came.host.resumed_settings import own_settings_kept
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.layout import Shard
+from megatron_came.maths.remainders import join, split
 from megatron_came.optimizer import CAME
-from megatron_came.state import FACTORS
+from megatron_came.state import FACTORS, REMAINDER, momentum_of, set_momentum
+from megatron_came.work import gradient_of
 
 
 class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
@@ -29,47 +33,141 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     whole on every rank of it, so that each rank knows every parameter: where its slice of one is
     empty, an empty tensor stands for it at the end of the parameter group.
 
-    Checkpoints hold the momentum where Adam's would be, and the factors under ``came``: in
-    distributed checkpoints by the names of the parameters, in legacy ones by their order.
+    Of a bf16 model, gradients are read where they were reduced, without a copy in fp32, and the
+    step writes the model's weights itself. Megatron does so for its precision-aware optimizer, and
+    asks a flag of the configuration; here the flag of an own copy is set.
+
+    Checkpoints hold the main weights in fp32 and the momentum, in fp32 or bf16, where Adam's would
+    be, and the factors under ``came``: in distributed checkpoints by the names of the parameters,
+    in legacy ones by their order.
+
+    Args:
+        optimizer: None on a rank without parameter groups.
+        config: see :class:`megatron_came.host.config.CameOptimizerConfig`.
+        args: further arguments of ``DistributedOptimizer``.
+        model_groups: process groups of the parameters' other shards.
+        places: of the parameters in the whole model, where the momentum's dtype needs them.
+        kwargs: as ``args``.
     """
 
     def __init__(
-        self, optimizer: CAME | None, *args: Any, model_groups: ModelGroups, **kwargs: Any
+        self,
+        optimizer: CAME | None,
+        config: Any,
+        *args: Any,
+        model_groups: ModelGroups,
+        places: dict[Tensor, Place] | None = None,
+        **kwargs: Any,
     ) -> None:
         model_params = (
             [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
         )
-        super().__init__(optimizer, *args, **kwargs)
+        has_remainders = config.main_params == "remainder"
+        config = copy.copy(config)
+        # While Megatron builds, this decides whether its groups hold the 16-bit weights or fp32
+        # copies; afterwards, whether gradients are to be found in ``decoupled_grad``.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = has_remainders
+        super().__init__(optimizer, config, *args, **kwargs)
+        # fp16 gradients are copied, since dividing by the loss scale takes fp32.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = config.bf16
+        self._is_loading = False
         self._parts: list[tuple[Tensor, Tensor]] = []
-        self._owned: dict[Tensor, Tensor] = {}
+        self._owned: dict[Any, Any] = {}  # tensors, with attributes of Megatron's
         if self.is_stub_optimizer:
             return
         for whole_groups, part_groups in (
             (self.model_fp32_groups, self.shard_fp32_groups),
-            (self.model_float16_groups, self.shard_fp32_from_float16_groups),
+            (
+                self.model_float16_groups,
+                self.shard_float16_groups
+                if has_remainders
+                else self.shard_fp32_from_float16_groups,
+            ),
         ):
             for params, parts in zip(whole_groups, part_groups, strict=True):
                 self._owned.update(zip(params, parts, strict=True))
         shards: dict[Tensor, Shard] = {}
+        names: dict[Tensor, str] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             for param in params:
-                part, shard = self._part_of(param, model_groups)
+                place = None if places is None else place_of(param, places)
+                part, shard = self._part_of(param, model_groups, place)
+                if place is not None:
+                    names[part] = place.name
                 if not shard.numel:
                     group["params"].append(part)
                 shards[part] = shard
                 self._parts.append((param, part))
-        self.optimizer.set_shards(shards)
+        self.optimizer.set_shards(shards, None if places is None else names)
         self.optimizer.init_state()
+        if config.bf16 and not has_remainders:
+            self.optimizer.set_model_weights(
+                {
+                    main: weight
+                    for mains, weights in zip(
+                        self.shard_fp32_from_float16_groups, self.shard_float16_groups, strict=True
+                    )
+                    for main, weight in zip(mains, weights, strict=True)
+                }
+            )
 
-    def _part_of(self, param: Tensor, model_groups: ModelGroups) -> tuple[Tensor, Shard]:
+    def _part_of(
+        self, param: Tensor, model_groups: ModelGroups, place: Place | None
+    ) -> tuple[Tensor, Shard]:
         """Return what the optimizer updates of a parameter on this rank, and where it lies."""
-        dp_group = self.data_parallel_group
-        if param not in self._owned:
-            empty = torch.empty(0, dtype=torch.float32, device=param.device)
-            return empty, shard_of(param, model_groups, stop=0, dp_group=dp_group)
+        owned = param in self._owned
+        start, stop = self._span_of(param) if owned else (0, 0)
+        shard = shard_of(
+            param,
+            model_groups,
+            start=start,
+            stop=stop,
+            dp_group=self.data_parallel_group,
+            place=place,
+        )
+        empty = torch.empty(0, dtype=torch.float32, device=param.device)
+        return self._owned[param] if owned else empty, shard
+
+    def _span_of(self, param: Tensor) -> tuple[int, int]:
+        """First and last element + 1 of the slice of a parameter that this rank owns."""
         span = self._get_model_param_range_map(param)["param"]
-        shard = shard_of(param, model_groups, start=span.start, stop=span.end, dp_group=dp_group)
-        return self._owned[param], shard
+        return span.start, span.end
+
+    # Gradients that are read, and weights that are written, where Megatron's buffers hold them.
+
+    @property
+    def _in_place(self) -> bool:
+        return bool(self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+
+    def _copy_model_grads_to_main_grads(self) -> None:
+        if not self._in_place or self.is_stub_optimizer:
+            super()._copy_model_grads_to_main_grads()
+            return
+        for param, part in self._owned.items():
+            start, stop = self._span_of(param)
+            part.decoupled_grad = param.main_grad.view(-1)[start:stop]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As Megatron's."""
+        super().zero_grad(set_to_none)
+        if not self.is_stub_optimizer:
+            for part in self._owned.values():
+                part.decoupled_grad = None
+
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        if self.is_stub_optimizer:
+            return
+        if self.config.main_params == "remainder":
+            for state in self.optimizer.state.values():
+                if REMAINDER in state:
+                    state[REMAINDER].zero_()
+            return
+        in_place = self._in_place
+        self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
+        try:
+            super()._copy_model_params_to_main_params(state_dict)
+        finally:
+            self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = in_place
 
     # Megatron's fused kernels for norms and loss scales do not all bear tensors without elements.
 
@@ -78,7 +176,8 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return [part for part in super().get_parameters() if part.numel()]
 
     def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
-        return [part.grad.data for part in self.get_parameters() if part.grad is not None]
+        grads = [gradient_of(part) for part in self.get_parameters()]
+        return [grad.data for grad in grads if grad is not None]
 
     # What Megatron's checkpoint code asks of an optimizer other than Adam.
 
@@ -89,13 +188,24 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
         part = self._owned[model_param]
-        return {"param": part, "exp_avg": self.optimizer.state[part]["exp_avg"]}
+        state = self.optimizer.state[part]
+        momentum = momentum_of(state)
+        return {
+            "param": join(part.detach(), state[REMAINDER]) if REMAINDER in state else part,
+            # Asked for in fp32 when it is loaded, whatever it was saved in.
+            "exp_avg": momentum.float() if self._is_loading else momentum,
+        }
 
     def _set_main_param_and_optimizer_states(
         self, model_param: Tensor, tensors: dict[str, Tensor]
     ) -> None:
-        for key, tensor in self._get_main_param_and_optimizer_states(model_param).items():
-            tensor.detach().copy_(tensors[key])
+        part = self._owned[model_param]
+        state, weights = self.optimizer.state[part], tensors["param"]
+        if REMAINDER in state:
+            weights, remainder = split(weights.to(part.device))
+            state[REMAINDER].copy_(remainder)
+        part.detach().copy_(weights)
+        set_momentum(state, tensors["exp_avg"])
 
     def state_dict(self) -> dict[str, Any]:
         """Parameter groups without parameters, and the loss scale."""
@@ -119,7 +229,11 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """As Megatron's, with the factors under ``came``."""
         model_state = model_sharded_state_dict or {}
-        state: dict[str, Any] = super().sharded_state_dict(model_state, is_loading, **kwargs)
+        self._is_loading = is_loading
+        try:
+            state: dict[str, Any] = super().sharded_state_dict(model_state, is_loading, **kwargs)
+        finally:
+            self._is_loading = False
         state["came"] = sharded_factors(self.optimizer, self._parts, model_state)
         return state
 
@@ -149,16 +263,26 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         inside = min(local, bucket.numel_unpadded - first)
         start = min(0, inside)
         size = inside - start
-        zeros = {key: torch.zeros(size, dtype=torch.float32) for key in ("param", "exp_avg")}
+        zeros = {
+            "param": torch.zeros(size, dtype=torch.float32),
+            "exp_avg": torch.zeros(size, dtype=self._saved_dtype),
+        }
         return {**zeros, "gbuf_local_start": start, "gbuf_local_end": inside, "padding": True}
 
+    @property
+    def _saved_dtype(self) -> torch.dtype:
+        """Of the momentum in checkpoints: bf16 holds int8's values exactly."""
+        small = self.config.momentum_dtype != "fp32" and not self._is_loading
+        return torch.bfloat16 if small else torch.float32
+
     # Legacy checkpoints: one file a model-parallel rank, gathered to and scattered from
-    # data-parallel rank 0.
+    # data-parallel rank 0. Fully reshardable ones are gathered in the same way.
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's, with the factors; a chain of optimizers saves what this returns."""
         state = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is not None:
+            _cast_momentum(state, self._saved_dtype)
             state["came"] = {"format": FORMAT, "parameters": self._legacy_factors()}
         return state
 
@@ -173,6 +297,8 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         dist.broadcast_object_list(problem, group=group, group_src=0)
         if problem[0]:
             raise SystemExit(f"megatron_came: {problem[0]}")
+        if state_dict is not None:
+            _cast_momentum(state_dict, torch.float32)
         super().load_parameter_state_from_dp_zero(state_dict, **kwargs)
         for position, factors in enumerate(self._legacy_factors()):
             for key, mine in factors.items():
@@ -208,3 +334,11 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 "load it with the flags it was saved with, or give --no-load-optim."
             )
         return None
+
+
+def _cast_momentum(gathered: dict[Any, Any], dtype: torch.dtype) -> None:
+    """Cast the momentum among what Megatron has gathered of each buffer."""
+    for buffers in gathered.values():
+        for tensors in buffers.values() if isinstance(buffers, dict) else ():
+            if isinstance(tensors, dict) and "exp_avg" in tensors:
+                tensors["exp_avg"] = tensors["exp_avg"].to(dtype)

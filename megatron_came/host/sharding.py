@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_came.host.errors import UnsupportedError
+from megatron_came.host.places import Place
 from megatron_came.layout import Shard
 
 
@@ -68,6 +69,7 @@ def shard_of(
     start: int = 0,
     stop: int | None = None,
     dp_group: dist.ProcessGroup | None = None,
+    place: Place | None = None,
 ) -> Shard:
     """Describe a slice of a model parameter.
 
@@ -78,9 +80,11 @@ def shard_of(
         start: first flat element of the slice.
         stop: one past its last; None for the whole parameter.
         dp_group: ranks that hold the other slices.
+        place: of the parameter in the whole model, where random bits depend on it.
 
     Raises:
-        UnsupportedError: the parameter is sharded, but along a dimension that it does not say.
+        UnsupportedError: the parameter is sharded, but along a dimension that it does not say, or
+            otherwise than its place says.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
     tp_dim = getattr(param, "partition_dim", -1) if sharded else None
@@ -90,16 +94,23 @@ def shard_of(
             "say along which dimension it is cut (partition_dim); use layers that do, or "
             "--tensor-model-parallel-size 1."
         )
-    return Shard(
+    tp_group = groups.tp_of(param)
+    cut = tp_dim is not None and tp_group.size() > 1
+    shard = Shard(
         shape=tuple(param.shape),
         start=start,
         stop=param.numel() if stop is None else stop,
         tp_dim=tp_dim,
-        tp_group=groups.tp_of(param),
+        tp_group=tp_group,
+        tp_rank=tp_group.rank() if cut and place is not None else 0,
+        tp_parts=len(place.offsets) if cut and place is not None else 1,
         dp_group=dp_group,
         tp_dp_group=groups.tp_dp_of(param, dp_group),
         copies_group=groups.embedding if getattr(param, "shared_embedding", False) else None,
     )
+    if place is not None:
+        place.check(shard)
+    return shard
 
 
 @torch.no_grad()

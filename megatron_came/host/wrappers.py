@@ -10,10 +10,11 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from torch import Tensor
 
 from megatron_came.host.factor_checkpoints import load_factors, sharded_factors
+from megatron_came.host.places import Place, place_of
 from megatron_came.host.resumed_settings import own_settings_kept
 from megatron_came.host.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
-from megatron_came.state import FACTORS
+from megatron_came.state import MOMENTUM, momentum_of
 
 
 class _WholeTensors:
@@ -24,30 +25,44 @@ class _WholeTensors:
 
     optimizer: CAME | None
 
-    def adopt(self, model_params: list[list[Tensor]], model_groups: ModelGroups) -> None:
+    def adopt(
+        self,
+        model_params: list[list[Tensor]],
+        model_groups: ModelGroups,
+        places: dict[Tensor, Place] | None = None,
+    ) -> None:
         """Tell the optimizer how tensor parallelism cuts its parameters, and create its state.
 
         Args:
             model_params: the model's parameters, by parameter group; the wrapper may have put
                 fp32 copies in their place.
             model_groups: where their other shards are.
+            places: of them in the whole model, where the momentum's dtype needs them.
         """
         self._parts: list[tuple[Tensor, Tensor]] = []
         if self.optimizer is None:
             return
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             self._parts += zip(params, group["params"], strict=True)
+        at = {} if places is None else {p: place_of(p, places) for p, _ in self._parts}
         self.optimizer.set_shards(
-            {part: shard_of(param, model_groups) for param, part in self._parts}
+            {
+                part: shard_of(param, model_groups, place=at.get(param))
+                for param, part in self._parts
+            },
+            {part: at[param].name for param, part in self._parts} if at else None,
         )
         self.optimizer.init_state()
 
-    def sharded_state_dict(self, model_sharded_state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the wrapper's, with the factors under ``came``."""
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the wrapper's, with the factors under ``came``; int8 momentum as bf16."""
+        parent = super().sharded_state_dict  # type: ignore[misc]
         if self.optimizer is None:
-            return super().sharded_state_dict(model_sharded_state_dict, *args, **kwargs)  # type: ignore[misc]
-        with _factors_hidden(self.optimizer):
-            state = super().sharded_state_dict(model_sharded_state_dict, *args, **kwargs)  # type: ignore[misc]
+            return parent(model_sharded_state_dict, is_loading, **kwargs)
+        with _as_megatron_knows_it(self.optimizer, is_loading):
+            state = parent(model_sharded_state_dict, is_loading, **kwargs)
         state["came"] = sharded_factors(self.optimizer, self._parts, model_sharded_state_dict)
         return state
 
@@ -73,15 +88,17 @@ class CameFloat16Optimizer(_WholeTensors, Float16OptimizerWithFloat16Params):  #
 
 
 @contextlib.contextmanager
-def _factors_hidden(came: CAME) -> Iterator[None]:
-    """Leave the factors out of the optimizer's ``state_dict()``."""
+def _as_megatron_knows_it(came: CAME, is_loading: bool) -> Iterator[None]:
+    """Leave of the state in the optimizer's ``state_dict()`` the momentum alone, in floats.
+
+    What is loaded is asked for in fp32, whatever it was saved in.
+    """
 
     def state_dict() -> dict[str, Any]:
         full = CAME.state_dict(came)
-        full["state"] = {
-            index: {key: value for key, value in state.items() if key not in FACTORS}
-            for index, state in full["state"].items()
-        }
+        for index, state in full["state"].items():
+            momentum = momentum_of(state)
+            full["state"][index] = {MOMENTUM: momentum.float() if is_loading else momentum}
         return full
 
     came.state_dict = state_dict  # type: ignore[method-assign]

@@ -22,10 +22,12 @@ from megatron_came.kernels.tables import (
     VectorField,
     cut,
     matrix_row,
+    spans,
     vector_row,
 )
 from megatron_came.layout import Shard
-from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS
+from megatron_came.maths import int8
+from megatron_came.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
 from megatron_came.work import ParameterWork
 
 
@@ -37,6 +39,7 @@ class Tables:
         matrices: table of ``MatrixField``.
         vectors: table of ``VectorField``.
         tiles: table of ``TileField``.
+        spans: table of ``SpanField``; empty unless momentum is int8.
         strips: table of ``StripField``.
         factors: (matrices, 2): matrix parameter and place in its batch.
         groups: table of ``GroupField``, float64.
@@ -49,6 +52,7 @@ class Tables:
     matrices: Any
     vectors: Any
     tiles: Any
+    spans: Any
     strips: Any
     factors: Any
     groups: Any
@@ -137,15 +141,18 @@ class Kernels(Protocol):
         """Update momentum and weights of matrices."""
         ...
 
+    def apply_spans(self, tables: Tables) -> None:
+        """Update int8 momentum and weights of matrices."""
+        ...
+
     def apply_vectors(self, tables: Tables) -> None:
         """Update momentum and weights of vectors."""
         ...
 
 
-def is_plain_fp32(param: Tensor) -> bool:
-    """Whether a parameter is an ordinary fp32 tensor in one piece, which an address describes."""
-    ordinary = type(param) in (Tensor, torch.nn.Parameter)
-    return ordinary and param.dtype == torch.float32 and param.is_contiguous()
+def is_ordinary(param: Tensor) -> bool:
+    """Whether a parameter is a tensor in one piece, which an address describes."""
+    return type(param) in (Tensor, torch.nn.Parameter) and param.is_contiguous()
 
 
 def is_batch_of_small(shard: Shard) -> bool:
@@ -212,7 +219,10 @@ class FusedPasses:
         with kernels.on_device():
             if self._matrices:
                 kernels.update_instabilities(tables)
-                kernels.apply_tiles(tables)
+                if self._is_int8:
+                    kernels.apply_spans(tables)
+                else:
+                    kernels.apply_tiles(tables)
             if self._vectors:
                 kernels.apply_vectors(tables)
         for work in self._copied:
@@ -222,6 +232,7 @@ class FusedPasses:
     def _build(self, members: list[ParameterWork]) -> None:
         """Make the tables of these parameters."""
         self._members = members
+        self._is_int8 = any(work.state[MOMENTUM].dtype == torch.int8 for work in members)
         self._matrices = [work for work in members if not work.shard.is_vector]
         self._vectors = [work for work in members if work.shard.is_vector]
         self._groups = list({id(work.group): work for work in members}.values())
@@ -256,6 +267,12 @@ class FusedPasses:
             matrices=None,
             vectors=None,
             tiles=place(tiles),
+            spans=place(
+                spans(
+                    [work.shard for work in self._matrices if self._is_int8],
+                    self._kernels.tiling.span,
+                )
+            ),
             strips=place(strips),
             factors=place(np.array(factors, np.int64).reshape(-1, 2)),
             groups=None,
@@ -291,21 +308,26 @@ class FusedPasses:
             grad = grad.to(torch.float32).contiguous()
             self._grads.append(grad)
         state, weight = work.state, work.model_weight
-        for key in ("exp_avg", *factors):
-            _check_state(state[key], work, key)
+        momentum = state[MOMENTUM]
+        for key, value in state.items():
+            _check_state(value, work, key)
+        if (momentum.dtype == torch.int8) != self._is_int8:
+            raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
         if weight is not None and weight.dtype not in self._kernels.written_dtypes:
             self._copied.append(work)
             weight = None
         return [
             work.param.data_ptr(),
             grad.data_ptr(),
-            state["exp_avg"].data_ptr(),
+            momentum.data_ptr(),
+            state[SCALE].data_ptr() if self._is_int8 else 0,
+            state[REMAINDER].data_ptr() if REMAINDER in state else 0,
             0 if weight is None else weight.data_ptr(),
             *(state[key].data_ptr() for key in factors),
             grad.dtype == torch.bfloat16,
             weight is not None and weight.dtype == torch.bfloat16,
-            state["exp_avg"].dtype == torch.bfloat16,
-            work.step_key if state["exp_avg"].dtype == torch.bfloat16 else 0,
+            momentum.dtype == torch.bfloat16,
+            0 if momentum.dtype == torch.float32 else work.step_key,
         ]
 
     def _refresh_groups(self) -> None:
@@ -337,9 +359,12 @@ def _check_state(value: Tensor, work: ParameterWork, key: str) -> None:
     Raises:
         ValueError: state of another size, dtype, device or layout.
     """
-    dtypes = (torch.float32, torch.bfloat16) if key == "exp_avg" else (torch.float32,)
+    numel = work.shard.numel
+    dtypes = {MOMENTUM: (torch.float32, torch.bfloat16, torch.int8), REMAINDER: (torch.int16,)}.get(
+        key, (torch.float32,)
+    )
     batch, rows, columns = work.shard.local_matrix
-    sizes = {"exp_avg": work.shard.numel, "exp_avg_sq": rows}
+    sizes = {MOMENTUM: numel, REMAINDER: numel, SCALE: int8.blocks(numel), VECTOR_FACTORS[0]: rows}
     size = sizes.get(key, batch * (rows if key.endswith("_row") else columns))
     fits = value.numel() == size and value.dtype in dtypes and value.is_contiguous()
     if not fits or value.device != work.param.device:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels import numba_kernels as kernels
-from megatron_came.kernels.fused import Tables, is_batch_of_small, is_plain_fp32
+from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
 from megatron_came.kernels.tables import GroupField, Segment, Tiling
 from megatron_came.layout import Shard
 
@@ -37,8 +37,8 @@ class NumbaKernels:
         self._scratch = np.empty((0, 3, width), np.float32)
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
-        """Fp32 weights in one piece."""
-        return is_plain_fp32(param) and not is_batch_of_small(shard)
+        """Tensors in one piece."""
+        return is_ordinary(param) and not is_batch_of_small(shard)
 
     def place(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return a copy: the original may change."""
@@ -159,3 +159,6 @@ class NumbaKernels:
 
     def apply_vectors(self, tables: Tables) -> None:  # noqa: D102
         self._share(kernels.apply_vectors, 0, len(tables.vectors), tables.vectors, tables.groups)
+
+    def apply_spans(self, tables: Tables) -> None:  # noqa: D102
+        raise NotImplementedError

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, auto
 from typing import NamedTuple
 
 import numpy as np
@@ -26,67 +26,75 @@ class MatrixField(IntEnum):
     """Columns of the table of matrix parameters. Addresses point to fp32 unless said otherwise."""
 
     # What the host may change between steps.
-    PARAM = 0  # address of the slice
-    GRAD = 1  # fp32 or bf16
-    EXP_AVG = 2  # fp32 or bf16
-    MODEL_WEIGHT = 3  # 16-bit copy of the slice, or 0
-    ROW = 4  # r, (batch, rows)
-    COLUMN = 5  # c, (batch, columns)
-    RESIDUAL_ROW = 6  # R
-    RESIDUAL_COLUMN = 7  # C
-    GRAD_IS_BF16 = 8
-    MODEL_IS_BF16 = 9  # otherwise fp16
-    EXP_AVG_IS_BF16 = 10
-    KEY = 11  # of this step's random bits
+    PARAM = 0  # address of the slice; bf16 where there are remainders
+    GRAD = auto()  # fp32 or bf16
+    EXP_AVG = auto()  # fp32, bf16 or int8
+    EXP_AVG_SCALE = auto()  # of blocks of the slice, for int8; otherwise 0
+    REMAINDER = auto()  # int16, the lower halves of fp32 weights, or 0
+    MODEL_WEIGHT = auto()  # 16-bit copy of the slice, or 0
+    ROW = auto()  # r, (batch, rows)
+    COLUMN = auto()  # c, (batch, columns)
+    RESIDUAL_ROW = auto()  # R
+    RESIDUAL_COLUMN = auto()  # C
+    GRAD_IS_BF16 = auto()
+    MODEL_IS_BF16 = auto()  # otherwise fp16
+    EXP_AVG_IS_BF16 = auto()
+    KEY = auto()  # of this step's random bits
     # Geometry.
-    START = 12  # the slice is [START, STOP) of the flattened local tensor
-    STOP = 13
-    BATCH = 14
-    ROWS = 15
-    COLUMNS = 16
-    FULL_ROWS = 17  # all tensor-parallel ranks' together
-    FULL_COLUMNS = 18
-    FULL_NUMEL = 19
-    ROWS_ARE_WHOLE = 20  # this rank's row factor is that of the full matrix
-    COLUMNS_ARE_WHOLE = 21
-    BATCH_OFFSET = 22  # where the local tensor begins in the full one
-    ROW_OFFSET = 23
-    COLUMN_OFFSET = 24
-    GROUP = 25  # row of the table of hyperparameters
+    START = auto()  # the slice is [START, STOP) of the flattened local tensor
+    STOP = auto()
+    BATCH = auto()
+    ROWS = auto()
+    COLUMNS = auto()
+    FULL_ROWS = auto()  # all tensor-parallel ranks' together
+    FULL_COLUMNS = auto()
+    FULL_NUMEL = auto()
+    ROWS_ARE_WHOLE = auto()  # this rank's row factor is that of the full matrix
+    COLUMNS_ARE_WHOLE = auto()
+    BATCH_OFFSET = auto()  # where the local tensor begins in the full one
+    ROW_OFFSET = auto()
+    COLUMN_OFFSET = auto()
+    PART_ROWS = auto()  # see Shard.row_parts
+    PART_JUMP = auto()
+    GROUP = auto()  # row of the table of hyperparameters
     # Sums over elements, float64.
-    SQUARE_ROWS = 26  # of g^2, (batch, rows)
-    SQUARE_COLUMNS = 27
-    TOTAL = 28  # of u^2
-    RESIDUAL_ROWS = 29  # of e^2, u e and u^2, (3, batch, rows)
-    RESIDUAL_COLUMNS = 30
+    SQUARE_ROWS = auto()  # of g^2, (batch, rows)
+    SQUARE_COLUMNS = auto()
+    TOTAL = auto()  # of u^2
+    RESIDUAL_ROWS = auto()  # of e^2, u e and u^2, (3, batch, rows)
+    RESIDUAL_COLUMNS = auto()
     # Results of the factors, in the scale buffer.
-    ROW_SCALE = 31  # (batch, rows)
-    COLUMN_SCALE = 32
-    ROW_CONFIDENCE = 33
-    COLUMN_CONFIDENCE = 34
-    FIRST_MATRIX = 35  # row of the first matrix in the table of clip divisors
+    ROW_SCALE = auto()  # (batch, rows)
+    COLUMN_SCALE = auto()
+    ROW_CONFIDENCE = auto()
+    COLUMN_CONFIDENCE = auto()
+    FIRST_MATRIX = auto()  # row of the first matrix in the table of clip divisors
 
 
 class VectorField(IntEnum):
-    """Columns of the table of vector parameters. Addresses point to fp32 unless said otherwise."""
+    """Columns of the table of vector parameters; as those of matrices unless said otherwise."""
 
     PARAM = 0
-    GRAD = 1
-    EXP_AVG = 2
-    MODEL_WEIGHT = 3
-    MOMENT = 4  # v, of the whole local vector
-    GRAD_IS_BF16 = 5
-    MODEL_IS_BF16 = 6
-    EXP_AVG_IS_BF16 = 7
-    KEY = 8  # of this step's random bits
-    START = 9
-    STOP = 10
-    SIZE = 11  # of the local vector
-    FULL_NUMEL = 12
-    OFFSET = 13  # where the local vector begins in the full one
-    GROUP = 14
-    SQUARES = 15  # g^2 of the local vector, float64
-    TOTAL = 16  # sum of u^2, float64
+    GRAD = auto()
+    EXP_AVG = auto()
+    EXP_AVG_SCALE = auto()
+    REMAINDER = auto()
+    MODEL_WEIGHT = auto()
+    MOMENT = auto()  # v, of the whole local vector
+    GRAD_IS_BF16 = auto()
+    MODEL_IS_BF16 = auto()
+    EXP_AVG_IS_BF16 = auto()
+    KEY = auto()
+    START = auto()
+    STOP = auto()
+    SIZE = auto()  # of the local vector
+    FULL_NUMEL = auto()
+    OFFSET = auto()  # where the local vector begins in the full one
+    PART_ROWS = auto()
+    PART_JUMP = auto()
+    GROUP = auto()
+    SQUARES = auto()  # g^2 of the local vector, float64
+    TOTAL = auto()  # sum of u^2, float64
 
 
 class TileField(IntEnum):
@@ -97,6 +105,14 @@ class TileField(IntEnum):
     ROW = 2  # first row
     STOP_ROW = 3
     COLUMN = 4  # first column
+
+
+class SpanField(IntEnum):
+    """Columns of the table of spans: whole blocks of int8 momentum, one after another."""
+
+    PARAM = 0  # row of the table of matrix parameters
+    FIRST = 1  # first element, in the slice
+    STOP = 2
 
 
 class StripField(IntEnum):
@@ -149,11 +165,13 @@ class Tiling:
         rows: of a tile.
         columns: of a tile.
         slots: tiles whose sums the scratch buffer holds, at least.
+        span: elements of a span.
     """
 
     rows: int
     columns: int
     slots: int
+    span: int = 2048
 
 
 def vector_row(shard: Shard, sums: Sums, group: int) -> IntTable:
@@ -163,6 +181,7 @@ def vector_row(shard: Shard, sums: Sums, group: int) -> IntTable:
     row[VectorField.SIZE] = shard.local_matrix[1]
     row[VectorField.FULL_NUMEL] = shard.full_numel
     row[VectorField.OFFSET] = shard.offsets[1]
+    row[VectorField.PART_ROWS], row[VectorField.PART_JUMP] = shard.row_parts
     row[VectorField.GROUP] = group
     row[VectorField.SQUARES] = sums.squares[0].data_ptr()
     row[VectorField.TOTAL] = sums.total.data_ptr()
@@ -190,6 +209,7 @@ def matrix_row(
     row[field.ROWS_ARE_WHOLE] = shard.tp_axis != "rows"
     row[field.COLUMNS_ARE_WHOLE] = shard.tp_axis != "columns"
     row[field.BATCH_OFFSET : field.COLUMN_OFFSET + 1] = shard.offsets
+    row[field.PART_ROWS], row[field.PART_JUMP] = shard.row_parts
     row[field.GROUP] = group
     row[field.SQUARE_ROWS : field.SQUARE_COLUMNS + 1] = [s.data_ptr() for s in sums.squares]
     row[field.TOTAL] = sums.total.data_ptr()
@@ -197,6 +217,24 @@ def matrix_row(
     row[field.ROW_SCALE : field.COLUMN_CONFIDENCE + 1] = [s.data_ptr() for s in scales]
     row[field.FIRST_MATRIX] = first_matrix
     return row
+
+
+def spans(shards: Sequence[Shard], elements: int) -> IntTable:
+    """Cut the slices of matrix parameters into spans.
+
+    Args:
+        shards: in the order of their table.
+        elements: of a span, whole blocks of int8 momentum.
+
+    Returns:
+        Table of ``SpanField``.
+    """
+    tables = [np.zeros((0, len(SpanField)), np.int64)]
+    for param, shard in enumerate(shards):
+        first = np.arange(0, shard.numel, elements, dtype=np.int64)
+        stop = np.minimum(first + elements, shard.numel)
+        tables.append(np.stack([np.full_like(first, param), first, stop], axis=1))
+    return np.concatenate(tables)
 
 
 class _Bands(NamedTuple):

@@ -14,13 +14,16 @@ import triton
 import triton.language as tl
 
 from megatron_came.kernels import tables
+from megatron_came.maths import int8
 
 _SQUARE_SCALE = tl.constexpr(2.0**-10)  # see megatron_came.maths.passes
 _SQUARE_UNSCALE = tl.constexpr(2.0**20)
+_INT8_BLOCK = tl.constexpr(int8.BLOCK)
 _MATRIX_FIELDS = tl.constexpr(len(tables.MatrixField))
 _VECTOR_FIELDS = tl.constexpr(len(tables.VectorField))
 _TILE_FIELDS = tl.constexpr(len(tables.TileField))
 _STRIP_FIELDS = tl.constexpr(len(tables.StripField))
+_SPAN_FIELDS = tl.constexpr(len(tables.SpanField))
 _GROUP_FIELDS = tl.constexpr(len(tables.GroupField))
 
 
@@ -82,22 +85,100 @@ def _store_short(address, is_bf16, index, values, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _momenta(address, is_bf16, scales, index, mask, ALIGNED: tl.constexpr):
+    """Read elements of the momentum in fp32."""
+    if scales != 0:
+        small = tl.load(address.to(tl.pointer_type(tl.int8)) + index, mask=mask, other=0)
+        scale = tl.load(_floats(scales) + index // _INT8_BLOCK, mask=mask, other=0.0)
+        values = small.to(tl.float32) * scale
+    else:
+        values = _elements(address, is_bf16, index, mask, ALIGNED)
+    return values
+
+
+@triton.jit
+def _random_bits(place, key):
+    """Twin of ``rounding.random_bits``, as uint32."""
+    mixed = place.to(tl.uint32) * 0x9E3779B1 + (place >> 32).to(tl.uint32) * 0x27D4EB2F
+    mixed += key.to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
+    return (mixed ^ (mixed >> 16)) & 0xFFFF
+
+
+@triton.jit
 def _store_momentum(address, is_bf16, index, values, mask, place, key, ALIGNED: tl.constexpr):
-    """Write momentum; to bf16 as the twin of ``rounding.to_bf16`` and ``random_bits`` does."""
+    """Write momentum; to bf16 as ``rounding.to_bf16`` rounds."""
     if is_bf16 != 0:
-        mixed = place.to(tl.uint32) * 0x9E3779B1 + (place >> 32).to(tl.uint32) * 0x27D4EB2F
-        mixed += key.to(tl.uint32)
-        mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
-        mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
-        mixed = (mixed ^ (mixed >> 16)) & 0xFFFF
         bits = values.to(tl.uint32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
         special = tl.where((bits & 0x7FFFFF) != 0, bits | 0x10000, bits)
-        rounded = tl.where(finite, bits + mixed, special) >> 16
+        rounded = tl.where(finite, bits + _random_bits(place, key), special) >> 16
         brains = address.to(tl.pointer_type(tl.uint16))
         if ALIGNED:
             brains = tl.multiple_of(brains, 8)
         tl.store(brains + index, rounded.to(tl.uint16), mask=mask)
+    else:
+        tl.store(_aligned_floats(address, ALIGNED) + index, values, mask=mask)
+
+
+@triton.jit
+def _store_int8(address, scales, block, index, values, mask, place, key):
+    """Write momentum as ``int8.quantize`` rounds.
+
+    Args:
+        address: of the momentum.
+        scales: address of its scales.
+        block: (blocks,), places of the blocks' scales.
+        index: (blocks, 256), places of the elements.
+        values: likewise, fp32.
+        mask: likewise.
+        place: likewise, in the full tensor.
+        key: of the random bits.
+    """
+    absolute = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(tl.where(mask, absolute, 0), 1)
+    exponent = tl.maximum(((largest + 0x1FFFF) >> 23) - 6, 1)
+    finite = largest < 0x7F800000
+    scale = tl.where(finite, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    dither = (_random_bits(place, key).to(tl.float32) + 0.5) * 0.0000152587890625
+    rounded = tl.floor(values * inverse[:, None] + dither)
+    rounded = tl.where(finite[:, None], rounded, 0.0).to(tl.int32).to(tl.int8)
+    tl.store(address.to(tl.pointer_type(tl.int8)) + index, rounded, mask=mask)
+    tl.store(_floats(scales) + block, scale, mask=tl.max(mask.to(tl.int32), 1) != 0)
+
+
+@triton.jit
+def _weights(address, remainders, index, mask, ALIGNED: tl.constexpr):
+    """Read fp32 weights, in one piece or two (``remainders.join``)."""
+    if remainders != 0:
+        upper = address.to(tl.pointer_type(tl.int16))
+        lower = remainders.to(tl.pointer_type(tl.int16))
+        if ALIGNED:
+            upper = tl.multiple_of(upper, 8)
+            lower = tl.multiple_of(lower, 8)
+        high = tl.load(upper + index, mask=mask, other=0).to(tl.int32) << 16
+        low = tl.load(lower + index, mask=mask, other=0).to(tl.int32)
+        values = (high + low).to(tl.float32, bitcast=True)
+    else:
+        values = tl.load(_aligned_floats(address, ALIGNED) + index, mask=mask, other=0.0)
+    return values
+
+
+@triton.jit
+def _store_weights(address, remainders, index, values, mask, ALIGNED: tl.constexpr):
+    """Write fp32 weights, in one piece or two (``remainders.split``)."""
+    if remainders != 0:
+        upper = address.to(tl.pointer_type(tl.int16))
+        lower = remainders.to(tl.pointer_type(tl.int16))
+        if ALIGNED:
+            upper = tl.multiple_of(upper, 8)
+            lower = tl.multiple_of(lower, 8)
+        whole = values.to(tl.int32, bitcast=True)
+        low = (whole << 16) >> 16
+        tl.store(upper + index, ((whole - low) >> 16).to(tl.int16), mask=mask)
+        tl.store(lower + index, low.to(tl.int16), mask=mask)
     else:
         tl.store(_aligned_floats(address, ALIGNED) + index, values, mask=mask)
 
@@ -205,6 +286,7 @@ def instability_tiles(
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
     momenta = tl.load(param + tables.MatrixField.EXP_AVG)
     momenta_are_bf16 = tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16)
+    momentum_scales = tl.load(param + tables.MatrixField.EXP_AVG_SCALE)
     rows = tl.load(param + tables.MatrixField.ROWS)
     row_scales = _floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + matrix * rows + row
     column_scales = _floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * width
@@ -225,7 +307,9 @@ def instability_tiles(
         mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
         row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0)
         grad = _elements(grads, is_bf16, place + offset, mask, ALIGNED)
-        momentum = _elements(momenta, momenta_are_bf16, place + offset, mask, ALIGNED)
+        momentum = _momenta(
+            momenta, momenta_are_bf16, momentum_scales, place + offset, mask, ALIGNED
+        )
         update = grad * row_scale[:, None] * column_scale[None, :]
         error = update * inverse_guess - momentum
         square, cross, update_square = error * error, update * error, update * update
@@ -514,7 +598,7 @@ def apply_tiles(
     STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Twin of ``passes.apply_update`` for matrices.
+    """Twin of ``passes.apply_update`` for matrices whose momentum is not int8.
 
     Args as those of :func:`instability_tiles`, with 1/d known.
     """
@@ -531,7 +615,10 @@ def apply_tiles(
     full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS) + row
     full_row += tl.load(param + tables.MatrixField.ROW_OFFSET)
     full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
-    weights = _aligned_floats(tl.load(param + tables.MatrixField.PARAM), ALIGNED)
+    part_rows = tl.load(param + tables.MatrixField.PART_ROWS)
+    part_jump = tl.load(param + tables.MatrixField.PART_JUMP)
+    weights = tl.load(param + tables.MatrixField.PARAM)
+    remainders = tl.load(param + tables.MatrixField.REMAINDER)
     model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
     model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
     rows = tl.load(param + tables.MatrixField.ROWS)
@@ -560,17 +647,97 @@ def apply_tiles(
         row_confidence = tl.load(row_confidences + down, mask=in_rows, other=0.0) * lr
         grad = _elements(grads, is_bf16, place + offset, mask, ALIGNED)
         momentum = _elements(momenta, momenta_are_bf16, place + offset, mask, ALIGNED)
-        weight = tl.load(weights + place + offset, mask=mask, other=0.0)
+        weight = _weights(weights, remainders, place + offset, mask, ALIGNED)
         momentum = beta1 * momentum + rest * (grad * row_scale[:, None] * column_scale[None, :])
-        full_place = (full_row + down)[:, None] * full_columns + full_column + across[None, :]
+        full_down = full_row + down + (row + down) // part_rows * part_jump
+        full_place = full_down[:, None] * full_columns + full_column + across[None, :]
         _store_momentum(
             momenta, momenta_are_bf16, place + offset, momentum, mask, full_place, key, ALIGNED
         )
         weight -= decay * weight
         weight -= row_confidence[:, None] * (momentum * column_confidence[None, :])
-        tl.store(weights + place + offset, weight, mask=mask)
+        _store_weights(weights, remainders, place + offset, weight, mask, ALIGNED)
         if model != 0:
             _store_short(model, model_is_bf16, place + offset, weight, mask, ALIGNED)
+
+
+@triton.jit
+def apply_spans(matrices, spans, groups, divisors, BLOCKS: tl.constexpr):
+    """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
+
+    Args:
+        matrices: table of ``MatrixField``, int64.
+        spans: table of ``SpanField``, int64.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
+        BLOCKS: of a span.
+    """
+    span = spans + tl.program_id(0).to(tl.int64) * _SPAN_FIELDS
+    param = matrices + tl.load(span + tables.SpanField.PARAM) * _MATRIX_FIELDS
+    first = tl.load(span + tables.SpanField.FIRST)
+    stop = tl.load(span + tables.SpanField.STOP)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    columns = tl.load(param + tables.MatrixField.COLUMNS)
+    # Matrix, row and column of the first element, then those of the others, in 32 bits.
+    place = tl.load(param + tables.MatrixField.START) + first
+    base = place // columns
+    first_matrix = base // rows
+    blocks = tl.arange(0, BLOCKS)
+    inside = blocks[:, None] * _INT8_BLOCK + tl.arange(0, _INT8_BLOCK)[None, :]
+    from_base = (place - base * columns).to(tl.int32) + inside
+    below = from_base // columns.to(tl.int32)
+    column = from_base - below * columns.to(tl.int32)
+    row = (base - first_matrix * rows).to(tl.int32) + below
+    matrices_on = row // rows.to(tl.int32)
+    row -= matrices_on * rows.to(tl.int32)
+    matrix = first_matrix + matrices_on
+    index = first + inside
+    mask = index < stop
+
+    row_place = base + below
+    column_place = matrix * columns + column
+    row_scales = _floats(tl.load(param + tables.MatrixField.ROW_SCALE))
+    column_scales = _floats(tl.load(param + tables.MatrixField.COLUMN_SCALE))
+    row_confidences = _floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE))
+    column_confidences = _floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
+    row_scale = tl.load(row_scales + row_place, mask=mask, other=0.0)
+    column_scale = tl.load(column_scales + column_place, mask=mask, other=0.0)
+    row_confidence = tl.load(row_confidences + row_place, mask=mask, other=0.0)
+    column_confidence = tl.load(column_confidences + column_place, mask=mask, other=0.0)
+    divisor = 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix) + 1
+    inverse_divisor = tl.load(divisors + divisor, mask=mask, other=0.0)
+    beta1, rest, lr, decay = _rates(
+        groups + tl.load(param + tables.MatrixField.GROUP) * _GROUP_FIELDS
+    )
+
+    grads = tl.load(param + tables.MatrixField.GRAD)
+    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
+    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
+    momentum_scales = tl.load(param + tables.MatrixField.EXP_AVG_SCALE)
+    weights = tl.load(param + tables.MatrixField.PARAM)
+    remainders = tl.load(param + tables.MatrixField.REMAINDER)
+    grad = _elements(grads, is_bf16, index, mask, False)
+    momentum = _momenta(momenta, 0, momentum_scales, index, mask, False)
+    weight = _weights(weights, remainders, index, mask, False)
+    momentum = beta1 * momentum + rest * (grad * (row_scale * inverse_divisor) * column_scale)
+    weight -= decay * weight
+    weight -= (row_confidence * lr) * (momentum * column_confidence)
+    _store_weights(weights, remainders, index, weight, mask, False)
+    model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
+    if model != 0:
+        model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
+        _store_short(model, model_is_bf16, index, weight, mask, False)
+
+    full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
+    full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS)
+    full_row += row + tl.load(param + tables.MatrixField.ROW_OFFSET)
+    parts_on = row // tl.load(param + tables.MatrixField.PART_ROWS).to(tl.int32)
+    full_row += parts_on * tl.load(param + tables.MatrixField.PART_JUMP)
+    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
+    full_place = full_row * tl.load(param + tables.MatrixField.FULL_COLUMNS) + full_column
+    key = tl.load(param + tables.MatrixField.KEY)
+    block = first // _INT8_BLOCK + blocks
+    _store_int8(momenta, momentum_scales, block, index, momentum, mask, full_place, key)
 
 
 @triton.jit
@@ -645,23 +812,33 @@ def apply_vectors(vectors, groups, BLOCK: tl.constexpr):
     momenta_are_bf16 = tl.load(vector + tables.VectorField.EXP_AVG_IS_BF16)
     key = tl.load(vector + tables.VectorField.KEY)
     offset = tl.load(vector + tables.VectorField.OFFSET) + start
-    weights = _floats(tl.load(vector + tables.VectorField.PARAM))
+    momentum_scales = tl.load(vector + tables.VectorField.EXP_AVG_SCALE)
+    part_rows = tl.load(vector + tables.VectorField.PART_ROWS)
+    part_jump = tl.load(vector + tables.VectorField.PART_JUMP)
+    weights = tl.load(vector + tables.VectorField.PARAM)
+    remainders = tl.load(vector + tables.VectorField.REMAINDER)
+    blocks = tl.arange(0, BLOCK // _INT8_BLOCK)
+    inside = blocks[:, None] * _INT8_BLOCK + tl.arange(0, _INT8_BLOCK)[None, :]
     model = tl.load(vector + tables.VectorField.MODEL_WEIGHT)
     model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
     address = tl.load(vector + tables.VectorField.GRAD)
     is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
     for first in range(0, size, BLOCK):
-        index = first + tl.arange(0, BLOCK)
+        index = first + inside
         mask = index < size
         grad = _elements(address, is_bf16, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + index, mask=mask, other=1.0))
-        momentum = _elements(momenta, momenta_are_bf16, index, mask, False)
+        momentum = _momenta(momenta, momenta_are_bf16, momentum_scales, index, mask, False)
         momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse_divisor)
-        place = offset + index
-        _store_momentum(momenta, momenta_are_bf16, index, momentum, mask, place, key, False)
-        weight = tl.load(weights + index, mask=mask, other=0.0)
+        place = offset + index + (start + index) // part_rows * part_jump
+        if momentum_scales != 0:
+            block = first // _INT8_BLOCK + blocks
+            _store_int8(momenta, momentum_scales, block, index, momentum, mask, place, key)
+        else:
+            _store_momentum(momenta, momenta_are_bf16, index, momentum, mask, place, key, False)
+        weight = _weights(weights, remainders, index, mask, False)
         weight -= decay * weight
         weight -= lr * momentum
-        tl.store(weights + index, weight, mask=mask)
+        _store_weights(weights, remainders, index, weight, mask, False)
         if model != 0:
             _store_short(model, model_is_bf16, index, weight, mask, False)

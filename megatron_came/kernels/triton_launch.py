@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels import triton_kernels as kernels
-from megatron_came.kernels.fused import Tables, is_batch_of_small, is_plain_fp32
+from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
 from megatron_came.kernels.tables import GroupField, MatrixField, Segment, Tiling
 from megatron_came.layout import Shard
+from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
 
 _STEP = 8  # rows of a tile that a program reads at once
 _TILE_WARPS = 8
@@ -46,9 +47,9 @@ class TritonKernels:
         return int(torch.cuda.get_device_properties(self._device).L2_cache_size) // 2 // 8
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
-        """Fp32 weights in one piece, with places in a tile that fit 32 bits."""
+        """Tensors in one piece, with places in a tile that fit 32 bits."""
         narrow = shard.local_matrix[2] < 2**24
-        return is_plain_fp32(param) and narrow and not is_batch_of_small(shard)
+        return is_ordinary(param) and narrow and not is_batch_of_small(shard)
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Make the parameters' device the current one, on which Triton launches."""
@@ -81,9 +82,9 @@ class TritonKernels:
         """Whether all rows of a table of matrices allow vector loads."""
         addresses = matrices[:, [MatrixField.PARAM, MatrixField.GRAD, MatrixField.EXP_AVG]]
         elements = matrices[:, [MatrixField.START, MatrixField.STOP, MatrixField.COLUMNS]]
-        models = matrices[:, MatrixField.MODEL_WEIGHT]
+        halves = matrices[:, [MatrixField.MODEL_WEIGHT, MatrixField.REMAINDER]]
         return bool(
-            (addresses % 16 == 0).all() and (models % 8 == 0).all() and (elements % 4 == 0).all()
+            (addresses % 16 == 0).all() and (halves % 8 == 0).all() and (elements % 4 == 0).all()
         )
 
     @property
@@ -154,6 +155,18 @@ class TritonKernels:
             tables.divisors,
             **self._tile_shape,
             ALIGNED=tables.aligned,
+            num_warps=_TILE_WARPS,
+        )
+
+    def apply_spans(self, tables: Tables) -> None:  # noqa: D102
+        if not len(tables.spans):
+            return
+        kernels.apply_spans[(len(tables.spans),)](
+            tables.matrices,
+            tables.spans,
+            tables.groups,
+            tables.divisors,
+            BLOCKS=self.tiling.span // INT8_BLOCK,
             num_warps=_TILE_WARPS,
         )
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_came.comm import SumBuffer
 from megatron_came.host.memory.components import Components
-from megatron_came.state import FACTORS
+from megatron_came.state import FACTORS, REMAINDER
+from megatron_came.work import gradient_of
 
 # Of what torch's, apex's and Transformer Engine's optimizers call their momentum.
 _MOMENTUM = ("exp_avg", "momentum")
@@ -92,17 +93,20 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
     main_weights = _Storages(updated) - weights
     momentum: list[Tensor] = []
     second_moment: list[Tensor] = []
+    remainders: list[Tensor] = []
     for each in inner:
         for param in updated:
             for key, value in each.state.get(param, {}).items():
-                if isinstance(value, Tensor) and key != "step":
+                if key == REMAINDER:
+                    remainders.append(value)
+                elif isinstance(value, Tensor) and key != "step":
                     (momentum if _is_momentum(key) else second_moment).append(value)
-    copies = _Storages(param.grad for param in updated if param.grad is not None)
+    copies = _Storages(grad for param in updated if (grad := gradient_of(param)) is not None)
     sums = _Storages(buffer.flat for buffer in _sum_buffers(inner))
     return Components(
         weights=weights.bytes,
         gradients=gradients.bytes,
-        main_weights=main_weights.bytes,
+        main_weights=main_weights.bytes + _Storages(remainders).bytes,
         momentum=_Storages(momentum).bytes,
         second_moment=_Storages(second_moment).bytes,
         buffers=(copies - gradients).bytes + sums.bytes,

@@ -6,13 +6,6 @@ import argparse
 from dataclasses import dataclass
 from typing import Literal
 
-# What --came-momentum-dtype and --came-main-params can be set to in this version. The others are
-# predicted all the same, marked as not available.
-AVAILABLE_MOMENTUM = frozenset({"fp32"})
-AVAILABLE_MAIN_WEIGHTS = frozenset({"fp32"})
-# Whether CAME reads 16-bit gradients as they are; Megatron copies them to fp32 otherwise.
-READS_16BIT_GRADIENTS = False
-
 SCALE_BYTES = 4  # of the fp32 scale of a block
 
 
@@ -49,7 +42,6 @@ class Optimizer:
         main_weights: of 16-bit weights.
         sums_over_ranks: it has CAME's communication buffers.
         copies_gradients: 16-bit gradients are copied to fp32.
-        available: this version has it.
     """
 
     name: str
@@ -58,10 +50,9 @@ class Optimizer:
     main_weights: Precision = MAIN_WEIGHTS["fp32"]
     sums_over_ranks: bool = False
     copies_gradients: bool = True
-    available: bool = True
 
 
-def came(momentum: str = "fp32", main_weights: str = "fp32") -> Optimizer:
+def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "fp32") -> Optimizer:
     """CAME with a momentum precision and a form of main weights."""
     remainder = " + rem." if main_weights == "remainder" else ""
     return Optimizer(
@@ -70,8 +61,7 @@ def came(momentum: str = "fp32", main_weights: str = "fp32") -> Optimizer:
         second_moment="confidence",
         main_weights=MAIN_WEIGHTS[main_weights],
         sums_over_ranks=True,
-        copies_gradients=not READS_16BIT_GRADIENTS,
-        available=momentum in AVAILABLE_MOMENTUM and main_weights in AVAILABLE_MAIN_WEIGHTS,
+        copies_gradients=not (args.bf16 and args.use_distributed_optimizer),
     )
 
 
@@ -89,13 +79,11 @@ def compared(args: argparse.Namespace) -> list[Optimizer]:
     modes = [(momentum, "fp32") for momentum in MOMENTUM]
     if args.bf16:
         modes.append(("int8", "remainder"))
-    return [*(came(*mode) for mode in modes), ADAMW, ADAFACTOR, sgd(args)]
+    return [*(came(args, *mode) for mode in modes), ADAMW, ADAFACTOR, sgd(args)]
 
 
 def of_launch(args: argparse.Namespace) -> Optimizer | None:
     """The optimizer that a launch asks for; None for one that is not compared here."""
     if args.optimizer == "came":
-        return came(
-            getattr(args, "came_momentum_dtype", "fp32"), getattr(args, "came_main_params", "fp32")
-        )
+        return came(args, args.came_momentum_dtype, args.came_main_params)
     return {"adam": ADAMW, "sgd": sgd(args)}.get(args.optimizer)

@@ -15,7 +15,6 @@ from megatron_came.host.memory.text import table, unit_of
 FORMAT = 1
 
 _STATIC = [key for key in LABELS if key != "buffers"]
-_MARK = "*"
 _NOTES = (
     "Activations are Megatron's own estimate, in the precision of the run, attention scores not "
     "counted.",
@@ -45,8 +44,6 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     if len(launch.stages) > 1:
         lines += [f"The fullest rank of each pipeline stage, {trained.name}:", ""]
         lines += [*_stages(launch.stages, trained), ""]
-    if not all(optimizer.available for optimizer in optimizers):
-        lines.append(f"{_MARK} not in this version of megatron_came.")
     return [*lines, *_NOTES]
 
 
@@ -96,7 +93,7 @@ def _columns(stage: Stage, optimizers: Sequence[Optimizer]) -> list[str]:
     per_parameter = [size / stage.layout.parameters for size in of("static")]
     return table(
         [
-            [name, *(o.name + ("" if o.available else _MARK) for o in optimizers)],
+            [name, *(optimizer.name for optimizer in optimizers)],
             *(row(LABELS[key], of(key)) for key in _STATIC),
             row("static", of("static")),
             ["  bytes per parameter", *(f"{size:.2f}" for size in per_parameter)],
@@ -141,7 +138,6 @@ def as_json(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer)
         },
         "distributed_optimizer_instances": grid.instances if grid.sharded else 0,
         "parameters": launch.parameters,
-        "available": {optimizer.name: optimizer.available for optimizer in optimizers},
         "fullest_stage": fullest(launch.stages, trained).layout.stage,
         "stages": [_stage_as_json(stage, optimizers) for stage in launch.stages],
     }

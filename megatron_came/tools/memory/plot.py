@@ -61,5 +61,4 @@ def draw(stage: Stage, optimizers: Sequence[Optimizer], path: Path) -> None:
 
 
 def _label(optimizer: Optimizer) -> str:
-    words = optimizer.name.split(" ", 1)
-    return "\n".join([*words, *([] if optimizer.available else ["(not yet)"])])
+    return optimizer.name.replace(" ", "\n", 1)
