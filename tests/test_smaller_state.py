@@ -2,9 +2,9 @@
 
 import copy
 
+import came_pytorch
 import pytest
 import torch
-from came_pytorch import CAME as AuthorsCAME
 
 from megatron_came import CAME, Shard
 from megatron_came.maths import int8, remainders
@@ -180,7 +180,7 @@ def test_updates_stay_near_those_of_the_authors(momentum, bound):
     theirs = [torch.nn.Parameter(param.detach().double()) for param in params]
     starts = [param.detach().double() for param in params]
     optimizer = CAME(params, lr=1e-2, momentum_dtype=momentum)
-    other = AuthorsCAME(theirs, lr=1e-2)
+    other = came_pytorch.CAME(theirs, lr=1e-2)
     generator = torch.Generator().manual_seed(1)
     for _ in range(12):
         for param, their in zip(params, theirs, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_came.host.patching import Function, wrap
+from megatron_came.host.resumed_settings import say_conversions
 
 # Whether the load under way is to fill an optimizer; a checkpoint's weights alone suit anyone.
 _fills_optimizer: ContextVar[bool] = ContextVar("fills_optimizer", default=False)
@@ -57,6 +58,8 @@ def _with_check(original: Function) -> Function:
             problem = refusal(state["args"], args, sharding)
             if problem:
                 raise SystemExit(f"megatron_came: {problem}")
+            if args.optimizer == "came" and not (args.finetune or args.no_load_optim):
+                say_conversions(state["args"], args)
         return result
 
     return _load_base_checkpoint

@@ -1,10 +1,11 @@
-"""The hyperparameters of a resumed run are those of its flags, not those of the checkpoint."""
+"""Hyperparameters and precisions of a resumed run are those of its flags, not the checkpoint's."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 
@@ -33,11 +34,54 @@ def own_settings_kept(came: CAME) -> Iterator[None]:
                 if saved != own:
                     changes[f"{flag} {own:g} (the checkpoint's run had {saved:g})"] = None
         group.update(mine)
-    if changes and (not dist.is_initialized() or dist.get_rank() == 0):
+    if changes:
         _say_once(f"megatron_came: training goes on with {', '.join(changes)}.")
+
+
+# How far an element of the momentum is from what was saved, at most.
+_ROUNDED = {
+    "bf16": "to nearest, by at most 1/256 of itself",
+    "int8": "to nearest, by at most 1/127 of the largest of its block of 256",
+}
+
+
+def say_conversions(saved: Any, args: Any) -> None:
+    """Say how a checkpoint's momentum and main weights become those of this run, if they change.
+
+    Args:
+        saved: Megatron's arguments of the run that saved it.
+        args: Megatron's arguments of this run.
+    """
+    before, now = getattr(saved, "came_momentum_dtype", "fp32"), args.came_momentum_dtype
+    if before != now:
+        exact = now == "fp32" or (before, now) == ("int8", "bf16")
+        how = "taken over exactly" if exact else f"rounded {_ROUNDED[now]}"
+        _say_once(
+            f"megatron_came: --came-momentum-dtype {now} (the checkpoint's run had {before}): "
+            f"momentum is {how}."
+        )
+    elif now == "int8" and _layout(saved) != _layout(args):
+        _say_once(
+            "megatron_came: --came-momentum-dtype int8 at another layout than the checkpoint's: "
+            f"blocks differ, so momentum is rounded {_ROUNDED[now]}."
+        )
+    before, now = getattr(saved, "came_main_params", "fp32"), args.came_main_params
+    if before != now:
+        _say_once(
+            f"megatron_came: --came-main-params {now} (the checkpoint's run had {before}): the "
+            "main weights are taken over bit for bit."
+        )
+
+
+def _layout(args: Any) -> tuple[object, ...]:
+    sizes = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    more = ("virtual_pipeline_model_parallel_size", "context_parallel_size")
+    experts = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+    return tuple(getattr(args, name, None) for name in (*sizes, *more, *experts))
 
 
 @functools.cache
 def _say_once(sentence: str) -> None:
-    """Once, though dense and expert parameters have an optimizer each."""
-    print(sentence, flush=True)
+    """Once, though dense and expert parameters have an optimizer each; on one rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(sentence, flush=True)
