@@ -41,6 +41,8 @@ CASES = [
     Case("no elements", whole((0, 5), (0,), (3, 4))),
     Case("bf16 gradients", whole((70, 300), (50,)), torch.bfloat16),
     Case("bf16 slices", (((64, 256), 132, 9000), ((40, 90), 301, 2907)), torch.bfloat16),
+    Case("long rows", (((9, 1100), None, None), ((11, 1300), 1500, 13900))),
+    Case("long bf16 rows", (((9, 1100), None, None), ((11, 1300), 1500, 13900)), torch.bfloat16),
     Case("convolutions", whole((70, 4, 3))),
     Case("nothing", ()),
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
@@ -33,6 +34,11 @@ _ONE = np.float32(1.0)
 _SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
 _SQUARE_UNSCALE = 2.0**20
 
+# In pass 2 the sums of long rows' columns leave the innermost cache, so that rows are taken several
+# at a time. Shorter rows share pages of memory, which are read fastest from one end to the other.
+_BLOCK = 4
+_LONG_ROW = 1024
+
 
 def _pointer(dtype):
     """Return an intrinsic that turns an address into a pointer."""
@@ -45,6 +51,19 @@ def _pointer(dtype):
         return types.CPointer(dtype)(address), generate
 
     return pointer
+
+
+@intrinsic
+def _assume_no_overlap(_context):
+    """Promise that none of the function's pointers reach what another one writes."""
+
+    def generate(context, builder, _signature, _args):
+        for argument in builder.function.args:
+            if isinstance(argument.type, ir.PointerType):
+                argument.add_attribute("noalias")
+        return context.get_dummy_value()
+
+    return types.none(), generate
 
 
 _to_float32 = _pointer(types.float32)
@@ -76,23 +95,41 @@ def _read_bf16(bits, out):
 
 
 @_jit
-def _elements(address, is_bf16, offset, count, buffer):
-    """Elements of a gradient or momentum in fp32: its own memory, or the buffer."""
+def _elements(address, is_bf16, offset, stride, rows, count, buffer):
+    """Rows of a gradient or momentum in fp32: in their own memory, or in the buffer.
+
+    Returns:
+        Address of the first row, elements from there to the next.
+    """
     if not is_bf16:
-        return _floats(address + 4 * offset, count)
-    out = _floats(buffer.ctypes.data, count)
-    _read_bf16(carray(_to_uint16(address + 2 * offset), (count,)), out)
-    return out
+        return address + 4 * offset, stride
+    out = np.int64(buffer.ctypes.data)
+    for row in range(rows):
+        bits = carray(_to_uint16(address + 2 * (offset + row * stride)), (count,))
+        _read_bf16(bits, _floats(out + 4 * row * count, count))
+    return out, count
+
+
+@_jit
+def _gradients(param, offset, rows, count, buffer):
+    address, is_bf16 = param[Matrix.GRAD], param[Matrix.GRAD_IS_BF16]
+    return _elements(address, is_bf16, offset, param[Matrix.COLUMNS], rows, count, buffer)
+
+
+@_jit
+def _momenta(param, offset, rows, count, buffer):
+    address, is_bf16 = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_IS_BF16]
+    return _elements(address, is_bf16, offset, param[Matrix.COLUMNS], rows, count, buffer)
 
 
 @_jit
 def _gradient(param, offset, count, buffer):
-    return _elements(param[Matrix.GRAD], param[Matrix.GRAD_IS_BF16], offset, count, buffer)
+    return _floats(_gradients(param, offset, 1, count, buffer)[0], count)
 
 
 @_jit
 def _momentum(param, offset, count, buffer):
-    return _elements(param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_IS_BF16], offset, count, buffer)
+    return _floats(_momenta(param, offset, 1, count, buffer)[0], count)
 
 
 @_elementwise
@@ -157,6 +194,12 @@ def _span(param, tile, row, tile_columns):
     return max(first, param[Matrix.START]), min(end, param[Matrix.STOP]), first
 
 
+@_jit
+def _clear(slot, kinds, width, used):
+    for kind in range(kinds):
+        _floats(slot + 4 * kind * width, used)[:] = 0.0
+
+
 @_fast
 def _square_row(grad, column_sums):
     total = np.float32(0.0)
@@ -188,8 +231,8 @@ def square_tiles(first, stop, origin, matrices, tiles, scratch, tile_rows, tile_
         tile = tiles[index]
         param = matrices[tile[Tile.PARAM]]
         slot = _slot(scratch, index - origin)
-        row_sums = _floats(slot, width)  # and those of the columns
-        row_sums[:] = 0.0
+        _clear(slot, 1, width, tile_rows + min(tile_columns, param[Matrix.COLUMNS]))
+        row_sums = _floats(slot, tile_rows)
         for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
             low, high, start = _span(param, tile, row, tile_columns)
             if low < high:
@@ -200,22 +243,43 @@ def square_tiles(first, stop, origin, matrices, tiles, scratch, tile_rows, tile_
                 )
 
 
-@_fast
-def _instability_row(
-    grad, exp_avg, column_scale, row_scale, inverse_guess, error_sums, cross_sums, update_sums
-):
-    errors, crosses, updates = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-    for i in range(grad.size):
-        update = grad[i] * row_scale * column_scale[i]
-        error = update * inverse_guess - exp_avg[i]
-        square, cross, update_square = error * error, update * error, update * update
-        errors += square
-        crosses += cross
-        updates += update_square
-        error_sums[i] += square
-        cross_sums[i] += cross
-        update_sums[i] += update_square
-    return errors, crosses, updates
+def _instability_rows(rows):
+    @_fast
+    def instability_rows(
+        grad,
+        grad_stride,
+        exp_avg,
+        exp_avg_stride,
+        count,
+        row_scale,
+        column_scale,
+        inverse_guess,
+        row_errors,
+        row_crosses,
+        row_updates,
+        column_errors,
+        column_crosses,
+        column_updates,
+    ):
+        _assume_no_overlap()
+        for i in range(count):
+            errors, crosses, updates = column_errors[i], column_crosses[i], column_updates[i]
+            for row in range(rows):
+                update = grad[row * grad_stride + i] * row_scale[row] * column_scale[i]
+                error = update * inverse_guess - exp_avg[row * exp_avg_stride + i]
+                square, cross, update_square = error * error, update * error, update * update
+                row_errors[row] += square
+                row_crosses[row] += cross
+                row_updates[row] += update_square
+                errors += square
+                crosses += cross
+                updates += update_square
+            column_errors[i], column_crosses[i], column_updates[i] = errors, crosses, updates
+
+    return instability_rows
+
+
+_instability_row, _instability_block = _instability_rows(1), _instability_rows(_BLOCK)
 
 
 @_jit
@@ -228,33 +292,51 @@ def instability_tiles(
         divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
     """
     width = tile_rows + tile_columns
-    buffer, momenta = np.empty(tile_columns, np.float32), np.empty(tile_columns, np.float32)
+    buffer = np.empty(_BLOCK * tile_columns, np.float32)
+    momenta = np.empty(_BLOCK * tile_columns, np.float32)
     for index in range(first, stop):
         tile = tiles[index]
         param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
         slot = _slot(scratch, index - origin)
-        row_sums = _floats(slot, 3 * width)  # and those of the columns
-        row_sums[:] = 0.0
         rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
-        row_scale = _floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows)
+        _clear(slot, 3, width, tile_rows + min(tile_columns, columns))
+        row_scale = param[Matrix.ROW_SCALE] + 4 * matrix * rows
         column_scale = param[Matrix.COLUMN_SCALE] + 4 * matrix * columns
         inverse_guess = divisors[param[Matrix.FIRST_MATRIX] + matrix, 0]
-        for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
+        row, stop_row = tile[Tile.ROW], tile[Tile.STOP_ROW]
+        while row < stop_row:
             low, high, start = _span(param, tile, row, tile_columns)
+            block = columns > _LONG_ROW and row + _BLOCK <= stop_row
+            # All of the block's rows must lie in the slice, from one end of the tile to the other.
+            block &= low == start and high + (_BLOCK - 1) * columns <= param[Matrix.STOP]
+            together = _BLOCK if block else 1
             if low < high:
                 offset, count, column = low - param[Matrix.START], high - low, low - start
-                place, at = row - tile[Tile.ROW], slot + 4 * (tile_rows + column)
-                sums = _instability_row(
-                    _gradient(param, offset, count, buffer),
-                    _momentum(param, offset, count, momenta),
-                    _floats(column_scale + 4 * (tile[Tile.COLUMN] + column), count),
-                    row_scale[row],
+                grad, grad_stride = _gradients(param, offset, together, count, buffer)
+                exp_avg, exp_avg_stride = _momenta(param, offset, together, count, momenta)
+                row_sums = slot + 4 * (row - tile[Tile.ROW])
+                column_sums = slot + 4 * (tile_rows + column)
+                args = (
+                    _to_float32(grad),
+                    grad_stride,
+                    _to_float32(exp_avg),
+                    exp_avg_stride,
+                    count,
+                    _to_float32(row_scale + 4 * row),
+                    _to_float32(column_scale + 4 * (tile[Tile.COLUMN] + column)),
                     inverse_guess,
-                    _floats(at, count),
-                    _floats(at + 4 * width, count),
-                    _floats(at + 8 * width, count),
+                    _to_float32(row_sums),
+                    _to_float32(row_sums + 4 * width),
+                    _to_float32(row_sums + 8 * width),
+                    _to_float32(column_sums),
+                    _to_float32(column_sums + 4 * width),
+                    _to_float32(column_sums + 8 * width),
                 )
-                row_sums[place], row_sums[width + place], row_sums[2 * width + place] = sums
+                if block:
+                    _instability_block(*args)
+                else:
+                    _instability_row(*args)
+            row += together
 
 
 @_jit
