@@ -299,7 +299,7 @@ class CAME(torch.optim.Optimizer):
             )
         for key, value in saved.items():
             if key == state_of.MOMENTUM:
-                if value.dtype == torch.int8 == state[key].dtype:
+                if value.dtype == state[key].dtype:
                     state[key] = value.to(param.device).contiguous()
                 else:
                     state_of.set_momentum(state, state_of.momentum_of(saved))

@@ -261,33 +261,6 @@ def test_model_weights_are_rewritten(kernels, dtype):
 
 
 @on_both
-def test_bf16_momentum_is_that_of_the_plain_path(kernels):
-    """The same random bits, but where a number was on the verge of another rounding."""
-    results = {}
-    for path in ("plain", kernels):
-        device = DEVICES[path] if path in DEVICES else torch.device("cpu")
-        generator = torch.Generator().manual_seed(0)
-        starts = [
-            torch.randn(shape, generator=generator) for shape in ((40, 70), (33,), (2, 9, 11))
-        ]
-        params = [torch.nn.Parameter(start.to(device, copy=True)) for start in starts]
-        optimizer = CAME(params, lr=1e-2, kernels=path, momentum_dtype=torch.bfloat16)
-        for _ in range(3):
-            for param in params:
-                param.grad = torch.randn(param.shape, generator=generator).to(device)
-            optimizer.step()
-        results[path] = [optimizer.state[param]["exp_avg"].cpu() for param in params]
-    for ours, plain in zip(results[kernels], results["plain"], strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert (ours != plain).double().mean() < 0.005
-
-
-def test_a_dtype_that_momentum_cannot_have_is_refused():
-    with pytest.raises(ValueError, match=r"float16 is not torch\.float32 or torch\.bfloat16"):
-        CAME([torch.nn.Parameter(torch.ones(3))], lr=1e-3, momentum_dtype=torch.float16)
-
-
-@on_both
 def test_a_learning_rate_may_be_a_tensor(kernels):
     device, results = DEVICES[kernels], []
     for as_tensor in (False, True):

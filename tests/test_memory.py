@@ -28,9 +28,10 @@ def host():
 
 
 def test_gpt2_medium_has_its_known_sizes():
-    (stage,) = launch(MEDIUM + BF16).stages
+    run = launch(MEDIUM + BF16)
+    (stage,) = run.stages
     assert stage.layout.parameters == 354_871_296
-    parts = stage.components(came())
+    parts = stage.components(came(run.args))
     assert parts.momentum / 2**30 == pytest.approx(1.3220, abs=5e-5)
     assert parts.second_moment / 2**20 == pytest.approx(4.6, abs=0.05)
 
@@ -278,26 +279,26 @@ def test_what_fits_fits_and_the_next_does_not(flags):
     run = launch(SMALL + flags, 4)
     sizes = {}
     for micro_batch in (1, 2, 4, 8, 16):
-        sizes[micro_batch] = run.stages_at(4, micro_batch)[0].total(came())
+        sizes[micro_batch] = run.stages_at(4, micro_batch)[0].total(came(run.args))
     assert sorted(sizes.values()) == list(sizes.values())
-    found = fit.fit(run, came(), sizes[4])
+    found = fit.fit(run, came(run.args), sizes[4])
     assert found.micro_batch == 4
-    assert fit.fit(run, came(), sizes[1] - 1).micro_batch is None
-    assert fit.fit(run, came(), 2**40).micro_batch == 16
+    assert fit.fit(run, came(run.args), sizes[1] - 1).micro_batch is None
+    assert fit.fit(run, came(run.args), 2**40).micro_batch == 16
 
 
 def test_the_fewest_gpus():
     run = launch(SMALL + DO + tp(2), 8)
-    sizes = {data: run.stages_at(data, 1)[0].total(came()) for data in (1, 2, 4, 8)}
+    sizes = {data: run.stages_at(data, 1)[0].total(came(run.args)) for data in (1, 2, 4, 8)}
     assert sorted(sizes.values(), reverse=True) == list(sizes.values())
-    assert fit.fit(run, came(), sizes[4]).gpus == 8
-    assert fit.fit(run, came(), sizes[2]).gpus == 4
-    assert fit.fit(run, came(), 2**10).gpus is None
+    assert fit.fit(run, came(run.args), sizes[4]).gpus == 8
+    assert fit.fit(run, came(run.args), sizes[2]).gpus == 4
+    assert fit.fit(run, came(run.args), 2**10).gpus is None
 
 
 def test_what_fits_without_a_global_batch_size():
     run = launch(SMALL.replace("--global-batch-size 64 ", ""), 2)
-    found = fit.fit(run, came(), run.stages_at(2, 8)[0].total(came()))
+    found = fit.fit(run, came(run.args), run.stages_at(2, 8)[0].total(came(run.args)))
     assert found.micro_batch == 8
 
 

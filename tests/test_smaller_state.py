@@ -262,3 +262,8 @@ def test_remainders_are_not_dropped():
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="do not consist of 2 equal parts"):
         Shard((7, 3), 0, 21, tp_parts=2)
+
+
+def test_a_dtype_that_momentum_cannot_have_is_refused():
+    with pytest.raises(ValueError, match=r"float16 is not one of torch\.float32"):
+        CAME([torch.nn.Parameter(torch.ones(3))], lr=1e-3, momentum_dtype=torch.float16)

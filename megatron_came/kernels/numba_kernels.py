@@ -16,19 +16,37 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from megatron_came.kernels.tables import FINGERPRINT
 from megatron_came.kernels.tables import GroupField as Group
 from megatron_came.kernels.tables import MatrixField as Matrix
+from megatron_came.kernels.tables import SpanField as Span
 from megatron_came.kernels.tables import StripField as Strip
 from megatron_came.kernels.tables import TileField as Tile
 from megatron_came.kernels.tables import VectorField as Vector
+from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
 
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _REORDER = {"reassoc", "contract", "nsz"}
 # As in PyTorch, a division by zero gives infinity or NaN.
 _options = {"nogil": True, "cache": True, "error_model": "numpy"}
-_jit = njit(**_options)
-_fast = njit(fastmath=_REORDER, **_options)
-_elementwise = njit(fastmath={"contract"}, **_options)
+
+
+def _compiled(**more):
+    """Return Numba's decorator, under names that change with the tables' columns.
+
+    Numba's cache knows a function by its file's date; the columns are in another file.
+    """
+
+    def compiled(function):
+        function.__qualname__ += f"_{FINGERPRINT}"
+        return njit(**_options, **more)(function)
+
+    return compiled
+
+
+_jit = _compiled()
+_fast = _compiled(fastmath=_REORDER)
+_elementwise = _compiled(fastmath={"contract"})
 
 _ONE = np.float32(1.0)
 _SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
@@ -69,6 +87,8 @@ def _assume_no_overlap(_context):
 _to_float32 = _pointer(types.float32)
 _to_float64 = _pointer(types.float64)
 _to_uint16 = _pointer(types.uint16)
+_to_int16 = _pointer(types.int16)
+_to_int8 = _pointer(types.int8)
 
 
 @_jit
@@ -116,10 +136,35 @@ def _gradients(param, offset, rows, count, buffer):
     return _elements(address, is_bf16, offset, param[Matrix.COLUMNS], rows, count, buffer)
 
 
+@_elementwise
+def _scale_int8(small, scale, out):
+    for i in range(small.size):
+        out[i] = np.float32(small[i]) * scale
+
+
+@_jit
+def _read_int8(address, scales, offset, count, out):
+    """Elements [offset, offset + count) of int8 momentum."""
+    done = 0
+    while done < count:
+        block = (offset + done) // INT8_BLOCK
+        size = min((block + 1) * INT8_BLOCK - offset, count) - done
+        small = carray(_to_int8(address + offset + done), (size,))
+        _scale_int8(small, _floats(scales + 4 * block, 1)[0], out[done : done + size])
+        done += size
+
+
 @_jit
 def _momenta(param, offset, rows, count, buffer):
-    address, is_bf16 = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_IS_BF16]
-    return _elements(address, is_bf16, offset, param[Matrix.COLUMNS], rows, count, buffer)
+    address, scales = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_SCALE]
+    is_bf16, columns = param[Matrix.EXP_AVG_IS_BF16], param[Matrix.COLUMNS]
+    if not scales:
+        return _elements(address, is_bf16, offset, columns, rows, count, buffer)
+    out = np.int64(buffer.ctypes.data)
+    for row in range(rows):
+        into = _floats(out + 4 * row * count, count)
+        _read_int8(address, scales, offset + row * columns, count, into)
+    return out, count
 
 
 @_jit
@@ -133,29 +178,97 @@ def _momentum(param, offset, count, buffer):
 
 
 @_elementwise
-def _round_to_bf16(values, bits, first_place, key):
-    """Twin of ``rounding.to_bf16`` and ``random_bits`` for consecutive places."""
-    whole = values.view(np.uint32)
-    for i in range(values.size):
+def _draw(first_place, key, bits):
+    """Twin of ``rounding.random_bits`` for consecutive places."""
+    for i in range(bits.size):
         place = first_place + i
         mixed = (place * 0x9E3779B1 + (place >> 32) * 0x27D4EB2F + key) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-        mixed = (mixed ^ (mixed >> 16)) & 0xFFFF
+        bits[i] = (mixed ^ (mixed >> 16)) & 0xFFFF
+
+
+@_elementwise
+def _round_to_bf16(values, bits, kept):
+    """Twin of ``rounding.to_bf16``."""
+    whole = values.view(np.uint32)
+    for i in range(values.size):
         word = np.int64(whole[i])
         if (word & 0x7F800000) != 0x7F800000:
-            word += mixed
+            word += bits[i]
         elif word & 0x7FFFFF:
             word |= 0x10000
-        bits[i] = word >> 16
+        kept[i] = word >> 16
+
+
+@_elementwise
+def _round_block_to_int8(values, bits, kept):
+    """Twin of ``int8.quantize`` for a block; returns its scale."""
+    whole = values.view(np.int32)
+    largest = np.int32(0)
+    for i in range(values.size):
+        largest = max(largest, whole[i] & np.int32(0x7FFFFFFF))
+    if largest >= 0x7F800000:
+        kept[:] = 0
+        return np.float32(np.nan)
+    exponent = ((int(largest) + 0x1FFFF) >> 23) - 6
+    exponent = max(exponent, 1) - 127
+    inverse = np.float32(math.ldexp(1.0, -exponent))
+    for i in range(values.size):
+        dither = (np.float32(bits[i]) + np.float32(0.5)) * np.float32(2.0**-16)
+        kept[i] = np.int8(np.floor(values[i] * inverse + dither))
+    return np.float32(math.ldexp(1.0, exponent))
 
 
 @_jit
-def _keep_momentum(address, is_bf16, offset, values, first_place, key):
-    """Round the momentum to where it is kept, if that is not its own memory."""
+def _keep_momentum(address, is_bf16, scales, offset, values, bits):
+    """Round momentum to where it is kept, if that is not its own memory; int8 by whole blocks."""
+    count = values.size
     if is_bf16:
-        kept = carray(_to_uint16(address + 2 * offset), (values.size,))
-        _round_to_bf16(values, kept, first_place, key)
+        _round_to_bf16(values, bits, carray(_to_uint16(address + 2 * offset), (count,)))
+    if scales:
+        for first in range(0, count, INT8_BLOCK):
+            stop = min(first + INT8_BLOCK, count)
+            kept = carray(_to_int8(address + offset + first), (stop - first,))
+            scale = _round_block_to_int8(values[first:stop], bits[first:stop], kept)
+            _floats(scales + 4 * ((offset + first) // INT8_BLOCK), 1)[0] = scale
+
+
+@_elementwise
+def _join(high, low, out):
+    """Twin of ``remainders.join``."""
+    whole = out.view(np.int32)
+    for i in range(out.size):
+        whole[i] = (np.int32(high[i]) << np.int32(16)) + np.int32(low[i])
+
+
+@_elementwise
+def _split(values, high, low):
+    """Twin of ``remainders.split``."""
+    whole = values.view(np.int32)
+    for i in range(values.size):
+        rest = np.int16(whole[i])
+        low[i] = rest
+        high[i] = (whole[i] - np.int32(rest)) >> np.int32(16)
+
+
+@_jit
+def _weights(address, remainders, offset, count, buffer):
+    """Fp32 weights: their own memory, or the buffer."""
+    if not remainders:
+        return _floats(address + 4 * offset, count)
+    out = buffer[:count]
+    high = carray(_to_int16(address + 2 * offset), (count,))
+    _join(high, carray(_to_int16(remainders + 2 * offset), (count,)), out)
+    return out
+
+
+@_jit
+def _keep_weights(address, remainders, offset, values):
+    """Split weights to where they are kept, if that is not their own memory."""
+    if remainders:
+        high = carray(_to_int16(address + 2 * offset), (values.size,))
+        _split(values, high, carray(_to_int16(remainders + 2 * offset), (values.size,)))
 
 
 @_elementwise
@@ -539,54 +652,113 @@ def _apply_row(
 
 
 @_jit
+def _update(
+    param, groups, divisors, matrix, row, column, offset, momentum, bits, grad_buffer, buffer
+):
+    """Update part of a row: the momentum in fp32, the weights where they are kept.
+
+    Args:
+        param: row of the table of matrix parameters.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
+        matrix: place in the batch.
+        row: of the matrix.
+        column: first one.
+        offset: first element, in the slice.
+        momentum: fp32.
+        bits: like momentum, uint16, out: what the momentum is to be rounded with.
+        grad_buffer: for the gradient in fp32.
+        buffer: for the weights in fp32.
+    """
+    count, group = momentum.size, groups[param[Matrix.GROUP]]
+    rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
+    row_scale = _floats(param[Matrix.ROW_SCALE] + 4 * (matrix * rows + row), 1)[0]
+    row_confidence = _floats(param[Matrix.ROW_CONFIDENCE] + 4 * (matrix * rows + row), 1)[0]
+    place = 4 * (matrix * columns + column)
+    weights = _weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, count, buffer)
+    _apply_row(
+        weights,
+        _gradient(param, offset, count, grad_buffer),
+        momentum,
+        _floats(param[Matrix.COLUMN_SCALE] + place, count),
+        _floats(param[Matrix.COLUMN_CONFIDENCE] + place, count),
+        row_scale * divisors[param[Matrix.FIRST_MATRIX] + matrix, 1],
+        np.float32(group[Group.LR]) * row_confidence,
+        np.float32(group[Group.BETA1]),
+        np.float32(1.0 - group[Group.BETA1]),
+        np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY]),
+    )
+    _keep_weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, weights)
+    _copy_to_model(param[Matrix.MODEL_WEIGHT], offset, weights)
+    if param[Matrix.EXP_AVG_IS_BF16] or param[Matrix.EXP_AVG_SCALE]:
+        full_row = (matrix + param[Matrix.BATCH_OFFSET]) * param[Matrix.FULL_ROWS]
+        full_row += row + param[Matrix.ROW_OFFSET]
+        full_row += row // param[Matrix.PART_ROWS] * param[Matrix.PART_JUMP]
+        full_place = full_row * param[Matrix.FULL_COLUMNS] + param[Matrix.COLUMN_OFFSET] + column
+        _draw(full_place, param[Matrix.KEY], bits)
+
+
+@_jit
 def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
-    """Twin of ``passes.apply_update`` for matrices.
+    """Twin of ``passes.apply_update`` for matrices whose momentum is not int8.
 
     Args as those of :func:`instability_tiles`, with 1/d known.
     """
-    buffer, momenta = np.empty(tile_columns, np.float32), np.empty(tile_columns, np.float32)
+    grads, weights = np.empty(tile_columns, np.float32), np.empty(tile_columns, np.float32)
+    momenta, bits = np.empty(tile_columns, np.float32), np.empty(tile_columns, np.uint16)
     for index in range(first, stop):
         tile = tiles[index]
-        param = matrices[tile[Tile.PARAM]]
-        matrix, rows, columns = tile[Tile.MATRIX], param[Matrix.ROWS], param[Matrix.COLUMNS]
-        group = groups[param[Matrix.GROUP]]
-        beta1, rest = np.float32(group[Group.BETA1]), np.float32(1.0 - group[Group.BETA1])
-        lr = np.float32(group[Group.LR])
-        decay = np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY])
-        row_scale = _floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows)
-        row_confidence = _floats(param[Matrix.ROW_CONFIDENCE] + 4 * matrix * rows, rows)
-        inverse_divisor = divisors[param[Matrix.FIRST_MATRIX] + matrix, 1]
+        param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
         for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
             low, high, start = _span(param, tile, row, tile_columns)
             if low < high:
                 offset, count = low - param[Matrix.START], high - low
-                place = 4 * (matrix * columns + tile[Tile.COLUMN] + low - start)
-                weights = _floats(param[Matrix.PARAM] + 4 * offset, count)
                 momentum = _momentum(param, offset, count, momenta)
-                _apply_row(
+                column, drawn = tile[Tile.COLUMN] + low - start, bits[:count]
+                _update(
+                    param, groups, divisors, matrix, row, column, offset, momentum, drawn, grads,
                     weights,
-                    _gradient(param, offset, count, buffer),
-                    momentum,
-                    _floats(param[Matrix.COLUMN_SCALE] + place, count),
-                    _floats(param[Matrix.COLUMN_CONFIDENCE] + place, count),
-                    row_scale[row] * inverse_divisor,
-                    lr * row_confidence[row],
-                    beta1,
-                    rest,
-                    decay,
-                )
-                full_row = (matrix + param[Matrix.BATCH_OFFSET]) * param[Matrix.FULL_ROWS]
-                full_row += row + param[Matrix.ROW_OFFSET]
+                )  # fmt: skip
                 _keep_momentum(
-                    param[Matrix.EXP_AVG],
-                    param[Matrix.EXP_AVG_IS_BF16],
-                    offset,
-                    momentum,
-                    full_row * param[Matrix.FULL_COLUMNS]
-                    + (param[Matrix.COLUMN_OFFSET] + tile[Tile.COLUMN] + low - start),
-                    param[Matrix.KEY],
+                    param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_IS_BF16], 0, offset, momentum, drawn
                 )
-                _copy_to_model(param[Matrix.MODEL_WEIGHT], offset, weights)
+
+
+@_jit
+def apply_spans(first, stop, matrices, spans, groups, divisors, span_elements):
+    """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
+
+    Args:
+        first: row of the table of spans.
+        stop: one past the last row.
+        matrices: table of ``MatrixField``.
+        spans: table of ``SpanField``.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
+        span_elements: of a span, at most.
+    """
+    grads, weights = np.empty(span_elements, np.float32), np.empty(span_elements, np.float32)
+    momenta, bits = np.empty(span_elements, np.float32), np.empty(span_elements, np.uint16)
+    for index in range(first, stop):
+        param = matrices[spans[index, Span.PARAM]]
+        rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
+        low, high = spans[index, Span.FIRST], spans[index, Span.STOP]
+        momentum, drawn = momenta[: high - low], bits[: high - low]
+        address, scales = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_SCALE]
+        _read_int8(address, scales, low, high - low, momentum)
+        offset = low
+        while offset < high:
+            all_rows = (param[Matrix.START] + offset) // columns
+            column = param[Matrix.START] + offset - all_rows * columns
+            matrix = all_rows // rows
+            end = min(offset + columns - column, high)
+            part, some = momentum[offset - low : end - low], drawn[offset - low : end - low]
+            row = all_rows - matrix * rows
+            _update(
+                param, groups, divisors, matrix, row, column, offset, part, some, grads, weights
+            )
+            offset = end
+        _keep_momentum(address, 0, scales, low, momentum, drawn)
 
 
 @_jit
@@ -637,6 +809,21 @@ def update_vectors(first, stop, vectors, groups):
 
 
 @_jit
+def _vector_bits(vector):
+    """Random bits of a slice of a vector, part by part."""
+    start, stop = vector[Vector.START], vector[Vector.STOP]
+    bits = np.empty(stop - start, np.uint16)
+    place = start
+    while place < stop:
+        part = place // vector[Vector.PART_ROWS]
+        end = min((part + 1) * vector[Vector.PART_ROWS], stop)
+        full_place = vector[Vector.OFFSET] + place + part * vector[Vector.PART_JUMP]
+        _draw(full_place, vector[Vector.KEY], bits[place - start : end - start])
+        place = end
+    return bits
+
+
+@_jit
 def apply_vectors(first, stop, vectors, groups):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for vectors."""
     for index in range(first, stop):
@@ -644,8 +831,14 @@ def apply_vectors(first, stop, vectors, groups):
         group = groups[vector[Vector.GROUP]]
         moment = _floats(vector[Vector.MOMENT], vector[Vector.SIZE])[vector[Vector.START] :]
         grad = _vector_gradient(vector)
-        param = _floats(vector[Vector.PARAM], grad.size)
-        exp_avg = _whole(vector, vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16])
+        remainders, scales = vector[Vector.REMAINDER], vector[Vector.EXP_AVG_SCALE]
+        buffer = np.empty(grad.size, np.float32)
+        param = _weights(vector[Vector.PARAM], remainders, 0, grad.size, buffer)
+        if scales:
+            exp_avg = np.empty(grad.size, np.float32)
+            _read_int8(vector[Vector.EXP_AVG], scales, 0, grad.size, exp_avg)
+        else:
+            exp_avg = _whole(vector, vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16])
         inverse_divisor = np.float32(
             _inverse_divisor(
                 _doubles(vector[Vector.TOTAL], 1)[0],
@@ -663,12 +856,9 @@ def apply_vectors(first, stop, vectors, groups):
             weight = param[i]
             weight -= decay * weight
             param[i] = weight - lr * momentum
-        _keep_momentum(
-            vector[Vector.EXP_AVG],
-            vector[Vector.EXP_AVG_IS_BF16],
-            0,
-            exp_avg,
-            vector[Vector.OFFSET] + vector[Vector.START],
-            vector[Vector.KEY],
-        )
+        if vector[Vector.EXP_AVG_IS_BF16] or scales:
+            bits = _vector_bits(vector)
+            address, is_bf16 = vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16]
+            _keep_momentum(address, is_bf16, scales, 0, exp_avg, bits)
+        _keep_weights(vector[Vector.PARAM], remainders, 0, param)
         _copy_to_model(vector[Vector.MODEL_WEIGHT], 0, param)

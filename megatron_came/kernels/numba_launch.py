@@ -168,7 +168,16 @@ class NumbaKernels:
         kernels.apply_vectors(0, len(tables.vectors), tables.vectors, tables.groups)
 
     def apply_spans(self, tables: Tables) -> None:  # noqa: D102
-        raise NotImplementedError
+        self._share(
+            kernels.apply_spans,
+            0,
+            len(tables.spans),
+            tables.matrices,
+            tables.spans,
+            tables.groups,
+            tables.divisors,
+            self.tiling.span,
+        )
 
 
 def _batches(first: int, stop: int, threads: int) -> Iterator[tuple[int, int]]:

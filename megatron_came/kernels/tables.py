@@ -8,6 +8,7 @@ scratch buffer has a fixed number of slots. Vectors need none of this: see ``Vec
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
@@ -139,6 +140,11 @@ class GroupField(IntEnum):
     EPS1 = 5
     EPS2 = 6
     CLIP_THRESHOLD = 7
+
+
+_TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupField)
+# Changes when a column moves: compiled kernels that were kept must not outlive their tables.
+FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in _TABLES]).encode())
 
 
 class Segment(NamedTuple):

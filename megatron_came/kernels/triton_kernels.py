@@ -24,7 +24,17 @@ _VECTOR_FIELDS = tl.constexpr(len(tables.VectorField))
 _TILE_FIELDS = tl.constexpr(len(tables.TileField))
 _STRIP_FIELDS = tl.constexpr(len(tables.StripField))
 _SPAN_FIELDS = tl.constexpr(len(tables.SpanField))
+_FINGERPRINT = tl.constexpr(tables.FINGERPRINT)
 _GROUP_FIELDS = tl.constexpr(len(tables.GroupField))
+
+
+@triton.jit
+def _note_tables():
+    """Make kernels depend on the tables' columns.
+
+    Triton's cache knows a kernel by its source and its constants; the columns are in another file.
+    """
+    tl.static_assert(_FINGERPRINT >= 0)
 
 
 @triton.jit
@@ -48,6 +58,7 @@ def _at_least(value, low):
 
 @triton.jit
 def _doubles(address):
+    _note_tables()
     return address.to(tl.pointer_type(tl.float64))
 
 
@@ -192,6 +203,7 @@ def _tile(matrices, tiles, index, ALIGNED: tl.constexpr):
         where negative); the place of the slice's start and stop relative to that; columns of the
         matrix; the tile's matrix, first row, stop row and first column.
     """
+    _note_tables()
     tile = tiles + index.to(tl.int64) * _TILE_FIELDS
     param = matrices + tl.load(tile + tables.TileField.PARAM) * _MATRIX_FIELDS
     matrix = tl.load(tile + tables.TileField.MATRIX)
@@ -672,6 +684,7 @@ def apply_spans(matrices, spans, groups, divisors, BLOCKS: tl.constexpr):
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
         BLOCKS: of a span.
     """
+    _note_tables()
     span = spans + tl.program_id(0).to(tl.int64) * _SPAN_FIELDS
     param = matrices + tl.load(span + tables.SpanField.PARAM) * _MATRIX_FIELDS
     first = tl.load(span + tables.SpanField.FIRST)
