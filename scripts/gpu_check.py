@@ -41,20 +41,22 @@ def check_bad_gradients() -> None:
     print("ok  what is not finite is not hidden", flush=True)
 
 
-def check_bf16_momentum() -> None:
-    """Momentum in bf16 is that of the plain path, but for a few last bits."""
+def check_smaller_state(momentum: torch.dtype) -> None:
+    """Momentum in 16 or 8 bits, with remainders, is that of the plain path but for last bits."""
     results = {}
     for path, device in (("plain", torch.device("cpu")), ("triton", CUDA)):
         generator = torch.Generator().manual_seed(0)
-        param = torch.nn.Parameter(torch.randn(300, 200, generator=generator).to(device))
-        optimizer = CAME([param], lr=1e-2, kernels=path, momentum_dtype=torch.bfloat16)
+        starts = [torch.randn(shape, generator=generator) for shape in ((300, 200), (2, 33, 70))]
+        params = [torch.nn.Parameter(start.to(device, torch.bfloat16)) for start in starts]
+        optimizer = CAME(params, lr=1e-2, kernels=path, momentum_dtype=momentum, remainders=True)
         for _ in range(3):
-            param.grad = torch.randn(300, 200, generator=generator).to(device)
+            for param in params:
+                param.decoupled_grad = torch.randn(param.shape, generator=generator).to(device)
             optimizer.step()
-        results[path] = optimizer.state[param]["exp_avg"].cpu()
+        results[path] = torch.cat([optimizer.state[p]["exp_avg"].cpu().view(-1) for p in params])
     different = (results["plain"] != results["triton"]).double().mean().item()
     assert different < 0.005, different
-    print(f"ok  bf16 momentum: {different:.2%} of the elements differ from the plain path")
+    print(f"ok  {momentum} momentum: {different:.2%} of the elements differ from the plain path")
 
 
 def check_graph_capture() -> None:
@@ -107,7 +109,8 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results"
     check_cases()
     check_bad_gradients()
-    check_bf16_momentum()
+    check_smaller_state(torch.bfloat16)
+    check_smaller_state(torch.int8)
     check_graph_capture()
     device = torch.cuda.get_device_name().lower().replace(" ", "-")
     day = datetime.now(UTC).date().isoformat()

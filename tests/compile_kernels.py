@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from megatron_came.kernels import triton_kernels as kernels
 from megatron_came.kernels.triton_launch import _BLOCK, _STEP, _STRIP_TILES, TritonKernels
+from megatron_came.maths import int8
 
 TABLE = "*i64"
 POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
@@ -23,6 +24,7 @@ VARIANTS = {
     "square_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
     "instability_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
     "apply_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
+    "apply_spans": [{"BLOCKS": tiling.span // int8.BLOCK}],
     "add_strips": [{**STRIP, "SQUARES": squares} for squares in (True, False)],
     "update_second_moments": [{"BLOCK": _BLOCK}],
     "update_instabilities": [{"BLOCK": _BLOCK}],
@@ -48,7 +50,7 @@ def compile_for_hopper(name, constants):
     return triton.compile(
         source,
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 8 if "ROWS" in constants else 4},
+        options={"num_warps": 8 if constants.keys() & {"ROWS", "BLOCKS"} else 4},
     )
 
 

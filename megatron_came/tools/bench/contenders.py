@@ -62,6 +62,7 @@ def contenders(device: torch.device) -> list[Contender]:
     found = [
         Contender("CAME, fused", _came(fused), 32, sharded=True),
         Contender("CAME, bf16 momentum", _came(fused, torch.bfloat16), 26, sharded=True),
+        Contender("CAME, int8 momentum", _came(fused, torch.int8), 23, sharded=True),
         Contender("CAME, plain", _came("plain"), 32, sharded=True),
         Contender("torch AdamW, fused", _plain(partial(torch.optim.AdamW, fused=True)), 28),
         Contender("torch AdamW, foreach", _plain(partial(torch.optim.AdamW, foreach=True)), 28),
