@@ -130,6 +130,14 @@ def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
                 f"{was}, save there with --ckpt-format torch_dist "
                 f"--dist-ckpt-optim-fully-reshardable and resume from that, or {_AFRESH}."
             )
+    before, now = (bool(getattr(each, "grad_reduce_in_bf16", False)) for each in (saved, args))
+    if before != now:
+        return (
+            f"the checkpoint was saved {'with' if before else 'without'} --grad-reduce-in-bf16, "
+            "and its format of optimizer state does not allow a change of that: "
+            f"{'add' if before else 'leave out'} it, save so with --ckpt-format torch_dist "
+            f"--dist-ckpt-optim-fully-reshardable and resume from that, or {_AFRESH}."
+        )
     return None
 
 
