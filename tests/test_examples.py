@@ -280,6 +280,12 @@ class TestMessages:
         assert done.returncode == 1
         assert "start it with sbatch" in done.stderr
 
+    def test_a_try_outside_of_slurm(self) -> None:
+        words = dry_run("gpt2_medium/train_slurm.sh", SMOKE="1", MEGATRON_CAME_CPU="1")
+        assert "srun" not in words
+        assert words[words.index("--nnodes") + 1] == "1"
+        assert words[words.index("--nproc-per-node") + 1] == "2"
+
     def test_made_up_tokens_are_no_secret(self) -> None:
         done = run(GPT2[0], DRY_RUN="1")
         assert 'Make a dataset of your own text with "megatron-came data"' in done.stderr
@@ -314,47 +320,58 @@ def test_few_documents_are_not_split(tmp_path: Path) -> None:
         assert ("--eval-iters 0" in words) == (documents < 20)
 
 
-def test_on_data_and_resumed_in_another_layout(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "text", 100)
-    data = {"DATA_PATH": str(tmp_path / "text")}
-    log = smoke("gpt2_medium/train_8gpus.sh", tmp_path / "run", **data)
+@pytest.fixture(scope="module")
+def run_of_ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path, str]:
+    """A dataset as the scripts' variables name it, a run on it, and its log."""
+    folder = tmp_path_factory.mktemp("run")
+    write_dataset(folder / "text", 100)
+    data = {"DATA_PATH": str(folder / "text")}
+    return data, folder, smoke("gpt2_medium/train_8gpus.sh", folder / "run", **data)
+
+
+def test_on_data(run_of_ours: tuple[dict[str, str], Path, str]) -> None:
+    _, folder, log = run_of_ours
     assert sorted(losses(log)) == [1, 2, 3, 4]
     assert "padded vocab (size: 50257) with 47 dummy tokens (new size: 50304)" in log
     assert "--num-layers 24 -> 4" in log
-    assert list((tmp_path / "run" / "tensorboard-smoke").glob("events*"))
-    log = smoke("gpt2_medium/train_1gpu.sh", tmp_path / "run", **data)
+    assert list((folder / "run" / "tensorboard-smoke").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "gpt2_medium/train_1gpu.sh",
+        pytest.param("gpt2_medium/train_tp2_pp2_dp2.sh", marks=pytest.mark.matrix),
+    ],
+)
+def test_resumed_in_another_layout(
+    run_of_ours: tuple[dict[str, str], Path, str], script: str, tmp_path: Path
+) -> None:
+    data, folder, _ = run_of_ours
+    shutil.copytree(folder / "run", tmp_path / "run")
+    log = smoke(script, tmp_path / "run", **data)
     assert "SMOKE=1: resuming from" in log
     assert sorted(losses(log)) == [5, 6, 7, 8]
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(
-    ("script", "optimizer"),
-    [
-        ("gpt2_medium/train_slurm.sh", "came"),
-        ("llama/train_8gpus.sh", "came"),
-        ("moe/train_8gpus.sh", "came"),
-        ("gpt2_medium/train_1gpu.sh", "adam"),
-    ],
-)
-def test_smoke(tmp_path: Path, script: str, optimizer: str) -> None:
-    log = smoke(script, tmp_path, OPTIMIZER=optimizer)
+@pytest.mark.parametrize("script", ["llama/train_8gpus.sh", "moe/train_8gpus.sh"])
+def test_smoke(tmp_path: Path, script: str) -> None:
+    log = smoke(script, tmp_path)
     seen = losses(log)
     assert sorted(seen) == [1, 2, 3, 4]
     assert all(8 < loss < 13 for loss in seen.values())
 
 
 @pytest.mark.matrix
-def test_resumed_with_tensor_and_pipeline_parallelism(tmp_path: Path) -> None:
-    assert sorted(losses(smoke("gpt2_medium/train_1gpu.sh", tmp_path))) == [1, 2, 3, 4]
-    assert sorted(losses(smoke("gpt2_medium/train_tp2_pp2_dp2.sh", tmp_path))) == [5, 6, 7, 8]
-
-
-@pytest.mark.matrix
-def test_several_nodes(tmp_path: Path) -> None:
+def test_several_nodes_and_adam(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, nodes=2)
     log = smoke(
-        "gpt2_medium/train_slurm.sh", tmp_path / "run", path=cluster.path, **cluster.variables
+        "gpt2_medium/train_slurm.sh",
+        tmp_path / "run",
+        path=cluster.path,
+        OPTIMIZER="adam",
+        **cluster.variables,
     )
     assert "processes 16 -> 2" in log
     assert sorted(losses(log)) == [1, 2, 3, 4]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import test_layouts, test_training
+from tests.training import layouts, test_training
+from tests.training.harness import data_parallel_size, parallel_size
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MODELS = ("gpt2", "llama", "moe")
@@ -15,29 +16,17 @@ def _cases(model):
     """Flags and number of ranks of each case of a model."""
     cases = [
         (flags, ranks)
-        for ranks, layouts in test_layouts.LAYOUTS[model].items()
-        for flags in layouts.values()
+        for ranks, found in layouts.LAYOUTS[model].items()
+        for flags in found.values()
     ]
-    cases.append((test_layouts.DO, 1))
+    cases.append((layouts.DO, 1))
     if model == "gpt2":
         cases += [
             (flags, ranks)
-            for ranks, layouts in test_training.LAYOUTS.items()
-            for flags in layouts.values()
+            for ranks, found in test_training.LAYOUTS.items()
+            for flags in found.values()
         ]
     return cases
-
-
-def _size(flags, name):
-    found = re.search(rf"--{name} (\d+)", flags)
-    return int(found[1]) if found else 1
-
-
-def _data_parallel(flags, ranks):
-    kinds = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
-    for kind in kinds:
-        ranks //= _size(flags, kind)
-    return ranks
 
 
 def _flag(name):
@@ -46,18 +35,18 @@ def _flag(name):
 
 # What a case says about a row: the values that it covers.
 ROWS = {
-    "tensor parallel": lambda flags, ranks: {_size(flags, "tensor-model-parallel-size")},
+    "tensor parallel": lambda flags, ranks: {parallel_size(flags, "tensor-model")},
     "sequence parallel, at tensor parallel": lambda flags, ranks: (
-        {_size(flags, "tensor-model-parallel-size")} if "--sequence-parallel" in flags else set()
+        {parallel_size(flags, "tensor-model")} if "--sequence-parallel" in flags else set()
     ),
-    "pipeline parallel": lambda flags, ranks: {_size(flags, "pipeline-model-parallel-size")},
+    "pipeline parallel": lambda flags, ranks: {parallel_size(flags, "pipeline-model")},
     "virtual pipeline stages": _flag("--num-layers-per-virtual-pipeline-stage"),
-    "context parallel": lambda flags, ranks: {_size(flags, "context-parallel-size")},
-    "expert parallel": lambda flags, ranks: {_size(flags, "expert-model-parallel-size")},
+    "context parallel": lambda flags, ranks: {parallel_size(flags, "context")},
+    "expert parallel": lambda flags, ranks: {parallel_size(flags, "expert-model")},
     "expert tensor parallel": lambda flags, ranks: (
-        {_size(flags, "expert-tensor-parallel-size")} if "--expert-tensor" in flags else set()
+        {parallel_size(flags, "expert-tensor")} if "--expert-tensor" in flags else set()
     ),
-    "data parallel": lambda flags, ranks: {_data_parallel(flags, ranks)},
+    "data parallel": lambda flags, ranks: {data_parallel_size(flags, ranks)},
     "distributed optimizer": _flag("--use-distributed-optimizer"),
     "... with overlapped communication, odd buckets": _flag("--overlap-param-gather"),
     "... two instances": _flag("--num-distributed-optimizer-instances 2"),
@@ -85,4 +74,4 @@ def test_the_table_says_what_is_tested(row, column, model):
 
 def test_every_row_is_checked():
     assert _table().keys() == ROWS.keys() | {"frozen parameters, stages and ranks that own nothing"}
-    assert test_layouts.FROZEN
+    assert layouts.FROZEN

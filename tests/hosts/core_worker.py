@@ -1,6 +1,6 @@
 """Trains a small GPT with ``megatron.core`` alone, as users without Megatron's training loop do.
 
-torchrun --nproc-per-node N -m tests.hosts.core_worker CASES.json RESULTS_FOLDER
+It is the worker of ``tests.training.harness.run``.
 """
 
 import argparse
@@ -224,7 +224,3 @@ def main() -> None:
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,8 @@
-"""Weights that all layouts start from, made once."""
+"""What several modules' tests look at, made once."""
 
 import pytest
 
+from tests.training import layouts as matrix
 from tests.training.harness import Case, run
 
 
@@ -21,3 +22,15 @@ def start_from(tmp_path_factory):
         folder,
     )
     return f"--load {folder / 'checkpoint'} --finetune --no-load-optim --no-load-rng "
+
+
+@pytest.fixture(scope="session")
+def layouts_folder(tmp_path_factory):
+    """Where ``layouts`` keeps logs and checkpoints."""
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="session")
+def layouts(layouts_folder):
+    """What the ranks of every layout saw."""
+    return matrix.train(layouts_folder)

@@ -3,12 +3,14 @@
 import os
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo, distributed_c10d
 
 
 def meet() -> dist.TCPStore:
-    """The store that torchrun serves."""
+    """The store that the ranks of a run share; the first rank serves it."""
+    _share_one_device()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False)
+    return dist.TCPStore(address, port, is_master=os.environ["RANK"] == "0")
 
 
 def connect(name: str, store: dist.TCPStore) -> None:
@@ -16,3 +18,20 @@ def connect(name: str, store: dist.TCPStore) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     prefix = dist.PrefixStore(name, store)
     dist.init_process_group("gloo", store=prefix, rank=rank, world_size=world_size)
+
+
+def _share_one_device() -> None:
+    """Let one thread wait for the messages of all groups of this process.
+
+    Otherwise each group has its own, which wakes up a hundred times a second; Megatron makes dozens
+    of groups for a case, and keeps some of them alive after it.
+    """
+    device = ProcessGroupGloo.create_device(hostname="127.0.0.1")
+
+    class Group(ProcessGroupGloo):
+        def __init__(self, store, rank, size, timeout):
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = Group

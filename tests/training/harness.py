@@ -1,13 +1,23 @@
 """Starts the workers and reads what they saw."""
 
+import atexit
+import functools
+import itertools
 import json
+import operator
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from tests.training.nursery import free_port as free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,21 +33,81 @@ MODEL = """
 
 @dataclass
 class Case:
-    """One training: flags beyond ``MODEL``, and what runs in CAME's place (see variants)."""
+    """One training: flags beyond the model's, and what runs in CAME's place (see variants)."""
 
     name: str
     flags: str
     variant: str = "came"
     fails: bool = False
+    model: str = MODEL
 
-    def as_json(self) -> dict:
-        return {**asdict(self), "flags": [*MODEL.split(), *self.flags.split()]}
+    def as_json(self, ranks: int) -> dict:
+        # Two micro-batches an iteration: enough to accumulate gradients and to fill a pipeline.
+        size = max(8 // data_parallel_size(self.flags, ranks) // 2, 2)
+        flags = f"{self.model} --micro-batch-size {size} {self.flags}".split()
+        return {**asdict(self), "flags": flags}
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def parallel_size(flags: str, kind: str) -> int:
+    """The size that flags give to ``--KIND-parallel-size``; the last one counts."""
+    found = re.findall(rf"--{kind}-parallel-size (\d+)", flags)
+    return int(found[-1]) if found else 1
+
+
+def data_parallel_size(flags: str, ranks: int) -> int:
+    """How many ranks train on batches of their own."""
+    for kind in ("tensor-model", "pipeline-model", "context"):
+        ranks //= parallel_size(flags, kind)
+    return ranks
+
+
+class _Nursery:
+    """A process that has imported a worker and forks the ranks of runs."""
+
+    def __init__(self, worker: str, search_path: Sequence[Path]):
+        self._folder = tempfile.TemporaryDirectory()
+        self._socket = Path(self._folder.name) / "socket"
+        self._log = Path(self._folder.name) / "log"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MEGATRON_CAME_CPU": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, [*search_path, ROOT])),
+        }
+        command = [sys.executable, "-m", "tests.training.nursery", worker, str(self._socket)]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        atexit.register(self.close)
+
+    def run(self, ranks: int, arguments: list[str], log: Path) -> bool:
+        """Run the worker on so many ranks; returns whether one of them failed."""
+        request = {"ranks": ranks, "arguments": arguments, "log": str(log), "seconds": 900}
+        with socket.socket(socket.AF_UNIX) as connection:
+            self._connect(connection)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            answer = connection.recv(1)
+        return answer != b"0"
+
+    def _connect(self, connection: socket.socket) -> None:
+        while True:  # it imports for some seconds
+            try:
+                return connection.connect(str(self._socket))
+            except OSError as error:
+                if self._process.poll() is not None:
+                    raise AssertionError(self._log.read_text()[-6000:]) from error
+                time.sleep(0.05)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+@functools.cache
+def _nursery(worker: str, *search_path: Path) -> _Nursery:
+    return _Nursery(worker, search_path)
 
 
 def run(
@@ -64,30 +134,11 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     cases_file = folder / "cases.json"
-    cases_file.write_text(json.dumps([case.as_json() for case in cases]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-    command += [
-        "--master-port",
-        str(free_port()),
-        "-m",
-        worker,
-        str(cases_file),
-        str(folder),
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MEGATRON_CAME_CPU": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, [*search_path, ROOT])),
-    }
-    with (folder / "log").open("w") as log:
-        code = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=900
-        ).returncode
-    if dies != bool(code):
-        raise AssertionError(
-            f"workers failed; the end of {folder / 'log'}:\n" + (folder / "log").read_text()[-6000:]
-        )
+    cases_file.write_text(json.dumps([case.as_json(world_size) for case in cases]))
+    log = folder / "log"
+    failed = _nursery(worker, *search_path).run(world_size, [str(cases_file), str(folder)], log)
+    if dies != failed:
+        raise AssertionError(f"workers failed; the end of {log}:\n" + log.read_text()[-6000:])
     return {
         case.name: [
             json.loads((folder / f"{case.name}.{rank}.json").read_text())
@@ -95,6 +146,18 @@ def run(
         ]
         for case in cases[: len(cases) - dies]
     }
+
+
+def run_chains(chains: Sequence[list[Case]], folder: Path) -> dict[str, list[dict]]:
+    """Run cases on one rank, two at a time: those of a chain one after the other.
+
+    Returns:
+        By name of the case, what its rank saw.
+    """
+    halves = [list(itertools.chain.from_iterable(chains[first::2])) for first in range(2)]
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(run, (1, 1), halves, (folder / "first", folder / "second"))
+        return functools.reduce(operator.or_, results)
 
 
 def losses(ranks: list[dict]) -> list[float]:

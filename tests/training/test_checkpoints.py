@@ -17,7 +17,8 @@ SMALL = "--ddp-bucket-size 5003 --overlap-grad-reduce "
 TP, PP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 2 "
 VPP = PP + "--num-layers-per-virtual-pipeline-stage 1 " + DO + SMALL + "--overlap-param-gather "
 MOE = (
-    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --disable-bias-linear --swiglu "
+    "--num-layers 2 --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 "
+    "--disable-bias-linear --swiglu "
     "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none "
     "--expert-model-parallel-size 2 "
 )

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_came.host.memory.records import Record
 from tests.training import test_layouts
 from tests.training.harness import Case, run
-from tests.training.test_layouts import DO, FROZEN, LAYOUTS, MODELS, SIXTEEN_BIT, pp, tp
+from tests.training.layouts import DO, FROZEN, LAYOUTS, MODELS, NAMES, SIXTEEN_BIT, pp, tp
 
 # One step that an overflow does not skip.
 ONE = "--train-iters 1 --lr-warmup-iters 0 --initial-loss-scale 16 --came-report-memory "
@@ -25,7 +25,8 @@ CASES |= {
     name: (ranks, f"came+{variant}", "came", model + layout)
     for name, (variant, ranks, model, layout) in FROZEN.items()
 }
-CASES |= {
+TRAINED = CASES.keys()  # by the tests of layouts, which measure as well
+CASES = CASES | {
     "adam-bf16-tp2-pp2-do": (4, "came", "adam", "--bf16 " + tp(2) + pp(2) + DO),
     "adam-bf16": (2, "came", "adam", "--bf16 --grad-reduce-in-bf16 "),
     "sgd-bf16": (2, "came", "sgd", "--bf16 "),
@@ -57,6 +58,11 @@ def reports(request, tmp_path_factory):
     items = [item for item in request.session.items if item.path == Path(__file__)]
     asked = {item.callspec.params["name"] for item in items if hasattr(item, "callspec")} | {LOGGED}
     folder = tmp_path_factory.mktemp("memory")
+    places = {name: folder / name for name in asked}
+    if any(item.path == Path(test_layouts.__file__) for item in request.session.items):
+        request.getfixturevalue("layouts")
+        trained = request.getfixturevalue("layouts_folder") / "memory"
+        places |= {name: trained / name for name in asked & TRAINED - {LOGGED}}
     seen = {}
     for ranks in (2, 4):
         cases = [
@@ -67,7 +73,7 @@ def reports(request, tmp_path_factory):
                 variant,
             )
             for name, (where, variant, optimizer, flags) in CASES.items()
-            if where == ranks and name in asked
+            if where == ranks and places.get(name) == folder / name
         ]
         if ranks == 2:
             report = f"--came-report-memory --came-memory-dir {folder / 'twice'} "
@@ -75,13 +81,13 @@ def reports(request, tmp_path_factory):
         if cases:
             seen.update(run(ranks, cases, folder / f"ranks{ranks}"))
     return {
-        name: [Record.read(path) for path in sorted((folder / name).glob("*.json"))]
-        for name in asked
+        name: [Record.read(path) for path in sorted(place.glob("*.json"))]
+        for name, place in places.items()
     } | {"folder": folder, "seen": seen}
 
 
 def test_every_layout_is_measured():
-    assert set(test_layouts.NAMES) <= CASES.keys()
+    assert set(NAMES) <= CASES.keys()
 
 
 @pytest.mark.parametrize("name", _mark(CASES))

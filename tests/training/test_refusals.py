@@ -6,7 +6,7 @@ import pytest
 
 from megatron_came.host import checkpoint_refusals
 from megatron_came.tools import inspect_checkpoint
-from tests.training.harness import Case, run
+from tests.training.harness import Case, run_chains
 
 DO = "--use-distributed-optimizer "
 REFUSED = {
@@ -37,11 +37,11 @@ def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refusals")
     places = {name: folder / f"checkpoint-{name}" for name in ("adam", "came")}
     short = "--train-iters 2 --lr-warmup-iters 0 "
-    cases = [
+    saving = [
         Case(f"save-{name}", f"{short} --optimizer {name} --save {place} --save-interval 2")
         for name, place in places.items()
     ]
-    cases += [
+    cases = [
         Case(name, short + flags.format(**places), fails=True)
         for name, (flags, _) in REFUSED.items()
     ]
@@ -55,8 +55,10 @@ def seen(tmp_path_factory):
         Case("changed-beta", f"{again} --optimizer came --load {places['came']} --came-beta2 0.9"),
         Case("notice", f"{short} {DO} --optimizer came --save {folder / 'x'} --save-interval 99"),
     ]
-    results = run(1, cases, folder)
-    return results | {"log": (folder / "log").read_text(), "folder": folder}
+    results = run_chains([[case] for case in saving], folder / "saving")
+    results |= run_chains([[case] for case in cases], folder / "others")
+    log = "".join(path.read_text() for path in folder.glob("others/*/log"))
+    return results | {"log": log, "folder": folder}
 
 
 @pytest.mark.parametrize("name", REFUSED)

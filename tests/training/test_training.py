@@ -3,7 +3,7 @@ one rank."""
 
 import pytest
 
-from tests.training.harness import Case, losses, run, worst_difference
+from tests.training.harness import Case, losses, run, run_chains, worst_difference
 
 # Relative, of the loss, over 20 fp32 iterations. The authors' class against itself with another
 # micro-batch size differs by 7e-7, and so do the layouts of Adam: it is the order of the model's
@@ -35,7 +35,9 @@ FAULTS = {"dp2-do": "no_dp_sum", "tp2": "no_tp_sum"}
 
 def _setting(name: str, variant: str, flags: str = "") -> Case:
     frozen = "+" + name if name.startswith("frozen") else ""
-    return Case(f"{variant}-{name}", f"{LOGS}{SETTINGS[name]} {flags}", variant + frozen)
+    # Megatron draws as many random numbers before the weights as a micro-batch is large.
+    flags = f"{LOGS}{SETTINGS[name]} {flags} --micro-batch-size 2"
+    return Case(f"{variant}-{name}", flags, variant + frozen)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +60,7 @@ def seen(start_from, tmp_path_factory):
         Case(f"{name}-{fault}", start_from + LOGS + LAYOUTS[2][name], fault)
         for name, fault in FAULTS.items()
     ]
-    results = {}
+    results = run_chains([[case] for case in cases.pop(1)], tmp_path_factory.mktemp("ranks1"))
     for ranks, here in cases.items():
         results.update(run(ranks, here, tmp_path_factory.mktemp(f"ranks{ranks}")))
     return results

@@ -100,7 +100,7 @@ def _killed_while_saving():
 def _exploding():
     """The loss, and with it every gradient, is 1e25 times too large from the third iteration on.
 
-    An iteration is four micro-batches.
+    An iteration is two micro-batches.
     """
     from megatron_came import pretrain_gpt
 
@@ -109,7 +109,7 @@ def _exploding():
     def explode(*args):
         calls.append(args)
         loss, *rest = original(*args)
-        return loss * (1e25 if len(calls) > 2 * 4 else 1.0), *rest
+        return loss * (1e25 if len(calls) > 2 * 2 else 1.0), *rest
 
     return mock.patch.object(pretrain_gpt, "loss_func", explode)
 

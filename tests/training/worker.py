@@ -1,10 +1,10 @@
-"""Runs many short Megatron trainings in one set of processes, since starting Megatron takes ten
-seconds.
-
-torchrun --nproc-per-node N -m tests.training.worker CASES.json RESULTS_FOLDER
+"""One rank of many short Megatron trainings, one after the other: see ``nursery``, which imports
+this once for all ranks, and ``harness``.
 """
 
+import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -58,6 +58,22 @@ def forget() -> None:
     gc.collect()
 
 
+def read_help_once() -> None:
+    """Keep the help texts of flags, which Megatron reads from its source three times a case."""
+    from megatron.training import argument_utils, arguments
+
+    factory = getattr(argument_utils, "ArgumentGroupFactory", None)
+    if factory is None:  # before 0.18
+        return
+    read, reader = factory._get_field_docstrings, factory.__new__(factory)
+    texts = functools.cache(lambda kind: read(reader, kind))
+    factory._get_field_docstrings = lambda self, kind: texts(kind)
+    arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+read_help_once()
+
+
 def main() -> None:
     cases_file, results = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -70,7 +86,3 @@ def main() -> None:
         if seen["error"] and not case["fails"]:
             sys.exit(1)
         forget()
-
-
-if __name__ == "__main__":
-    main()

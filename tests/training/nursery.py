@@ -1,0 +1,102 @@
+"""Forks the ranks of test runs from one process that has imported Megatron, which takes seconds.
+
+    python -m tests.training.nursery WORKER SOCKET
+
+Each connection to the socket asks for one run, in a line of JSON: the number of ranks, the
+arguments of ``WORKER.main``, a file for the log, and a time limit in seconds. The answer is 0 if
+every rank ended well; when one does not, the others are killed.
+"""
+
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import socket
+import socketserver
+import sys
+import threading
+import time
+from multiprocessing import connection
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class Run(socketserver.StreamRequestHandler):
+    """One run, in a process of its own."""
+
+    def handle(self) -> None:
+        request = json.loads(self.rfile.readline())
+        with Path(request["log"]).open("w") as log:
+            for descriptor in (1, 2):
+                os.dup2(log.fileno(), descriptor)
+        launcher = {
+            "WORLD_SIZE": str(request["ranks"]),
+            "LOCAL_WORLD_SIZE": str(request["ranks"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        os.environ |= launcher
+        context = multiprocessing.get_context("fork")
+        ranks = [
+            context.Process(target=_be_rank, args=(rank, request["arguments"]))
+            for rank in range(request["ranks"])
+        ]
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + request["seconds"]
+        running = list(ranks)
+        while running and not any(rank.exitcode for rank in ranks):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                print(f"The ranks ran for more than {request['seconds']} s.", file=sys.stderr)
+                break
+            connection.wait([rank.sentinel for rank in running], left)
+            running = [rank for rank in running if rank.exitcode is None]
+        for rank in running:
+            rank.kill()
+        for rank in ranks:
+            rank.join()
+        failed = any(rank.exitcode for rank in ranks)
+        self.wfile.write(b"1" if failed else b"0")
+
+
+def _be_rank(rank: int, arguments: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    sys.argv[1:] = arguments
+    importlib.import_module(sys.argv[0]).main()
+
+
+class Nursery(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
+    """Answers until the process that started it is gone."""
+
+    max_children = 8
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, Run)
+        self._parent = os.getppid()
+
+    def service_actions(self) -> None:
+        super().service_actions()
+        if os.getppid() != self._parent:
+            sys.exit()
+
+
+def main() -> None:
+    worker, path = sys.argv[1:]
+    sys.argv = [worker]
+    importlib.import_module(worker)
+    if threading.active_count() > 1:
+        raise RuntimeError("processes with threads cannot be forked safely")
+    gc.collect()
+    gc.freeze()  # the ranks then collect in a moment, and do not copy what they share
+    Nursery(path).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
