@@ -13,14 +13,17 @@ from megatron_came import comm
 
 
 class Oracle(came_pytorch.CAME):
-    """The authors' class where the host builds CAME, on one rank, which holds whole tensors."""
+    """The authors' class where the host builds CAME, on one rank, which holds whole tensors.
+
+    Whatever CAME is asked to keep in fewer bits, it keeps in fp32.
+    """
 
     kernel_choices = ()
 
-    def __init__(self, *args, kernels, **kwargs):
+    def __init__(self, *args, kernels, momentum_dtype, remainders, seed, **kwargs):
         super().__init__(*args, **kwargs)
 
-    def set_shards(self, shards):
+    def set_shards(self, shards, names=None):
         if any(shard.tp_size > 1 or shard.dp_group is not None for shard in shards.values()):
             raise ValueError("the oracle knows no shards")
 
