@@ -251,12 +251,15 @@ class CAME(torch.optim.Optimizer):
         State keeps the dtype that CAME gives it; ``torch.optim`` would cast it to the parameter's.
         Momentum of another dtype is rounded to nearest.
         """
-        super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         mine = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, param in zip(saved, mine, strict=True):
-            if key in state_dict["state"]:
-                self.state[param] = self._as_state(state_dict["state"][key], param)
+        states = {
+            param: self._as_state(state_dict["state"][key], param)
+            for key, param in zip(saved, mine, strict=False)  # what does not fit is said below
+            if key in state_dict["state"]
+        }
+        super().load_state_dict(state_dict)
+        self.state.update(states)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:

@@ -89,12 +89,18 @@ class TestRemainders:
     def test_every_value_comes_back(self):
         generator = torch.Generator().manual_seed(0)
         bits = torch.randint(-(2**31), 2**31, (1 << 20,), generator=generator)
-        edges = torch.tensor([0, 1, -1, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7F7FFFFF, 0x7F800000])
+        edges = [0, 1, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF]
+        edges = torch.tensor(edges)
         whole = torch.cat([bits, edges, edges - 2**31]).to(torch.int32)
         weights, rest = remainders.split(whole.view(torch.float32))
         assert weights.dtype == torch.bfloat16
         assert rest.dtype == torch.int16
-        assert torch.equal(remainders.join(weights, rest).view(torch.int32), whole)
+        back = remainders.join(weights, rest)
+        nan = whole.view(torch.float32).isnan()
+        assert torch.equal(back.view(torch.int32)[~nan], whole[~nan])
+        assert back[nan].isnan().all()
+        assert weights[nan].isnan().all()
+        assert 0 < nan.sum() < len(whole)
 
     def test_the_weight_is_the_nearest_but_for_ties(self):
         values = unlike_values(1 << 20)
@@ -249,6 +255,17 @@ def test_a_resumed_run_is_bit_identical(kernels, momentum):
         assert torch.equal(one, other)
         for key, value in optimizer.state[one].items():
             assert torch.equal(value, resumed.state[other][key])
+
+
+@on_all
+def test_nan_reaches_the_model_through_remainders(kernels):
+    (param, *_) = parameters(kernels, torch.bfloat16)
+    optimizer = CAME([param], lr=1e-2, kernels=kernels, remainders=True)
+    grad = torch.ones(param.shape)
+    grad.view(torch.int32).view(-1)[7] = 0x7FFFFFFF
+    param.decoupled_grad = grad.to(param.device)
+    optimizer.step()
+    assert param.isnan().any()
 
 
 def test_remainders_are_not_dropped():

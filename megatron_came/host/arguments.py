@@ -176,10 +176,11 @@ def _check_remainders(args: argparse.Namespace) -> None:
             f"{flag} needs the distributed optimizer: add --use-distributed-optimizer, or leave "
             f"{flag} out."
         )
-    if getattr(args, "load_main_params_from_ckpt", False):
-        raise ValueError(
-            f"{flag} does not go with --load-main-params-from-ckpt: leave one of them out."
-        )
+    for name in ("load_main_params_from_ckpt", "log_params_norm", "qk_clip"):
+        if getattr(args, name, False):  # they ask for main weights in fp32
+            raise ValueError(
+                f"{flag} does not go with --{name.replace('_', '-')}: leave one of them out."
+            )
 
 
 def install() -> None:

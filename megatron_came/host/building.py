@@ -61,6 +61,18 @@ def _check_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> None:
         raise UnsupportedError(
             "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on."
         )
+    if config.momentum_dtype not in MOMENTUM_DTYPES:
+        raise UnsupportedError(
+            f"--came-momentum-dtype {config.momentum_dtype} is not one of "
+            f"{', '.join(MOMENTUM_DTYPES)}."
+        )
+    if config.main_params not in ("fp32", "remainder"):
+        raise UnsupportedError(f"--came-main-params {config.main_params} is not fp32 or remainder.")
+    if config.main_params == "remainder" and not (config.bf16 and config.use_distributed_optimizer):
+        raise UnsupportedError(
+            "--came-main-params remainder needs bf16 weights and the distributed optimizer: set "
+            "bf16 and use_distributed_optimizer, or leave it at fp32."
+        )
     if model_chunks[0].ddp_config.use_megatron_fsdp:
         raise UnsupportedError(
             "--optimizer came does not go with --use-megatron-fsdp: "

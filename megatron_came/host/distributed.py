@@ -143,9 +143,12 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         if not self._in_place or self.is_stub_optimizer:
             super()._copy_model_grads_to_main_grads()
             return
+        mixed = len({param.main_grad.dtype for param in self._owned}) > 1
         for param, part in self._owned.items():
             start, stop = self._span_of(param)
-            part.decoupled_grad = param.main_grad.view(-1)[start:stop]
+            grad = param.main_grad.view(-1)[start:stop]
+            # Fused kernels for norms and clipping take lists of one dtype.
+            part.decoupled_grad = grad.float() if mixed else grad
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As Megatron's."""

@@ -13,9 +13,10 @@ def install() -> None:
             be replaced.
     """
     check_version()
-    from megatron_came.host import building
+    from megatron_came.host import building, gradient_norms
 
     building.install()
+    gradient_norms.install()
     if not has_training_loop():
         return
     from megatron_came.host import arguments, checkpoint_refusals, config, memory

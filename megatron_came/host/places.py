@@ -33,21 +33,18 @@ class Place:
     offsets: tuple[tuple[int, ...], ...]
 
     def check(self, shard: Shard) -> None:
-        """Make sure that a shard describes these places.
+        """Make sure that a shard, cut by tensor parallelism, describes these places.
 
         Raises:
             UnsupportedError: tensor parallelism cuts the parameter otherwise.
         """
-        batch_dims = len(shard.shape) - 2
-        dim = shard.tp_dim if shard.tp_axis is not None else max(batch_dims, 0)
-        parts = len(self.offsets)
+        dim, parts = shard.tp_dim, len(self.offsets)
         if dim is None or shard.shape[dim] % parts:
             raise self._refusal(shard)
         size = shard.shape[dim] // parts
         for part, offsets in enumerate(self.offsets):
             expected = [0] * len(shard.shape)
-            expected[dim] = part * size * shard.tp_size
-            expected[dim] += shard.tp_rank * size if shard.tp_axis is not None else 0
+            expected[dim] = (part * shard.tp_size + shard.tp_rank) * size
             if list(offsets) != expected:
                 raise self._refusal(shard)
 

@@ -77,7 +77,11 @@ def _layout(args: Any) -> tuple[object, ...]:
     sizes = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
     more = ("virtual_pipeline_model_parallel_size", "context_parallel_size")
     experts = ("expert_model_parallel_size", "expert_tensor_parallel_size")
-    return tuple(getattr(args, name, None) for name in (*sizes, *more, *experts))
+    buckets = ("overlap_grad_reduce", "ddp_bucket_size", "ddp_num_buckets")
+    slices = ("use_distributed_optimizer", "num_distributed_optimizer_instances", *buckets)
+    padding = ("ddp_pad_buckets_for_high_nccl_busbw", "make_vocab_size_divisible_by")
+    names = (*sizes, *more, *experts, *slices, *padding)
+    return tuple(getattr(args, name, None) for name in names)
 
 
 @functools.cache

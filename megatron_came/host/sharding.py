@@ -108,7 +108,7 @@ def shard_of(
         tp_dp_group=groups.tp_dp_of(param, dp_group),
         copies_group=groups.embedding if getattr(param, "shared_embedding", False) else None,
     )
-    if place is not None:
+    if cut and place is not None:
         place.check(shard)
     return shard
 

@@ -245,11 +245,12 @@ def _join(high, low, out):
 @_elementwise
 def _split(values, high, low):
     """Twin of ``remainders.split``."""
-    whole = values.view(np.int32)
+    bits = values.view(np.int32)
     for i in range(values.size):
-        rest = np.int16(whole[i])
+        whole = bits[i] if values[i] == values[i] else np.int32(0x7FC00000)
+        rest = np.int16(whole)
         low[i] = rest
-        high[i] = (whole[i] - np.int32(rest)) >> np.int32(16)
+        high[i] = (whole - np.int32(rest)) >> np.int32(16)
 
 
 @_jit

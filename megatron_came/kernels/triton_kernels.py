@@ -187,6 +187,7 @@ def _store_weights(address, remainders, index, values, mask, ALIGNED: tl.constex
             upper = tl.multiple_of(upper, 8)
             lower = tl.multiple_of(lower, 8)
         whole = values.to(tl.int32, bitcast=True)
+        whole = tl.where(values == values, whole, 0x7FC00000)
         low = (whole << 16) >> 16
         tl.store(upper + index, ((whole - low) >> 16).to(tl.int16), mask=mask)
         tl.store(lower + index, low.to(tl.int16), mask=mask)

@@ -21,6 +21,7 @@ CASES = {
     for name, layout in layouts.items()
 }
 CASES |= {name: (2, "came", "came", flags) for name, flags in SIXTEEN_BIT.items()}
+SMALLEST = "--bf16 --grad-reduce-in-bf16 --came-momentum-dtype int8 --came-main-params remainder "
 CASES |= {
     name: (ranks, f"came+{variant}", "came", model + layout)
     for name, (variant, ranks, model, layout) in FROZEN.items()
@@ -30,6 +31,9 @@ CASES = CASES | {
     "adam-bf16-tp2-pp2-do": (4, "came", "adam", "--bf16 " + tp(2) + pp(2) + DO),
     "adam-bf16": (2, "came", "adam", "--bf16 --grad-reduce-in-bf16 "),
     "sgd-bf16": (2, "came", "sgd", "--bf16 "),
+    "bf16-momentum": (2, "came", "came", "--bf16 --came-momentum-dtype bf16 "),
+    "smallest": (2, "came", "came", SMALLEST + DO),
+    "smallest-tp2-pp2": (4, "came", "came", SMALLEST + tp(2) + pp(2) + DO),
 }
 QUICK = (
     "gpt2-pp2-vpp2-do-overlap",
@@ -39,6 +43,7 @@ QUICK = (
     "bf16-do-bf16-reduce",
     "adam-bf16",
     "sgd-bf16",
+    "smallest",
 )
 
 LOGGED = "bf16"  # to TensorBoard as well

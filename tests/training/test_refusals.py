@@ -16,6 +16,14 @@ REFUSED = {
     ),
     "stray": ("--optimizer adam --came-beta2 0.9", "--came-beta2 is a setting of CAME"),
     "precision": (DO + "--optimizer came --use-precision-aware-optimizer", "leave it out"),
+    "remainder": (
+        "--optimizer came --came-main-params remainder " + DO,
+        "completes bf16 weights, and the model's are fp32: add --bf16",
+    ),
+    "remainder-whole": (
+        "--optimizer came --bf16 --came-main-params remainder",
+        "needs the distributed optimizer: add --use-distributed-optimizer",
+    ),
     "muon": (
         "--optimizer came --muon-momentum 0.9",
         "--muon-momentum is a setting",
