@@ -3,6 +3,7 @@
 import copy
 
 import came_pytorch
+import numpy as np
 import pytest
 import torch
 
@@ -197,6 +198,16 @@ def test_updates_stay_near_those_of_the_authors(momentum, bound):
     for param, their, start in zip(params, theirs, starts, strict=True):
         distance = (param.double() - their).norm() / (their - start).norm()
         assert 0 < distance < bound
+
+
+def test_numba_draws_the_bits_of_places_beyond_32_bits():
+    from megatron_came.kernels.numba_kernels import _draw
+
+    for first, key in ((0, 5), (2**32 - 700, 0xFFFFFFFF), (5 * 2**32 - 1, 123), (2**40 + 3, 77)):
+        bits = np.empty(1500, np.uint16)
+        _draw(first, key, bits)
+        expected = random_bits(torch.arange(first, first + 1500), key)
+        assert torch.equal(torch.from_numpy(bits.astype(np.int64)), expected)
 
 
 def test_a_slice_draws_the_bits_of_its_place():

@@ -178,14 +178,24 @@ def _momentum(param, offset, count, buffer):
 
 
 @_elementwise
+def _draw_some(first_place, offset, bits):
+    for i in range(bits.size):
+        mixed = np.uint32(np.uint32(first_place + i) * np.uint32(0x9E3779B1) + offset)
+        mixed = np.uint32((mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+        mixed = np.uint32((mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+        bits[i] = np.uint16(mixed ^ (mixed >> np.uint32(16)))
+
+
+@_jit
 def _draw(first_place, key, bits):
     """Twin of ``rounding.random_bits`` for consecutive places."""
-    for i in range(bits.size):
-        place = first_place + i
-        mixed = (place * 0x9E3779B1 + (place >> 32) * 0x27D4EB2F + key) & 0xFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-        bits[i] = (mixed ^ (mixed >> 16)) & 0xFFFF
+    done = 0
+    while done < bits.size:  # once, but where the upper half of the place changes
+        high = (first_place + done) >> 32
+        stop = min(((high + 1) << 32) - first_place, bits.size)
+        offset = np.uint32(high * 0x27D4EB2F + key)
+        _draw_some(first_place + done, offset, bits[done:stop])
+        done = stop
 
 
 @_elementwise
@@ -193,12 +203,11 @@ def _round_to_bf16(values, bits, kept):
     """Twin of ``rounding.to_bf16``."""
     whole = values.view(np.uint32)
     for i in range(values.size):
-        word = np.int64(whole[i])
-        if (word & 0x7F800000) != 0x7F800000:
-            word += bits[i]
-        elif word & 0x7FFFFF:
-            word |= 0x10000
-        kept[i] = word >> 16
+        word = whole[i]
+        quiet = np.uint32(0x10000) if values[i] != values[i] else np.uint32(0)
+        finite = (word & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
+        rounded = np.uint32(word + np.uint32(bits[i])) if finite else np.uint32(word | quiet)
+        kept[i] = np.uint16(rounded >> np.uint32(16))
 
 
 @_elementwise
@@ -216,7 +225,9 @@ def _round_block_to_int8(values, bits, kept):
     inverse = np.float32(math.ldexp(1.0, -exponent))
     for i in range(values.size):
         dither = (np.float32(bits[i]) + np.float32(0.5)) * np.float32(2.0**-16)
-        kept[i] = np.int8(np.floor(values[i] * inverse + dither))
+        exact = values[i] * inverse + dither
+        cut = np.int32(exact)  # towards zero
+        kept[i] = np.int8(cut - np.int32(np.float32(cut) > exact))
     return np.float32(math.ldexp(1.0, exponent))
 
 
