@@ -13,12 +13,30 @@ CAME = {f"came_{field.name}": field.default for field in fields(Hyperparameters)
 
 
 def arguments(**changes):
-    return Namespace(**{"optimizer": "came", **CAME, **changes})
+    settings = {"optimizer": "came", "came_main_params": "fp32", **CAME}
+    return Namespace(**{**settings, **changes})
 
 
 def test_the_defaults_are_the_authors():
     assert hyperparameters(arguments()) == Hyperparameters()
     check(arguments(), ["--optimizer", "--came-beta1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"bf16": False, "fp16": True}, "the model's are fp16: add --bf16"),
+        ({"use_distributed_optimizer": False}, "add --use-distributed-optimizer"),
+        ({"load_main_params_from_ckpt": True}, "does not go with --load-main-params-from-ckpt"),
+        ({"log_params_norm": True}, "does not go with --log-params-norm"),
+        ({"qk_clip": True}, "does not go with --qk-clip"),
+    ],
+)
+def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
+    fitting = {"came_main_params": "remainder", "bf16": True, "use_distributed_optimizer": True}
+    check(arguments(**fitting), [])
+    with pytest.raises(ValueError, match=sentence):
+        check(arguments(**{**fitting, **changes}), [])
 
 
 @pytest.mark.parametrize(
