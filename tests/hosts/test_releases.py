@@ -28,6 +28,12 @@ NAMES = [f"{model}-{name}" for model, layouts in LAYOUTS.items() for name in lay
 SAVED = {
     "full": ("gpt2", FULL),
     "dp-bf16": ("gpt2", DO + "--bf16 "),
+    "smallest": (
+        "gpt2",
+        DO + "--bf16 --grad-reduce-in-bf16 --came-momentum-dtype int8 "
+        "--came-main-params remainder ",
+    ),
+    "fp32-small": ("moe", EP + FULL + "--came-momentum-dtype bf16 "),
     "fp32": ("gpt2", ""),
     "legacy": ("gpt2", DO + "--ckpt-format torch "),
     "legacy-moe": ("moe", EP + DO + "--ckpt-format torch "),
