@@ -13,7 +13,8 @@ CAME = {f"came_{field.name}": field.default for field in fields(Hyperparameters)
 
 
 def arguments(**changes):
-    settings = {"optimizer": "came", "came_main_params": "fp32", **CAME}
+    settings = {"optimizer": "came", "came_momentum_dtype": "fp32", "came_main_params": "fp32"}
+    settings |= CAME
     return Namespace(**{**settings, **changes})
 
 
@@ -43,6 +44,14 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
     ("changes", "sentence"),
     [
         ({"came_beta1": 1.0}, "--came-beta1 1.0 is not allowed: it must be in [0, 1)."),
+        (
+            {"came_momentum_dtype": "fp8"},
+            "--came-momentum-dtype fp8 is not allowed: use fp32 or bf16 or int8.",
+        ),
+        (
+            {"came_main_params": "bf16"},
+            "--came-main-params bf16 is not allowed: use fp32 or remainder.",
+        ),
         (
             {"came_beta3": -0.1},
             "--came-beta3 -0.1 is not allowed: it must be a finite number at",

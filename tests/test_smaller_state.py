@@ -12,7 +12,7 @@ from megatron_came.maths import int8, remainders
 from megatron_came.maths.rounding import random_bits
 from megatron_came.plain import PlainPasses
 from megatron_came.work import ParameterWork
-from tests.test_kernels import DEVICES
+from tests.test_kernels import DEVICES, Allocations
 
 SHAPES = ((20, 150), (333,), (2, 5, 61))
 SMALL = (torch.bfloat16, torch.int8)
@@ -277,6 +277,22 @@ def test_nan_reaches_the_model_through_remainders(kernels):
     param.decoupled_grad = grad.to(param.device)
     optimizer.step()
     assert param.isnan().any()
+
+
+@pytest.mark.parametrize("kernels", ["plain", "numba"])
+def test_no_temporary_has_the_size_of_a_parameter(kernels):
+    param = torch.nn.Parameter(torch.randn(8000, 1000).to(torch.bfloat16))
+    optimizer = CAME(
+        [param], lr=1e-2, kernels=kernels, momentum_dtype=torch.int8, remainders=True
+    )  # fmt: skip
+    param.decoupled_grad = torch.randn(8000, 1000).to(torch.bfloat16)
+    optimizer.step()
+    state = {*optimizer.state[param].values(), param, param.decoupled_grad}
+    own = {tensor.untyped_storage().nbytes() for tensor in state}
+    with Allocations() as allocations:
+        optimizer.step()
+    # Operations that write to a given tensor return it.
+    assert allocations.largest in own or allocations.largest <= 5 * 2**20
 
 
 def test_remainders_are_not_dropped():

@@ -27,6 +27,12 @@ _HELP = {
     "clip_threshold": "largest root mean square of an update before momentum",
 }
 
+# Checked here and not by argparse, which would print all of Megatron's flags before its sentence.
+_CHOICES = {
+    "came_momentum_dtype": tuple(MOMENTUM_DTYPES),
+    "came_main_params": ("fp32", "remainder"),
+}
+
 # Settings of another optimizer that shared argument lists often hold: said to be ignored.
 _IGNORED = ("--adam-beta1", "--adam-beta2", "--adam-eps", "--sgd-momentum")
 # Settings that only make sense if the user believes another optimizer to be at work: refused.
@@ -154,6 +160,12 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
             "--optimizer came does not go with --softmax-type learnable at "
             "--tensor-model-parallel-size above 1: use another --softmax-type, or size 1."
         )
+    for name, allowed in _CHOICES.items():
+        value = getattr(args, name)
+        if value not in allowed:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} is not allowed: use {' or '.join(allowed)}."
+            )
     if args.came_main_params == "remainder":
         _check_remainders(args)
     foreign = [flag for flag in flags if flag.startswith(_FOREIGN)]
@@ -211,14 +223,14 @@ def _with_flags(original: Function) -> Function:
         )
         group.add_argument(
             "--came-momentum-dtype",
-            choices=tuple(MOMENTUM_DTYPES),
+            metavar="|".join(_CHOICES["came_momentum_dtype"]),
             default="fp32",
             help="CAME's momentum: bf16 halves its memory, int8 with a scale for every 256 "
             "elements quarters it; both are rounded stochastically (default: fp32)",
         )
         group.add_argument(
             "--came-main-params",
-            choices=("fp32", "remainder"),
+            metavar="|".join(_CHOICES["came_main_params"]),
             default="fp32",
             help="main weights of a bf16 model: remainder keeps of each the 16 bits that the bf16 "
             "weight lacks, half the memory and the same fp32 value (default: fp32)",
