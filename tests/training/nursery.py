@@ -7,17 +7,20 @@ arguments of ``WORKER.main``, a file for the log, and a time limit in seconds. T
 every rank ended well; when one does not, the others are killed.
 """
 
+import contextlib
 import gc
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import socketserver
 import sys
 import threading
 import time
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 
@@ -47,26 +50,42 @@ class Run(socketserver.StreamRequestHandler):
             context.Process(target=_be_rank, args=(rank, request["arguments"]))
             for rank in range(request["ranks"])
         ]
-        for rank in ranks:
-            rank.start()
-        deadline = time.monotonic() + request["seconds"]
-        running = list(ranks)
-        while running and not any(rank.exitcode for rank in ranks):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                print(f"The ranks ran for more than {request['seconds']} s.", file=sys.stderr)
-                break
-            connection.wait([rank.sentinel for rank in running], left)
-            running = [rank for rank in running if rank.exitcode is None]
-        for rank in running:
-            rank.kill()
-        for rank in ranks:
-            rank.join()
-        failed = any(rank.exitcode for rank in ranks)
+        try:
+            for rank in ranks:
+                rank.start()
+            failed = _failed(ranks, request["seconds"])
+        finally:
+            for rank in ranks:
+                _end(rank)
         self.wfile.write(b"1" if failed else b"0")
 
 
+def _failed(ranks: list[BaseProcess], seconds: float) -> bool:
+    """Wait for the end of all ranks, or of one that failed."""
+    deadline = time.monotonic() + seconds
+    running = list(ranks)
+    while running and not any(rank.exitcode for rank in ranks):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            print(f"The ranks ran for more than {seconds} s.", file=sys.stderr)
+            return True
+        connection.wait([rank.sentinel for rank in running], left)
+        running = [rank for rank in running if rank.exitcode is None]
+    return any(rank.exitcode for rank in ranks)
+
+
+def _end(rank: BaseProcess) -> None:
+    """Kill a rank, if it lives, and the processes that it leaves behind when it is killed."""
+    if rank.pid is None:  # it never started
+        return
+    rank.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)
+    rank.join()
+
+
 def _be_rank(rank: int, arguments: list[str]) -> None:
+    os.setpgid(0, 0)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     sys.argv[1:] = arguments
     importlib.import_module(sys.argv[0]).main()
