@@ -1,6 +1,7 @@
 """The kernels against the plain path in float64; Triton's under its interpreter without a GPU."""
 
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -150,6 +151,25 @@ def test_the_number_of_threads_changes_no_bit():
                 torch.set_num_threads(before)
     for one, other in itertools.pairwise(results):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_kernels_from_the_cache_change_no_bit(tmp_path):
+    """The first process compiles them, the second loads what the first has kept."""
+    script = (
+        "import torch; from tests.kernel_cases import CASES, train; import sys\n"
+        "for case in CASES:\n"
+        "    for update in train(case, 'numba', torch.device('cpu'), torch.float32):\n"
+        "        sys.stdout.write(update.numpy().tobytes().hex())\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    results = []
+    for _ in range(2):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(done.stdout)
+        assert list(tmp_path.rglob("*.nbc"))
+    assert results[0] == results[1] != ""
 
 
 @on_both

@@ -10,6 +10,7 @@ those of ``megatron_came.maths``; arithmetic on elements is fp32, on sums float6
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -28,25 +29,25 @@ from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
 # Sums may be reordered, but NaN and infinity keep their meaning.
 _REORDER = {"reassoc", "contract", "nsz"}
 # As in PyTorch, a division by zero gives infinity or NaN.
-_options = {"nogil": True, "cache": True, "error_model": "numpy"}
+_options = {"nogil": True, "error_model": "numpy"}
 
 
-def _compiled(**more):
-    """Return Numba's decorator, under names that change with the tables' columns.
+def _kernel(function):
+    """Compile what Python calls, and keep it, under a name that changes with the tables' columns.
 
     Numba's cache knows a function by its file's date; the columns are in another file.
     """
-
-    def compiled(function):
-        function.__qualname__ += f"_{FINGERPRINT}"
-        return njit(**_options, **more)(function)
-
-    return compiled
+    function.__qualname__ += f"_{FINGERPRINT}"
+    return njit(**_options, cache=True)(function)
 
 
-_jit = _compiled()
-_fast = _compiled(fastmath=_REORDER)
-_elementwise = _compiled(fastmath={"contract"})
+# What kernels call becomes part of them. A function of its own would be taken from whichever
+# kernel's machine code was loaded first, and in each it is another: a run that compiles the kernels
+# would differ in the last bits from one that finds them in the cache.
+_inline = partial(njit, **_options, forceinline=True)
+_jit = _inline()
+_fast = _inline(fastmath=_REORDER)
+_elementwise = _inline(fastmath={"contract"})
 
 _ONE = np.float32(1.0)
 _SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
@@ -336,7 +337,7 @@ def _square_row(grad, column_sums):
     return total
 
 
-@_jit
+@_kernel
 def square_tiles(first, stop, origin, matrices, tiles, scratch, tile_rows, tile_columns):
     """Twin of ``passes.add_squared_sums``: the row and column sums of each tile, to its slot.
 
@@ -407,7 +408,7 @@ def _instability_rows(rows):
 _instability_row, _instability_block = _instability_rows(1), _instability_rows(_BLOCK)
 
 
-@_jit
+@_kernel
 def instability_tiles(
     first, stop, origin, matrices, tiles, divisors, scratch, tile_rows, tile_columns
 ):
@@ -464,7 +465,7 @@ def instability_tiles(
             row += together
 
 
-@_jit
+@_kernel
 def add_square_strips(first, stop, strips, scratch):
     """Add the tiles' sums of g^2 to the buffer of sums."""
     for index in range(first, stop):
@@ -473,7 +474,7 @@ def add_square_strips(first, stop, strips, scratch):
         _add_strip(strip, scratch[:, 0], _SQUARE_UNSCALE, out)
 
 
-@_jit
+@_kernel
 def add_instability_strips(first, stop, strips, scratch):
     """Add the tiles' sums of e^2, u e and u^2 to the buffer of sums."""
     for index in range(first, stop):
@@ -524,7 +525,7 @@ def _matrix(address, index, size, width):
     return address + width * index * size
 
 
-@_jit
+@_kernel
 def update_second_moments(first, stop, matrices, factors, groups, divisors):
     """Twin of ``factors.update_moment``, ``scales`` and ``guessed_divisor`` (of each matrix).
 
@@ -579,7 +580,7 @@ def _sum(values):
     return total
 
 
-@_jit
+@_kernel
 def total_updates(first, stop, matrices):
     """Sum u^2 over this rank's part of each matrix parameter, from its row sums."""
     for index in range(first, stop):
@@ -609,7 +610,7 @@ def _update_residual(moment, sums, stride, delta, beta1, count, eps, beta):
     return total
 
 
-@_jit
+@_kernel
 def update_instabilities(first, stop, matrices, factors, groups, divisors):
     """Twin of ``factors.clip_divisor``, ``true_residuals``, ``update_moment`` and ``scales``.
 
@@ -710,7 +711,7 @@ def _update(
         _draw(full_place, param[Matrix.KEY], bits)
 
 
-@_jit
+@_kernel
 def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
     """Twin of ``passes.apply_update`` for matrices whose momentum is not int8.
 
@@ -736,7 +737,7 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns):
                 )
 
 
-@_jit
+@_kernel
 def apply_spans(first, stop, matrices, spans, groups, divisors, span_elements):
     """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
 
@@ -789,7 +790,7 @@ def _vector_gradient(vector):
     return _whole(vector, vector[Vector.GRAD], vector[Vector.GRAD_IS_BF16])
 
 
-@_jit
+@_kernel
 def square_vectors(first, stop, vectors):
     """Twin of ``passes.add_squared_sums`` for vectors."""
     for index in range(first, stop):
@@ -801,7 +802,7 @@ def square_vectors(first, stop, vectors):
             out[i] = np.float64(scaled * scaled) * _SQUARE_UNSCALE
 
 
-@_jit
+@_kernel
 def update_vectors(first, stop, vectors, groups):
     """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for vectors."""
     for index in range(first, stop):
@@ -835,7 +836,7 @@ def _vector_bits(vector):
     return bits
 
 
-@_jit
+@_kernel
 def apply_vectors(first, stop, vectors, groups):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for vectors."""
     for index in range(first, stop):
