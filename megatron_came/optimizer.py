@@ -229,9 +229,7 @@ class CAME(torch.optim.Optimizer):
         for chunk in plan.shared:
             chunk.add_square_sums(active)
         for chunk in plan.local:
-            chunk.add_square_sums(active)
-            chunk.add_instability_sums()
-            chunk.apply()
+            chunk.step(active)
         for chunk in plan.shared:
             chunk.add_instability_sums()
         for chunk in plan.shared:

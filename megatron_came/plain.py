@@ -55,6 +55,12 @@ class PlainPasses:
             part.work.copy_to_model()
         self._active = []
 
+    def step(self) -> None:
+        """All passes, where no sum goes over ranks."""
+        self.add_square_sums()
+        self.add_instability_sums()
+        self.apply()
+
 
 class _Part:
     """The passes over one parameter."""

@@ -49,19 +49,29 @@ class Chunk:
         if plain:
             self._passes.append((PlainPasses(plain), set(plain)))
         if fused and kernels is not None:
-            self._passes.append((FusedPasses(fused, kernels), set(fused)))
+            self._passes.append((FusedPasses(fused, kernels, self.is_local), set(fused)))
 
     @property
     def is_local(self) -> bool:
         """Whether no sum goes over ranks."""
         return not (self._squares.is_reduced or self._instability.is_reduced)
 
-    def add_square_sums(self, active: set[ParameterWork]) -> None:
-        """Pass 1 of those parameters that take part in this step."""
+    def _begin(self, active: set[ParameterWork]) -> None:
         self._squares.zero_()
         self._instability.zero_()
         for passes, works in self._passes:
             passes.begin([work for work in self._works if work in works and work in active])
+
+    def step(self, active: set[ParameterWork]) -> None:
+        """All passes of those parameters that take part in this step, where no sum is reduced."""
+        self._begin(active)
+        for passes, _ in self._passes:
+            passes.step()
+
+    def add_square_sums(self, active: set[ParameterWork]) -> None:
+        """Pass 1, likewise."""
+        self._begin(active)
+        for passes, _ in self._passes:
             passes.add_square_sums()
         self._squares.start()
 
@@ -99,9 +109,8 @@ class Plan:
             alone = [work for work in here if not work.is_shared]
             shared = [work for work in here if work.is_shared]
             here_kernels = kernels[device]
-            elements = here_kernels.chunk_elements if here_kernels else None
-            for members in _cut(alone, [work.shard.numel for work in alone], elements):
-                self.local.append(Chunk(members, here_kernels))
+            if alone:
+                self.local.append(Chunk(alone, here_kernels))
             sizes = [8 * sum(r.numel for r in work.instability_requests()) for work in shared]
             parts = min(max(sum(sizes) // _SHARED_CHUNK_BYTES, 1), _MAX_SHARED_CHUNKS)
             for members in _spread(shared, sizes, parts):
@@ -119,22 +128,6 @@ class Plan:
 def _nature(param: Tensor) -> tuple[object, ...]:
     """What of a tensor decides who updates it, and how."""
     return param.device, param.dtype, param.shape, param.is_contiguous()
-
-
-def _cut(
-    works: Sequence[ParameterWork], sizes: Sequence[int], limit: int | None
-) -> Iterable[list[ParameterWork]]:
-    """Cut a list of parameters where the sum of their sizes would pass the limit, if any."""
-    chunk: list[ParameterWork] = []
-    total = 0
-    for work, size in zip(works, sizes, strict=True):
-        if chunk and limit is not None and total + size > limit:
-            yield chunk
-            chunk, total = [], 0
-        chunk.append(work)
-        total += size
-    if chunk:
-        yield chunk
 
 
 def _spread(

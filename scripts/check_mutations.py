@@ -126,7 +126,7 @@ FAULTS = (
     ),
     Fault(
         "Numba: a slice's padding rows counted",
-        "kernels/numba_kernels.py",
+        "kernels/numba/tiles.py",
         "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP]), first",
         "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP] - 1), first",
         KERNELS,

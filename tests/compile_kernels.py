@@ -19,7 +19,7 @@ TABLE = "*i64"
 POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
 tiling = TritonKernels.tiling
 TILE = {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "STEP": _STEP}
-STRIP = {"WIDTH": tiling.rows + tiling.columns, "TILES": _STRIP_TILES, "COUNT": tiling.columns}
+STRIP = {"WIDTH": tiling.rows + tiling.columns, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
 VARIANTS = {
     "square_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
     "instability_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
@@ -41,7 +41,7 @@ def compile_for_hopper(name, constants):
         argument: "constexpr"
         if argument in constants
         else "i32"
-        if argument in ("origin", "first_strip")
+        if argument == "from_row"
         else POINTERS.get(argument, TABLE)
         for argument in kernel.arg_names
     }

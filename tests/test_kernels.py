@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_came import CAME
 from megatron_came.kernels.choice import choose
-from megatron_came.kernels.fused import Kernels
 from megatron_came.kernels.tables import Tiling
 from megatron_came.kernels.triton_launch import TritonKernels
 from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
@@ -25,7 +24,7 @@ DEVICES = {
     "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu"),
 }
 LAUNCHERS = {
-    "numba": "megatron_came.kernels.numba_launch.NumbaKernels",
+    "numba": "megatron_came.kernels.numba.launch.NumbaKernels",
     "triton": "megatron_came.kernels.triton_launch.TritonKernels",
 }
 on_both = pytest.mark.parametrize("kernels", DEVICES)
@@ -38,7 +37,7 @@ def test_kernels_equal_the_plain_path(case, kernels):
 
 
 @on_both
-def test_local_chunks_share_the_scratch_buffer(kernels, monkeypatch):
+def test_pieces_share_the_scratch_buffer(kernels, monkeypatch):
     monkeypatch.setattr(f"{LAUNCHERS[kernels]}.chunk_elements", 500)
     case = next(case for case in CASES if case.name == "batches")
     assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
@@ -104,19 +103,13 @@ def test_any_cut_into_tiles_and_segments(tiling, kernels):
 @pytest.fixture
 def one_launch_at_a_time(monkeypatch):
     """The interpreter is not made for the threads that stand for ranks."""
-    lock = threading.Lock()
+    lock, run = threading.Lock(), TritonKernels.run
 
-    def locked(launch):
-        def under_lock(*args):
-            with lock:
-                return launch(*args)
+    def run_alone(*args):
+        with lock:
+            run(*args)
 
-        return under_lock
-
-    for name in [name for name in vars(Kernels) if name.endswith("s")]:
-        launch = getattr(TritonKernels, name, None)
-        if callable(launch):
-            monkeypatch.setattr(TritonKernels, name, locked(launch))
+    monkeypatch.setattr(TritonKernels, "run", run_alone)
 
 
 @pytest.mark.usefixtures("one_launch_at_a_time")
@@ -238,7 +231,7 @@ def test_kernels_that_cannot_be_had_are_refused(wanted, device, message):
 
 def test_without_numba_the_step_is_plain_and_says_what_is_lost(monkeypatch):
     # As if importing it failed.
-    monkeypatch.setitem(sys.modules, "megatron_came.kernels.numba_launch", None)
+    monkeypatch.setitem(sys.modules, "megatron_came.kernels.numba.launch", None)
     choice = choose("auto", torch.device("cpu"))
     assert choice.kernels is None
     assert "slower: numba cannot be used" in choice.reason

@@ -67,7 +67,7 @@ def choose(wanted: str, device: torch.device) -> Choice:
 
 def _kernels(name: str, device: torch.device) -> Choice:
     if name == "numba":
-        from megatron_came.kernels.numba_launch import NumbaKernels
+        from megatron_came.kernels.numba.launch import NumbaKernels
 
         return Choice(NumbaKernels(), "CAME's step runs in Numba's kernels.")
     from megatron_came.kernels.triton_launch import TritonKernels

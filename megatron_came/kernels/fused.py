@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor
 from megatron_came.kernels.tables import (
     GroupField,
     IntTable,
+    Kernel,
+    LaunchField,
     MatrixField,
-    Segment,
+    Piece,
+    Program,
+    SpanField,
     Sums,
     Tiling,
     VectorField,
@@ -45,7 +49,6 @@ class Tables:
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
         scratch: (slots, 3, tile rows + tile columns), fp32.
-        segments: ranges of tiles and strips.
         aligned: whether the matrices allow vector loads.
     """
 
@@ -58,7 +61,6 @@ class Tables:
     groups: Any
     divisors: Any
     scratch: Any
-    segments: tuple[Segment, ...]
     aligned: bool = False
 
 
@@ -74,7 +76,7 @@ class Kernels(Protocol):
 
     @property
     def chunk_elements(self) -> int | None:
-        """Elements of a chunk, whose passes find in the cache what they read; None: no limit."""
+        """Elements of a piece, whose passes find in the cache what they read; None: no limit."""
         ...
 
     def aligned(self, matrices: IntTable) -> bool:
@@ -98,55 +100,11 @@ class Kernels(Protocol):
         ...
 
     def scratch(self, slots: int) -> Any:
-        """Return a buffer with at least so many slots; all chunks of the device share it."""
+        """Return a buffer with at least so many slots; all passes on the device share it."""
         ...
 
-    def square_tiles(self, tables: Tables, segment: Segment) -> None:
-        """Sum g^2 over rows and columns of the tiles."""
-        ...
-
-    def add_square_strips(self, tables: Tables, segment: Segment) -> None:
-        """Add the tiles' sums to the buffer of sums."""
-        ...
-
-    def square_vectors(self, tables: Tables) -> None:
-        """Write g^2 to the buffer of sums."""
-        ...
-
-    def update_second_moments(self, tables: Tables) -> None:
-        """Update r and c; scales of u; guess of the clip divisor."""
-        ...
-
-    def instability_tiles(self, tables: Tables, segment: Segment) -> None:
-        """Sum e^2, u e and u^2 over rows and columns of the tiles."""
-        ...
-
-    def add_instability_strips(self, tables: Tables, segment: Segment) -> None:
-        """Add the tiles' sums to the buffer of sums."""
-        ...
-
-    def total_updates(self, tables: Tables) -> None:
-        """Sum u^2 over each matrix parameter."""
-        ...
-
-    def update_vectors(self, tables: Tables) -> None:
-        """Update v; sum u^2."""
-        ...
-
-    def update_instabilities(self, tables: Tables) -> None:
-        """Clip divisor; update R and C; scales of the confidence."""
-        ...
-
-    def apply_tiles(self, tables: Tables) -> None:
-        """Update momentum and weights of matrices."""
-        ...
-
-    def apply_spans(self, tables: Tables) -> None:
-        """Update int8 momentum and weights of matrices."""
-        ...
-
-    def apply_vectors(self, tables: Tables) -> None:
-        """Update momentum and weights of vectors."""
+    def run(self, tables: Tables, program: Program) -> None:
+        """Launch what a program lists, one after another."""
         ...
 
 
@@ -167,10 +125,15 @@ class FusedPasses:
     Args:
         works: the parameters that may take part in a step.
         kernels: of their device.
+        is_local: whether no sum goes over ranks, so that pieces that fit the cache can go through
+            all passes, one after another.
     """
 
-    def __init__(self, works: Sequence[ParameterWork], kernels: Kernels) -> None:
+    def __init__(
+        self, works: Sequence[ParameterWork], kernels: Kernels, is_local: bool = False
+    ) -> None:
         self._kernels = kernels
+        self._limit = kernels.chunk_elements if is_local else None
         self._members: list[ParameterWork] = []
         self._scales = [_scales(work) for work in works]
         self._scales_of = dict(zip(works, self._scales, strict=True))
@@ -186,45 +149,32 @@ class FusedPasses:
             self._build(members)
         self._refresh_addresses()
         self._refresh_groups()
-        # Chunks share the scratch buffer, which may have grown since.
+        # Others share the scratch buffer, which may have grown since.
         self._tables.scratch = self._kernels.scratch(self._slots)
 
     def add_square_sums(self) -> None:
         """Pass 1."""
-        kernels, tables = self._kernels, self._tables
-        with kernels.on_device():
-            for segment in tables.segments:
-                kernels.square_tiles(tables, segment)
-                kernels.add_square_strips(tables, segment)
-            if self._vectors:
-                kernels.square_vectors(tables)
+        self._run(self._programs.squares)
 
     def add_instability_sums(self) -> None:
         """With the sums of pass 1 complete: second moments and pass 2."""
-        kernels, tables = self._kernels, self._tables
-        with kernels.on_device():
-            if self._matrices:
-                kernels.update_second_moments(tables)
-            for segment in tables.segments:
-                kernels.instability_tiles(tables, segment)
-                kernels.add_instability_strips(tables, segment)
-            if self._matrices:
-                kernels.total_updates(tables)
-            if self._vectors:
-                kernels.update_vectors(tables)
+        self._run(self._programs.instability)
 
     def apply(self) -> None:
         """With the sums of pass 2 complete: instabilities and pass 3."""
-        kernels, tables = self._kernels, self._tables
-        with kernels.on_device():
-            if self._matrices:
-                kernels.update_instabilities(tables)
-                if self._is_int8:
-                    kernels.apply_spans(tables)
-                else:
-                    kernels.apply_tiles(tables)
-            if self._vectors:
-                kernels.apply_vectors(tables)
+        self._run(self._programs.apply)
+        self._end()
+
+    def step(self) -> None:
+        """All passes, where no sum goes over ranks."""
+        self._run(self._programs.step)
+        self._end()
+
+    def _run(self, program: Program) -> None:
+        with self._kernels.on_device():
+            self._kernels.run(self._tables, program)
+
+    def _end(self) -> None:
         for work in self._copied:
             work.copy_to_model()
         self._grads.clear()
@@ -232,6 +182,7 @@ class FusedPasses:
     def _build(self, members: list[ParameterWork]) -> None:
         """Make the tables of these parameters."""
         self._members = members
+        self._wanted_state = {work: _wanted_state(work.shard) for work in members}
         self._is_int8 = any(work.state[MOMENTUM].dtype == torch.int8 for work in members)
         self._matrices = [work for work in members if not work.shard.is_vector]
         self._vectors = [work for work in members if work.shard.is_vector]
@@ -257,8 +208,15 @@ class FusedPasses:
             ],
         )
         factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
-        tiles, strips, segments, self._slots = cut(
-            [work.shard for work in self._matrices], sums, self._kernels.tiling
+        shards = [work.shard for work in self._matrices]
+        tiling = self._kernels.tiling
+        tiles, strips, pieces, self._slots = cut(shards, sums, tiling, self._limit)
+        span_table = spans(shards if self._is_int8 else [], tiling.span)
+        first_spans = np.searchsorted(
+            span_table[:, SpanField.PARAM], np.arange(len(shards) + 1)
+        ).tolist()
+        self._programs = _Programs.of(
+            pieces, firsts.tolist(), first_spans, len(self._vectors), self._is_int8
         )
         place = self._kernels.place
         self._matrix_addresses = self._vector_addresses = np.zeros((0, 0), np.int64)
@@ -267,18 +225,12 @@ class FusedPasses:
             matrices=None,
             vectors=None,
             tiles=place(tiles),
-            spans=place(
-                spans(
-                    [work.shard for work in self._matrices if self._is_int8],
-                    self._kernels.tiling.span,
-                )
-            ),
+            spans=place(span_table),
             strips=place(strips),
             factors=place(np.array(factors, np.int64).reshape(-1, 2)),
             groups=None,
             divisors=place(np.zeros((int(firsts[-1]), 2), np.float32)),
             scratch=None,
-            segments=segments,
         )
 
     def _refresh_addresses(self) -> None:
@@ -309,8 +261,10 @@ class FusedPasses:
             self._grads.append(grad)
         state, weight = work.state, work.model_weight
         momentum = state[MOMENTUM]
+        wanted = self._wanted_state[work]
         for key, value in state.items():
-            _check_state(value, work, key)
+            if key in wanted:  # all that kernels touch
+                wanted[key].check(value, work, key)
         if (momentum.dtype == torch.int8) != self._is_int8:
             raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
         if weight is not None and weight.dtype not in self._kernels.written_dtypes:
@@ -353,26 +307,104 @@ class FusedPasses:
                 self._kernels.set_rate(self._tables, index, work.group["lr"])
 
 
-def _check_state(value: Tensor, work: ParameterWork, key: str) -> None:
-    """Kernels read addresses, and would write beyond the end of what is smaller than it should be.
+class _Programs(NamedTuple):
+    """What to launch in each pass, and in a step whose sums are all local."""
 
-    Raises:
-        ValueError: state of another size, dtype, device or layout.
-    """
-    numel = work.shard.numel
-    dtypes = {MOMENTUM: (torch.float32, torch.bfloat16, torch.int8), REMAINDER: (torch.int16,)}.get(
-        key, (torch.float32,)
-    )
-    batch, rows, columns = work.shard.local_matrix
-    sizes = {MOMENTUM: numel, REMAINDER: numel, SCALE: int8.blocks(numel), VECTOR_FACTORS[0]: rows}
-    size = sizes.get(key, batch * (rows if key.endswith("_row") else columns))
-    fits = value.numel() == size and value.dtype in dtypes and value.is_contiguous()
-    if not fits or value.device != work.param.device:
-        raise ValueError(
-            f"CAME: state {key!r} of a parameter of shape {work.shard.shape} has the shape "
-            f"{tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to another "
-            "model, or something has changed it."
-        )
+    squares: Program
+    instability: Program
+    apply: Program
+    step: Program
+
+    @classmethod
+    def of(
+        cls,
+        pieces: Sequence[Piece],
+        first_factors: Sequence[int],
+        first_spans: Sequence[int],
+        vectors: int,
+        is_int8: bool,
+    ) -> Self:
+        """Write the programs.
+
+        Args:
+            pieces: of the matrix parameters.
+            first_factors: by matrix parameter, the first row of its factors, and the end.
+            first_spans: likewise, of its spans.
+            vectors: how many vector parameters.
+            is_int8: whether the momentum is.
+        """
+        all_vectors = slice(0, vectors)
+        squares = [_launch(Kernel.SQUARE_VECTORS, all_vectors)]
+        instability = [_launch(Kernel.UPDATE_VECTORS, all_vectors)]
+        apply = [_launch(Kernel.APPLY_VECTORS, all_vectors)]
+        step = squares + instability + apply
+        for piece in pieces:
+            members = piece.matrices
+            factors = slice(first_factors[members.start], first_factors[members.stop])
+            spans_of = slice(first_spans[members.start], first_spans[members.stop])
+            first: list[list[int]] = []
+            second = [_launch(Kernel.UPDATE_SECOND_MOMENTS, factors)]
+            for tiles, strips in piece.segments:
+                first.append(_launch(Kernel.SQUARE_TILES, tiles))
+                first.append(_launch(Kernel.ADD_SQUARE_STRIPS, strips))
+            # What was read last is still in the cache.
+            for tiles, strips in reversed(piece.segments):
+                second.append(_launch(Kernel.INSTABILITY_TILES, tiles, backwards=True))
+                second.append(_launch(Kernel.ADD_INSTABILITY_STRIPS, strips))
+            second.append(_launch(Kernel.TOTAL_UPDATES, members))
+            third = [_launch(Kernel.UPDATE_INSTABILITIES, factors)]
+            if is_int8:
+                third.append(_launch(Kernel.APPLY_SPANS, spans_of))
+            else:
+                third.append(_launch(Kernel.APPLY_TILES, piece.tiles))
+            squares += first
+            instability += second
+            apply += third
+            step += first + second + third
+        return cls(_program(squares), _program(instability), _program(apply), _program(step))
+
+
+def _launch(kernel: Kernel, rows: slice, backwards: bool = False) -> list[int]:
+    return [kernel, rows.start, rows.stop, backwards]
+
+
+def _program(launches: list[list[int]]) -> Program:
+    """Put launches together, but for those of no rows."""
+    table = np.array(launches, np.int64).reshape(-1, len(LaunchField))
+    return table[table[:, LaunchField.STOP] > table[:, LaunchField.FIRST]]
+
+
+class _Wanted(NamedTuple):
+    """What a tensor of the state must be: kernels would write beyond the end of a smaller one."""
+
+    numel: int
+    dtypes: tuple[torch.dtype, ...]
+
+    def check(self, value: Tensor, work: ParameterWork, key: str) -> None:
+        """Compare a tensor.
+
+        Raises:
+            ValueError: another size, dtype, device or layout.
+        """
+        fits = value.numel() == self.numel and value.dtype in self.dtypes
+        if not fits or not value.is_contiguous() or value.device != work.param.device:
+            raise ValueError(
+                f"CAME: state {key!r} of a parameter of shape {work.shard.shape} has the shape "
+                f"{tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to another "
+                "model, or something has changed it."
+            )
+
+
+def _wanted_state(shard: Shard) -> dict[str, _Wanted]:
+    batch, rows, columns = shard.local_matrix
+    sizes = {VECTOR_FACTORS[0]: rows}
+    sizes |= {key: batch * (rows if key.endswith("_row") else columns) for key in MATRIX_FACTORS}
+    return {
+        MOMENTUM: _Wanted(shard.numel, (torch.float32, torch.bfloat16, torch.int8)),
+        SCALE: _Wanted(int8.blocks(shard.numel), (torch.float32,)),
+        REMAINDER: _Wanted(shard.numel, (torch.int16,)),
+        **{key: _Wanted(size, (torch.float32,)) for key, size in sizes.items()},
+    }
 
 
 def _scales(work: ParameterWork) -> tuple[Tensor, ...]:

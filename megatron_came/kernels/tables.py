@@ -4,6 +4,8 @@ The slice of a matrix parameter is cut into *tiles* of ``tile_rows`` x ``tile_co
 tile sums its rows and columns into a slot of a scratch buffer, and *strips* then add up, in a fixed
 order, what the tiles beside or below one another hold. Tiles are taken in *segments*, so that the
 scratch buffer has a fixed number of slots. Vectors need none of this: see ``VectorField``.
+
+A *program* is a list of launches, each of one kernel over some rows of its table.
 """
 
 from __future__ import annotations
@@ -147,6 +149,35 @@ _TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupFiel
 FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in _TABLES]).encode())
 
 
+class Kernel(IntEnum):
+    """The kernels, in the order of a step, and the rows of which table they take."""
+
+    SQUARE_VECTORS = 0  # vectors: write g^2 to the buffer of sums
+    SQUARE_TILES = auto()  # tiles: sum g^2 over rows and columns
+    ADD_SQUARE_STRIPS = auto()  # strips: add the tiles' sums to the buffer of sums
+    UPDATE_VECTORS = auto()  # vectors: v; sum u^2
+    UPDATE_SECOND_MOMENTS = auto()  # factors: r and c; scales of u; guess of the clip divisor
+    INSTABILITY_TILES = auto()  # tiles: sum e^2, u e and u^2 over rows and columns
+    ADD_INSTABILITY_STRIPS = auto()  # strips: add the tiles' sums to the buffer of sums
+    TOTAL_UPDATES = auto()  # matrices: sum u^2
+    APPLY_VECTORS = auto()  # vectors: momentum and weights
+    UPDATE_INSTABILITIES = auto()  # factors: clip divisor; R and C; scales of the confidence
+    APPLY_TILES = auto()  # tiles: momentum and weights
+    APPLY_SPANS = auto()  # spans: int8 momentum and weights
+
+
+class LaunchField(IntEnum):
+    """Columns of a program."""
+
+    KERNEL = 0
+    FIRST = 1  # row of its table; of tiles, the one that has the first slot
+    STOP = 2
+    BACKWARDS = 3  # whether the last rows are best taken first
+
+
+Program = IntTable
+
+
 class Segment(NamedTuple):
     """Tiles that share the scratch buffer, and the strips that empty it."""
 
@@ -171,12 +202,14 @@ class Tiling:
         rows: of a tile.
         columns: of a tile.
         slots: tiles whose sums the scratch buffer holds, at least.
+        strip: sums of a strip of columns, at most.
         span: elements of a span.
     """
 
     rows: int
     columns: int
     slots: int
+    strip: int = 256
     span: int = 2048
 
 
@@ -252,22 +285,38 @@ class _Bands(NamedTuple):
     stop_row: int
 
 
+class Piece(NamedTuple):
+    """Matrices that go through the passes together, and the rows of what they are cut into."""
+
+    matrices: slice
+    segments: tuple[Segment, ...]
+
+    @property
+    def tiles(self) -> slice:
+        """Those of all segments."""
+        if not self.segments:
+            return slice(0, 0)
+        return slice(self.segments[0].tiles.start, self.segments[-1].tiles.stop)
+
+
 def cut(
-    shards: Sequence[Shard], sums: Sequence[Sums], tiling: Tiling
-) -> tuple[IntTable, IntTable, tuple[Segment, ...], int]:
+    shards: Sequence[Shard], sums: Sequence[Sums], tiling: Tiling, limit: int | None = None
+) -> tuple[IntTable, IntTable, tuple[Piece, ...], int]:
     """Cut the slices of matrix parameters.
 
     Args:
         shards: of the matrix parameters, in the order of their table.
         sums: likewise.
         tiling: sizes.
+        limit: elements of a piece, if it has more than one matrix; None for a single piece.
 
     Returns:
-        Table of tiles, table of strips, segments, and slots that a segment needs at most.
+        Table of tiles, table of strips, pieces, and slots that a segment needs at most.
     """
     tiles: list[IntTable] = []
     strips: list[list[int]] = []
     segments: list[Segment] = []
+    pieces: list[Piece] = []
     tile_count = first_tile = first_strip = slots = 0
 
     def end_segment() -> None:
@@ -277,27 +326,43 @@ def cut(
             slots = max(slots, tile_count - first_tile)
             first_tile, first_strip = tile_count, len(strips)
 
-    for param, shard in enumerate(shards):
-        across = -(-shard.local_matrix[2] // tiling.columns)
-        for matrix, rows, stop_row in _touched(shard, tiling.rows):
-            while rows:
-                free = max(tiling.slots - (tile_count - first_tile), 0) // across
-                if not free and tile_count > first_tile:
-                    end_segment()
-                    continue
-                bands = _Bands(param, matrix, rows[: max(free, 1)], stop_row)
-                rows = rows[len(bands.rows) :]
-                slot = tile_count - first_tile
-                tiles.append(_tiles(bands, across, tiling))
-                strips += _strips(bands, across, tiling, slot, shard, sums[param])
-                tile_count += len(bands.rows) * across
-    end_segment()
+    for members in _together([shard.numel for shard in shards], limit):
+        for param in members:
+            shard = shards[param]
+            across = -(-shard.local_matrix[2] // tiling.columns)
+            for matrix, rows, stop_row in _touched(shard, tiling.rows):
+                while rows:
+                    free = max(tiling.slots - (tile_count - first_tile), 0) // across
+                    if not free and tile_count > first_tile:
+                        end_segment()
+                        continue
+                    bands = _Bands(param, matrix, rows[: max(free, 1)], stop_row)
+                    rows = rows[len(bands.rows) :]
+                    slot = tile_count - first_tile
+                    tiles.append(_tiles(bands, across, tiling))
+                    strips += _strips(bands, across, tiling, slot, shard, sums[param])
+                    tile_count += len(bands.rows) * across
+        end_segment()
+        pieces.append(Piece(slice(members.start, members.stop), tuple(segments)))
+        segments.clear()
     return (
         np.concatenate([np.zeros((0, len(TileField)), np.int64), *tiles]),
         np.array(strips, np.int64).reshape(-1, len(StripField)),
-        tuple(segments),
+        tuple(pieces),
         slots,
     )
+
+
+def _together(sizes: Sequence[int], limit: int | None) -> Iterator[range]:
+    """Cut a list of sizes where their sum would pass the limit, if any."""
+    first = total = 0
+    for index, size in enumerate(sizes):
+        if limit is not None and index > first and total + size > limit:
+            yield range(first, index)
+            first, total = index, 0
+        total += size
+    if sizes:
+        yield range(first, len(sizes))
 
 
 def _touched(shard: Shard, tile_rows: int) -> Iterator[tuple[int, range, int]]:
@@ -337,12 +402,13 @@ def _strips(
         place = (bands.matrix * rows + row) * 8
         addresses = [row_squares.data_ptr() + place, row_residuals.data_ptr() + place]
         strips.append([slot + index * across, 1, across, 0, count, *addresses, batch * rows])
-    for index in range(across):
-        column = index * tiling.columns
-        count = min(tiling.columns, columns - column)
-        place = (bands.matrix * columns + column) * 8
-        addresses = [column_squares.data_ptr() + place, column_residuals.data_ptr() + place]
-        strips.append(
-            [slot + index, across, len(bands.rows), tiling.rows, count, *addresses, batch * columns]
-        )
+    for column in range(0, columns, tiling.columns):
+        top = slot + column // tiling.columns
+        stop = min(column + tiling.columns, columns)
+        for first in range(column, stop, tiling.strip):
+            count, within = min(tiling.strip, stop - first), tiling.rows + first - column
+            place = (bands.matrix * columns + first) * 8
+            addresses = [column_squares.data_ptr() + place, column_residuals.data_ptr() + place]
+            tiles = len(bands.rows)
+            strips.append([top, across, tiles, within, count, *addresses, batch * columns])
     return strips

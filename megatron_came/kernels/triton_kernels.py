@@ -10,6 +10,8 @@ float64. All are in place and none is autotuned.
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
@@ -26,6 +28,10 @@ _STRIP_FIELDS = tl.constexpr(len(tables.StripField))
 _SPAN_FIELDS = tl.constexpr(len(tables.SpanField))
 _FINGERPRINT = tl.constexpr(tables.FINGERPRINT)
 _GROUP_FIELDS = tl.constexpr(len(tables.GroupField))
+
+
+# A number that changes from launch to launch must not be compiled into a kernel.
+_kernel = partial(triton.jit, do_not_specialize=["from_row"])
 
 
 @triton.jit
@@ -228,12 +234,12 @@ def _tile(matrices, tiles, index, ALIGNED: tl.constexpr):
     return param, place, low, high, narrow, matrix, row, stop_row, column
 
 
-@triton.jit
+@_kernel
 def square_tiles(
+    from_row,
     matrices,
     tiles,
     scratch,
-    origin,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -242,10 +248,10 @@ def square_tiles(
     """Twin of ``passes.add_squared_sums``: the row and column sums of a tile, to its slot.
 
     Args:
+        from_row: what the first program takes of the table.
         matrices: table of ``MatrixField``, int64.
         tiles: table of ``TileField``, int64.
         scratch: (slots, 3, ROWS + COLUMNS), fp32, out; the first of the three is used.
-        origin: the tile that has the first slot.
         ROWS: of a tile.
         COLUMNS: of a tile.
         STEP: rows that a program reads at once.
@@ -253,7 +259,7 @@ def square_tiles(
     """
     slot = tl.program_id(0)
     param, place, low, high, width, _matrix, row, stop_row, column = _tile(
-        matrices, tiles, slot + origin, ALIGNED
+        matrices, tiles, slot + from_row, ALIGNED
     )
     address = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
@@ -274,13 +280,13 @@ def square_tiles(
     tl.store(sums + ROWS + across, tl.sum(total, 0))
 
 
-@triton.jit
+@_kernel
 def instability_tiles(
+    from_row,
     matrices,
     tiles,
     divisors,
     scratch,
-    origin,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -293,7 +299,7 @@ def instability_tiles(
     """
     slot = tl.program_id(0)
     param, place, low, high, width, matrix, row, stop_row, column = _tile(
-        matrices, tiles, slot + origin, ALIGNED
+        matrices, tiles, slot + from_row, ALIGNED
     )
     grads = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
@@ -337,11 +343,11 @@ def instability_tiles(
     tl.store(sums + 2 * (ROWS + COLUMNS) + ROWS + across, tl.sum(updates, 0))
 
 
-@triton.jit
+@_kernel
 def add_strips(
+    from_row,
     strips,
     scratch,
-    first_strip,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
     COUNT: tl.constexpr,
@@ -350,15 +356,15 @@ def add_strips(
     """Add the tiles' sums of a strip to the buffers of sums.
 
     Args:
+        from_row: what the first program takes of the table.
         strips: table of ``StripField``, int64.
         scratch: (slots, 3, WIDTH), fp32.
-        first_strip: of the segment.
         WIDTH: of a slot's sums: rows and columns of a tile.
         TILES: read at once.
         COUNT: at least the sums of a strip.
         SQUARES: whether the sums are those of g^2.
     """
-    strip = strips + (tl.program_id(0) + first_strip).to(tl.int64) * _STRIP_FIELDS
+    strip = strips + (tl.program_id(0) + from_row).to(tl.int64) * _STRIP_FIELDS
     slot = tl.load(strip + tables.StripField.SLOT)
     stride = tl.load(strip + tables.StripField.STRIDE)
     tiles = tl.load(strip + tables.StripField.TILES)
@@ -432,18 +438,19 @@ def _mean(param, row_total, column_total):
     return mean.to(tl.float32)
 
 
-@triton.jit
-def update_second_moments(matrices, factors, groups, divisors, BLOCK: tl.constexpr):
+@_kernel
+def update_second_moments(from_row, matrices, factors, groups, divisors, BLOCK: tl.constexpr):
     """Twin of ``factors.update_moment``, ``scales`` and ``guessed_divisor`` (of each matrix).
 
     Args:
+        from_row: what the first program takes of the table.
         matrices: table of ``MatrixField``, int64.
         factors: (matrices, 2), int64: matrix parameter, place in its batch.
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32, out: 1/d0.
         BLOCK: elements of a factor that a program reads at once.
     """
-    index = tl.program_id(0)
+    index = tl.program_id(0) + from_row
     param, matrix = _factor(factors, index, matrices)
     group = groups + tl.load(param + tables.MatrixField.GROUP) * _GROUP_FIELDS
     eps = tl.load(group + tables.GroupField.EPS1)
@@ -488,10 +495,10 @@ def update_second_moments(matrices, factors, groups, divisors, BLOCK: tl.constex
     tl.store(divisors + 2 * index, (1.0 / guess).to(tl.float32))
 
 
-@triton.jit
-def total_updates(matrices, BLOCK: tl.constexpr):
+@_kernel
+def total_updates(from_row, matrices, BLOCK: tl.constexpr):
     """Sum u^2 over this rank's part of a matrix parameter, from its row sums."""
-    param = matrices + tl.program_id(0).to(tl.int64) * _MATRIX_FIELDS
+    param = matrices + (tl.program_id(0) + from_row).to(tl.int64) * _MATRIX_FIELDS
     count = tl.load(param + tables.MatrixField.BATCH) * tl.load(param + tables.MatrixField.ROWS)
     sums = _doubles(tl.load(param + tables.MatrixField.RESIDUAL_ROWS)) + 2 * count
     total = tl.zeros((BLOCK,), tl.float64)
@@ -530,13 +537,13 @@ def _update_residual(
     return tl.sum(total, 0)
 
 
-@triton.jit
-def update_instabilities(matrices, factors, groups, divisors, BLOCK: tl.constexpr):
+@_kernel
+def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: tl.constexpr):
     """Twin of ``factors.clip_divisor``, ``true_residuals``, ``update_moment`` and ``scales``.
 
     Args as those of :func:`update_second_moments`; 1/d is written to ``divisors``.
     """
-    index = tl.program_id(0)
+    index = tl.program_id(0) + from_row
     param, matrix = _factor(factors, index, matrices)
     group = groups + tl.load(param + tables.MatrixField.GROUP) * _GROUP_FIELDS
     eps = tl.load(group + tables.GroupField.EPS2)
@@ -600,8 +607,9 @@ def _rates(group):
     )
 
 
-@triton.jit
+@_kernel
 def apply_tiles(
+    from_row,
     matrices,
     tiles,
     groups,
@@ -616,7 +624,7 @@ def apply_tiles(
     Args as those of :func:`instability_tiles`, with 1/d known.
     """
     param, place, low, high, width, matrix, row, stop_row, column = _tile(
-        matrices, tiles, tl.program_id(0), ALIGNED
+        matrices, tiles, tl.program_id(0) + from_row, ALIGNED
     )
     grads = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
@@ -674,11 +682,12 @@ def apply_tiles(
             _store_short(model, model_is_bf16, place + offset, weight, mask, ALIGNED)
 
 
-@triton.jit
-def apply_spans(matrices, spans, groups, divisors, BLOCKS: tl.constexpr):
+@_kernel
+def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexpr):
     """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
 
     Args:
+        from_row: what the first program takes of the table.
         matrices: table of ``MatrixField``, int64.
         spans: table of ``SpanField``, int64.
         groups: table of ``GroupField``, float64.
@@ -686,7 +695,7 @@ def apply_spans(matrices, spans, groups, divisors, BLOCKS: tl.constexpr):
         BLOCKS: of a span.
     """
     _note_tables()
-    span = spans + tl.program_id(0).to(tl.int64) * _SPAN_FIELDS
+    span = spans + (tl.program_id(0) + from_row).to(tl.int64) * _SPAN_FIELDS
     param = matrices + tl.load(span + tables.SpanField.PARAM) * _MATRIX_FIELDS
     first = tl.load(span + tables.SpanField.FIRST)
     stop = tl.load(span + tables.SpanField.STOP)
@@ -755,22 +764,23 @@ def apply_spans(matrices, spans, groups, divisors, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _vector(vectors):
+def _vector(vectors, from_row):
     """A vector's row, its start and its number of elements."""
-    vector = vectors + tl.program_id(0).to(tl.int64) * _VECTOR_FIELDS
+    vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * _VECTOR_FIELDS
     start = tl.load(vector + tables.VectorField.START)
     return vector, start, tl.load(vector + tables.VectorField.STOP) - start
 
 
-@triton.jit
-def square_vectors(vectors, BLOCK: tl.constexpr):
+@_kernel
+def square_vectors(from_row, vectors, BLOCK: tl.constexpr):
     """Twin of ``passes.add_squared_sums`` for a vector.
 
     Args:
+        from_row: what the first program takes of the table.
         vectors: table of ``VectorField``, int64.
         BLOCK: elements that a program reads at once.
     """
-    vector, start, size = _vector(vectors)
+    vector, start, size = _vector(vectors, from_row)
     address = tl.load(vector + tables.VectorField.GRAD)
     is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
     out = _doubles(tl.load(vector + tables.VectorField.SQUARES)) + start
@@ -781,10 +791,10 @@ def square_vectors(vectors, BLOCK: tl.constexpr):
         tl.store(out + index, (grad * grad).to(tl.float64) * _SQUARE_UNSCALE, mask=mask)
 
 
-@triton.jit
-def update_vectors(vectors, groups, BLOCK: tl.constexpr):
+@_kernel
+def update_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for a vector."""
-    vector, start, size = _vector(vectors)
+    vector, start, size = _vector(vectors, from_row)
     group = groups + tl.load(vector + tables.VectorField.GROUP) * _GROUP_FIELDS
     moment = _floats(tl.load(vector + tables.VectorField.MOMENT))
     _update_moment(
@@ -810,10 +820,10 @@ def update_vectors(vectors, groups, BLOCK: tl.constexpr):
     tl.store(_doubles(tl.load(vector + tables.VectorField.TOTAL)), tl.sum(total, 0))
 
 
-@triton.jit
-def apply_vectors(vectors, groups, BLOCK: tl.constexpr):
+@_kernel
+def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for a vector."""
-    vector, start, size = _vector(vectors)
+    vector, start, size = _vector(vectors, from_row)
     group = groups + tl.load(vector + tables.VectorField.GROUP) * _GROUP_FIELDS
     inverse_divisor = _inverse_divisor(
         tl.load(_doubles(tl.load(vector + tables.VectorField.TOTAL))),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_came.kernels import triton_kernels as kernels
 from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
-from megatron_came.kernels.tables import GroupField, MatrixField, Segment, Tiling
+from megatron_came.kernels.tables import GroupField, Kernel, MatrixField, Program, Tiling
 from megatron_came.layout import Shard
 from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
 
@@ -87,94 +87,66 @@ class TritonKernels:
             (addresses % 16 == 0).all() and (halves % 8 == 0).all() and (elements % 4 == 0).all()
         )
 
-    @property
-    def _tile_shape(self) -> dict[str, int]:
-        return {"ROWS": self.tiling.rows, "COLUMNS": self.tiling.columns, "STEP": _STEP}
+    def run(self, tables: Tables, program: Program) -> None:
+        """Launch what a program lists, on the current stream."""
+        for kernel, first, stop, _ in program.tolist():
+            self._launch(Kernel(kernel), first, stop - first, tables)
 
-    def square_tiles(self, tables: Tables, segment: Segment) -> None:
-        """See ``triton_kernels.square_tiles``; likewise below."""
-        kernels.square_tiles[(segment.tiles.stop - segment.tiles.start,)](
-            tables.matrices,
-            tables.tiles,
-            tables.scratch,
-            segment.tiles.start,
-            **self._tile_shape,
-            ALIGNED=tables.aligned,
-            num_warps=_TILE_WARPS,
-        )
-
-    def instability_tiles(self, tables: Tables, segment: Segment) -> None:  # noqa: D102
-        kernels.instability_tiles[(segment.tiles.stop - segment.tiles.start,)](
-            tables.matrices,
-            tables.tiles,
-            tables.divisors,
-            tables.scratch,
-            segment.tiles.start,
-            **self._tile_shape,
-            ALIGNED=tables.aligned,
-            num_warps=_TILE_WARPS,
-        )
-
-    def add_square_strips(self, tables: Tables, segment: Segment) -> None:  # noqa: D102
-        self._add_strips(tables, segment, kinds=1)
-
-    def add_instability_strips(self, tables: Tables, segment: Segment) -> None:  # noqa: D102
-        self._add_strips(tables, segment, kinds=3)
-
-    def _add_strips(self, tables: Tables, segment: Segment, kinds: int) -> None:
-        kernels.add_strips[(segment.strips.stop - segment.strips.start, kinds)](
-            tables.strips,
-            tables.scratch,
-            segment.strips.start,
-            WIDTH=self.tiling.rows + self.tiling.columns,
-            TILES=_STRIP_TILES,
-            COUNT=max(self.tiling.rows, self.tiling.columns),
-            SQUARES=kinds == 1,
-        )
-
-    def update_second_moments(self, tables: Tables) -> None:  # noqa: D102
-        kernels.update_second_moments[(len(tables.factors),)](
-            tables.matrices, tables.factors, tables.groups, tables.divisors, BLOCK=_BLOCK
-        )
-
-    def update_instabilities(self, tables: Tables) -> None:  # noqa: D102
-        kernels.update_instabilities[(len(tables.factors),)](
-            tables.matrices, tables.factors, tables.groups, tables.divisors, BLOCK=_BLOCK
-        )
-
-    def total_updates(self, tables: Tables) -> None:  # noqa: D102
-        kernels.total_updates[(len(tables.matrices),)](tables.matrices, BLOCK=_BLOCK)
-
-    def apply_tiles(self, tables: Tables) -> None:  # noqa: D102
-        if not len(tables.tiles):
-            return
-        kernels.apply_tiles[(len(tables.tiles),)](
-            tables.matrices,
-            tables.tiles,
-            tables.groups,
-            tables.divisors,
-            **self._tile_shape,
-            ALIGNED=tables.aligned,
-            num_warps=_TILE_WARPS,
-        )
-
-    def apply_spans(self, tables: Tables) -> None:  # noqa: D102
-        if not len(tables.spans):
-            return
-        kernels.apply_spans[(len(tables.spans),)](
-            tables.matrices,
-            tables.spans,
-            tables.groups,
-            tables.divisors,
-            BLOCKS=self.tiling.span // INT8_BLOCK,
-            num_warps=_TILE_WARPS,
-        )
-
-    def square_vectors(self, tables: Tables) -> None:  # noqa: D102
-        kernels.square_vectors[(len(tables.vectors),)](tables.vectors, BLOCK=_BLOCK)
-
-    def update_vectors(self, tables: Tables) -> None:  # noqa: D102
-        kernels.update_vectors[(len(tables.vectors),)](tables.vectors, tables.groups, BLOCK=_BLOCK)
-
-    def apply_vectors(self, tables: Tables) -> None:  # noqa: D102
-        kernels.apply_vectors[(len(tables.vectors),)](tables.vectors, tables.groups, BLOCK=_BLOCK)
+    def _launch(self, kernel: Kernel, first: int, count: int, tables: Tables) -> None:
+        matrices, vectors, tiles = tables.matrices, tables.vectors, tables.tiles
+        groups, divisors = tables.groups, tables.divisors
+        tile: dict[str, Any] = {
+            "ROWS": self.tiling.rows,
+            "COLUMNS": self.tiling.columns,
+            "STEP": _STEP,
+            "ALIGNED": tables.aligned,
+            "num_warps": _TILE_WARPS,
+        }
+        strip = {
+            "WIDTH": self.tiling.rows + self.tiling.columns,
+            "TILES": _STRIP_TILES,
+            "COUNT": max(self.tiling.rows, self.tiling.strip),
+        }
+        match kernel:
+            case Kernel.SQUARE_TILES:
+                kernels.square_tiles[(count,)](first, matrices, tiles, tables.scratch, **tile)
+            case Kernel.INSTABILITY_TILES:
+                kernels.instability_tiles[(count,)](
+                    first, matrices, tiles, divisors, tables.scratch, **tile
+                )
+            case Kernel.ADD_SQUARE_STRIPS:
+                kernels.add_strips[(count, 1)](
+                    first, tables.strips, tables.scratch, **strip, SQUARES=True
+                )
+            case Kernel.ADD_INSTABILITY_STRIPS:
+                kernels.add_strips[(count, 3)](
+                    first, tables.strips, tables.scratch, **strip, SQUARES=False
+                )
+            case Kernel.UPDATE_SECOND_MOMENTS:
+                kernels.update_second_moments[(count,)](
+                    first, matrices, tables.factors, groups, divisors, BLOCK=_BLOCK
+                )
+            case Kernel.UPDATE_INSTABILITIES:
+                kernels.update_instabilities[(count,)](
+                    first, matrices, tables.factors, groups, divisors, BLOCK=_BLOCK
+                )
+            case Kernel.TOTAL_UPDATES:
+                kernels.total_updates[(count,)](first, matrices, BLOCK=_BLOCK)
+            case Kernel.APPLY_TILES:
+                kernels.apply_tiles[(count,)](first, matrices, tiles, groups, divisors, **tile)
+            case Kernel.APPLY_SPANS:
+                kernels.apply_spans[(count,)](
+                    first,
+                    matrices,
+                    tables.spans,
+                    groups,
+                    divisors,
+                    BLOCKS=self.tiling.span // INT8_BLOCK,
+                    num_warps=_TILE_WARPS,
+                )
+            case Kernel.SQUARE_VECTORS:
+                kernels.square_vectors[(count,)](first, vectors, BLOCK=_BLOCK)
+            case Kernel.UPDATE_VECTORS:
+                kernels.update_vectors[(count,)](first, vectors, groups, BLOCK=_BLOCK)
+            case Kernel.APPLY_VECTORS:
+                kernels.apply_vectors[(count,)](first, vectors, groups, BLOCK=_BLOCK)

@@ -1,0 +1,293 @@
+"""What memory holds, in fp32: bf16 gradients, momentum in 16 or 8 bits, weights in two halves.
+
+What is rounded is rounded as ``megatron_came.maths`` rounds it.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from megatron_came.kernels.tables import MatrixField as Matrix
+from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
+
+# What kernels call becomes part of them. A function of its own would be taken from whichever
+# kernel's machine code was loaded first, and in each it is another: a run that compiles the kernels
+# would differ in the last bits from one that finds them in the cache.
+_inlined = partial(njit, nogil=True, error_model="numpy", forceinline=True)
+inline = _inlined()
+# Sums may be reordered, but NaN and infinity keep their meaning.
+fast = _inlined(fastmath={"reassoc", "contract", "nsz"})
+elementwise = _inlined(fastmath={"contract"})
+
+ONE = np.float32(1.0)
+SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
+SQUARE_UNSCALE = 2.0**20
+
+
+def _pointer(dtype):
+    """Return an intrinsic that turns an address into a pointer."""
+
+    @intrinsic
+    def pointer(_context, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(address), generate
+
+    return pointer
+
+
+to_float32 = _pointer(types.float32)
+to_float64 = _pointer(types.float64)
+to_uint16 = _pointer(types.uint16)
+to_int16 = _pointer(types.int16)
+to_int8 = _pointer(types.int8)
+
+
+@intrinsic
+def _pointer_of(_context, array):
+    """Pointer to an array's first element."""
+
+    def generate(context, builder, signature, args):
+        return context.make_array(signature.args[0])(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), generate
+
+
+@inline
+def unowned(array):
+    """View an array whose owner outlives the view.
+
+    Threads would share the count of references to the array itself, and wait for one another at
+    every row that they take of it.
+    """
+    return carray(_pointer_of(array), array.shape)
+
+
+@inline
+def floats(address, count):
+    """View fp32 numbers at an address."""
+    return carray(to_float32(address), (count,))
+
+
+@inline
+def doubles(address, count):
+    """View float64 numbers at an address."""
+    return carray(to_float64(address), (count,))
+
+
+@inline
+def shorts(address, count):
+    """View 16-bit numbers at an address."""
+    return carray(to_uint16(address), (count,))
+
+
+@inline
+def at_least(value, low):
+    """``torch.clamp(min=low)``: NaN stays NaN."""
+    return low if value < low else value
+
+
+@elementwise
+def read_bf16(bits, out):
+    """Widen bf16 numbers, given by their bits, to fp32."""
+    whole = out.view(np.uint32)
+    for i in range(bits.size):
+        whole[i] = np.uint32(bits[i]) << np.uint32(16)
+
+
+@inline
+def _rows(address, is_bf16, offset, stride, rows, count, buffer):
+    """Rows of a gradient or momentum in fp32: in their own memory, or in the buffer.
+
+    Returns:
+        Address of the first row, elements from there to the next.
+    """
+    if not is_bf16:
+        return address + 4 * offset, stride
+    out = np.int64(buffer.ctypes.data)
+    for row in range(rows):
+        bits = shorts(address + 2 * (offset + row * stride), count)
+        read_bf16(bits, floats(out + 4 * row * count, count))
+    return out, count
+
+
+@inline
+def gradients(param, offset, rows, count, buffer):
+    """Rows of a gradient; see :func:`_rows`."""
+    address, is_bf16 = param[Matrix.GRAD], param[Matrix.GRAD_IS_BF16]
+    return _rows(address, is_bf16, offset, param[Matrix.COLUMNS], rows, count, buffer)
+
+
+@elementwise
+def _scale_int8(small, scale, out):
+    for i in range(small.size):
+        out[i] = np.float32(small[i]) * scale
+
+
+@inline
+def read_int8(address, scales, offset, count, out):
+    """Elements [offset, offset + count) of int8 momentum."""
+    done = 0
+    while done < count:
+        block = (offset + done) // INT8_BLOCK
+        size = min((block + 1) * INT8_BLOCK - offset, count) - done
+        small = carray(to_int8(address + offset + done), (size,))
+        _scale_int8(small, floats(scales + 4 * block, 1)[0], out[done : done + size])
+        done += size
+
+
+@inline
+def momenta(param, offset, rows, count, buffer):
+    """Rows of a momentum; see :func:`_rows`."""
+    address, scales = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_SCALE]
+    is_bf16, columns = param[Matrix.EXP_AVG_IS_BF16], param[Matrix.COLUMNS]
+    if not scales:
+        return _rows(address, is_bf16, offset, columns, rows, count, buffer)
+    out = np.int64(buffer.ctypes.data)
+    for row in range(rows):
+        into = floats(out + 4 * row * count, count)
+        read_int8(address, scales, offset + row * columns, count, into)
+    return out, count
+
+
+@inline
+def gradient(param, offset, count, buffer):
+    """Part of a row of a gradient in fp32."""
+    return floats(gradients(param, offset, 1, count, buffer)[0], count)
+
+
+@inline
+def momentum(param, offset, count, buffer):
+    """Part of a row of a momentum in fp32."""
+    return floats(momenta(param, offset, 1, count, buffer)[0], count)
+
+
+@elementwise
+def _draw_some(first_place, offset, bits):
+    for i in range(bits.size):
+        mixed = np.uint32(np.uint32(first_place + i) * np.uint32(0x9E3779B1) + offset)
+        mixed = np.uint32((mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+        mixed = np.uint32((mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+        bits[i] = np.uint16(mixed ^ (mixed >> np.uint32(16)))
+
+
+@inline
+def draw(first_place, key, bits):
+    """Twin of ``rounding.random_bits`` for consecutive places."""
+    done = 0
+    while done < bits.size:  # once, but where the upper half of the place changes
+        high = (first_place + done) >> 32
+        stop = min(((high + 1) << 32) - first_place, bits.size)
+        offset = np.uint32(high * 0x27D4EB2F + key)
+        _draw_some(first_place + done, offset, bits[done:stop])
+        done = stop
+
+
+@elementwise
+def _round_to_bf16(values, bits, kept):
+    """Twin of ``rounding.to_bf16``."""
+    whole = values.view(np.uint32)
+    for i in range(values.size):
+        word = whole[i]
+        quiet = np.uint32(0x10000) if values[i] != values[i] else np.uint32(0)
+        finite = (word & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
+        rounded = np.uint32(word + np.uint32(bits[i])) if finite else np.uint32(word | quiet)
+        kept[i] = np.uint16(rounded >> np.uint32(16))
+
+
+@elementwise
+def _round_block_to_int8(values, bits, kept):
+    """Twin of ``int8.quantize`` for a block; returns its scale."""
+    whole = values.view(np.int32)
+    largest = np.int32(0)
+    for i in range(values.size):
+        largest = max(largest, whole[i] & np.int32(0x7FFFFFFF))
+    if largest >= 0x7F800000:
+        kept[:] = 0
+        return np.float32(np.nan)
+    exponent = ((int(largest) + 0x1FFFF) >> 23) - 6
+    exponent = max(exponent, 1) - 127
+    inverse = np.float32(math.ldexp(1.0, -exponent))
+    for i in range(values.size):
+        dither = (np.float32(bits[i]) + np.float32(0.5)) * np.float32(2.0**-16)
+        exact = values[i] * inverse + dither
+        cut = np.int32(exact)  # towards zero
+        kept[i] = np.int8(cut - np.int32(np.float32(cut) > exact))
+    return np.float32(math.ldexp(1.0, exponent))
+
+
+@inline
+def keep_momentum(address, is_bf16, scales, offset, values, bits):
+    """Round momentum to where it is kept, if that is not its own memory; int8 by whole blocks."""
+    count = values.size
+    if is_bf16:
+        _round_to_bf16(values, bits, shorts(address + 2 * offset, count))
+    if scales:
+        for first in range(0, count, INT8_BLOCK):
+            stop = min(first + INT8_BLOCK, count)
+            kept = carray(to_int8(address + offset + first), (stop - first,))
+            scale = _round_block_to_int8(values[first:stop], bits[first:stop], kept)
+            floats(scales + 4 * ((offset + first) // INT8_BLOCK), 1)[0] = scale
+
+
+@elementwise
+def _join(high, low, out):
+    """Twin of ``remainders.join``."""
+    whole = out.view(np.int32)
+    for i in range(out.size):
+        whole[i] = (np.int32(high[i]) << np.int32(16)) + np.int32(low[i])
+
+
+@elementwise
+def _split(values, high, low):
+    """Twin of ``remainders.split``."""
+    bits = values.view(np.int32)
+    for i in range(values.size):
+        whole = bits[i] if values[i] == values[i] else np.int32(0x7FC00000)
+        rest = np.int16(whole)
+        low[i] = rest
+        high[i] = (whole - np.int32(rest)) >> np.int32(16)
+
+
+@inline
+def weights(address, remainders, offset, count, buffer):
+    """Fp32 weights: their own memory, or the buffer."""
+    if not remainders:
+        return floats(address + 4 * offset, count)
+    out = buffer[:count]
+    high = carray(to_int16(address + 2 * offset), (count,))
+    _join(high, carray(to_int16(remainders + 2 * offset), (count,)), out)
+    return out
+
+
+@inline
+def keep_weights(address, remainders, offset, values):
+    """Split weights to where they are kept, if that is not their own memory."""
+    if remainders:
+        high = carray(to_int16(address + 2 * offset), (values.size,))
+        _split(values, high, carray(to_int16(remainders + 2 * offset), (values.size,)))
+
+
+@elementwise
+def _write_bf16(values, bits):
+    """Round to nearest even; NaN stays NaN."""
+    whole = values.view(np.uint32)
+    for i in range(values.size):
+        odd = (whole[i] >> np.uint32(16)) & np.uint32(1)
+        rounded = (whole[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        bits[i] = np.uint32(0x7FC0) if values[i] != values[i] else rounded
+
+
+@inline
+def copy_to_model(address, offset, values):
+    """Write the 16-bit model weights, if there are any."""
+    if address:
+        _write_bf16(values, shorts(address + 2 * offset, values.size))

@@ -1,0 +1,112 @@
+"""The Numba kernels on threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
+from megatron_came.kernels.numba.program import run
+from megatron_came.kernels.tables import GroupField, LaunchField, Program, Tiling
+from megatron_came.layout import Shard
+
+# Where the system does not say how large the cache is.
+_USUAL_CACHE = 16 * 2**20
+
+
+class NumbaKernels:
+    """:class:`megatron_came.kernels.fused.Kernels` for the CPU.
+
+    As many threads as PyTorch uses (``torch.get_num_threads``) share every program.
+    """
+
+    written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    # Rows are read whole where they are no longer than this: memory read in pieces, with gaps
+    # between them, is read at half the speed.
+    tiling = Tiling(rows=64, columns=4096, slots=256, strip=256)
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._threads = 1
+        width = self.tiling.rows + self.tiling.columns
+        self._scratch = np.empty((0, 3, width), np.float32)
+
+    @property
+    def chunk_elements(self) -> int:
+        """What three quarters of the last cache hold of gradient and momentum."""
+        return _last_cache() * 3 // 4 // 8
+
+    def bears(self, param: Tensor, shard: Shard) -> bool:
+        """Tensors in one piece."""
+        return is_ordinary(param) and not is_batch_of_small(shard)
+
+    def place(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return a copy: the original may change."""
+        return table.copy()
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Of no interest here."""
+        return nullcontext()
+
+    def aligned(self, matrices: npt.NDArray[np.int64]) -> bool:
+        """Of no interest here."""
+        return False
+
+    def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
+        """Write a group's learning rate to its table."""
+        tables.groups[group, GroupField.LR] = float(rate)
+
+    def scratch(self, slots: int) -> npt.NDArray[np.float32]:
+        """Return the buffer, grown if need be."""
+        if slots > len(self._scratch):
+            self._scratch = np.empty((slots, *self._scratch.shape[1:]), np.float32)
+        return self._scratch
+
+    def run(self, tables: Tables, program: Program) -> None:
+        """See ``program.run``."""
+        if not len(program):
+            return
+        rows = program[:, LaunchField.STOP] - program[:, LaunchField.FIRST]
+        threads = torch.get_num_threads()
+        arguments = (
+            program,
+            np.zeros((len(program), 2), np.int64),
+            threads,
+            tables.matrices,
+            tables.vectors,
+            tables.tiles,
+            tables.spans,
+            tables.strips,
+            tables.factors,
+            tables.groups,
+            tables.divisors,
+            tables.scratch,
+            self.tiling.rows,
+            self.tiling.columns,
+            self.tiling.span,
+        )
+        if self._pool is None or self._threads != threads:
+            self._threads = threads
+            self._pool = ThreadPoolExecutor(max(threads - 1, 1), "megatron_came")
+        helpers = min(threads, int(rows.max(initial=0))) - 1
+        others = [self._pool.submit(run, *arguments) for _ in range(helpers)]
+        run(*arguments)
+        for other in others:
+            if not other.cancel():
+                other.result()
+
+
+def _last_cache() -> int:
+    """Bytes of the last-level cache."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text()
+        return int(size.strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):  # not on every system
+        return _USUAL_CACHE

@@ -1,0 +1,176 @@
+"""What Python calls: a list of launches, which any number of threads work off together.
+
+Each launch is that of a kernel over rows of its table. A thread takes the next rows until none is
+left, and waits until those that others have taken are done before it goes on to the next launch. A
+thread that comes late, or that the system holds up, so holds up the others as little as can be, and
+no order of the threads changes a bit.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types
+from numba.extending import intrinsic
+
+from megatron_came.kernels import tables
+from megatron_came.kernels.numba import elements, factors, tiles, vectors
+from megatron_came.kernels.numba.elements import inline, unowned
+from megatron_came.kernels.tables import Kernel
+from megatron_came.kernels.tables import LaunchField as Launch
+from megatron_came.maths import int8
+
+# Rows are taken in portions of which every thread gets so many, if there are enough.
+_PORTIONS = 32
+# A thread that waits looks so often before it lets others run.
+_LOOKS = 256
+
+# Numba's cache knows a function by the date of its file; what it calls is in others.
+_SOURCES = (tables, elements, factors, tiles, vectors, int8)
+_FINGERPRINT = zlib.crc32(b"".join(Path(str(s.__file__)).read_bytes() for s in _SOURCES))
+
+
+@intrinsic
+def _add(_context, address, amount):
+    """Add to a counter that all threads see; returns what it was."""
+
+    def generate(_context, builder, _signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def _read(_context, address):
+    """Read such a counter."""
+
+    def generate(_context, builder, _signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _let_others_run(_context):
+    """``sched_yield`` of the C library."""
+
+    def generate(_context, builder, _signature, _args):
+        kind = ir.FunctionType(ir.IntType(32), ())
+        module = builder.module
+        function = module.globals.get("sched_yield") or ir.Function(module, kind, "sched_yield")
+        return builder.call(function, ())
+
+    return types.int32(), generate
+
+
+@inline
+def _wait(address, count):
+    looks = 0
+    while _read(address) < count:
+        looks += 1
+        if looks > _LOOKS:
+            _let_others_run()
+
+
+def _run(
+    launches,
+    counters,
+    threads,
+    matrices,
+    vector_table,
+    tile_table,
+    spans,
+    strips,
+    factor_table,
+    groups,
+    divisors,
+    scratch,
+    tile_rows,
+    tile_columns,
+    span_elements,
+):
+    """Take part in a program, until all of it is done.
+
+    Args:
+        launches: table of ``LaunchField``.
+        counters: (launches, 2), int64, zeros: rows taken, and rows done, of each launch. The same
+            for all threads.
+        threads: how many take part, at most.
+        matrices: table of ``MatrixField``.
+        vector_table: table of ``VectorField``.
+        tile_table: table of ``TileField``.
+        spans: table of ``SpanField``.
+        strips: table of ``StripField``.
+        factor_table: (matrices, 2): matrix parameter, place in its batch.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32.
+        scratch: (slots, 3, tile_rows + tile_columns), fp32.
+        tile_rows: of a tile.
+        tile_columns: of a tile.
+        span_elements: of a span.
+    """
+    launches, matrices = unowned(launches), unowned(matrices)
+    vector_table, tile_table = unowned(vector_table), unowned(tile_table)
+    spans, strips, factor_table = unowned(spans), unowned(strips), unowned(factor_table)
+    groups, divisors, scratch = unowned(groups), unowned(divisors), unowned(scratch)
+    buffers = tiles.make_buffers(tile_columns, span_elements)
+    for index in range(len(launches)):
+        kernel, origin = launches[index, Launch.KERNEL], launches[index, Launch.FIRST]
+        last = launches[index, Launch.STOP]
+        count = last - origin
+        portion = max(count // (_PORTIONS * threads), 1)
+        taken = counters.ctypes.data + 16 * index
+        while True:
+            begin = _add(taken, portion)
+            if begin >= count:
+                break
+            end = min(begin + portion, count)
+            first, stop = origin + begin, origin + end
+            if launches[index, Launch.BACKWARDS]:
+                first, stop = last - end, last - begin
+            if kernel == Kernel.SQUARE_TILES:
+                tiles.square_tiles(
+                    first, stop, origin, matrices, tile_table, scratch, tile_rows, tile_columns,
+                    buffers,
+                )  # fmt: skip
+            elif kernel == Kernel.ADD_SQUARE_STRIPS:
+                tiles.add_square_strips(first, stop, strips, scratch)
+            elif kernel == Kernel.UPDATE_SECOND_MOMENTS:
+                factors.update_second_moments(first, stop, matrices, factor_table, groups, divisors)
+            elif kernel == Kernel.INSTABILITY_TILES:
+                tiles.instability_tiles(
+                    first, stop, origin, matrices, tile_table, divisors, scratch, tile_rows,
+                    tile_columns, buffers,
+                )  # fmt: skip
+            elif kernel == Kernel.ADD_INSTABILITY_STRIPS:
+                tiles.add_instability_strips(first, stop, strips, scratch)
+            elif kernel == Kernel.TOTAL_UPDATES:
+                factors.total_updates(first, stop, matrices)
+            elif kernel == Kernel.UPDATE_INSTABILITIES:
+                factors.update_instabilities(first, stop, matrices, factor_table, groups, divisors)
+            elif kernel == Kernel.APPLY_TILES:
+                tiles.apply_tiles(
+                    first, stop, matrices, tile_table, groups, divisors, tile_columns, buffers
+                )
+            elif kernel == Kernel.APPLY_SPANS:
+                tiles.apply_spans(first, stop, matrices, spans, groups, divisors, buffers)
+            elif kernel == Kernel.SQUARE_VECTORS:
+                vectors.square_vectors(first, stop, vector_table)
+            elif kernel == Kernel.UPDATE_VECTORS:
+                vectors.update_vectors(first, stop, vector_table, groups)
+            elif kernel == Kernel.APPLY_VECTORS:
+                vectors.apply_vectors(first, stop, vector_table, groups)
+            _add(taken + 8, end - begin)
+        _wait(taken + 8, count)
+
+
+_run.__qualname__ += f"_{_FINGERPRINT}"
+# As in PyTorch, a division by zero gives infinity or NaN.
+run: Callable[..., None] = njit(nogil=True, cache=True, error_model="numpy")(_run)

@@ -1,0 +1,374 @@
+"""The passes over tiles and spans of matrices, and over the strips that add up the tiles' sums.
+
+Every function takes the rows [first, stop) of one table, so that threads can share the work; what
+is summed, and in which order, does not depend on their number.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic
+
+from megatron_came.kernels.numba import elements
+from megatron_came.kernels.numba.elements import doubles, elementwise, fast, floats, inline
+from megatron_came.kernels.tables import GroupField as Group
+from megatron_came.kernels.tables import MatrixField as Matrix
+from megatron_came.kernels.tables import SpanField as Span
+from megatron_came.kernels.tables import StripField as Strip
+from megatron_came.kernels.tables import TileField as Tile
+
+# In pass 2 the sums of long rows' columns leave the innermost cache, so that rows are taken several
+# at a time. Shorter rows share pages of memory, which are read fastest from one end to the other.
+BLOCK = 4
+_LONG_ROW = 1024
+
+
+@inline
+def make_buffers(tile_columns, span_elements):
+    """A thread's room for what is not fp32 in memory.
+
+    Returns:
+        Gradients and momenta of a few rows, weights of one, fp32; random bits of one, uint16.
+    """
+    size = max(BLOCK * tile_columns, span_elements)
+    return (
+        np.empty(size, np.float32),
+        np.empty(size, np.float32),
+        np.empty(size, np.float32),
+        np.empty(size, np.uint16),
+    )
+
+
+@inline
+def _slot(scratch, index):
+    """Address of a slot. Not a view of the array, whose count of references threads would share."""
+    return scratch.ctypes.data + 4 * index * scratch.shape[1] * scratch.shape[2]
+
+
+@inline
+def _span(param, tile, row, tile_columns):
+    """What of a tile's row lies in the slice.
+
+    Returns:
+        [low, high) of the flattened local tensor; the place there of the tile's first column.
+    """
+    first = (tile[Tile.MATRIX] * param[Matrix.ROWS] + row) * param[Matrix.COLUMNS]
+    end = first + min(tile[Tile.COLUMN] + tile_columns, param[Matrix.COLUMNS])
+    first += tile[Tile.COLUMN]
+    return max(first, param[Matrix.START]), min(end, param[Matrix.STOP]), first
+
+
+@inline
+def _clear(slot, kinds, width, used):
+    for kind in range(kinds):
+        floats(slot + 4 * kind * width, used)[:] = 0.0
+
+
+@fast
+def _square_row(grad, column_sums):
+    total = np.float32(0.0)
+    for i in range(grad.size):
+        scaled = grad[i] * elements.SQUARE_SCALE
+        square = scaled * scaled
+        total += square
+        column_sums[i] += square
+    return total
+
+
+@inline
+def square_tiles(first, stop, origin, matrices, tiles, scratch, tile_rows, tile_columns, buffers):
+    """Twin of ``passes.add_squared_sums``: the row and column sums of each tile, to its slot.
+
+    Args:
+        first: row of the table of tiles.
+        stop: one past the last row.
+        origin: the tile that has the first slot.
+        matrices: table of ``MatrixField``.
+        tiles: table of ``TileField``.
+        scratch: (slots, 3, tile_rows + tile_columns), fp32, out; the first of the three is used.
+        tile_rows: of a tile.
+        tile_columns: of a tile.
+        buffers: this thread's, see :func:`make_buffers`.
+    """
+    width = tile_rows + tile_columns
+    buffer = buffers[0]
+    for index in range(first, stop):
+        tile = tiles[index]
+        param = matrices[tile[Tile.PARAM]]
+        slot = _slot(scratch, index - origin)
+        _clear(slot, 1, width, tile_rows + min(tile_columns, param[Matrix.COLUMNS]))
+        row_sums = floats(slot, tile_rows)
+        for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
+            low, high, start = _span(param, tile, row, tile_columns)
+            if low < high:
+                count = high - low
+                row_sums[row - tile[Tile.ROW]] = _square_row(
+                    elements.gradient(param, low - param[Matrix.START], count, buffer),
+                    floats(slot + 4 * (tile_rows + low - start), count),
+                )
+
+
+@intrinsic
+def _assume_no_overlap(_context):
+    """Promise that none of the function's pointers reach what another one writes."""
+
+    def generate(context, builder, _signature, _args):
+        for argument in builder.function.args:
+            if isinstance(argument.type, ir.PointerType):
+                argument.add_attribute("noalias")
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+def _instability_rows(rows):
+    @fast
+    def instability_rows(
+        grad,
+        grad_stride,
+        exp_avg,
+        exp_avg_stride,
+        count,
+        row_scale,
+        column_scale,
+        inverse_guess,
+        row_errors,
+        row_crosses,
+        row_updates,
+        column_errors,
+        column_crosses,
+        column_updates,
+    ):
+        _assume_no_overlap()
+        for i in range(count):
+            errors, crosses, updates = column_errors[i], column_crosses[i], column_updates[i]
+            for row in range(rows):
+                update = grad[row * grad_stride + i] * row_scale[row] * column_scale[i]
+                error = update * inverse_guess - exp_avg[row * exp_avg_stride + i]
+                square, cross, update_square = error * error, update * error, update * update
+                row_errors[row] += square
+                row_crosses[row] += cross
+                row_updates[row] += update_square
+                errors += square
+                crosses += cross
+                updates += update_square
+            column_errors[i], column_crosses[i], column_updates[i] = errors, crosses, updates
+
+    return instability_rows
+
+
+_instability_row, _instability_block = _instability_rows(1), _instability_rows(BLOCK)
+
+
+@inline
+def instability_tiles(
+    first, stop, origin, matrices, tiles, divisors, scratch, tile_rows, tile_columns, buffers
+):
+    """Twin of ``passes.add_instability_sums``: the sums of e^2, u e and u^2 of each tile.
+
+    Args as those of :func:`square_tiles`, and
+        divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
+    """
+    width = tile_rows + tile_columns
+    buffer, momenta, _, _ = buffers
+    for index in range(first, stop):
+        tile = tiles[index]
+        param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
+        slot = _slot(scratch, index - origin)
+        rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
+        _clear(slot, 3, width, tile_rows + min(tile_columns, columns))
+        row_scale = param[Matrix.ROW_SCALE] + 4 * matrix * rows
+        column_scale = param[Matrix.COLUMN_SCALE] + 4 * matrix * columns
+        inverse_guess = divisors[param[Matrix.FIRST_MATRIX] + matrix, 0]
+        row, stop_row = tile[Tile.ROW], tile[Tile.STOP_ROW]
+        while row < stop_row:
+            low, high, start = _span(param, tile, row, tile_columns)
+            block = columns > _LONG_ROW and row + BLOCK <= stop_row
+            # All of the block's rows must lie in the slice, from one end of the tile to the other.
+            block &= low == start and high + (BLOCK - 1) * columns <= param[Matrix.STOP]
+            together = BLOCK if block else 1
+            if low < high:
+                offset, count, column = low - param[Matrix.START], high - low, low - start
+                grad, grad_stride = elements.gradients(param, offset, together, count, buffer)
+                exp_avg, exp_avg_stride = elements.momenta(param, offset, together, count, momenta)
+                row_sums = slot + 4 * (row - tile[Tile.ROW])
+                column_sums = slot + 4 * (tile_rows + column)
+                args = (
+                    elements.to_float32(grad),
+                    grad_stride,
+                    elements.to_float32(exp_avg),
+                    exp_avg_stride,
+                    count,
+                    elements.to_float32(row_scale + 4 * row),
+                    elements.to_float32(column_scale + 4 * (tile[Tile.COLUMN] + column)),
+                    inverse_guess,
+                    elements.to_float32(row_sums),
+                    elements.to_float32(row_sums + 4 * width),
+                    elements.to_float32(row_sums + 8 * width),
+                    elements.to_float32(column_sums),
+                    elements.to_float32(column_sums + 4 * width),
+                    elements.to_float32(column_sums + 8 * width),
+                )
+                if block:
+                    _instability_block(*args)
+                else:
+                    _instability_row(*args)
+            row += together
+
+
+@elementwise
+def _add_sums(sums, factor, out):
+    for i in range(out.size):
+        out[i] += factor * np.float64(sums[i])
+
+
+@inline
+def _add_strip(strip, scratch, kind, factor, out):
+    width = scratch.shape[2]
+    for tile in range(strip[Strip.TILES]):
+        slot = _slot(scratch, strip[Strip.SLOT] + tile * strip[Strip.STRIDE])
+        sums = floats(slot + 4 * (kind * width + strip[Strip.WITHIN]), out.size)
+        _add_sums(sums, factor, out)
+
+
+@inline
+def add_square_strips(first, stop, strips, scratch):
+    """Add the tiles' sums of g^2 to the buffer of sums."""
+    for index in range(first, stop):
+        strip = strips[index]
+        out = doubles(strip[Strip.SQUARES], strip[Strip.COUNT])
+        _add_strip(strip, scratch, 0, elements.SQUARE_UNSCALE, out)
+
+
+@inline
+def add_instability_strips(first, stop, strips, scratch):
+    """Add the tiles' sums of e^2, u e and u^2 to the buffer of sums."""
+    for index in range(first, stop):
+        strip = strips[index]
+        for kind in range(3):
+            address = strip[Strip.RESIDUALS] + 8 * kind * strip[Strip.RESIDUALS_STRIDE]
+            _add_strip(strip, scratch, kind, 1.0, doubles(address, strip[Strip.COUNT]))
+
+
+@elementwise
+def _apply_row(
+    param, grad, exp_avg, column_scale, column_confidence, row_scale, step, beta1, rest, decay
+):
+    for i in range(param.size):
+        momentum = beta1 * exp_avg[i] + rest * (grad[i] * row_scale * column_scale[i])
+        exp_avg[i] = momentum
+        weight = param[i]
+        weight -= decay * weight
+        param[i] = weight - step * (momentum * column_confidence[i])
+
+
+@inline
+def _update(
+    param, groups, divisors, matrix, row, column, offset, momentum, bits, grad_buffer, buffer
+):
+    """Update part of a row: the momentum in fp32, the weights where they are kept.
+
+    Args:
+        param: row of the table of matrix parameters.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
+        matrix: place in the batch.
+        row: of the matrix.
+        column: first one.
+        offset: first element, in the slice.
+        momentum: fp32.
+        bits: like momentum, uint16, out: what the momentum is to be rounded with.
+        grad_buffer: for the gradient in fp32.
+        buffer: for the weights in fp32.
+    """
+    count, group = momentum.size, groups[param[Matrix.GROUP]]
+    rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
+    row_scale = floats(param[Matrix.ROW_SCALE] + 4 * (matrix * rows + row), 1)[0]
+    row_confidence = floats(param[Matrix.ROW_CONFIDENCE] + 4 * (matrix * rows + row), 1)[0]
+    place = 4 * (matrix * columns + column)
+    weights = elements.weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, count, buffer)
+    _apply_row(
+        weights,
+        elements.gradient(param, offset, count, grad_buffer),
+        momentum,
+        floats(param[Matrix.COLUMN_SCALE] + place, count),
+        floats(param[Matrix.COLUMN_CONFIDENCE] + place, count),
+        row_scale * divisors[param[Matrix.FIRST_MATRIX] + matrix, 1],
+        np.float32(group[Group.LR]) * row_confidence,
+        np.float32(group[Group.BETA1]),
+        np.float32(1.0 - group[Group.BETA1]),
+        np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY]),
+    )
+    elements.keep_weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, weights)
+    elements.copy_to_model(param[Matrix.MODEL_WEIGHT], offset, weights)
+    if param[Matrix.EXP_AVG_IS_BF16] or param[Matrix.EXP_AVG_SCALE]:
+        full_row = (matrix + param[Matrix.BATCH_OFFSET]) * param[Matrix.FULL_ROWS]
+        full_row += row + param[Matrix.ROW_OFFSET]
+        full_row += row // param[Matrix.PART_ROWS] * param[Matrix.PART_JUMP]
+        full_place = full_row * param[Matrix.FULL_COLUMNS] + param[Matrix.COLUMN_OFFSET] + column
+        elements.draw(full_place, param[Matrix.KEY], bits)
+
+
+@inline
+def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns, buffers):
+    """Twin of ``passes.apply_update`` for matrices whose momentum is not int8.
+
+    Args as those of :func:`instability_tiles`, with 1/d known.
+    """
+    grads, momenta, weights, bits = buffers
+    for index in range(first, stop):
+        tile = tiles[index]
+        param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
+        for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
+            low, high, start = _span(param, tile, row, tile_columns)
+            if low < high:
+                offset, count = low - param[Matrix.START], high - low
+                momentum = elements.momentum(param, offset, count, momenta)
+                column, drawn = tile[Tile.COLUMN] + low - start, bits[:count]
+                _update(
+                    param, groups, divisors, matrix, row, column, offset, momentum, drawn, grads,
+                    weights,
+                )  # fmt: skip
+                elements.keep_momentum(
+                    param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_IS_BF16], 0, offset, momentum, drawn
+                )
+
+
+@inline
+def apply_spans(first, stop, matrices, spans, groups, divisors, buffers):
+    """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
+
+    Args:
+        first: row of the table of spans.
+        stop: one past the last row.
+        matrices: table of ``MatrixField``.
+        spans: table of ``SpanField``.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
+        buffers: this thread's, see :func:`make_buffers`.
+    """
+    grads, momenta, weights, bits = buffers
+    for index in range(first, stop):
+        param = matrices[spans[index, Span.PARAM]]
+        rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
+        low, high = spans[index, Span.FIRST], spans[index, Span.STOP]
+        momentum, drawn = momenta[: high - low], bits[: high - low]
+        address, scales = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_SCALE]
+        elements.read_int8(address, scales, low, high - low, momentum)
+        offset = low
+        while offset < high:
+            all_rows = (param[Matrix.START] + offset) // columns
+            column = param[Matrix.START] + offset - all_rows * columns
+            matrix = all_rows // rows
+            end = min(offset + columns - column, high)
+            part, some = momentum[offset - low : end - low], drawn[offset - low : end - low]
+            row = all_rows - matrix * rows
+            _update(
+                param, groups, divisors, matrix, row, column, offset, part, some, grads, weights
+            )
+            offset = end
+        elements.keep_momentum(address, 0, scales, low, momentum, drawn)
