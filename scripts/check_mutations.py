@@ -133,7 +133,7 @@ FAULTS = (
     ),
     Fault(
         "Triton: the guess used as the clip divisor",
-        "kernels/triton_kernels.py",
+        "kernels/triton/tiles.py",
         "inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix) + 1)",
         "inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix))",
         KERNELS,

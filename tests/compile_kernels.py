@@ -11,8 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_came.kernels import triton_kernels as kernels
-from megatron_came.kernels.triton_launch import _BLOCK, _STEP, _STRIP_TILES, TritonKernels
+from megatron_came.kernels.triton import factors, tiles, vectors
+from megatron_came.kernels.triton.launch import _BLOCK, _STEP, _STRIP_TILES, TritonKernels
 from megatron_came.maths import int8
 
 TABLE = "*i64"
@@ -36,7 +36,8 @@ VARIANTS = {
 
 
 def compile_for_hopper(name, constants):
-    kernel = getattr(kernels, name)
+    module = next(m for m in (tiles, factors, vectors) if hasattr(m, name))
+    kernel = getattr(module, name)
     signature = {
         argument: "constexpr"
         if argument in constants

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_came import CAME
 from megatron_came.kernels.choice import choose
 from megatron_came.kernels.tables import Tiling
-from megatron_came.kernels.triton_launch import TritonKernels
+from megatron_came.kernels.triton.launch import TritonKernels
 from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
 from tests.test_sharded import MID_ROW, Layout
 from tests.test_sharded import worst_distance as worst_sharded_distance
@@ -25,7 +25,7 @@ DEVICES = {
 }
 LAUNCHERS = {
     "numba": "megatron_came.kernels.numba.launch.NumbaKernels",
-    "triton": "megatron_came.kernels.triton_launch.TritonKernels",
+    "triton": "megatron_came.kernels.triton.launch.TritonKernels",
 }
 on_both = pytest.mark.parametrize("kernels", DEVICES)
 

@@ -70,6 +70,6 @@ def _kernels(name: str, device: torch.device) -> Choice:
         from megatron_came.kernels.numba.launch import NumbaKernels
 
         return Choice(NumbaKernels(), "CAME's step runs in Numba's kernels.")
-    from megatron_came.kernels.triton_launch import TritonKernels
+    from megatron_came.kernels.triton.launch import TritonKernels
 
     return Choice(TritonKernels(device), "CAME's step runs in Triton's kernels.")

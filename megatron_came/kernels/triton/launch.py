@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_came.kernels import triton_kernels as kernels
 from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
 from megatron_came.kernels.tables import GroupField, Kernel, MatrixField, Program, Tiling
+from megatron_came.kernels.triton import factors, tiles, vectors
 from megatron_came.layout import Shard
 from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
 
@@ -93,7 +93,7 @@ class TritonKernels:
             self._launch(Kernel(kernel), first, stop - first, tables)
 
     def _launch(self, kernel: Kernel, first: int, count: int, tables: Tables) -> None:
-        matrices, vectors, tiles = tables.matrices, tables.vectors, tables.tiles
+        matrices, tile_table, vector_table = tables.matrices, tables.tiles, tables.vectors
         groups, divisors = tables.groups, tables.divisors
         tile: dict[str, Any] = {
             "ROWS": self.tiling.rows,
@@ -109,33 +109,33 @@ class TritonKernels:
         }
         match kernel:
             case Kernel.SQUARE_TILES:
-                kernels.square_tiles[(count,)](first, matrices, tiles, tables.scratch, **tile)
+                tiles.square_tiles[(count,)](first, matrices, tile_table, tables.scratch, **tile)
             case Kernel.INSTABILITY_TILES:
-                kernels.instability_tiles[(count,)](
-                    first, matrices, tiles, divisors, tables.scratch, **tile
+                tiles.instability_tiles[(count,)](
+                    first, matrices, tile_table, divisors, tables.scratch, **tile
                 )
             case Kernel.ADD_SQUARE_STRIPS:
-                kernels.add_strips[(count, 1)](
+                tiles.add_strips[(count, 1)](
                     first, tables.strips, tables.scratch, **strip, SQUARES=True
                 )
             case Kernel.ADD_INSTABILITY_STRIPS:
-                kernels.add_strips[(count, 3)](
+                tiles.add_strips[(count, 3)](
                     first, tables.strips, tables.scratch, **strip, SQUARES=False
                 )
             case Kernel.UPDATE_SECOND_MOMENTS:
-                kernels.update_second_moments[(count,)](
+                factors.update_second_moments[(count,)](
                     first, matrices, tables.factors, groups, divisors, BLOCK=_BLOCK
                 )
             case Kernel.UPDATE_INSTABILITIES:
-                kernels.update_instabilities[(count,)](
+                factors.update_instabilities[(count,)](
                     first, matrices, tables.factors, groups, divisors, BLOCK=_BLOCK
                 )
             case Kernel.TOTAL_UPDATES:
-                kernels.total_updates[(count,)](first, matrices, BLOCK=_BLOCK)
+                factors.total_updates[(count,)](first, matrices, BLOCK=_BLOCK)
             case Kernel.APPLY_TILES:
-                kernels.apply_tiles[(count,)](first, matrices, tiles, groups, divisors, **tile)
+                tiles.apply_tiles[(count,)](first, matrices, tile_table, groups, divisors, **tile)
             case Kernel.APPLY_SPANS:
-                kernels.apply_spans[(count,)](
+                tiles.apply_spans[(count,)](
                     first,
                     matrices,
                     tables.spans,
@@ -145,8 +145,8 @@ class TritonKernels:
                     num_warps=_TILE_WARPS,
                 )
             case Kernel.SQUARE_VECTORS:
-                kernels.square_vectors[(count,)](first, vectors, BLOCK=_BLOCK)
+                vectors.square_vectors[(count,)](first, vector_table, BLOCK=_BLOCK)
             case Kernel.UPDATE_VECTORS:
-                kernels.update_vectors[(count,)](first, vectors, groups, BLOCK=_BLOCK)
+                vectors.update_vectors[(count,)](first, vector_table, groups, BLOCK=_BLOCK)
             case Kernel.APPLY_VECTORS:
-                kernels.apply_vectors[(count,)](first, vectors, groups, BLOCK=_BLOCK)
+                vectors.apply_vectors[(count,)](first, vector_table, groups, BLOCK=_BLOCK)

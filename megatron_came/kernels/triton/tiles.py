@@ -1,0 +1,365 @@
+"""The passes over tiles and spans of matrices, and over the strips that add up the tiles' sums.
+
+A program takes one row of a table. Sums are written to places of their own and added up in a fixed
+order, so that runs are bit-identical.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_came.kernels import tables
+from megatron_came.kernels.triton import elements
+from megatron_came.kernels.triton.elements import doubles, floats, kernel
+
+
+@triton.jit
+def _tile(matrices, tiles, index, ALIGNED: tl.constexpr):
+    """Geometry of a tile.
+
+    Returns:
+        The parameter's row; flat place of the tile's first element in the slice (before its start
+        where negative); the place of the slice's start and stop relative to that; columns of the
+        matrix; the tile's matrix, first row, stop row and first column.
+    """
+    elements.note_tables()
+    tile = tiles + index.to(tl.int64) * elements.TILE_FIELDS
+    param = matrices + tl.load(tile + tables.TileField.PARAM) * elements.MATRIX_FIELDS
+    matrix = tl.load(tile + tables.TileField.MATRIX)
+    row = tl.load(tile + tables.TileField.ROW)
+    stop_row = tl.load(tile + tables.TileField.STOP_ROW)
+    column = tl.load(tile + tables.TileField.COLUMN)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    columns = tl.load(param + tables.MatrixField.COLUMNS)
+    start = tl.load(param + tables.MatrixField.START)
+    stop = tl.load(param + tables.MatrixField.STOP)
+    place = (matrix * rows + row) * columns + column - start
+    low = tl.maximum(-place, 0).to(tl.int32)
+    high = tl.minimum(stop - start - place, 2147483648 - 65536).to(tl.int32)
+    narrow = columns.to(tl.int32)
+    if ALIGNED:
+        place = tl.multiple_of(place, 4)
+        low = tl.multiple_of(low, 4)
+        high = tl.multiple_of(high, 4)
+        narrow = tl.multiple_of(narrow, 4)
+        column = tl.multiple_of(column, 4)
+    return param, place, low, high, narrow, matrix, row, stop_row, column
+
+
+@kernel
+def square_tiles(
+    from_row,
+    matrices,
+    tiles,
+    scratch,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Twin of ``passes.add_squared_sums``: the row and column sums of a tile, to its slot.
+
+    Args:
+        from_row: what the first program takes of the table.
+        matrices: table of ``MatrixField``, int64.
+        tiles: table of ``TileField``, int64.
+        scratch: (slots, 3, ROWS + COLUMNS), fp32, out; the first of the three is used.
+        ROWS: of a tile.
+        COLUMNS: of a tile.
+        STEP: rows that a program reads at once.
+        ALIGNED: whether addresses, widths and starts allow vector loads.
+    """
+    slot = tl.program_id(0)
+    param, place, low, high, width, _matrix, row, stop_row, column = _tile(
+        matrices, tiles, slot + from_row, ALIGNED
+    )
+    address = tl.load(param + tables.MatrixField.GRAD)
+    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
+    sums = scratch + slot.to(tl.int64) * (3 * (ROWS + COLUMNS))
+    steps = tl.arange(0, STEP)
+    across = tl.arange(0, COLUMNS)
+    inside = across < width - column.to(tl.int32)
+    total = tl.zeros((STEP, COLUMNS), tl.float32)
+    for first in range(0, ROWS, STEP):
+        down = first + steps
+        offset = down[:, None] * width + across[None, :]
+        mask = (down < (stop_row - row))[:, None] & inside[None, :]
+        mask = mask & (offset >= low) & (offset < high)
+        grad = (
+            elements.read(address, is_bf16, place + offset, mask, ALIGNED) * elements.SQUARE_SCALE
+        )
+        square = grad * grad
+        tl.store(sums + down, tl.sum(square, 1))
+        total += square
+    tl.store(sums + ROWS + across, tl.sum(total, 0))
+
+
+@kernel
+def instability_tiles(
+    from_row,
+    matrices,
+    tiles,
+    divisors,
+    scratch,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Twin of ``passes.add_instability_sums``: the sums of e^2, u e and u^2 of a tile.
+
+    Args as those of :func:`square_tiles`, and
+        divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
+    """
+    slot = tl.program_id(0)
+    param, place, low, high, width, matrix, row, stop_row, column = _tile(
+        matrices, tiles, slot + from_row, ALIGNED
+    )
+    grads = tl.load(param + tables.MatrixField.GRAD)
+    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
+    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
+    momenta_are_bf16 = tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16)
+    momentum_scales = tl.load(param + tables.MatrixField.EXP_AVG_SCALE)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    row_scales = floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + matrix * rows + row
+    column_scales = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * width
+    first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
+    inverse_guess = tl.load(divisors + 2 * (first_matrix + matrix))
+    sums = scratch + slot.to(tl.int64) * (3 * (ROWS + COLUMNS))
+    steps = tl.arange(0, STEP)
+    across = tl.arange(0, COLUMNS)
+    inside = across < width - column.to(tl.int32)
+    column_scale = tl.load(column_scales + column + across, mask=inside, other=0.0)
+    errors = tl.zeros((STEP, COLUMNS), tl.float32)
+    crosses = tl.zeros((STEP, COLUMNS), tl.float32)
+    updates = tl.zeros((STEP, COLUMNS), tl.float32)
+    for first in range(0, ROWS, STEP):
+        down = first + steps
+        in_rows = down < (stop_row - row)
+        offset = down[:, None] * width + across[None, :]
+        mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
+        row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0)
+        grad = elements.read(grads, is_bf16, place + offset, mask, ALIGNED)
+        momentum = elements.momenta(
+            momenta, momenta_are_bf16, momentum_scales, place + offset, mask, ALIGNED
+        )
+        update = grad * row_scale[:, None] * column_scale[None, :]
+        error = update * inverse_guess - momentum
+        square, cross, update_square = error * error, update * error, update * update
+        tl.store(sums + down, tl.sum(square, 1))
+        tl.store(sums + (ROWS + COLUMNS) + down, tl.sum(cross, 1))
+        tl.store(sums + 2 * (ROWS + COLUMNS) + down, tl.sum(update_square, 1))
+        errors += square
+        crosses += cross
+        updates += update_square
+    tl.store(sums + ROWS + across, tl.sum(errors, 0))
+    tl.store(sums + (ROWS + COLUMNS) + ROWS + across, tl.sum(crosses, 0))
+    tl.store(sums + 2 * (ROWS + COLUMNS) + ROWS + across, tl.sum(updates, 0))
+
+
+@kernel
+def add_strips(
+    from_row,
+    strips,
+    scratch,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    COUNT: tl.constexpr,
+    SQUARES: tl.constexpr,
+):
+    """Add the tiles' sums of a strip to the buffers of sums.
+
+    Args:
+        from_row: what the first program takes of the table.
+        strips: table of ``StripField``, int64.
+        scratch: (slots, 3, WIDTH), fp32.
+        WIDTH: of a slot's sums: rows and columns of a tile.
+        TILES: read at once.
+        COUNT: at least the sums of a strip.
+        SQUARES: whether the sums are those of g^2.
+    """
+    strip = strips + (tl.program_id(0) + from_row).to(tl.int64) * elements.STRIP_FIELDS
+    slot = tl.load(strip + tables.StripField.SLOT)
+    stride = tl.load(strip + tables.StripField.STRIDE)
+    tiles = tl.load(strip + tables.StripField.TILES)
+    within = tl.load(strip + tables.StripField.WITHIN)
+    count = tl.load(strip + tables.StripField.COUNT)
+    which = tl.program_id(1)  # of e^2, u e and u^2
+    index = tl.arange(0, COUNT)
+    inside = index < count
+    below = tl.arange(0, TILES)
+    total = tl.zeros((TILES, COUNT), tl.float64)
+    for first in range(0, tiles, TILES):
+        tile = first + below
+        place = (slot + tile * stride) * (3 * WIDTH) + which * WIDTH + within
+        mask = (tile < tiles)[:, None] & inside[None, :]
+        values = tl.load(scratch + place[:, None] + index[None, :], mask=mask, other=0.0)
+        total += values.to(tl.float64)
+    sums = tl.sum(total, 0)
+    if SQUARES:
+        out = doubles(tl.load(strip + tables.StripField.SQUARES))
+        sums = sums * elements.SQUARE_UNSCALE
+    else:
+        out = doubles(tl.load(strip + tables.StripField.RESIDUALS))
+        out += which * tl.load(strip + tables.StripField.RESIDUALS_STRIDE)
+    before = tl.load(out + index, mask=inside, other=0.0)
+    tl.store(out + index, before + sums, mask=inside)
+
+
+@kernel
+def apply_tiles(
+    from_row,
+    matrices,
+    tiles,
+    groups,
+    divisors,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Twin of ``passes.apply_update`` for matrices whose momentum is not int8.
+
+    Args as those of :func:`instability_tiles`, with 1/d known.
+    """
+    param, place, low, high, width, matrix, row, stop_row, column = _tile(
+        matrices, tiles, tl.program_id(0) + from_row, ALIGNED
+    )
+    grads = tl.load(param + tables.MatrixField.GRAD)
+    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
+    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
+    momenta_are_bf16 = tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16)
+    key = tl.load(param + tables.MatrixField.KEY)
+    full_columns = tl.load(param + tables.MatrixField.FULL_COLUMNS)
+    full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
+    full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS) + row
+    full_row += tl.load(param + tables.MatrixField.ROW_OFFSET)
+    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
+    part_rows = tl.load(param + tables.MatrixField.PART_ROWS)
+    part_jump = tl.load(param + tables.MatrixField.PART_JUMP)
+    weights = tl.load(param + tables.MatrixField.PARAM)
+    remainders = tl.load(param + tables.MatrixField.REMAINDER)
+    model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
+    model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    row_place = matrix * rows + row
+    column_place = matrix * width + column
+    row_scales = floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + row_place
+    row_confidences = floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)) + row_place
+    column_scales = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + column_place
+    column_confidences = floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
+    first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
+    inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix) + 1)
+    beta1, rest, lr, decay = elements.rates(
+        groups + tl.load(param + tables.MatrixField.GROUP) * elements.GROUP_FIELDS
+    )
+    steps = tl.arange(0, STEP)
+    across = tl.arange(0, COLUMNS)
+    inside = across < width - column.to(tl.int32)
+    column_scale = tl.load(column_scales + across, mask=inside, other=0.0)
+    column_confidence = tl.load(column_confidences + column_place + across, mask=inside, other=0.0)
+    for first in range(0, ROWS, STEP):
+        down = first + steps
+        in_rows = down < (stop_row - row)
+        offset = down[:, None] * width + across[None, :]
+        mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
+        row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0) * inverse_divisor
+        row_confidence = tl.load(row_confidences + down, mask=in_rows, other=0.0) * lr
+        grad = elements.read(grads, is_bf16, place + offset, mask, ALIGNED)
+        momentum = elements.read(momenta, momenta_are_bf16, place + offset, mask, ALIGNED)
+        weight = elements.weights(weights, remainders, place + offset, mask, ALIGNED)
+        momentum = beta1 * momentum + rest * (grad * row_scale[:, None] * column_scale[None, :])
+        full_down = full_row + down + (row + down) // part_rows * part_jump
+        full_place = full_down[:, None] * full_columns + full_column + across[None, :]
+        elements.store_momentum(
+            momenta, momenta_are_bf16, place + offset, momentum, mask, full_place, key, ALIGNED
+        )
+        weight -= decay * weight
+        weight -= row_confidence[:, None] * (momentum * column_confidence[None, :])
+        elements.store_weights(weights, remainders, place + offset, weight, mask, ALIGNED)
+        if model != 0:
+            elements.store_short(model, model_is_bf16, place + offset, weight, mask, ALIGNED)
+
+
+@kernel
+def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexpr):
+    """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
+
+    Args:
+        from_row: what the first program takes of the table.
+        matrices: table of ``MatrixField``, int64.
+        spans: table of ``SpanField``, int64.
+        groups: table of ``GroupField``, float64.
+        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
+        BLOCKS: of a span.
+    """
+    elements.note_tables()
+    span = spans + (tl.program_id(0) + from_row).to(tl.int64) * elements.SPAN_FIELDS
+    param = matrices + tl.load(span + tables.SpanField.PARAM) * elements.MATRIX_FIELDS
+    first = tl.load(span + tables.SpanField.FIRST)
+    stop = tl.load(span + tables.SpanField.STOP)
+    rows = tl.load(param + tables.MatrixField.ROWS)
+    columns = tl.load(param + tables.MatrixField.COLUMNS)
+    # Matrix, row and column of the first element, then those of the others, in 32 bits.
+    place = tl.load(param + tables.MatrixField.START) + first
+    base = place // columns
+    first_matrix = base // rows
+    blocks = tl.arange(0, BLOCKS)
+    inside = blocks[:, None] * elements.INT8_BLOCK + tl.arange(0, elements.INT8_BLOCK)[None, :]
+    from_base = (place - base * columns).to(tl.int32) + inside
+    below = from_base // columns.to(tl.int32)
+    column = from_base - below * columns.to(tl.int32)
+    row = (base - first_matrix * rows).to(tl.int32) + below
+    matrices_on = row // rows.to(tl.int32)
+    row -= matrices_on * rows.to(tl.int32)
+    matrix = first_matrix + matrices_on
+    index = first + inside
+    mask = index < stop
+
+    row_place = base + below
+    column_place = matrix * columns + column
+    row_scales = floats(tl.load(param + tables.MatrixField.ROW_SCALE))
+    column_scales = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE))
+    row_confidences = floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE))
+    column_confidences = floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
+    row_scale = tl.load(row_scales + row_place, mask=mask, other=0.0)
+    column_scale = tl.load(column_scales + column_place, mask=mask, other=0.0)
+    row_confidence = tl.load(row_confidences + row_place, mask=mask, other=0.0)
+    column_confidence = tl.load(column_confidences + column_place, mask=mask, other=0.0)
+    divisor = 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix) + 1
+    inverse_divisor = tl.load(divisors + divisor, mask=mask, other=0.0)
+    beta1, rest, lr, decay = elements.rates(
+        groups + tl.load(param + tables.MatrixField.GROUP) * elements.GROUP_FIELDS
+    )
+
+    grads = tl.load(param + tables.MatrixField.GRAD)
+    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
+    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
+    momentum_scales = tl.load(param + tables.MatrixField.EXP_AVG_SCALE)
+    weights = tl.load(param + tables.MatrixField.PARAM)
+    remainders = tl.load(param + tables.MatrixField.REMAINDER)
+    grad = elements.read(grads, is_bf16, index, mask, False)
+    momentum = elements.momenta(momenta, 0, momentum_scales, index, mask, False)
+    weight = elements.weights(weights, remainders, index, mask, False)
+    momentum = beta1 * momentum + rest * (grad * (row_scale * inverse_divisor) * column_scale)
+    weight -= decay * weight
+    weight -= (row_confidence * lr) * (momentum * column_confidence)
+    elements.store_weights(weights, remainders, index, weight, mask, False)
+    model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
+    if model != 0:
+        model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
+        elements.store_short(model, model_is_bf16, index, weight, mask, False)
+
+    full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
+    full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS)
+    full_row += row + tl.load(param + tables.MatrixField.ROW_OFFSET)
+    parts_on = row // tl.load(param + tables.MatrixField.PART_ROWS).to(tl.int32)
+    full_row += parts_on * tl.load(param + tables.MatrixField.PART_JUMP)
+    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
+    full_place = full_row * tl.load(param + tables.MatrixField.FULL_COLUMNS) + full_column
+    key = tl.load(param + tables.MatrixField.KEY)
+    block = first // elements.INT8_BLOCK + blocks
+    elements.store_int8(momenta, momentum_scales, block, index, momentum, mask, full_place, key)

@@ -1,0 +1,119 @@
+"""The passes over vectors, which have row statistics alone."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_came.kernels import tables
+from megatron_came.kernels.triton import elements, factors
+from megatron_came.kernels.triton.elements import doubles, floats, kernel
+
+
+@triton.jit
+def _vector(vectors, from_row):
+    """A vector's row, its start and its number of elements."""
+    vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * elements.VECTOR_FIELDS
+    start = tl.load(vector + tables.VectorField.START)
+    return vector, start, tl.load(vector + tables.VectorField.STOP) - start
+
+
+@kernel
+def square_vectors(from_row, vectors, BLOCK: tl.constexpr):
+    """Twin of ``passes.add_squared_sums`` for a vector.
+
+    Args:
+        from_row: what the first program takes of the table.
+        vectors: table of ``VectorField``, int64.
+        BLOCK: elements that a program reads at once.
+    """
+    vector, start, size = _vector(vectors, from_row)
+    address = tl.load(vector + tables.VectorField.GRAD)
+    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
+    out = doubles(tl.load(vector + tables.VectorField.SQUARES)) + start
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        grad = elements.read(address, is_bf16, index, mask, False) * elements.SQUARE_SCALE
+        tl.store(out + index, (grad * grad).to(tl.float64) * elements.SQUARE_UNSCALE, mask=mask)
+
+
+@kernel
+def update_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
+    """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for a vector."""
+    vector, start, size = _vector(vectors, from_row)
+    group = groups + tl.load(vector + tables.VectorField.GROUP) * elements.GROUP_FIELDS
+    moment = floats(tl.load(vector + tables.VectorField.MOMENT))
+    factors.update_moment(
+        moment,
+        doubles(tl.load(vector + tables.VectorField.SQUARES)),
+        tl.load(vector + tables.VectorField.SIZE),
+        1.0,
+        tl.load(group + tables.GroupField.EPS1),
+        tl.load(group + tables.GroupField.BETA2),
+        BLOCK,
+    )
+    tl.debug_barrier()  # the moment is read again
+    address = tl.load(vector + tables.VectorField.GRAD)
+    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        grad = elements.read(address, is_bf16, index, mask, False)
+        root = tl.sqrt_rn(tl.load(moment + start + index, mask=mask, other=1.0))
+        update = grad * (1.0 / root)
+        total += (update * update).to(tl.float64)
+    tl.store(doubles(tl.load(vector + tables.VectorField.TOTAL)), tl.sum(total, 0))
+
+
+@kernel
+def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
+    """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for a vector."""
+    vector, start, size = _vector(vectors, from_row)
+    group = groups + tl.load(vector + tables.VectorField.GROUP) * elements.GROUP_FIELDS
+    inverse_divisor = factors.inverse_divisor(
+        tl.load(doubles(tl.load(vector + tables.VectorField.TOTAL))),
+        tl.load(vector + tables.VectorField.FULL_NUMEL),
+        tl.load(group + tables.GroupField.CLIP_THRESHOLD),
+    ).to(tl.float32)
+    beta1, rest, lr, decay = elements.rates(group)
+    moment = floats(tl.load(vector + tables.VectorField.MOMENT)) + start
+    momenta = tl.load(vector + tables.VectorField.EXP_AVG)
+    momenta_are_bf16 = tl.load(vector + tables.VectorField.EXP_AVG_IS_BF16)
+    key = tl.load(vector + tables.VectorField.KEY)
+    offset = tl.load(vector + tables.VectorField.OFFSET) + start
+    momentum_scales = tl.load(vector + tables.VectorField.EXP_AVG_SCALE)
+    part_rows = tl.load(vector + tables.VectorField.PART_ROWS)
+    part_jump = tl.load(vector + tables.VectorField.PART_JUMP)
+    weights = tl.load(vector + tables.VectorField.PARAM)
+    remainders = tl.load(vector + tables.VectorField.REMAINDER)
+    blocks = tl.arange(0, BLOCK // elements.INT8_BLOCK)
+    inside = blocks[:, None] * elements.INT8_BLOCK + tl.arange(0, elements.INT8_BLOCK)[None, :]
+    model = tl.load(vector + tables.VectorField.MODEL_WEIGHT)
+    model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
+    address = tl.load(vector + tables.VectorField.GRAD)
+    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
+    for first in range(0, size, BLOCK):
+        index = first + inside
+        mask = index < size
+        grad = elements.read(address, is_bf16, index, mask, False)
+        root = tl.sqrt_rn(tl.load(moment + index, mask=mask, other=1.0))
+        momentum = elements.momenta(momenta, momenta_are_bf16, momentum_scales, index, mask, False)
+        momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse_divisor)
+        place = offset + index + (start + index) // part_rows * part_jump
+        if momentum_scales != 0:
+            block = first // elements.INT8_BLOCK + blocks
+            elements.store_int8(momenta, momentum_scales, block, index, momentum, mask, place, key)
+        else:
+            elements.store_momentum(
+                momenta, momenta_are_bf16, index, momentum, mask, place, key, False
+            )
+        weight = elements.weights(weights, remainders, index, mask, False)
+        weight -= decay * weight
+        weight -= lr * momentum
+        elements.store_weights(weights, remainders, index, weight, mask, False)
+        if model != 0:
+            elements.store_short(model, model_is_bf16, index, weight, mask, False)
