@@ -17,9 +17,11 @@ bench() {   # NAME OPTIONS...
 }
 
 bench peers --model gpt2-small
-for model in gpt2-mini gpt2-small gpt2-medium gpt2-large; do
+for model in gpt2-nano gpt2-mini gpt2-small gpt2-medium gpt2-large; do
     bench "size-$model" --model "$model" --only "came, fused" "adamw, fused"
 done
+# A thousand million parameters
+bench size-gpt2-xl-30 --model gpt2-xl --layers 30 --only "came, fused" "adamw, fused"
 for layers in 1 6 12 24 48; do
     bench "layers-$layers" --model gpt2-small --layers "$layers" --only "came, fused" "adamw, fused"
 done

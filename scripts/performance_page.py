@@ -30,10 +30,11 @@ HEAD = """\
 *Written by `scripts/performance_page.py` from the files in `benchmarks/results/`; `make benchmarks` measures again.*
 
 A step of CAME must read the gradient three times, the momentum twice and the weights once, and write momentum and
-weights: 32 bytes a parameter in fp32, or 20 where gradient and momentum stay in a cache from pass to pass. AdamW's 28
-are the yardstick. "Of floor" is the time that these bytes take at the copy bandwidth measured in the same run, over the
-median time: above 100% where reads are faster than copies. "Extra" is the peak of the memory taken during a step beyond
-what was held before it. Medians differ by some ten per cent from run to run on a shared machine.
+weights: 32 bytes a parameter in fp32, or 20 in matrices whose gradient and momentum stay in the last cache from pass to
+pass, which takes one data-parallel rank. AdamW's 28 are the yardstick. "Floor" is the mean of these over the parameters;
+"of floor" is the time that its bytes take at the copy bandwidth measured in the same run, over the median time: above
+100% where reads are faster than copies. "Extra" is the peak of the memory taken during a step beyond what was held
+before it. Medians differ by some ten per cent from run to run on a shared machine.
 
 "CAME, fused" runs in kernels: Numba's on CPUs, Triton's on GPUs. **The Triton kernels {gpu}.**
 """
@@ -69,16 +70,17 @@ def peers(report: Report) -> str:
         f"## {report['model']}, {report['parameters'] / 1e6:.1f} million parameters\n",
         f"{setting(report)}; copy bandwidth {report['copy_gigabytes_per_second']:.0f} GB/s; "
         f"medians of {report['results'][0]['steps']} steps, side by side in one process.\n",
-        "| | ms | ns / parameter | GB/s | of floor | extra MiB | time / ours |",
-        "|---|---|---|---|---|---|---|",
+        "| | ms | ns / parameter | floor, bytes | GB/s | of floor | extra MiB | time / ours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     ours = result(report, OURS)
     for one in report["results"]:
         bandwidth, floor = one["gigabytes_per_second"], one["fraction_of_floor"]
-        extra = one["extra_mebibytes"]
+        extra, least = one["extra_mebibytes"], one["floor_bytes_per_parameter"]
         ratio = one["milliseconds"] / ours["milliseconds"] if ours else None
         lines.append(
             f"| {one['name']} | {one['milliseconds']:.1f} | {one['ns_per_parameter']:.3f} "
+            f"| {'-' if least is None else format(least, '.1f')} "
             f"| {'-' if bandwidth is None else format(bandwidth, '.0f')} "
             f"| {'-' if floor is None else format(floor, '.0%')} "
             f"| {'-' if extra is None else format(extra, '.1f')} "
@@ -153,7 +155,13 @@ def main() -> None:
         "## Growth\n\n![Time per step against parameters, layers and ranks](performance.svg)\n"
     )
     parts.append(
-        table("Models", f"On the CPU: {setting(sizes[0])}.", sizes, "model", lambda r: r["model"])
+        table(
+            "Models",
+            f"On the CPU: {setting(sizes[0])}.",
+            sizes,
+            "model",
+            lambda r: f"{r['model']}, {r['layers']} layers" if r["layers"] else r["model"],
+        )
     )
     parts.append(
         table(

@@ -14,7 +14,7 @@ from megatron_came.plain import PlainPasses
 from megatron_came.work import ParameterWork
 from tests.test_kernels import DEVICES, Allocations
 
-SHAPES = ((20, 150), (333,), (2, 5, 61))
+SHAPES = ((20, 150), (334,), (2, 5, 61), (10, 1100))
 SMALL = (torch.bfloat16, torch.int8)
 PATHS = ["plain", *DEVICES]
 on_all = pytest.mark.parametrize("kernels", PATHS)
@@ -27,6 +27,13 @@ def device_of(kernels):
 def unlike_values(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, generator=generator) * torch.exp(4 * torch.randn(n, generator=generator))
+
+
+class TwoRanks:
+    """A process group."""
+
+    def size(self):
+        return 2
 
 
 class TestInt8:
@@ -154,17 +161,19 @@ def test_remainders_train_as_fp32_weights_do(kernels, momentum):
 
 @pytest.mark.parametrize("kernels", DEVICES)
 @pytest.mark.parametrize("momentum", SMALL, ids=str)
-@pytest.mark.parametrize("sliced", [False, True])
-def test_kernels_round_as_the_plain_path_does(kernels, momentum, sliced):
+@pytest.mark.parametrize("cut", ["whole", "sliced", "stacked projections"])
+def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatch):
     """The same random bits, but where a number was on the verge of another rounding."""
+    monkeypatch.setattr("megatron_came.comm.dist.all_reduce", lambda *_, **__: None)
     results = {}
     for path in ("plain", kernels):
         params, shards = parameters(path), {}
-        if sliced:
-            for param in params:
-                start, stop = param.numel() // 3 + 5, param.numel() - 17
-                shape, param.data = tuple(param.shape), param.data.view(-1)[start:stop].clone()
-                shards[param] = Shard(shape, start, stop)
+        for param in params if cut != "whole" else ():
+            start, stop = param.numel() // 3 + 5, param.numel() - 17
+            shape, param.data = tuple(param.shape), param.data.view(-1)[start:stop].clone()
+            second = {"tp_dim": 0, "tp_group": TwoRanks(), "tp_rank": 1, "tp_parts": 2}
+            is_cut = cut == "stacked projections" and len(shape) < 3
+            shards[param] = Shard(shape, start, stop, **(second if is_cut else {}))
         names = {param: str(index) for index, param in enumerate(params)}
         optimizer = CAME(
             params, lr=1e-2, kernels=path, momentum_dtype=momentum, shards=shards, names=names,
@@ -213,13 +222,8 @@ def test_numba_draws_the_bits_of_places_beyond_32_bits():
 def test_a_slice_draws_the_bits_of_its_place():
     """SwiGLU's two stacked projections, cut by tensor parallelism, and slices within a row."""
     full = torch.randn(16, 70, generator=torch.Generator().manual_seed(2))
-
-    class Group:
-        def size(self):
-            return 2
-
     local = torch.cat([full[4:8], full[12:16]])  # of the second rank
-    shard = Shard((8, 70), 33, 501, tp_dim=0, tp_group=Group(), tp_rank=1, tp_parts=2)
+    shard = Shard((8, 70), 33, 501, tp_dim=0, tp_group=TwoRanks(), tp_rank=1, tp_parts=2)
     work = ParameterWork(torch.nn.Parameter(local.view(-1)[33:501]), {}, shard)
     (part,) = PlainPasses([work])._parts.values()
     places = torch.cat([part._places(block).view(-1) for block in part._blocks])

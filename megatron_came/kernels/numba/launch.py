@@ -17,7 +17,8 @@ from megatron_came.kernels.numba.program import run
 from megatron_came.kernels.tables import GroupField, LaunchField, Program, Tiling
 from megatron_came.layout import Shard
 
-# Where the system does not say how large the cache is.
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3")
+# Where the system does not say how large it is.
 _USUAL_CACHE = 16 * 2**20
 
 
@@ -40,8 +41,8 @@ class NumbaKernels:
 
     @property
     def chunk_elements(self) -> int:
-        """What three quarters of the last cache hold of gradient and momentum."""
-        return _last_cache() * 3 // 4 // 8
+        """What three quarters of the last-level caches hold of gradient and momentum."""
+        return _last_caches(torch.get_num_threads()) * 3 // 4 // 8
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
         """Tensors in one piece."""
@@ -103,10 +104,12 @@ class NumbaKernels:
                 other.result()
 
 
-def _last_cache() -> int:
-    """Bytes of the last-level cache."""
+def _last_caches(threads: int) -> int:
+    """Bytes of the last-level caches of the processors that so many threads keep busy."""
     try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text()
-        return int(size.strip().removesuffix("K")) * 1024
+        size = (_CACHE / "size").read_text().strip().removesuffix("K")
+        spans = [span.split("-") for span in (_CACHE / "shared_cpu_list").read_text().split(",")]
+        sharing = sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
+        return int(size) * 1024 * max(threads // sharing, 1)
     except (OSError, ValueError):  # not on every system
         return _USUAL_CACHE

@@ -159,15 +159,18 @@ def _print(report: dict[str, Any], results: list[Result]) -> None:
         f"{machine['torch']}; copy bandwidth {report['copy_gigabytes_per_second']:.0f} GB/s"
     )
     print(
-        f"\n{'':22}{'ms':>9}{'fastest':>9}{'ns/param':>10}{'GB/s':>7}{'of floor':>10}"
+        f"\n{'':22}{'ms':>9}{'fastest':>9}{'ns/param':>10}{'floor, B':>10}{'GB/s':>7}"
+        f"{'of floor':>10}"
         f"{'extra MiB':>11}{'collectives':>13}{'MiB sent':>10}"
     )
     for result in results:
         bandwidth = result.gigabytes_per_second
         floor, extra = result.fraction_of_floor, result.extra_mebibytes
+        least = result.floor_bytes_per_parameter
         print(
             f"{result.name:22}{result.milliseconds:9.2f}{result.fastest:9.2f}"
             f"{result.ns_per_parameter:10.3f}"
+            f"{'-' if least is None else format(least, '.1f'):>10}"
             f"{'-' if bandwidth is None else format(bandwidth, '.0f'):>7}"
             f"{'-' if floor is None else format(floor, '.0%'):>10}"
             f"{'-' if extra is None else format(extra, '.1f'):>11}"

@@ -26,12 +26,14 @@ class Contender:
         build: from parameters and their shards to an optimizer.
         floor: bytes a parameter that a step reads and writes at least; None where nobody has
             counted.
+        cached_floor: likewise, of a matrix whose gradient and momentum stay in the cache.
         sharded: whether it can update slices of tensors.
     """
 
     name: str
     build: Callable[[list[Tensor], Mapping[Tensor, Shard]], torch.optim.Optimizer]
     floor: int | None = None
+    cached_floor: int | None = None
     sharded: bool = False
 
 
@@ -60,9 +62,9 @@ def contenders(device: torch.device) -> list[Contender]:
     """Return those that are installed and run on the device."""
     fused = "triton" if device.type == "cuda" else "numba"
     found = [
-        Contender("CAME, fused", _came(fused), 32, sharded=True),
-        Contender("CAME, bf16 momentum", _came(fused, torch.bfloat16), 26, sharded=True),
-        Contender("CAME, int8 momentum", _came(fused, torch.int8), 23, sharded=True),
+        Contender("CAME, fused", _came(fused), 32, 20, sharded=True),
+        Contender("CAME, bf16 momentum", _came(fused, torch.bfloat16), 26, 16, sharded=True),
+        Contender("CAME, int8 momentum", _came(fused, torch.int8), 23, 14, sharded=True),
         Contender("CAME, plain", _came("plain"), 32, sharded=True),
         Contender("torch AdamW, fused", _plain(partial(torch.optim.AdamW, fused=True)), 28),
         Contender("torch AdamW, foreach", _plain(partial(torch.optim.AdamW, foreach=True)), 28),

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_came.kernels.choice import choose
 from megatron_came.layout import Shard
 from megatron_came.tools.bench.contenders import Contender
 from megatron_came.tools.bench.shapes import Shape
@@ -32,6 +33,7 @@ class Result:
         fastest: of the timed steps, in milliseconds.
         steps: timed.
         ns_per_parameter: of the parameters that the rank updates.
+        floor_bytes_per_parameter: what a step reads and writes at least, see ``Contender.floor``.
         gigabytes_per_second: floor's bytes over the median.
         fraction_of_floor: time that the floor's bytes take at the device's copy bandwidth over the
             median.
@@ -46,6 +48,7 @@ class Result:
     fastest: float
     steps: int
     ns_per_parameter: float
+    floor_bytes_per_parameter: float | None
     gigabytes_per_second: float | None
     fraction_of_floor: float | None
     extra_mebibytes: float | None
@@ -144,6 +147,23 @@ def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int
     return max(_resident("VmHWM") - before, 0)
 
 
+def _floor_bytes(
+    contender: Contender, params: Sequence[Tensor], shards: Mapping[Tensor, Shard]
+) -> int | None:
+    """What a step reads and writes at least."""
+    if contender.floor is None:
+        return None
+    kernels = choose("auto", params[0].device).kernels
+    fitting = (kernels.chunk_elements or 0) if kernels is not None else 0
+    total = 0
+    for param in params:
+        # With several ranks all passes over everything come between two passes.
+        stays = param.dim() > 1 and param.numel() <= fitting and shards[param].dp_group is None
+        floor = contender.cached_floor if stays else None
+        total += param.numel() * (floor or contender.floor)
+    return total
+
+
 def measure(
     contender: Contender,
     params: list[Tensor],
@@ -176,13 +196,14 @@ def measure(
         extra = _extra_memory(optimizer, device)
     count = sum(param.numel() for param in params)
     median = statistics.median(times)
-    moved = None if contender.floor is None else contender.floor * count
+    moved = _floor_bytes(contender, params, shards)
     return Result(
         name=contender.name,
         milliseconds=median,
         fastest=min(times),
         steps=steps,
         ns_per_parameter=median * 1e6 / count,
+        floor_bytes_per_parameter=None if moved is None else moved / count,
         gigabytes_per_second=None if moved is None else moved / median / 1e6,
         fraction_of_floor=None if moved is None else moved / bandwidth / (median / 1e3),
         extra_mebibytes=None if extra is None else extra / 2**20,

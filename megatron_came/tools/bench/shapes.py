@@ -23,6 +23,7 @@ def _llama(layers: int, hidden: int, ffn: int) -> list[Shape]:
 
 
 _MODELS: dict[str, tuple[int, Callable[[int], list[Shape]]]] = {
+    "gpt2-nano": (2, lambda layers: _gpt2(layers, 192)),
     "gpt2-mini": (4, lambda layers: _gpt2(layers, 256)),
     "gpt2-small": (12, lambda layers: _gpt2(layers, 768)),
     "gpt2-medium": (24, lambda layers: _gpt2(layers, 1024)),
