@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 from dataclasses import asdict
@@ -128,12 +127,8 @@ def _steps(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         _fake_process_group(options.ranks)
     bandwidth = copy_bandwidth(device)
     shapes = shapes_of(options.model, options.layers)
-    results = []
-    for contender in entrants:
-        params, shards = parameters(shapes, device, options.ranks)
-        results.append(measure(contender, params, shards, steps=options.steps, bandwidth=bandwidth))
-        del params, shards
-        gc.collect()
+    params, shards = parameters(shapes, device, options.ranks)
+    results = measure(entrants, params, shards, steps=options.steps, bandwidth=bandwidth)
     report = {
         **_circumstances(options, device),
         "parameters": sum(torch.Size(shape).numel() for shape in shapes),

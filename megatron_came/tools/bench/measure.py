@@ -21,6 +21,9 @@ from megatron_came.tools.bench.contenders import Contender
 from megatron_came.tools.bench.shapes import Shape
 
 _COPY_ELEMENTS = 64 * 1024 * 1024
+_WARM_UP = 3  # steps of each contender
+# Seconds between two steps, in which the threads of the last one go to sleep.
+_PAUSE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,35 +168,51 @@ def _floor_bytes(
 
 
 def measure(
-    contender: Contender,
+    contenders: Sequence[Contender],
     params: list[Tensor],
     shards: Mapping[Tensor, Shard],
     *,
     steps: int,
     bandwidth: float,
-) -> Result:
-    """Time a contender's steps, after warm-up, and count what else they cost.
+) -> list[Result]:
+    """Time the contenders' steps, after warm-up, and count what else they cost.
+
+    They take turns, on the same parameters and gradients: what else goes on in the machine slows
+    all of them.
 
     Args:
-        contender: the optimizer.
+        contenders: the optimizers.
         params: with gradients.
         shards: where each lies in its full tensor.
-        steps: timed ones.
+        steps: timed ones of each.
         bandwidth: of the device, in bytes a second.
     """
     device = params[0].device
-    optimizer = contender.build(params, shards)
-    for _ in range(3):
-        optimizer.step()
-    synchronize(device)
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        optimizer.step()
-        synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
+    optimizers = [contender.build(params, shards) for contender in contenders]
+    times: list[list[float]] = [[] for _ in contenders]
+    for _ in range(_WARM_UP + steps):
+        for optimizer, taken in zip(optimizers, times, strict=True):
+            time.sleep(_PAUSE)
+            start = time.perf_counter()
+            optimizer.step()
+            synchronize(device)
+            taken.append((time.perf_counter() - start) * 1e3)
+    return [
+        _result(contender, optimizer, params, shards, taken[_WARM_UP:], bandwidth)
+        for contender, optimizer, taken in zip(contenders, optimizers, times, strict=True)
+    ]
+
+
+def _result(
+    contender: Contender,
+    optimizer: torch.optim.Optimizer,
+    params: list[Tensor],
+    shards: Mapping[Tensor, Shard],
+    times: list[float],
+    bandwidth: float,
+) -> Result:
     with _counted_collectives() as sent:
-        extra = _extra_memory(optimizer, device)
+        extra = _extra_memory(optimizer, params[0].device)
     count = sum(param.numel() for param in params)
     median = statistics.median(times)
     moved = _floor_bytes(contender, params, shards)
@@ -201,7 +220,7 @@ def measure(
         name=contender.name,
         milliseconds=median,
         fastest=min(times),
-        steps=steps,
+        steps=len(times),
         ns_per_parameter=median * 1e6 / count,
         floor_bytes_per_parameter=None if moved is None else moved / count,
         gigabytes_per_second=None if moved is None else moved / median / 1e6,
