@@ -7,13 +7,14 @@ import sys
 import threading
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_came import CAME
+from megatron_came import CAME, Shard
 from megatron_came.kernels.choice import choose
-from megatron_came.kernels.tables import Tiling
+from megatron_came.kernels.tables import StripField, Sums, Tiling, cut
 from megatron_came.kernels.triton.launch import TritonKernels
 from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
 from tests.test_sharded import MID_ROW, Layout
@@ -37,10 +38,28 @@ def test_kernels_equal_the_plain_path(case, kernels):
 
 
 @on_both
-def test_pieces_share_the_scratch_buffer(kernels, monkeypatch):
-    monkeypatch.setattr(f"{LAUNCHERS[kernels]}.chunk_elements", 500)
+@pytest.mark.parametrize("elements", [1, 500])
+def test_pieces_that_fit_a_cache(elements, kernels, monkeypatch):
+    monkeypatch.setattr(f"{LAUNCHERS[kernels]}.chunk_elements", elements)
     case = next(case for case in CASES if case.name == "batches")
     assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+
+
+def test_the_size_of_the_cache_changes_no_order_of_sums():
+    shards = [Shard.whole(shape) for shape in ((30, 70), (9, 9), (2, 50, 200), (400, 3), (5, 999))]
+    sums = []
+    for shard in shards:
+        batch, rows, columns = shard.local_matrix
+        sizes = [(batch, rows), (batch, columns), (), (3, batch, rows), (3, batch, columns)]
+        tensors = [torch.zeros(size, dtype=torch.float64) for size in sizes]
+        sums.append(Sums(tensors[:2], tensors[2], tensors[3:]))
+    tables = []
+    for limit in (None, 1, 2500, 12000):
+        _, strips, pieces, slots = cut(shards, sums, Tiling(8, 64, 20), limit)
+        assert slots <= 20
+        assert (len(pieces) == 1) == (limit is None)
+        tables.append(strips[:, StripField.SLOT + 1 :])
+    assert all(np.array_equal(table, tables[0]) for table in tables)
 
 
 @on_both

@@ -331,17 +331,19 @@ def cut(
             shard = shards[param]
             across = -(-shard.local_matrix[2] // tiling.columns)
             for matrix, rows, stop_row in _touched(shard, tiling.rows):
+                # A matrix begins a segment unless it ends there, so that its sums are added up in
+                # the same order whatever comes before it.
+                if tile_count - first_tile + len(rows) * across > tiling.slots:
+                    end_segment()
                 while rows:
-                    free = max(tiling.slots - (tile_count - first_tile), 0) // across
-                    if not free and tile_count > first_tile:
-                        end_segment()
-                        continue
-                    bands = _Bands(param, matrix, rows[: max(free, 1)], stop_row)
+                    bands = _Bands(param, matrix, rows[: max(tiling.slots // across, 1)], stop_row)
                     rows = rows[len(bands.rows) :]
                     slot = tile_count - first_tile
                     tiles.append(_tiles(bands, across, tiling))
                     strips += _strips(bands, across, tiling, slot, shard, sums[param])
                     tile_count += len(bands.rows) * across
+                    if rows:
+                        end_segment()
         end_segment()
         pieces.append(Piece(slice(members.start, members.stop), tuple(segments)))
         segments.clear()
