@@ -28,9 +28,9 @@ VARIANTS = {
     "add_strips": [{**STRIP, "SQUARES": squares} for squares in (True, False)],
     "update_second_moments": [{"BLOCK": _BLOCK}],
     "update_instabilities": [{"BLOCK": _BLOCK}],
-    "total_updates": [{"BLOCK": _BLOCK}],
+    "sum_squared_updates": [{"BLOCK": _BLOCK}],
     "square_vectors": [{"BLOCK": _BLOCK}],
-    "update_vectors": [{"BLOCK": _BLOCK}],
+    "update_vector_moments": [{"BLOCK": _BLOCK}],
     "apply_vectors": [{"BLOCK": _BLOCK}],
 }
 

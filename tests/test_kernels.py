@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_came import CAME, Shard
 from megatron_came.kernels.choice import choose
-from megatron_came.kernels.tables import StripField, Sums, Tiling, cut
+from megatron_came.kernels.cutting import Tiling, cut
+from megatron_came.kernels.tables import StripField, Sums
 from megatron_came.kernels.triton.launch import TritonKernels
 from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
 from tests.test_sharded import MID_ROW, Layout
@@ -39,8 +40,8 @@ def test_kernels_equal_the_plain_path(case, kernels):
 
 @on_both
 @pytest.mark.parametrize("elements", [1, 500])
-def test_pieces_that_fit_a_cache(elements, kernels, monkeypatch):
-    monkeypatch.setattr(f"{LAUNCHERS[kernels]}.chunk_elements", elements)
+def test_matrices_that_fit_a_cache(elements, kernels, monkeypatch):
+    monkeypatch.setattr(f"{LAUNCHERS[kernels]}.cache_elements", elements)
     case = next(case for case in CASES if case.name == "batches")
     assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
 
@@ -55,9 +56,9 @@ def test_the_size_of_the_cache_changes_no_order_of_sums():
         sums.append(Sums(tensors[:2], tensors[2], tensors[3:]))
     tables = []
     for limit in (None, 1, 2500, 12000):
-        _, strips, pieces, slots = cut(shards, sums, Tiling(8, 64, 20), limit)
+        _, strips, blocks, slots = cut(shards, sums, Tiling(8, 64, 20), limit)
         assert slots <= 20
-        assert (len(pieces) == 1) == (limit is None)
+        assert (len(blocks) == 1) == (limit is None)
         tables.append(strips[:, StripField.SLOT + 1 :])
     assert all(np.array_equal(table, tables[0]) for table in tables)
 

@@ -210,7 +210,7 @@ def test_updates_stay_near_those_of_the_authors(momentum, bound):
 
 
 def test_numba_draws_the_bits_of_places_beyond_32_bits():
-    from megatron_came.kernels.numba.elements import draw
+    from megatron_came.kernels.numba.storage import draw
 
     for first, key in ((0, 5), (2**32 - 700, 0xFFFFFFFF), (5 * 2**32 - 1, 123), (2**40 + 3, 77)):
         bits = np.empty(1500, np.uint16)

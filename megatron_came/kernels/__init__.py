@@ -1,6 +1,6 @@
-"""Fused twins of the passes of a step: one call, or a few, for all parameters of a chunk.
+"""Fused twins of the passes of a step, with which a few launches serve all parameters.
 
-``choice`` decides who computes a step, ``fused`` is the order of the kernels and what lies between
-them, ``tables`` is what they read. ``triton`` has those for GPUs, ``numba`` those for CPUs; nothing
-else imports Triton or Numba.
+``choice`` decides who computes a step, ``fused`` is the passes, ``schedule`` what they launch,
+``cutting`` what matrices are cut into and ``tables`` what kernels read. ``triton`` has the kernels
+for GPUs, ``numba`` those for CPUs; nothing else imports Triton or Numba.
 """

@@ -1,4 +1,4 @@
-"""The passes of a step through kernels: each a few calls for all parameters of a chunk."""
+"""The passes of a step through kernels: which are launched, in which order, over which rows."""
 
 from __future__ import annotations
 
@@ -6,27 +6,22 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_came.kernels.cutting import Tiling, cut, spans
+from megatron_came.kernels.schedule import Schedule, Schedules
 from megatron_came.kernels.tables import (
     GroupField,
     IntTable,
-    Kernel,
-    LaunchField,
     MatrixField,
-    Piece,
-    Program,
     SpanField,
     Sums,
-    Tiling,
     VectorField,
-    cut,
     matrix_row,
-    spans,
     vector_row,
 )
 from megatron_came.layout import Shard
@@ -75,8 +70,8 @@ class Kernels(Protocol):
         ...
 
     @property
-    def chunk_elements(self) -> int | None:
-        """Elements of a piece, whose passes find in the cache what they read; None: no limit."""
+    def cache_elements(self) -> int | None:
+        """Elements whose fp32 gradient and momentum the cache holds; None: no limit."""
         ...
 
     def aligned(self, matrices: IntTable) -> bool:
@@ -103,8 +98,8 @@ class Kernels(Protocol):
         """Return a buffer with at least so many slots; all passes on the device share it."""
         ...
 
-    def run(self, tables: Tables, program: Program) -> None:
-        """Launch what a program lists, one after another."""
+    def run(self, tables: Tables, schedule: Schedule) -> None:
+        """Launch what a schedule lists, one after another."""
         ...
 
 
@@ -125,15 +120,15 @@ class FusedPasses:
     Args:
         works: the parameters that may take part in a step.
         kernels: of their device.
-        is_local: whether no sum goes over ranks, so that pieces that fit the cache can go through
-            all passes, one after another.
+        is_local: whether no sum goes over ranks, so that matrices that together fit the cache can
+            go through all passes before the next ones.
     """
 
     def __init__(
         self, works: Sequence[ParameterWork], kernels: Kernels, is_local: bool = False
     ) -> None:
         self._kernels = kernels
-        self._limit = kernels.chunk_elements if is_local else None
+        self._cache_elements = kernels.cache_elements if is_local else None
         self._members: list[ParameterWork] = []
         self._scales = [_scales(work) for work in works]
         self._scales_of = dict(zip(works, self._scales, strict=True))
@@ -154,25 +149,25 @@ class FusedPasses:
 
     def add_square_sums(self) -> None:
         """Pass 1."""
-        self._run(self._programs.squares)
+        self._run(self._schedules.squares)
 
     def add_instability_sums(self) -> None:
         """With the sums of pass 1 complete: second moments and pass 2."""
-        self._run(self._programs.instability)
+        self._run(self._schedules.instability)
 
     def apply(self) -> None:
         """With the sums of pass 2 complete: instabilities and pass 3."""
-        self._run(self._programs.apply)
+        self._run(self._schedules.apply)
         self._end()
 
     def step(self) -> None:
         """All passes, where no sum goes over ranks."""
-        self._run(self._programs.step)
+        self._run(self._schedules.step)
         self._end()
 
-    def _run(self, program: Program) -> None:
+    def _run(self, schedule: Schedule) -> None:
         with self._kernels.on_device():
-            self._kernels.run(self._tables, program)
+            self._kernels.run(self._tables, schedule)
 
     def _end(self) -> None:
         for work in self._copied:
@@ -210,13 +205,13 @@ class FusedPasses:
         factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
         shards = [work.shard for work in self._matrices]
         tiling = self._kernels.tiling
-        tiles, strips, pieces, self._slots = cut(shards, sums, tiling, self._limit)
+        tiles, strips, blocks, self._slots = cut(shards, sums, tiling, self._cache_elements)
         span_table = spans(shards if self._is_int8 else [], tiling.span)
         first_spans = np.searchsorted(
             span_table[:, SpanField.PARAM], np.arange(len(shards) + 1)
         ).tolist()
-        self._programs = _Programs.of(
-            pieces, firsts.tolist(), first_spans, len(self._vectors), self._is_int8
+        self._schedules = Schedules.of(
+            blocks, firsts.tolist(), first_spans, len(self._vectors), self._is_int8
         )
         place = self._kernels.place
         self._matrix_addresses = self._vector_addresses = np.zeros((0, 0), np.int64)
@@ -305,73 +300,6 @@ class FusedPasses:
         for index, work in enumerate(self._groups):
             if isinstance(work.group["lr"], Tensor):
                 self._kernels.set_rate(self._tables, index, work.group["lr"])
-
-
-class _Programs(NamedTuple):
-    """What to launch in each pass, and in a step whose sums are all local."""
-
-    squares: Program
-    instability: Program
-    apply: Program
-    step: Program
-
-    @classmethod
-    def of(
-        cls,
-        pieces: Sequence[Piece],
-        first_factors: Sequence[int],
-        first_spans: Sequence[int],
-        vectors: int,
-        is_int8: bool,
-    ) -> Self:
-        """Write the programs.
-
-        Args:
-            pieces: of the matrix parameters.
-            first_factors: by matrix parameter, the first row of its factors, and the end.
-            first_spans: likewise, of its spans.
-            vectors: how many vector parameters.
-            is_int8: whether the momentum is.
-        """
-        all_vectors = slice(0, vectors)
-        squares = [_launch(Kernel.SQUARE_VECTORS, all_vectors)]
-        instability = [_launch(Kernel.UPDATE_VECTORS, all_vectors)]
-        apply = [_launch(Kernel.APPLY_VECTORS, all_vectors)]
-        step = squares + instability + apply
-        for piece in pieces:
-            members = piece.matrices
-            factors = slice(first_factors[members.start], first_factors[members.stop])
-            spans_of = slice(first_spans[members.start], first_spans[members.stop])
-            first: list[list[int]] = []
-            second = [_launch(Kernel.UPDATE_SECOND_MOMENTS, factors)]
-            for tiles, strips in piece.segments:
-                first.append(_launch(Kernel.SQUARE_TILES, tiles))
-                first.append(_launch(Kernel.ADD_SQUARE_STRIPS, strips))
-            # What was read last is still in the cache.
-            for tiles, strips in reversed(piece.segments):
-                second.append(_launch(Kernel.INSTABILITY_TILES, tiles, backwards=True))
-                second.append(_launch(Kernel.ADD_INSTABILITY_STRIPS, strips))
-            second.append(_launch(Kernel.TOTAL_UPDATES, members))
-            third = [_launch(Kernel.UPDATE_INSTABILITIES, factors)]
-            if is_int8:
-                third.append(_launch(Kernel.APPLY_SPANS, spans_of))
-            else:
-                third.append(_launch(Kernel.APPLY_TILES, piece.tiles))
-            squares += first
-            instability += second
-            apply += third
-            step += first + second + third
-        return cls(_program(squares), _program(instability), _program(apply), _program(step))
-
-
-def _launch(kernel: Kernel, rows: slice, backwards: bool = False) -> list[int]:
-    return [kernel, rows.start, rows.stop, backwards]
-
-
-def _program(launches: list[list[int]]) -> Program:
-    """Put launches together, but for those of no rows."""
-    table = np.array(launches, np.int64).reshape(-1, len(LaunchField))
-    return table[table[:, LaunchField.STOP] > table[:, LaunchField.FIRST]]
 
 
 class _Wanted(NamedTuple):

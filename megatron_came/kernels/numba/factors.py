@@ -1,4 +1,4 @@
-"""Second moments, instabilities and clip divisors of matrices, from the sums of their elements."""
+"""Second moments, instabilities and clip divisors of matrices, from the sums of their storage."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
 
@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from megatron_came.kernels.numba import elements
-from megatron_came.kernels.numba.elements import (
+from megatron_came.kernels.numba.compiling import (
+    ONE,
     at_least,
     doubles,
     elementwise,
@@ -37,7 +37,7 @@ def update_moment(moment, sums, count, eps, beta):
 @elementwise
 def _inverse_roots(moment, mean, out):
     for i in range(moment.size):
-        out[i] = elements.ONE / math.sqrt(moment[i] / mean)
+        out[i] = ONE / math.sqrt(moment[i] / mean)
 
 
 @inline
@@ -85,7 +85,7 @@ def update_second_moments(first, stop, matrices, factors, groups, divisors):
         _inverse_roots(row, mean, floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows))
         _inverse_roots(
             column,
-            elements.ONE,
+            ONE,
             floats(param[Matrix.COLUMN_SCALE] + 4 * matrix * columns, columns),
         )
         squared = 0.0
@@ -106,7 +106,7 @@ def _sum(values):
 
 
 @inline
-def total_updates(first, stop, matrices):
+def sum_squared_updates(first, stop, matrices):
     """Sum u^2 over this rank's part of each matrix parameter, from its row sums."""
     for index in range(first, stop):
         param = matrices[index]
@@ -174,6 +174,6 @@ def update_instabilities(first, stop, matrices, factors, groups, divisors):
         _inverse_roots(row, mean, floats(param[Matrix.ROW_CONFIDENCE] + 4 * matrix * rows, rows))
         _inverse_roots(
             column,
-            elements.ONE,
+            ONE,
             floats(param[Matrix.COLUMN_CONFIDENCE] + 4 * matrix * columns, columns),
         )

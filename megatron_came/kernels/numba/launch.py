@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_came.kernels.cutting import Tiling
 from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
-from megatron_came.kernels.numba.program import run
-from megatron_came.kernels.tables import GroupField, LaunchField, Program, Tiling
+from megatron_came.kernels.numba.run import run
+from megatron_came.kernels.schedule import LaunchField, Schedule
+from megatron_came.kernels.tables import GroupField
 from megatron_came.layout import Shard
 
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3")
@@ -25,7 +27,7 @@ _USUAL_CACHE = 16 * 2**20
 class NumbaKernels:
     """:class:`megatron_came.kernels.fused.Kernels` for the CPU.
 
-    As many threads as PyTorch uses (``torch.get_num_threads``) share every program.
+    As many threads as PyTorch uses (``torch.get_num_threads``) share every schedule.
     """
 
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
@@ -40,7 +42,7 @@ class NumbaKernels:
         self._scratch = np.empty((0, 3, width), np.float32)
 
     @property
-    def chunk_elements(self) -> int:
+    def cache_elements(self) -> int:
         """What three quarters of the last-level caches hold of gradient and momentum."""
         return _last_caches(torch.get_num_threads()) * 3 // 4 // 8
 
@@ -70,15 +72,15 @@ class NumbaKernels:
             self._scratch = np.empty((slots, *self._scratch.shape[1:]), np.float32)
         return self._scratch
 
-    def run(self, tables: Tables, program: Program) -> None:
-        """See ``program.run``."""
-        if not len(program):
+    def run(self, tables: Tables, schedule: Schedule) -> None:
+        """See ``run.run``."""
+        if not len(schedule):
             return
-        rows = program[:, LaunchField.STOP] - program[:, LaunchField.FIRST]
+        rows = schedule[:, LaunchField.STOP] - schedule[:, LaunchField.FIRST]
         threads = torch.get_num_threads()
         arguments = (
-            program,
-            np.zeros((len(program), 2), np.int64),
+            schedule,
+            np.zeros((len(schedule), 2), np.int64),
             threads,
             tables.matrices,
             tables.vectors,

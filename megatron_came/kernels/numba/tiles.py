@@ -13,8 +13,17 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from megatron_came.kernels.numba import elements
-from megatron_came.kernels.numba.elements import doubles, elementwise, fast, floats, inline
+from megatron_came.kernels.numba import storage
+from megatron_came.kernels.numba.compiling import (
+    SQUARE_SCALE,
+    SQUARE_UNSCALE,
+    doubles,
+    elementwise,
+    fast,
+    floats,
+    inline,
+    to_float32,
+)
 from megatron_came.kernels.tables import GroupField as Group
 from megatron_came.kernels.tables import MatrixField as Matrix
 from megatron_came.kernels.tables import SpanField as Span
@@ -23,7 +32,7 @@ from megatron_came.kernels.tables import TileField as Tile
 
 # In pass 2 the sums of long rows' columns leave the innermost cache, so that rows are taken several
 # at a time. Shorter rows share pages of memory, which are read fastest from one end to the other.
-BLOCK = 4
+_ROWS_AT_ONCE = 4
 _LONG_ROW = 1024
 
 
@@ -34,7 +43,7 @@ def make_buffers(tile_columns, span_elements):
     Returns:
         Gradients and momenta of a few rows, weights of one, fp32; random bits of one, uint16.
     """
-    size = max(BLOCK * tile_columns, span_elements)
+    size = max(_ROWS_AT_ONCE * tile_columns, span_elements)
     return (
         np.empty(size, np.float32),
         np.empty(size, np.float32),
@@ -45,12 +54,12 @@ def make_buffers(tile_columns, span_elements):
 
 @inline
 def _slot(scratch, index):
-    """Address of a slot. Not a view of the array, whose count of references threads would share."""
+    """Address of a slot."""
     return scratch.ctypes.data + 4 * index * scratch.shape[1] * scratch.shape[2]
 
 
 @inline
-def _span(param, tile, row, tile_columns):
+def _row_in_slice(param, tile, row, tile_columns):
     """What of a tile's row lies in the slice.
 
     Returns:
@@ -72,7 +81,7 @@ def _clear(slot, kinds, width, used):
 def _square_row(grad, column_sums):
     total = np.float32(0.0)
     for i in range(grad.size):
-        scaled = grad[i] * elements.SQUARE_SCALE
+        scaled = grad[i] * SQUARE_SCALE
         square = scaled * scaled
         total += square
         column_sums[i] += square
@@ -103,11 +112,11 @@ def square_tiles(first, stop, origin, matrices, tiles, scratch, tile_rows, tile_
         _clear(slot, 1, width, tile_rows + min(tile_columns, param[Matrix.COLUMNS]))
         row_sums = floats(slot, tile_rows)
         for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
-            low, high, start = _span(param, tile, row, tile_columns)
+            low, high, start = _row_in_slice(param, tile, row, tile_columns)
             if low < high:
                 count = high - low
                 row_sums[row - tile[Tile.ROW]] = _square_row(
-                    elements.gradient(param, low - param[Matrix.START], count, buffer),
+                    storage.gradient(param, low - param[Matrix.START], count, buffer),
                     floats(slot + 4 * (tile_rows + low - start), count),
                 )
 
@@ -161,7 +170,7 @@ def _instability_rows(rows):
     return instability_rows
 
 
-_instability_row, _instability_block = _instability_rows(1), _instability_rows(BLOCK)
+_instability_row, _instability_block = _instability_rows(1), _instability_rows(_ROWS_AT_ONCE)
 
 
 @inline
@@ -174,7 +183,7 @@ def instability_tiles(
         divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
     """
     width = tile_rows + tile_columns
-    buffer, momenta, _, _ = buffers
+    grads, momenta, _, _ = buffers
     for index in range(first, stop):
         tile = tiles[index]
         param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
@@ -186,32 +195,32 @@ def instability_tiles(
         inverse_guess = divisors[param[Matrix.FIRST_MATRIX] + matrix, 0]
         row, stop_row = tile[Tile.ROW], tile[Tile.STOP_ROW]
         while row < stop_row:
-            low, high, start = _span(param, tile, row, tile_columns)
-            block = columns > _LONG_ROW and row + BLOCK <= stop_row
+            low, high, start = _row_in_slice(param, tile, row, tile_columns)
+            block = columns > _LONG_ROW and row + _ROWS_AT_ONCE <= stop_row
             # All of the block's rows must lie in the slice, from one end of the tile to the other.
-            block &= low == start and high + (BLOCK - 1) * columns <= param[Matrix.STOP]
-            together = BLOCK if block else 1
+            block &= low == start and high + (_ROWS_AT_ONCE - 1) * columns <= param[Matrix.STOP]
+            together = _ROWS_AT_ONCE if block else 1
             if low < high:
                 offset, count, column = low - param[Matrix.START], high - low, low - start
-                grad, grad_stride = elements.gradients(param, offset, together, count, buffer)
-                exp_avg, exp_avg_stride = elements.momenta(param, offset, together, count, momenta)
+                grad, grad_stride = storage.gradients(param, offset, together, count, grads)
+                exp_avg, exp_avg_stride = storage.momenta(param, offset, together, count, momenta)
                 row_sums = slot + 4 * (row - tile[Tile.ROW])
                 column_sums = slot + 4 * (tile_rows + column)
                 args = (
-                    elements.to_float32(grad),
+                    to_float32(grad),
                     grad_stride,
-                    elements.to_float32(exp_avg),
+                    to_float32(exp_avg),
                     exp_avg_stride,
                     count,
-                    elements.to_float32(row_scale + 4 * row),
-                    elements.to_float32(column_scale + 4 * (tile[Tile.COLUMN] + column)),
+                    to_float32(row_scale + 4 * row),
+                    to_float32(column_scale + 4 * (tile[Tile.COLUMN] + column)),
                     inverse_guess,
-                    elements.to_float32(row_sums),
-                    elements.to_float32(row_sums + 4 * width),
-                    elements.to_float32(row_sums + 8 * width),
-                    elements.to_float32(column_sums),
-                    elements.to_float32(column_sums + 4 * width),
-                    elements.to_float32(column_sums + 8 * width),
+                    to_float32(row_sums),
+                    to_float32(row_sums + 4 * width),
+                    to_float32(row_sums + 8 * width),
+                    to_float32(column_sums),
+                    to_float32(column_sums + 4 * width),
+                    to_float32(column_sums + 8 * width),
                 )
                 if block:
                     _instability_block(*args)
@@ -241,7 +250,7 @@ def add_square_strips(first, stop, strips, scratch):
     for index in range(first, stop):
         strip = strips[index]
         out = doubles(strip[Strip.SQUARES], strip[Strip.COUNT])
-        _add_strip(strip, scratch, 0, elements.SQUARE_UNSCALE, out)
+        _add_strip(strip, scratch, 0, SQUARE_UNSCALE, out)
 
 
 @inline
@@ -290,10 +299,10 @@ def _update(
     row_scale = floats(param[Matrix.ROW_SCALE] + 4 * (matrix * rows + row), 1)[0]
     row_confidence = floats(param[Matrix.ROW_CONFIDENCE] + 4 * (matrix * rows + row), 1)[0]
     place = 4 * (matrix * columns + column)
-    weights = elements.weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, count, buffer)
+    weights = storage.weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, count, buffer)
     _apply_row(
         weights,
-        elements.gradient(param, offset, count, grad_buffer),
+        storage.gradient(param, offset, count, grad_buffer),
         momentum,
         floats(param[Matrix.COLUMN_SCALE] + place, count),
         floats(param[Matrix.COLUMN_CONFIDENCE] + place, count),
@@ -303,14 +312,14 @@ def _update(
         np.float32(1.0 - group[Group.BETA1]),
         np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY]),
     )
-    elements.keep_weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, weights)
-    elements.copy_to_model(param[Matrix.MODEL_WEIGHT], offset, weights)
+    storage.keep_weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, weights)
+    storage.copy_to_model(param[Matrix.MODEL_WEIGHT], offset, weights)
     if param[Matrix.EXP_AVG_IS_BF16] or param[Matrix.EXP_AVG_SCALE]:
         full_row = (matrix + param[Matrix.BATCH_OFFSET]) * param[Matrix.FULL_ROWS]
         full_row += row + param[Matrix.ROW_OFFSET]
         full_row += row // param[Matrix.PART_ROWS] * param[Matrix.PART_JUMP]
         full_place = full_row * param[Matrix.FULL_COLUMNS] + param[Matrix.COLUMN_OFFSET] + column
-        elements.draw(full_place, param[Matrix.KEY], bits)
+        storage.draw(full_place, param[Matrix.KEY], bits)
 
 
 @inline
@@ -324,16 +333,16 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns, bu
         tile = tiles[index]
         param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
         for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
-            low, high, start = _span(param, tile, row, tile_columns)
+            low, high, start = _row_in_slice(param, tile, row, tile_columns)
             if low < high:
                 offset, count = low - param[Matrix.START], high - low
-                momentum = elements.momentum(param, offset, count, momenta)
+                momentum = storage.momentum(param, offset, count, momenta)
                 column, drawn = tile[Tile.COLUMN] + low - start, bits[:count]
                 _update(
                     param, groups, divisors, matrix, row, column, offset, momentum, drawn, grads,
                     weights,
                 )  # fmt: skip
-                elements.keep_momentum(
+                storage.keep_momentum(
                     param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_IS_BF16], 0, offset, momentum, drawn
                 )
 
@@ -358,7 +367,7 @@ def apply_spans(first, stop, matrices, spans, groups, divisors, buffers):
         low, high = spans[index, Span.FIRST], spans[index, Span.STOP]
         momentum, drawn = momenta[: high - low], bits[: high - low]
         address, scales = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_SCALE]
-        elements.read_int8(address, scales, low, high - low, momentum)
+        storage.read_int8(address, scales, low, high - low, momentum)
         offset = low
         while offset < high:
             all_rows = (param[Matrix.START] + offset) // columns
@@ -371,4 +380,4 @@ def apply_spans(first, stop, matrices, spans, groups, divisors, buffers):
                 param, groups, divisors, matrix, row, column, offset, part, some, grads, weights
             )
             offset = end
-        elements.keep_momentum(address, 0, scales, low, momentum, drawn)
+        storage.keep_momentum(address, 0, scales, low, momentum, drawn)

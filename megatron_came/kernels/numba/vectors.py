@@ -8,8 +8,16 @@ import math
 
 import numpy as np
 
-from megatron_came.kernels.numba import elements, factors
-from megatron_came.kernels.numba.elements import doubles, floats, inline
+from megatron_came.kernels.numba import factors, storage
+from megatron_came.kernels.numba.compiling import (
+    ONE,
+    SQUARE_SCALE,
+    SQUARE_UNSCALE,
+    doubles,
+    floats,
+    inline,
+    shorts,
+)
 from megatron_came.kernels.tables import GroupField as Group
 from megatron_came.kernels.tables import VectorField as Vector
 
@@ -21,7 +29,7 @@ def _whole(vector, address, is_bf16):
     if not is_bf16:
         return floats(address, count)
     out = np.empty(count, np.float32)
-    elements.read_bf16(elements.shorts(address, count), out)
+    storage.read_bf16(shorts(address, count), out)
     return out
 
 
@@ -38,12 +46,12 @@ def square_vectors(first, stop, vectors):
         grad = _vector_gradient(vector)
         out = doubles(vector[Vector.SQUARES] + 8 * vector[Vector.START], grad.size)
         for i in range(grad.size):
-            scaled = grad[i] * elements.SQUARE_SCALE
-            out[i] = np.float64(scaled * scaled) * elements.SQUARE_UNSCALE
+            scaled = grad[i] * SQUARE_SCALE
+            out[i] = np.float64(scaled * scaled) * SQUARE_UNSCALE
 
 
 @inline
-def update_vectors(first, stop, vectors, groups):
+def update_vector_moments(first, stop, vectors, groups):
     """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for vectors."""
     for index in range(first, stop):
         vector = vectors[index]
@@ -60,7 +68,7 @@ def update_vectors(first, stop, vectors, groups):
         grad = _vector_gradient(vector)
         total = 0.0
         for i in range(grad.size):
-            update = grad[i] * (elements.ONE / math.sqrt(moment[start + i]))
+            update = grad[i] * (ONE / math.sqrt(moment[start + i]))
             total += np.float64(update * update)
         doubles(vector[Vector.TOTAL], 1)[0] = total
 
@@ -75,7 +83,7 @@ def _vector_bits(vector):
         part = place // vector[Vector.PART_ROWS]
         end = min((part + 1) * vector[Vector.PART_ROWS], stop)
         full_place = vector[Vector.OFFSET] + place + part * vector[Vector.PART_JUMP]
-        elements.draw(full_place, vector[Vector.KEY], bits[place - start : end - start])
+        storage.draw(full_place, vector[Vector.KEY], bits[place - start : end - start])
         place = end
     return bits
 
@@ -90,10 +98,10 @@ def apply_vectors(first, stop, vectors, groups):
         grad = _vector_gradient(vector)
         remainders, scales = vector[Vector.REMAINDER], vector[Vector.EXP_AVG_SCALE]
         buffer = np.empty(grad.size, np.float32)
-        param = elements.weights(vector[Vector.PARAM], remainders, 0, grad.size, buffer)
+        param = storage.weights(vector[Vector.PARAM], remainders, 0, grad.size, buffer)
         if scales:
             exp_avg = np.empty(grad.size, np.float32)
-            elements.read_int8(vector[Vector.EXP_AVG], scales, 0, grad.size, exp_avg)
+            storage.read_int8(vector[Vector.EXP_AVG], scales, 0, grad.size, exp_avg)
         else:
             exp_avg = _whole(vector, vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16])
         inverse_divisor = np.float32(
@@ -107,7 +115,7 @@ def apply_vectors(first, stop, vectors, groups):
         lr = np.float32(group[Group.LR])
         decay = np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY])
         for i in range(grad.size):
-            update = grad[i] * (elements.ONE / math.sqrt(moment[i])) * inverse_divisor
+            update = grad[i] * (ONE / math.sqrt(moment[i])) * inverse_divisor
             momentum = beta1 * exp_avg[i] + rest * update
             exp_avg[i] = momentum
             weight = param[i]
@@ -116,6 +124,6 @@ def apply_vectors(first, stop, vectors, groups):
         if vector[Vector.EXP_AVG_IS_BF16] or scales:
             bits = _vector_bits(vector)
             address, is_bf16 = vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16]
-            elements.keep_momentum(address, is_bf16, scales, 0, exp_avg, bits)
-        elements.keep_weights(vector[Vector.PARAM], remainders, 0, param)
-        elements.copy_to_model(vector[Vector.MODEL_WEIGHT], 0, param)
+            storage.keep_momentum(address, is_bf16, scales, 0, exp_avg, bits)
+        storage.keep_weights(vector[Vector.PARAM], remainders, 0, param)
+        storage.copy_to_model(vector[Vector.MODEL_WEIGHT], 0, param)

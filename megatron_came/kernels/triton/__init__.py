@@ -1,1 +1,1 @@
-"""The kernels for GPUs, in Triton: all in place, none autotuned."""
+"""The kernels for GPUs, in Triton; none is autotuned, since they change weights in place."""

@@ -1,4 +1,4 @@
-"""Second moments, instabilities and clip divisors of matrices, from the sums of their elements."""
+"""Second moments, instabilities and clip divisors of matrices, from the sums of their storage."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
@@ -8,8 +8,14 @@ import triton
 import triton.language as tl
 
 from megatron_came.kernels import tables
-from megatron_came.kernels.triton import elements
-from megatron_came.kernels.triton.elements import doubles, floats, kernel
+from megatron_came.kernels.triton.compiling import (
+    GROUP_FIELDS,
+    MATRIX_FIELDS,
+    at_least,
+    doubles,
+    floats,
+    kernel,
+)
 
 
 @triton.jit
@@ -44,7 +50,7 @@ def _inverse_roots(moment, mean, out, size, BLOCK: tl.constexpr):
 @triton.jit
 def _factor(factors, index, matrices):
     """The parameter's row, and the place in its batch, of a row of ``factors``."""
-    param = matrices + tl.load(factors + 2 * index) * elements.MATRIX_FIELDS
+    param = matrices + tl.load(factors + 2 * index) * MATRIX_FIELDS
     return param, tl.load(factors + 2 * index + 1)
 
 
@@ -72,7 +78,7 @@ def update_second_moments(from_row, matrices, factors, groups, divisors, BLOCK: 
     """
     index = tl.program_id(0) + from_row
     param, matrix = _factor(factors, index, matrices)
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * elements.GROUP_FIELDS
+    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
     eps = tl.load(group + tables.GroupField.EPS1)
     beta = tl.load(group + tables.GroupField.BETA2)
     rows = tl.load(param + tables.MatrixField.ROWS)
@@ -110,15 +116,15 @@ def update_second_moments(from_row, matrices, factors, groups, divisors, BLOCK: 
         tl.load(param + tables.MatrixField.COLUMNS_ARE_WHOLE) != 0, column_ratio / columns, 0.0
     )
     clip = tl.load(group + tables.GroupField.CLIP_THRESHOLD)
-    squared = elements.at_least(from_columns, from_rows)
-    guess = elements.at_least(tl.sqrt(squared) / clip, 1.0)
+    squared = at_least(from_columns, from_rows)
+    guess = at_least(tl.sqrt(squared) / clip, 1.0)
     tl.store(divisors + 2 * index, (1.0 / guess).to(tl.float32))
 
 
 @kernel
-def total_updates(from_row, matrices, BLOCK: tl.constexpr):
+def sum_squared_updates(from_row, matrices, BLOCK: tl.constexpr):
     """Sum u^2 over this rank's part of a matrix parameter, from its row sums."""
-    param = matrices + (tl.program_id(0) + from_row).to(tl.int64) * elements.MATRIX_FIELDS
+    param = matrices + (tl.program_id(0) + from_row).to(tl.int64) * MATRIX_FIELDS
     count = tl.load(param + tables.MatrixField.BATCH) * tl.load(param + tables.MatrixField.ROWS)
     sums = doubles(tl.load(param + tables.MatrixField.RESIDUAL_ROWS)) + 2 * count
     total = tl.zeros((BLOCK,), tl.float64)
@@ -131,7 +137,7 @@ def total_updates(from_row, matrices, BLOCK: tl.constexpr):
 @triton.jit
 def inverse_divisor(total, numel, clip_threshold):
     """Twin of ``factors.clip_divisor``, of which it returns the inverse, in float64."""
-    return 1.0 / elements.at_least(tl.sqrt(total / numel) / clip_threshold, 1.0)
+    return 1.0 / at_least(tl.sqrt(total / numel) / clip_threshold, 1.0)
 
 
 @triton.jit
@@ -149,7 +155,7 @@ def _update_residual(
         cross = tl.load(sums + stride + index, mask=mask, other=0.0)
         square = tl.load(sums + 2 * stride + index, mask=mask, other=0.0)
         residual = error + delta * (2.0 * cross + delta * square)
-        residual = elements.at_least(residual, 0.0) * beta1 * beta1
+        residual = at_least(residual, 0.0) * beta1 * beta1
         old = tl.load(moment + index, mask=mask, other=0.0)
         new = keep * old + add * (residual / count + eps).to(tl.float32)
         tl.store(moment + index, new, mask=mask)
@@ -165,7 +171,7 @@ def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: t
     """
     index = tl.program_id(0) + from_row
     param, matrix = _factor(factors, index, matrices)
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * elements.GROUP_FIELDS
+    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
     eps = tl.load(group + tables.GroupField.EPS2)
     beta = tl.load(group + tables.GroupField.BETA3)
     beta1 = tl.load(group + tables.GroupField.BETA1)

@@ -10,8 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_came.kernels.cutting import Tiling
 from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
-from megatron_came.kernels.tables import GroupField, Kernel, MatrixField, Program, Tiling
+from megatron_came.kernels.schedule import Kernel, Schedule
+from megatron_came.kernels.tables import GroupField, MatrixField
 from megatron_came.kernels.triton import factors, tiles, vectors
 from megatron_came.layout import Shard
 from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
@@ -40,7 +42,7 @@ class TritonKernels:
         self._scratch = torch.empty(0, 3, width, dtype=torch.float32, device=device)
 
     @property
-    def chunk_elements(self) -> int | None:
+    def cache_elements(self) -> int | None:
         """What half of the L2 cache holds of gradient and momentum."""
         if not self._is_cuda:
             return None
@@ -87,9 +89,9 @@ class TritonKernels:
             (addresses % 16 == 0).all() and (halves % 8 == 0).all() and (elements % 4 == 0).all()
         )
 
-    def run(self, tables: Tables, program: Program) -> None:
-        """Launch what a program lists, on the current stream."""
-        for kernel, first, stop, _ in program.tolist():
+    def run(self, tables: Tables, schedule: Schedule) -> None:
+        """Launch what a schedule lists, on the current stream."""
+        for kernel, first, stop, _ in schedule.tolist():
             self._launch(Kernel(kernel), first, stop - first, tables)
 
     def _launch(self, kernel: Kernel, first: int, count: int, tables: Tables) -> None:
@@ -130,8 +132,8 @@ class TritonKernels:
                 factors.update_instabilities[(count,)](
                     first, matrices, tables.factors, groups, divisors, BLOCK=_BLOCK
                 )
-            case Kernel.TOTAL_UPDATES:
-                factors.total_updates[(count,)](first, matrices, BLOCK=_BLOCK)
+            case Kernel.SUM_SQUARED_UPDATES:
+                factors.sum_squared_updates[(count,)](first, matrices, BLOCK=_BLOCK)
             case Kernel.APPLY_TILES:
                 tiles.apply_tiles[(count,)](first, matrices, tile_table, groups, divisors, **tile)
             case Kernel.APPLY_SPANS:
@@ -146,7 +148,7 @@ class TritonKernels:
                 )
             case Kernel.SQUARE_VECTORS:
                 vectors.square_vectors[(count,)](first, vector_table, BLOCK=_BLOCK)
-            case Kernel.UPDATE_VECTORS:
-                vectors.update_vectors[(count,)](first, vector_table, groups, BLOCK=_BLOCK)
+            case Kernel.UPDATE_VECTOR_MOMENTS:
+                vectors.update_vector_moments[(count,)](first, vector_table, groups, BLOCK=_BLOCK)
             case Kernel.APPLY_VECTORS:
                 vectors.apply_vectors[(count,)](first, vector_table, groups, BLOCK=_BLOCK)

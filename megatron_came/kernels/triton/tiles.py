@@ -12,8 +12,22 @@ import triton
 import triton.language as tl
 
 from megatron_came.kernels import tables
-from megatron_came.kernels.triton import elements
-from megatron_came.kernels.triton.elements import doubles, floats, kernel
+from megatron_came.kernels.triton import storage
+from megatron_came.kernels.triton.compiling import (
+    GROUP_FIELDS,
+    INT8_BLOCK,
+    MATRIX_FIELDS,
+    SPAN_FIELDS,
+    SQUARE_SCALE,
+    SQUARE_UNSCALE,
+    STRIP_FIELDS,
+    TILE_FIELDS,
+    doubles,
+    floats,
+    kernel,
+    note_tables,
+    rates,
+)
 
 
 @triton.jit
@@ -25,9 +39,9 @@ def _tile(matrices, tiles, index, ALIGNED: tl.constexpr):
         where negative); the place of the slice's start and stop relative to that; columns of the
         matrix; the tile's matrix, first row, stop row and first column.
     """
-    elements.note_tables()
-    tile = tiles + index.to(tl.int64) * elements.TILE_FIELDS
-    param = matrices + tl.load(tile + tables.TileField.PARAM) * elements.MATRIX_FIELDS
+    note_tables()
+    tile = tiles + index.to(tl.int64) * TILE_FIELDS
+    param = matrices + tl.load(tile + tables.TileField.PARAM) * MATRIX_FIELDS
     matrix = tl.load(tile + tables.TileField.MATRIX)
     row = tl.load(tile + tables.TileField.ROW)
     stop_row = tl.load(tile + tables.TileField.STOP_ROW)
@@ -88,9 +102,7 @@ def square_tiles(
         offset = down[:, None] * width + across[None, :]
         mask = (down < (stop_row - row))[:, None] & inside[None, :]
         mask = mask & (offset >= low) & (offset < high)
-        grad = (
-            elements.read(address, is_bf16, place + offset, mask, ALIGNED) * elements.SQUARE_SCALE
-        )
+        grad = storage.read(address, is_bf16, place + offset, mask, ALIGNED) * SQUARE_SCALE
         square = grad * grad
         tl.store(sums + down, tl.sum(square, 1))
         total += square
@@ -142,8 +154,8 @@ def instability_tiles(
         offset = down[:, None] * width + across[None, :]
         mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
         row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0)
-        grad = elements.read(grads, is_bf16, place + offset, mask, ALIGNED)
-        momentum = elements.momenta(
+        grad = storage.read(grads, is_bf16, place + offset, mask, ALIGNED)
+        momentum = storage.momenta(
             momenta, momenta_are_bf16, momentum_scales, place + offset, mask, ALIGNED
         )
         update = grad * row_scale[:, None] * column_scale[None, :]
@@ -181,7 +193,7 @@ def add_strips(
         COUNT: at least the sums of a strip.
         SQUARES: whether the sums are those of g^2.
     """
-    strip = strips + (tl.program_id(0) + from_row).to(tl.int64) * elements.STRIP_FIELDS
+    strip = strips + (tl.program_id(0) + from_row).to(tl.int64) * STRIP_FIELDS
     slot = tl.load(strip + tables.StripField.SLOT)
     stride = tl.load(strip + tables.StripField.STRIDE)
     tiles = tl.load(strip + tables.StripField.TILES)
@@ -201,7 +213,7 @@ def add_strips(
     sums = tl.sum(total, 0)
     if SQUARES:
         out = doubles(tl.load(strip + tables.StripField.SQUARES))
-        sums = sums * elements.SQUARE_UNSCALE
+        sums = sums * SQUARE_UNSCALE
     else:
         out = doubles(tl.load(strip + tables.StripField.RESIDUALS))
         out += which * tl.load(strip + tables.StripField.RESIDUALS_STRIDE)
@@ -253,8 +265,8 @@ def apply_tiles(
     column_confidences = floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
     first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
     inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix) + 1)
-    beta1, rest, lr, decay = elements.rates(
-        groups + tl.load(param + tables.MatrixField.GROUP) * elements.GROUP_FIELDS
+    beta1, rest, lr, decay = rates(
+        groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
     )
     steps = tl.arange(0, STEP)
     across = tl.arange(0, COLUMNS)
@@ -268,20 +280,20 @@ def apply_tiles(
         mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
         row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0) * inverse_divisor
         row_confidence = tl.load(row_confidences + down, mask=in_rows, other=0.0) * lr
-        grad = elements.read(grads, is_bf16, place + offset, mask, ALIGNED)
-        momentum = elements.read(momenta, momenta_are_bf16, place + offset, mask, ALIGNED)
-        weight = elements.weights(weights, remainders, place + offset, mask, ALIGNED)
+        grad = storage.read(grads, is_bf16, place + offset, mask, ALIGNED)
+        momentum = storage.read(momenta, momenta_are_bf16, place + offset, mask, ALIGNED)
+        weight = storage.weights(weights, remainders, place + offset, mask, ALIGNED)
         momentum = beta1 * momentum + rest * (grad * row_scale[:, None] * column_scale[None, :])
         full_down = full_row + down + (row + down) // part_rows * part_jump
         full_place = full_down[:, None] * full_columns + full_column + across[None, :]
-        elements.store_momentum(
+        storage.store_momentum(
             momenta, momenta_are_bf16, place + offset, momentum, mask, full_place, key, ALIGNED
         )
         weight -= decay * weight
         weight -= row_confidence[:, None] * (momentum * column_confidence[None, :])
-        elements.store_weights(weights, remainders, place + offset, weight, mask, ALIGNED)
+        storage.store_weights(weights, remainders, place + offset, weight, mask, ALIGNED)
         if model != 0:
-            elements.store_short(model, model_is_bf16, place + offset, weight, mask, ALIGNED)
+            storage.store_short(model, model_is_bf16, place + offset, weight, mask, ALIGNED)
 
 
 @kernel
@@ -296,9 +308,9 @@ def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexp
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
         BLOCKS: of a span.
     """
-    elements.note_tables()
-    span = spans + (tl.program_id(0) + from_row).to(tl.int64) * elements.SPAN_FIELDS
-    param = matrices + tl.load(span + tables.SpanField.PARAM) * elements.MATRIX_FIELDS
+    note_tables()
+    span = spans + (tl.program_id(0) + from_row).to(tl.int64) * SPAN_FIELDS
+    param = matrices + tl.load(span + tables.SpanField.PARAM) * MATRIX_FIELDS
     first = tl.load(span + tables.SpanField.FIRST)
     stop = tl.load(span + tables.SpanField.STOP)
     rows = tl.load(param + tables.MatrixField.ROWS)
@@ -308,7 +320,7 @@ def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexp
     base = place // columns
     first_matrix = base // rows
     blocks = tl.arange(0, BLOCKS)
-    inside = blocks[:, None] * elements.INT8_BLOCK + tl.arange(0, elements.INT8_BLOCK)[None, :]
+    inside = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
     from_base = (place - base * columns).to(tl.int32) + inside
     below = from_base // columns.to(tl.int32)
     column = from_base - below * columns.to(tl.int32)
@@ -331,8 +343,8 @@ def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexp
     column_confidence = tl.load(column_confidences + column_place, mask=mask, other=0.0)
     divisor = 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix) + 1
     inverse_divisor = tl.load(divisors + divisor, mask=mask, other=0.0)
-    beta1, rest, lr, decay = elements.rates(
-        groups + tl.load(param + tables.MatrixField.GROUP) * elements.GROUP_FIELDS
+    beta1, rest, lr, decay = rates(
+        groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
     )
 
     grads = tl.load(param + tables.MatrixField.GRAD)
@@ -341,17 +353,17 @@ def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexp
     momentum_scales = tl.load(param + tables.MatrixField.EXP_AVG_SCALE)
     weights = tl.load(param + tables.MatrixField.PARAM)
     remainders = tl.load(param + tables.MatrixField.REMAINDER)
-    grad = elements.read(grads, is_bf16, index, mask, False)
-    momentum = elements.momenta(momenta, 0, momentum_scales, index, mask, False)
-    weight = elements.weights(weights, remainders, index, mask, False)
+    grad = storage.read(grads, is_bf16, index, mask, False)
+    momentum = storage.momenta(momenta, 0, momentum_scales, index, mask, False)
+    weight = storage.weights(weights, remainders, index, mask, False)
     momentum = beta1 * momentum + rest * (grad * (row_scale * inverse_divisor) * column_scale)
     weight -= decay * weight
     weight -= (row_confidence * lr) * (momentum * column_confidence)
-    elements.store_weights(weights, remainders, index, weight, mask, False)
+    storage.store_weights(weights, remainders, index, weight, mask, False)
     model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
     if model != 0:
         model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
-        elements.store_short(model, model_is_bf16, index, weight, mask, False)
+        storage.store_short(model, model_is_bf16, index, weight, mask, False)
 
     full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
     full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS)
@@ -361,5 +373,5 @@ def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexp
     full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
     full_place = full_row * tl.load(param + tables.MatrixField.FULL_COLUMNS) + full_column
     key = tl.load(param + tables.MatrixField.KEY)
-    block = first // elements.INT8_BLOCK + blocks
-    elements.store_int8(momenta, momentum_scales, block, index, momentum, mask, full_place, key)
+    block = first // INT8_BLOCK + blocks
+    storage.store_int8(momenta, momentum_scales, block, index, momentum, mask, full_place, key)

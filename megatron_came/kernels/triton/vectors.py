@@ -8,14 +8,24 @@ import triton
 import triton.language as tl
 
 from megatron_came.kernels import tables
-from megatron_came.kernels.triton import elements, factors
-from megatron_came.kernels.triton.elements import doubles, floats, kernel
+from megatron_came.kernels.triton import factors, storage
+from megatron_came.kernels.triton.compiling import (
+    GROUP_FIELDS,
+    INT8_BLOCK,
+    SQUARE_SCALE,
+    SQUARE_UNSCALE,
+    VECTOR_FIELDS,
+    doubles,
+    floats,
+    kernel,
+    rates,
+)
 
 
 @triton.jit
 def _vector(vectors, from_row):
-    """A vector's row, its start and its number of elements."""
-    vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * elements.VECTOR_FIELDS
+    """A vector's row, its start and its number of storage."""
+    vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * VECTOR_FIELDS
     start = tl.load(vector + tables.VectorField.START)
     return vector, start, tl.load(vector + tables.VectorField.STOP) - start
 
@@ -36,15 +46,15 @@ def square_vectors(from_row, vectors, BLOCK: tl.constexpr):
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
-        grad = elements.read(address, is_bf16, index, mask, False) * elements.SQUARE_SCALE
-        tl.store(out + index, (grad * grad).to(tl.float64) * elements.SQUARE_UNSCALE, mask=mask)
+        grad = storage.read(address, is_bf16, index, mask, False) * SQUARE_SCALE
+        tl.store(out + index, (grad * grad).to(tl.float64) * SQUARE_UNSCALE, mask=mask)
 
 
 @kernel
-def update_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
+def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for a vector."""
     vector, start, size = _vector(vectors, from_row)
-    group = groups + tl.load(vector + tables.VectorField.GROUP) * elements.GROUP_FIELDS
+    group = groups + tl.load(vector + tables.VectorField.GROUP) * GROUP_FIELDS
     moment = floats(tl.load(vector + tables.VectorField.MOMENT))
     factors.update_moment(
         moment,
@@ -62,7 +72,7 @@ def update_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
-        grad = elements.read(address, is_bf16, index, mask, False)
+        grad = storage.read(address, is_bf16, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + start + index, mask=mask, other=1.0))
         update = grad * (1.0 / root)
         total += (update * update).to(tl.float64)
@@ -73,13 +83,13 @@ def update_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
 def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for a vector."""
     vector, start, size = _vector(vectors, from_row)
-    group = groups + tl.load(vector + tables.VectorField.GROUP) * elements.GROUP_FIELDS
+    group = groups + tl.load(vector + tables.VectorField.GROUP) * GROUP_FIELDS
     inverse_divisor = factors.inverse_divisor(
         tl.load(doubles(tl.load(vector + tables.VectorField.TOTAL))),
         tl.load(vector + tables.VectorField.FULL_NUMEL),
         tl.load(group + tables.GroupField.CLIP_THRESHOLD),
     ).to(tl.float32)
-    beta1, rest, lr, decay = elements.rates(group)
+    beta1, rest, lr, decay = rates(group)
     moment = floats(tl.load(vector + tables.VectorField.MOMENT)) + start
     momenta = tl.load(vector + tables.VectorField.EXP_AVG)
     momenta_are_bf16 = tl.load(vector + tables.VectorField.EXP_AVG_IS_BF16)
@@ -90,8 +100,8 @@ def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     part_jump = tl.load(vector + tables.VectorField.PART_JUMP)
     weights = tl.load(vector + tables.VectorField.PARAM)
     remainders = tl.load(vector + tables.VectorField.REMAINDER)
-    blocks = tl.arange(0, BLOCK // elements.INT8_BLOCK)
-    inside = blocks[:, None] * elements.INT8_BLOCK + tl.arange(0, elements.INT8_BLOCK)[None, :]
+    blocks = tl.arange(0, BLOCK // INT8_BLOCK)
+    inside = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
     model = tl.load(vector + tables.VectorField.MODEL_WEIGHT)
     model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
     address = tl.load(vector + tables.VectorField.GRAD)
@@ -99,21 +109,21 @@ def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     for first in range(0, size, BLOCK):
         index = first + inside
         mask = index < size
-        grad = elements.read(address, is_bf16, index, mask, False)
+        grad = storage.read(address, is_bf16, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + index, mask=mask, other=1.0))
-        momentum = elements.momenta(momenta, momenta_are_bf16, momentum_scales, index, mask, False)
+        momentum = storage.momenta(momenta, momenta_are_bf16, momentum_scales, index, mask, False)
         momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse_divisor)
         place = offset + index + (start + index) // part_rows * part_jump
         if momentum_scales != 0:
-            block = first // elements.INT8_BLOCK + blocks
-            elements.store_int8(momenta, momentum_scales, block, index, momentum, mask, place, key)
+            block = first // INT8_BLOCK + blocks
+            storage.store_int8(momenta, momentum_scales, block, index, momentum, mask, place, key)
         else:
-            elements.store_momentum(
+            storage.store_momentum(
                 momenta, momenta_are_bf16, index, momentum, mask, place, key, False
             )
-        weight = elements.weights(weights, remainders, index, mask, False)
+        weight = storage.weights(weights, remainders, index, mask, False)
         weight -= decay * weight
         weight -= lr * momentum
-        elements.store_weights(weights, remainders, index, weight, mask, False)
+        storage.store_weights(weights, remainders, index, weight, mask, False)
         if model != 0:
-            elements.store_short(model, model_is_bf16, index, weight, mask, False)
+            storage.store_short(model, model_is_bf16, index, weight, mask, False)

@@ -157,10 +157,10 @@ def _floor_bytes(
     if contender.floor is None:
         return None
     kernels = choose("auto", params[0].device).kernels
-    fitting = (kernels.chunk_elements or 0) if kernels is not None else 0
+    fitting = (kernels.cache_elements or 0) if kernels is not None else 0
     total = 0
     for param in params:
-        # With several ranks all passes over everything come between two passes.
+        # With several ranks an all-reduce over all parameters comes between two passes.
         stays = param.dim() > 1 and param.numel() <= fitting and shards[param].dp_group is None
         floor = contender.cached_floor if stays else None
         total += param.numel() * (floor or contender.floor)

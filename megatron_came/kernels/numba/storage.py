@@ -1,6 +1,7 @@
-"""What memory holds, in fp32: bf16 gradients, momentum in 16 or 8 bits, weights in two halves.
+"""Reads and writes gradients, momentum and weights as memory holds them; arithmetic is fp32.
 
-What is rounded is rounded as ``megatron_came.maths`` rounds it.
+Gradients are fp32 or bf16, momentum fp32, bf16 or int8, weights fp32 or in two halves. What is
+rounded is rounded as ``megatron_came.maths`` rounds it.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
@@ -8,91 +9,20 @@ What is rounded is rounded as ``megatron_came.maths`` rounds it.
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray
 
+from megatron_came.kernels.numba.compiling import (
+    elementwise,
+    floats,
+    inline,
+    shorts,
+    to_int8,
+    to_int16,
+)
 from megatron_came.kernels.tables import MatrixField as Matrix
 from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
-
-# What kernels call becomes part of them. A function of its own would be taken from whichever
-# kernel's machine code was loaded first, and in each it is another: a run that compiles the kernels
-# would differ in the last bits from one that finds them in the cache.
-_inlined = partial(njit, nogil=True, error_model="numpy", forceinline=True)
-inline = _inlined()
-# Sums may be reordered, but NaN and infinity keep their meaning.
-fast = _inlined(fastmath={"reassoc", "contract", "nsz"})
-elementwise = _inlined(fastmath={"contract"})
-
-ONE = np.float32(1.0)
-SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
-SQUARE_UNSCALE = 2.0**20
-
-
-def _pointer(dtype):
-    """Return an intrinsic that turns an address into a pointer."""
-
-    @intrinsic
-    def pointer(_context, address):
-        def generate(context, builder, signature, args):
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(dtype)(address), generate
-
-    return pointer
-
-
-to_float32 = _pointer(types.float32)
-to_float64 = _pointer(types.float64)
-to_uint16 = _pointer(types.uint16)
-to_int16 = _pointer(types.int16)
-to_int8 = _pointer(types.int8)
-
-
-@intrinsic
-def _pointer_of(_context, array):
-    """Pointer to an array's first element."""
-
-    def generate(context, builder, signature, args):
-        return context.make_array(signature.args[0])(context, builder, args[0]).data
-
-    return types.CPointer(array.dtype)(array), generate
-
-
-@inline
-def unowned(array):
-    """View an array whose owner outlives the view.
-
-    Threads would share the count of references to the array itself, and wait for one another at
-    every row that they take of it.
-    """
-    return carray(_pointer_of(array), array.shape)
-
-
-@inline
-def floats(address, count):
-    """View fp32 numbers at an address."""
-    return carray(to_float32(address), (count,))
-
-
-@inline
-def doubles(address, count):
-    """View float64 numbers at an address."""
-    return carray(to_float64(address), (count,))
-
-
-@inline
-def shorts(address, count):
-    """View 16-bit numbers at an address."""
-    return carray(to_uint16(address), (count,))
-
-
-@inline
-def at_least(value, low):
-    """``torch.clamp(min=low)``: NaN stays NaN."""
-    return low if value < low else value
 
 
 @elementwise

@@ -1,9 +1,9 @@
-"""What Python calls: a list of launches, which any number of threads work off together.
+"""What Python calls: a schedule of launches, which any number of threads work off together.
 
-Each launch is that of a kernel over rows of its table. A thread takes the next rows until none is
-left, and waits until those that others have taken are done before it goes on to the next launch. A
-thread that comes late, or that the system holds up, so holds up the others as little as can be, and
-no order of the threads changes a bit.
+A thread takes the next rows of a launch until none is left, and waits until those that others have
+taken are done before it goes on to the next launch. A thread that comes late holds up nobody; one
+that the system holds up delays the others by the rows that it has taken alone. No order of the
+threads changes a bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
@@ -18,11 +18,11 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
-from megatron_came.kernels import tables
-from megatron_came.kernels.numba import elements, factors, tiles, vectors
-from megatron_came.kernels.numba.elements import inline, unowned
-from megatron_came.kernels.tables import Kernel
-from megatron_came.kernels.tables import LaunchField as Launch
+from megatron_came.kernels import schedule, tables
+from megatron_came.kernels.numba import compiling, factors, storage, tiles, vectors
+from megatron_came.kernels.numba.compiling import inline, unowned
+from megatron_came.kernels.schedule import Kernel
+from megatron_came.kernels.schedule import LaunchField as Launch
 from megatron_came.maths import int8
 
 # Rows are taken in portions of which every thread gets so many, if there are enough.
@@ -31,7 +31,7 @@ _PORTIONS = 32
 _LOOKS = 256
 
 # Numba's cache knows a function by the date of its file; what it calls is in others.
-_SOURCES = (tables, elements, factors, tiles, vectors, int8)
+_SOURCES = (tables, schedule, compiling, storage, tiles, factors, vectors, int8)
 _FINGERPRINT = zlib.crc32(b"".join(Path(str(s.__file__)).read_bytes() for s in _SOURCES))
 
 
@@ -96,7 +96,7 @@ def _run(
     tile_columns,
     span_elements,
 ):
-    """Take part in a program, until all of it is done.
+    """Take part in a schedule, until all of it is done.
 
     Args:
         launches: table of ``LaunchField``.
@@ -151,8 +151,8 @@ def _run(
                 )  # fmt: skip
             elif kernel == Kernel.ADD_INSTABILITY_STRIPS:
                 tiles.add_instability_strips(first, stop, strips, scratch)
-            elif kernel == Kernel.TOTAL_UPDATES:
-                factors.total_updates(first, stop, matrices)
+            elif kernel == Kernel.SUM_SQUARED_UPDATES:
+                factors.sum_squared_updates(first, stop, matrices)
             elif kernel == Kernel.UPDATE_INSTABILITIES:
                 factors.update_instabilities(first, stop, matrices, factor_table, groups, divisors)
             elif kernel == Kernel.APPLY_TILES:
@@ -163,8 +163,8 @@ def _run(
                 tiles.apply_spans(first, stop, matrices, spans, groups, divisors, buffers)
             elif kernel == Kernel.SQUARE_VECTORS:
                 vectors.square_vectors(first, stop, vector_table)
-            elif kernel == Kernel.UPDATE_VECTORS:
-                vectors.update_vectors(first, stop, vector_table, groups)
+            elif kernel == Kernel.UPDATE_VECTOR_MOMENTS:
+                vectors.update_vector_moments(first, stop, vector_table, groups)
             elif kernel == Kernel.APPLY_VECTORS:
                 vectors.apply_vectors(first, stop, vector_table, groups)
             _add(taken + 8, end - begin)

@@ -1,0 +1,88 @@
+"""How functions are compiled, and views of memory at an address."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+# What ``run`` calls becomes part of it. A function of its own is found by name in whatever machine
+# code was loaded first, and is not the same compiled anew and from the cache: results would differ
+# in the last bits.
+_inlined = partial(njit, nogil=True, error_model="numpy", forceinline=True)
+inline = _inlined()
+# Sums may be reordered, but NaN and infinity keep their meaning.
+fast = _inlined(fastmath={"reassoc", "contract", "nsz"})
+elementwise = _inlined(fastmath={"contract"})
+
+ONE = np.float32(1.0)
+SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
+SQUARE_UNSCALE = 2.0**20
+
+
+def _pointer(dtype):
+    """Return an intrinsic that turns an address into a pointer."""
+
+    @intrinsic
+    def pointer(_context, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(address), generate
+
+    return pointer
+
+
+to_float32 = _pointer(types.float32)
+to_float64 = _pointer(types.float64)
+to_uint16 = _pointer(types.uint16)
+to_int16 = _pointer(types.int16)
+to_int8 = _pointer(types.int8)
+
+
+@intrinsic
+def _pointer_of(_context, array):
+    """Pointer to an array's first element."""
+
+    def generate(context, builder, signature, args):
+        return context.make_array(signature.args[0])(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), generate
+
+
+@inline
+def unowned(array):
+    """View an array whose owner outlives the view.
+
+    Threads would share the count of references to the array itself, and wait for one another at
+    every row that they take of it.
+    """
+    return carray(_pointer_of(array), array.shape)
+
+
+@inline
+def floats(address, count):
+    """View fp32 numbers at an address."""
+    return carray(to_float32(address), (count,))
+
+
+@inline
+def doubles(address, count):
+    """View float64 numbers at an address."""
+    return carray(to_float64(address), (count,))
+
+
+@inline
+def shorts(address, count):
+    """View 16-bit numbers at an address."""
+    return carray(to_uint16(address), (count,))
+
+
+@inline
+def at_least(value, low):
+    """``torch.clamp(min=low)``: NaN stays NaN."""
+    return low if value < low else value

@@ -1,0 +1,78 @@
+"""How kernels are compiled, the widths of their tables, and pointers from addresses."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+from functools import partial
+
+import triton
+import triton.language as tl
+
+from megatron_came.kernels import tables
+from megatron_came.maths import int8
+
+SQUARE_SCALE = tl.constexpr(2.0**-10)  # see megatron_came.maths.passes
+SQUARE_UNSCALE = tl.constexpr(2.0**20)
+INT8_BLOCK = tl.constexpr(int8.BLOCK)
+MATRIX_FIELDS = tl.constexpr(len(tables.MatrixField))
+VECTOR_FIELDS = tl.constexpr(len(tables.VectorField))
+TILE_FIELDS = tl.constexpr(len(tables.TileField))
+STRIP_FIELDS = tl.constexpr(len(tables.StripField))
+SPAN_FIELDS = tl.constexpr(len(tables.SpanField))
+GROUP_FIELDS = tl.constexpr(len(tables.GroupField))
+_FINGERPRINT = tl.constexpr(tables.FINGERPRINT)
+
+# A number that changes from launch to launch must not be compiled into a kernel.
+kernel = partial(triton.jit, do_not_specialize=["from_row"])
+
+
+@triton.jit
+def note_tables():
+    """Make kernels depend on the tables' columns.
+
+    Triton's cache knows a kernel by its source and its constants; the columns are in another file.
+    """
+    tl.static_assert(_FINGERPRINT >= 0)
+
+
+@triton.jit
+def floats(address):
+    """Turn an address into a pointer to fp32 numbers."""
+    return address.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def aligned_floats(address, ALIGNED: tl.constexpr):
+    """Turn an address, of 16 bytes if ALIGNED, into a pointer to fp32 numbers."""
+    pointer = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:  # here, because a hint on the result of a call is lost
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def at_least(value, low):
+    """``torch.clamp(min=low)``: NaN stays NaN, which ``tl.maximum`` drops."""
+    return tl.where(value < low, low, value)
+
+
+@triton.jit
+def doubles(address):
+    """Turn an address into a pointer to float64 numbers."""
+    note_tables()
+    return address.to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def rates(group):
+    """beta1, 1 - beta1, lr and lr * weight_decay in fp32."""
+    beta1 = tl.load(group + tables.GroupField.BETA1)
+    lr = tl.load(group + tables.GroupField.LR)
+    decay = lr * tl.load(group + tables.GroupField.WEIGHT_DECAY)
+    return (
+        beta1.to(tl.float32),
+        (1.0 - beta1).to(tl.float32),
+        lr.to(tl.float32),
+        decay.to(tl.float32),
+    )
