@@ -63,8 +63,10 @@ class CAME(torch.optim.Optimizer):
         clip_threshold: largest RMS of an update before momentum, above 0.
         weight_decay: decoupled weight decay, at least 0.
         shards: where each parameter lies in its full tensor; those not named are whole.
-        kernels: who computes fp32 parameters: "auto" is Triton on GPUs and Numba on CPUs where
-            they are installed; "plain" PyTorch; "numba"; "triton". All else is plain PyTorch.
+        kernels: who computes parameters with fp32 weights, remainders included: "auto" is Triton
+            on GPUs and Numba on CPUs where they are installed; "plain" PyTorch; "numba"; "triton".
+            Other dtypes, tensors that are not contiguous and batches of many small matrices are
+            computed in plain PyTorch.
         momentum_dtype: ``torch.float32``; ``torch.bfloat16``, half the memory; or ``torch.int8``
             with a scale for every 256 elements, a quarter. Both are rounded stochastically.
         remainders: take bf16 parameters for the upper halves of fp32 weights and keep the lower

@@ -155,7 +155,7 @@ class _Part:
             )
 
     def update_second_moment(self) -> None:
-        """R and c (v of a vector), and the scales of u."""
+        """The second moments r and c (v of a vector), and the scales of u."""
         work, shard = self.work, self._shard
         keys = VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS[:2]
         moments = self._factors(*keys)

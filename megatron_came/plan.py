@@ -20,7 +20,9 @@ _MAX_SHARED_CHUNKS = 4
 
 
 class Chunk:
-    """Parameters that go through a step together, with a reduction after each of two passes.
+    """Parameters that go through a step together.
+
+    Their sums are reduced after each of the first two passes, unless all are local.
 
     Args:
         works: the parameters, on one device.

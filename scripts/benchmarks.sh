@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measure what docs/performance.md shows on this machine, and write that page anew.
-#   scripts/benchmarks.sh [DEVICE]      cpu or cuda; "make benchmarks" runs it on the CPU
+#   scripts/benchmarks.sh [DEVICE]      cpu or cuda (of which the page shows the peers and the iteration);
+#                                       "make benchmarks" runs it on the CPU
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -125,7 +125,7 @@ FAULTS = (
         "self._copies = []",
     ),
     Fault(
-        "Numba: a slice's padding rows counted",
+        "Numba: the last element of a slice left out",
         "kernels/numba/tiles.py",
         "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP]), first",
         "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP] - 1), first",

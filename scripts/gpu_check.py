@@ -21,7 +21,12 @@ from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_dis
 
 CUDA = torch.device("cuda")
 # (model, layers)
-SIZES = [("gpt2-small", 1), ("gpt2-small", None), ("gpt2-medium", None), ("gpt2-xl", 36)]
+SIZES = [
+    ("gpt2-nano", None),
+    ("gpt2-small", None),
+    ("gpt2-medium", None),
+    ("gpt2-xl", 36),
+]
 
 
 def check_cases() -> None:

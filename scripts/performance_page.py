@@ -31,10 +31,12 @@ HEAD = """\
 
 A step of CAME must read the gradient three times, the momentum twice and the weights once, and write momentum and
 weights: 32 bytes a parameter in fp32, or 20 in matrices whose gradient and momentum stay in the last cache from pass to
-pass, which takes one data-parallel rank. AdamW's 28 are the yardstick. "Floor" is the mean of these over the parameters;
-"of floor" is the time that its bytes take at the copy bandwidth measured in the same run, over the median time: above
-100% where reads are faster than copies. "Extra" is the peak of the memory taken during a step beyond what was held
-before it. Medians differ by some ten per cent from run to run on a shared machine.
+pass, which takes one data-parallel rank; with bf16 momentum 26 or 16, with int8 23 or 14. AdamW's 28 are the yardstick.
+"Floor" is the mean of these over the parameters, "GB/s" its bytes over the median time, "of floor" the same over the
+copy bandwidth measured in the same run: above 100% where a step moves bytes faster than the copy did, which also fetches
+its target before it writes it. "Extra" is the peak of the memory taken during a step beyond what was held before it. The
+optimizers of one run take turns on the same parameters, so that they can be compared; from run to run the bandwidth of a
+shared machine differs, here between {slowest:.0f} and {fastest:.0f} GB/s.
 
 "CAME, fused" runs in kernels: Numba's on CPUs, Triton's on GPUs. **The Triton kernels {gpu}.**
 """
@@ -69,7 +71,7 @@ def peers(report: Report) -> str:
     lines = [
         f"## {report['model']}, {report['parameters'] / 1e6:.1f} million parameters\n",
         f"{setting(report)}; copy bandwidth {report['copy_gigabytes_per_second']:.0f} GB/s; "
-        f"medians of {report['results'][0]['steps']} steps, side by side in one process.\n",
+        f"medians of {report['results'][0]['steps']} steps; the optimizers take turns.\n",
         "| | ms | ns / parameter | floor, bytes | GB/s | of floor | extra MiB | time / ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -133,14 +135,18 @@ def main() -> None:
     sizes = sorted(latest(lambda n: n.startswith("cpu-size")), key=lambda r: r["parameters"])
     layers = sorted(latest(lambda n: n.startswith("cpu-layers")), key=lambda r: r["layers"])
     ranks = sorted(latest(lambda n: n.startswith("cpu-ranks")), key=lambda r: r["ranks"])
-    gpu = latest(lambda n: n.startswith("nvidia") or n.startswith("cuda"))
+    gpu = latest(lambda n: n.startswith("nvidia") or n == "cuda-peers")
+    on_cpu = [*latest(lambda n: n == "cpu-peers"), *sizes, *layers, *ranks]
+    bandwidths = [report["copy_gigabytes_per_second"] for report in on_cpu]
     parts = [
         HEAD.format(
+            slowest=min(bandwidths),
+            fastest=max(bandwidths),
             gpu="were timed on the GPU named below"
             if gpu
             else "have not been timed: no GPU was at hand. They are proved under Triton's "
             "interpreter and compile for an H100 (tests/test_kernels.py); `make gpu-check` checks "
-            "and times them on a machine with one"
+            "and times them on a machine with one",
         )
     ]
     parts += [peers(report) for report in (*gpu, *latest(lambda n: n == "cpu-peers"))]
@@ -178,7 +184,8 @@ def main() -> None:
             "**Simulated**: what one rank of GPT-2 medium's distributed optimizer computes, with "
             "PyTorch's fake process group in place of the others; collectives are counted and cost "
             f"nothing. {setting(ranks[0])}. Factors are whole on every rank, so that their share "
-            "of the time, and what is sent, do not shrink with the number of ranks.",
+            "of the time, and what is sent, do not shrink with the number of ranks. Parameters are the "
+            "model's, ns a parameter counts those that the rank updates.",
             ranks,
             "ranks",
             lambda r: r["ranks"],
@@ -193,6 +200,7 @@ def main() -> None:
             "## A whole iteration of Megatron\n\n"
             f"{report['model']}, one rank, micro-batch 1, flags `{' '.join(report['flags'])}`; "
             f"{setting(report)}; medians of {report['iterations'][0]['iterations']}.\n\n"
+            "`adam` is what Megatron takes on a CPU: PyTorch's AdamW, not fused.\n\n"
             "| optimizer | ms an iteration | of it in the step |\n|---|---|---|\n"
             + "\n".join(lines)
             + "\n"

@@ -14,6 +14,7 @@ from megatron_came.plain import PlainPasses
 from megatron_came.work import ParameterWork
 from tests.test_kernels import DEVICES, Allocations
 
+# 334 can be halved; of rows of 1100 pass 2 takes several at once.
 SHAPES = ((20, 150), (334,), (2, 5, 61), (10, 1100))
 SMALL = (torch.bfloat16, torch.int8)
 PATHS = ["plain", *DEVICES]
@@ -30,7 +31,7 @@ def unlike_values(n, seed=0):
 
 
 class TwoRanks:
-    """A process group."""
+    """Stands for a process group of two, of which only the size is asked."""
 
     def size(self):
         return 2

@@ -45,7 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         "and cost nothing (PyTorch's fake process group)",
     )
     parser.add_argument("--steps", type=_positive, default=15, help="timed ones (default: 15)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="parts of contenders' names")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="parts of contenders' names (default: all; their states are in memory together)",
+    )
     parser.add_argument(
         "--iteration",
         action="store_true",

@@ -1,4 +1,4 @@
-"""Shapes of the parameters of well-known models, and a small one, as Megatron lays them out."""
+"""Shapes of the parameters of well-known models, and two small ones, as Megatron lays them out."""
 
 from __future__ import annotations
 
