@@ -79,13 +79,6 @@ class CacheBlock(NamedTuple):
     matrices: slice
     segments: tuple[Segment, ...]
 
-    @property
-    def tiles(self) -> slice:
-        """Those of all segments."""
-        if not self.segments:
-            return slice(0, 0)
-        return slice(self.segments[0].tiles.start, self.segments[-1].tiles.stop)
-
 
 def cut(
     shards: Sequence[Shard], sums: Sequence[Sums], tiling: Tiling, limit: int | None = None

@@ -90,7 +90,8 @@ class Schedules(NamedTuple):
             if is_int8:
                 third.append(_launch(Kernel.APPLY_SPANS, spans_of))
             else:
-                third.append(_launch(Kernel.APPLY_TILES, block.tiles))
+                # Cut as in the other passes, so that the same threads take the same tiles.
+                third += [_launch(Kernel.APPLY_TILES, tiles) for tiles, _ in block.segments]
             squares += first
             instability += second
             apply += third

@@ -78,10 +78,8 @@ class NumbaKernels:
             return
         rows = schedule[:, LaunchField.STOP] - schedule[:, LaunchField.FIRST]
         threads = torch.get_num_threads()
+        counters = np.zeros((len(schedule), threads + 1), np.int64)
         arguments = (
-            schedule,
-            np.zeros((len(schedule), 2), np.int64),
-            threads,
             tables.matrices,
             tables.vectors,
             tables.tiles,
@@ -99,8 +97,11 @@ class NumbaKernels:
             self._threads = threads
             self._pool = ThreadPoolExecutor(max(threads - 1, 1), "megatron_came")
         helpers = min(threads, int(rows.max(initial=0))) - 1
-        others = [self._pool.submit(run, *arguments) for _ in range(helpers)]
-        run(*arguments)
+        others = [
+            self._pool.submit(run, schedule, counters, thread, *arguments)
+            for thread in range(1, helpers + 1)
+        ]
+        run(schedule, counters, 0, *arguments)
         for other in others:
             if not other.cancel():
                 other.result()

@@ -1,9 +1,10 @@
 """What Python calls: a schedule of launches, which any number of threads work off together.
 
-A thread takes the next rows of a launch until none is left, and waits until those that others have
-taken are done before it goes on to the next launch. A thread that comes late holds up nobody; one
-that the system holds up delays the others by the rows that it has taken alone. No order of the
-threads changes a bit.
+Every thread has a share of a launch's rows, the same in all passes, so that it finds in the cache
+of its own processor what it has read before. It takes rows of it until none is left, then of the
+others' shares, and waits until those that others have taken are done before it goes on to the next
+launch. A thread that comes late holds up nobody; one that the system holds up delays the others by
+the rows that it has taken alone. No order of the threads changes a bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
@@ -82,7 +83,7 @@ def _wait(address, count):
 def _run(
     launches,
     counters,
-    threads,
+    thread,
     matrices,
     vector_table,
     tile_table,
@@ -100,9 +101,9 @@ def _run(
 
     Args:
         launches: table of ``LaunchField``.
-        counters: (launches, 2), int64, zeros: rows taken, and rows done, of each launch. The same
-            for all threads.
-        threads: how many take part, at most.
+        counters: (launches, threads + 1), int64, zeros: rows taken of each thread's share of a
+            launch, and rows done. The same for all threads.
+        thread: which of them this one is.
         matrices: table of ``MatrixField``.
         vector_table: table of ``VectorField``.
         tile_table: table of ``TileField``.
@@ -121,54 +122,63 @@ def _run(
     spans, strips, factor_table = unowned(spans), unowned(strips), unowned(factor_table)
     groups, divisors, scratch = unowned(groups), unowned(divisors), unowned(scratch)
     buffers = tiles.make_buffers(tile_columns, span_elements)
+    threads = counters.shape[1] - 1
     for index in range(len(launches)):
         kernel, origin = launches[index, Launch.KERNEL], launches[index, Launch.FIRST]
-        last = launches[index, Launch.STOP]
-        count = last - origin
+        count = launches[index, Launch.STOP] - origin
         portion = max(count // (_PORTIONS * threads), 1)
-        taken = counters.ctypes.data + 16 * index
-        while True:
-            begin = _add(taken, portion)
-            if begin >= count:
-                break
-            end = min(begin + portion, count)
-            first, stop = origin + begin, origin + end
-            if launches[index, Launch.BACKWARDS]:
-                first, stop = last - end, last - begin
-            if kernel == Kernel.SQUARE_TILES:
-                tiles.square_tiles(
-                    first, stop, origin, matrices, tile_table, scratch, tile_rows, tile_columns,
-                    buffers,
-                )  # fmt: skip
-            elif kernel == Kernel.ADD_SQUARE_STRIPS:
-                tiles.add_square_strips(first, stop, strips, scratch)
-            elif kernel == Kernel.UPDATE_SECOND_MOMENTS:
-                factors.update_second_moments(first, stop, matrices, factor_table, groups, divisors)
-            elif kernel == Kernel.INSTABILITY_TILES:
-                tiles.instability_tiles(
-                    first, stop, origin, matrices, tile_table, divisors, scratch, tile_rows,
-                    tile_columns, buffers,
-                )  # fmt: skip
-            elif kernel == Kernel.ADD_INSTABILITY_STRIPS:
-                tiles.add_instability_strips(first, stop, strips, scratch)
-            elif kernel == Kernel.SUM_SQUARED_UPDATES:
-                factors.sum_squared_updates(first, stop, matrices)
-            elif kernel == Kernel.UPDATE_INSTABILITIES:
-                factors.update_instabilities(first, stop, matrices, factor_table, groups, divisors)
-            elif kernel == Kernel.APPLY_TILES:
-                tiles.apply_tiles(
-                    first, stop, matrices, tile_table, groups, divisors, tile_columns, buffers
-                )
-            elif kernel == Kernel.APPLY_SPANS:
-                tiles.apply_spans(first, stop, matrices, spans, groups, divisors, buffers)
-            elif kernel == Kernel.SQUARE_VECTORS:
-                vectors.square_vectors(first, stop, vector_table)
-            elif kernel == Kernel.UPDATE_VECTOR_MOMENTS:
-                vectors.update_vector_moments(first, stop, vector_table, groups)
-            elif kernel == Kernel.APPLY_VECTORS:
-                vectors.apply_vectors(first, stop, vector_table, groups)
-            _add(taken + 8, end - begin)
-        _wait(taken + 8, count)
+        taken = counters.ctypes.data + 8 * index * (threads + 1)
+        done = taken + 8 * threads
+        for step in range(threads):
+            share = (thread + step) % threads
+            low = origin + count * share // threads
+            high = origin + count * (share + 1) // threads
+            while _read(taken + 8 * share) < high - low:
+                begin = _add(taken + 8 * share, portion)
+                if begin >= high - low:
+                    break
+                end = min(begin + portion, high - low)
+                first, stop = low + begin, low + end
+                if launches[index, Launch.BACKWARDS]:
+                    first, stop = high - end, high - begin
+                if kernel == Kernel.SQUARE_TILES:
+                    tiles.square_tiles(
+                        first, stop, origin, matrices, tile_table, scratch, tile_rows, tile_columns,
+                        buffers,
+                    )  # fmt: skip
+                elif kernel == Kernel.ADD_SQUARE_STRIPS:
+                    tiles.add_square_strips(first, stop, strips, scratch)
+                elif kernel == Kernel.UPDATE_SECOND_MOMENTS:
+                    factors.update_second_moments(
+                        first, stop, matrices, factor_table, groups, divisors
+                    )
+                elif kernel == Kernel.INSTABILITY_TILES:
+                    tiles.instability_tiles(
+                        first, stop, origin, matrices, tile_table, divisors, scratch, tile_rows,
+                        tile_columns, buffers,
+                    )  # fmt: skip
+                elif kernel == Kernel.ADD_INSTABILITY_STRIPS:
+                    tiles.add_instability_strips(first, stop, strips, scratch)
+                elif kernel == Kernel.SUM_SQUARED_UPDATES:
+                    factors.sum_squared_updates(first, stop, matrices)
+                elif kernel == Kernel.UPDATE_INSTABILITIES:
+                    factors.update_instabilities(
+                        first, stop, matrices, factor_table, groups, divisors
+                    )
+                elif kernel == Kernel.APPLY_TILES:
+                    tiles.apply_tiles(
+                        first, stop, matrices, tile_table, groups, divisors, tile_columns, buffers
+                    )
+                elif kernel == Kernel.APPLY_SPANS:
+                    tiles.apply_spans(first, stop, matrices, spans, groups, divisors, buffers)
+                elif kernel == Kernel.SQUARE_VECTORS:
+                    vectors.square_vectors(first, stop, vector_table)
+                elif kernel == Kernel.UPDATE_VECTOR_MOMENTS:
+                    vectors.update_vector_moments(first, stop, vector_table, groups)
+                elif kernel == Kernel.APPLY_VECTORS:
+                    vectors.apply_vectors(first, stop, vector_table, groups)
+                _add(done, end - begin)
+        _wait(done, count)
 
 
 _run.__qualname__ += f"_{_FINGERPRINT}"
