@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from megatron_came.kernels.schedule import LaunchField, Schedule
 from megatron_came.kernels.tables import GroupField
 from megatron_came.layout import Shard
 
+_libc = ctypes.CDLL(None)
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3")
 # Where the system does not say how large it is.
 _USUAL_CACHE = 16 * 2**20
@@ -98,13 +101,33 @@ class NumbaKernels:
             self._pool = ThreadPoolExecutor(max(threads - 1, 1), "megatron_came")
         helpers = min(threads, int(rows.max(initial=0))) - 1
         others = [
-            self._pool.submit(run, schedule, counters, thread, *arguments)
+            self._pool.submit(_help, _processor(), schedule, counters, thread, *arguments)
             for thread in range(1, helpers + 1)
         ]
         run(schedule, counters, 0, *arguments)
         for other in others:
             if not other.cancel():
                 other.result()
+
+
+def _help(busy: int | None, *arguments: Any) -> None:
+    """Run on another processor than the caller's.
+
+    The system may wake a thread where the one that wakes it goes on running, and takes milliseconds
+    to notice.
+    """
+    if busy is not None and _processor() == busy:
+        allowed = os.sched_getaffinity(0)
+        if allowed != {busy}:
+            with suppress(OSError):  # processors may be taken away meanwhile
+                os.sched_setaffinity(0, allowed - {busy})
+                os.sched_setaffinity(0, allowed)
+    run(*arguments)
+
+
+def _processor() -> int | None:
+    """The processor that this thread runs on, where the system says it."""
+    return int(_libc.sched_getcpu()) if hasattr(_libc, "sched_getcpu") else None
 
 
 def _last_caches(threads: int) -> int:
