@@ -31,6 +31,7 @@ def whole(*shapes):
 CASES = [
     Case("matrix", whole((70, 300))),
     Case("vector", whole((70,), (1,), (1030,))),
+    Case("long vectors", (((40000,), None, None), ((20000,), 333, 18001)), torch.bfloat16),
     Case("aligned", whole((64, 256), (128, 8))),
     Case("thin", whole((1, 9), (9, 1), (130, 3))),
     Case("batches", whole((3, 33, 21), (2, 2, 3, 5))),

@@ -14,8 +14,8 @@ from megatron_came.plain import PlainPasses
 from megatron_came.work import ParameterWork
 from tests.test_kernels import DEVICES, Allocations
 
-# 334 can be halved; of rows of 1100 pass 2 takes several at once.
-SHAPES = ((20, 150), (334,), (2, 5, 61), (10, 1100))
+# Even numbers can be halved; of rows of 1100 pass 2 takes several at once.
+SHAPES = ((20, 150), (334,), (34000,), (2, 5, 61), (10, 1100))
 SMALL = (torch.bfloat16, torch.int8)
 PATHS = ["plain", *DEVICES]
 on_all = pytest.mark.parametrize("kernels", PATHS)

@@ -139,9 +139,9 @@ class GroupField(IntEnum):
     CLIP_THRESHOLD = 7
 
 
-_TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupField)
+TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupField)
 # Changes when a column moves: compiled kernels that were kept must not outlive their tables.
-FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in _TABLES]).encode())
+FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in TABLES]).encode())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_came.kernels.schedule import LaunchField, Schedule
 from megatron_came.kernels.tables import GroupField
 from megatron_came.layout import Shard
 
-_libc = ctypes.CDLL(None)
+_libc = ctypes.CDLL(None) if os.name == "posix" else None
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3")
 # Where the system does not say how large it is.
 _USUAL_CACHE = 16 * 2**20
@@ -40,7 +40,7 @@ class NumbaKernels:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._threads = 1
+        self._pool_key = (0, 0)
         width = self.tiling.rows + self.tiling.columns
         self._scratch = np.empty((0, 3, width), np.float32)
 
@@ -96,18 +96,27 @@ class NumbaKernels:
             self.tiling.columns,
             self.tiling.span,
         )
-        if self._pool is None or self._threads != threads:
-            self._threads = threads
-            self._pool = ThreadPoolExecutor(max(threads - 1, 1), "megatron_came")
         helpers = min(threads, int(rows.max(initial=0))) - 1
-        others = [
-            self._pool.submit(_help, _processor(), schedule, counters, thread, *arguments)
-            for thread in range(1, helpers + 1)
-        ]
-        run(schedule, counters, 0, *arguments)
-        for other in others:
-            if not other.cancel():
-                other.result()
+        others: list[Future[None]] = []
+        try:
+            for thread in range(1, helpers + 1):
+                pool = self._pool_of(threads)
+                others.append(
+                    pool.submit(_help, _processor(), schedule, counters, thread, *arguments)
+                )
+            run(schedule, counters, 0, *arguments)
+        finally:  # nobody may go on writing once this function has left
+            for other in others:
+                if not other.cancel():
+                    other.result()
+
+    def _pool_of(self, threads: int) -> ThreadPoolExecutor:
+        """Return threads to help; new ones in a process that was forked, where the old are gone."""
+        key = threads, os.getpid()
+        if self._pool is None or self._pool_key != key:
+            self._pool_key = key
+            self._pool = ThreadPoolExecutor(max(threads - 1, 1), "megatron_came")
+        return self._pool
 
 
 def _help(busy: int | None, *arguments: Any) -> None:
@@ -119,15 +128,18 @@ def _help(busy: int | None, *arguments: Any) -> None:
     if busy is not None and _processor() == busy:
         allowed = os.sched_getaffinity(0)
         if allowed != {busy}:
-            with suppress(OSError):  # processors may be taken away meanwhile
+            with suppress(OSError):  # not permitted, or processors were taken away meanwhile
                 os.sched_setaffinity(0, allowed - {busy})
+            with suppress(OSError):
                 os.sched_setaffinity(0, allowed)
     run(*arguments)
 
 
 def _processor() -> int | None:
     """The processor that this thread runs on, where the system says it."""
-    return int(_libc.sched_getcpu()) if hasattr(_libc, "sched_getcpu") else None
+    if _libc is None or not hasattr(_libc, "sched_getcpu"):
+        return None
+    return int(_libc.sched_getcpu())
 
 
 def _last_caches(threads: int) -> int:
@@ -137,5 +149,5 @@ def _last_caches(threads: int) -> int:
         spans = [span.split("-") for span in (_CACHE / "shared_cpu_list").read_text().split(",")]
         sharing = sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
         return int(size) * 1024 * max(threads // sharing, 1)
-    except (OSError, ValueError):  # not on every system
+    except (ArithmeticError, OSError, ValueError):  # not on every system
         return _USUAL_CACHE

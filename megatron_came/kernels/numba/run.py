@@ -19,7 +19,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
-from megatron_came.kernels import schedule, tables
+from megatron_came.kernels import tables
 from megatron_came.kernels.numba import compiling, factors, storage, tiles, vectors
 from megatron_came.kernels.numba.compiling import inline, unowned
 from megatron_came.kernels.schedule import Kernel
@@ -31,9 +31,13 @@ _PORTIONS = 32
 # A thread that waits looks so often before it lets others run.
 _LOOKS = 256
 
-# Numba's cache knows a function by the date of its file; what it calls is in others.
-_SOURCES = (tables, schedule, compiling, storage, tiles, factors, vectors, int8)
-_FINGERPRINT = zlib.crc32(b"".join(Path(str(s.__file__)).read_bytes() for s in _SOURCES))
+# Numba's cache knows a function by its own file; what it calls, and the tables' columns, are in
+# others. Those that are imported with this one may be read from their files, the others not: the
+# files may have changed since.
+_TABLES = (*tables.TABLES, Kernel, Launch)
+_FIELDS = repr([(table.__name__, list(table.__members__.items())) for table in _TABLES])
+_FILES = [Path(str(m.__file__)).read_bytes() for m in (compiling, storage, tiles, factors, vectors)]
+_FINGERPRINT = zlib.crc32(b"".join([*_FILES, _FIELDS.encode(), str(int8.BLOCK).encode()]))
 
 
 @intrinsic
@@ -98,6 +102,9 @@ def _run(
     span_elements,
 ):
     """Take part in a schedule, until all of it is done.
+
+    Nothing may be raised between taking rows and having done them, such as for want of memory: the
+    other threads would wait for ever.
 
     Args:
         launches: table of ``LaunchField``.
@@ -172,11 +179,11 @@ def _run(
                 elif kernel == Kernel.APPLY_SPANS:
                     tiles.apply_spans(first, stop, matrices, spans, groups, divisors, buffers)
                 elif kernel == Kernel.SQUARE_VECTORS:
-                    vectors.square_vectors(first, stop, vector_table)
+                    vectors.square_vectors(first, stop, vector_table, buffers)
                 elif kernel == Kernel.UPDATE_VECTOR_MOMENTS:
-                    vectors.update_vector_moments(first, stop, vector_table, groups)
+                    vectors.update_vector_moments(first, stop, vector_table, groups, buffers)
                 elif kernel == Kernel.APPLY_VECTORS:
-                    vectors.apply_vectors(first, stop, vector_table, groups)
+                    vectors.apply_vectors(first, stop, vector_table, groups, buffers)
                 _add(done, end - begin)
         _wait(done, count)
 

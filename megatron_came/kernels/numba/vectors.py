@@ -20,43 +20,71 @@ from megatron_came.kernels.numba.compiling import (
 )
 from megatron_came.kernels.tables import GroupField as Group
 from megatron_came.kernels.tables import VectorField as Vector
+from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
 
 
 @inline
-def _whole(vector, address, is_bf16):
-    """All elements of a slice of a vector in fp32."""
-    count = vector[Vector.STOP] - vector[Vector.START]
+def _block(buffer):
+    """Elements that are taken at once: whole blocks of int8."""
+    return buffer.size // INT8_BLOCK * INT8_BLOCK
+
+
+@inline
+def _read(address, is_bf16, offset, count, buffer):
+    """Elements of a gradient or momentum in fp32: their own memory, or the buffer."""
     if not is_bf16:
-        return floats(address, count)
-    out = np.empty(count, np.float32)
-    storage.read_bf16(shorts(address, count), out)
+        return floats(address + 4 * offset, count)
+    out = buffer[:count]
+    storage.read_bf16(shorts(address + 2 * offset, count), out)
     return out
 
 
 @inline
-def _vector_gradient(vector):
-    return _whole(vector, vector[Vector.GRAD], vector[Vector.GRAD_IS_BF16])
+def _gradient(vector, offset, count, buffer):
+    return _read(vector[Vector.GRAD], vector[Vector.GRAD_IS_BF16], offset, count, buffer)
 
 
 @inline
-def square_vectors(first, stop, vectors):
-    """Twin of ``passes.add_squared_sums`` for vectors."""
+def _momentum(vector, offset, count, buffer):
+    address, scales = vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_SCALE]
+    if not scales:
+        return _read(address, vector[Vector.EXP_AVG_IS_BF16], offset, count, buffer)
+    out = buffer[:count]
+    storage.read_int8(address, scales, offset, count, out)
+    return out
+
+
+@inline
+def square_vectors(first, stop, vectors, buffers):
+    """Twin of ``passes.add_squared_sums`` for vectors.
+
+    Args:
+        first: row of the table of vectors.
+        stop: one past the last row.
+        vectors: table of ``VectorField``.
+        buffers: this thread's, see ``tiles.make_buffers``.
+    """
+    buffer = buffers[0]
     for index in range(first, stop):
         vector = vectors[index]
-        grad = _vector_gradient(vector)
-        out = doubles(vector[Vector.SQUARES] + 8 * vector[Vector.START], grad.size)
-        for i in range(grad.size):
-            scaled = grad[i] * SQUARE_SCALE
-            out[i] = np.float64(scaled * scaled) * SQUARE_UNSCALE
+        numel = vector[Vector.STOP] - vector[Vector.START]
+        out = doubles(vector[Vector.SQUARES] + 8 * vector[Vector.START], numel)
+        for offset in range(0, numel, _block(buffer)):
+            grad = _gradient(vector, offset, min(_block(buffer), numel - offset), buffer)
+            for i in range(grad.size):
+                scaled = grad[i] * SQUARE_SCALE
+                out[offset + i] = np.float64(scaled * scaled) * SQUARE_UNSCALE
 
 
 @inline
-def update_vector_moments(first, stop, vectors, groups):
+def update_vector_moments(first, stop, vectors, groups, buffers):
     """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for vectors."""
+    buffer = buffers[0]
     for index in range(first, stop):
         vector = vectors[index]
         group = groups[vector[Vector.GROUP]]
         size, start = vector[Vector.SIZE], vector[Vector.START]
+        numel = vector[Vector.STOP] - start
         moment = floats(vector[Vector.MOMENT], size)
         factors.update_moment(
             moment,
@@ -65,45 +93,38 @@ def update_vector_moments(first, stop, vectors, groups):
             group[Group.EPS1],
             group[Group.BETA2],
         )
-        grad = _vector_gradient(vector)
         total = 0.0
-        for i in range(grad.size):
-            update = grad[i] * (ONE / math.sqrt(moment[start + i]))
-            total += np.float64(update * update)
+        for offset in range(0, numel, _block(buffer)):
+            grad = _gradient(vector, offset, min(_block(buffer), numel - offset), buffer)
+            for i in range(grad.size):
+                update = grad[i] * (ONE / math.sqrt(moment[start + offset + i]))
+                total += np.float64(update * update)
         doubles(vector[Vector.TOTAL], 1)[0] = total
 
 
 @inline
-def _vector_bits(vector):
-    """Random bits of a slice of a vector, part by part."""
-    start, stop = vector[Vector.START], vector[Vector.STOP]
-    bits = np.empty(stop - start, np.uint16)
-    place = start
+def _draw(vector, offset, bits):
+    """Random bits of elements from an offset in the slice on, part by part."""
+    start = place = vector[Vector.START] + offset
+    stop = start + bits.size
     while place < stop:
         part = place // vector[Vector.PART_ROWS]
         end = min((part + 1) * vector[Vector.PART_ROWS], stop)
         full_place = vector[Vector.OFFSET] + place + part * vector[Vector.PART_JUMP]
         storage.draw(full_place, vector[Vector.KEY], bits[place - start : end - start])
         place = end
-    return bits
 
 
 @inline
-def apply_vectors(first, stop, vectors, groups):
+def apply_vectors(first, stop, vectors, groups, buffers):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for vectors."""
+    grads, momenta, weights, all_bits = buffers
     for index in range(first, stop):
         vector = vectors[index]
         group = groups[vector[Vector.GROUP]]
-        moment = floats(vector[Vector.MOMENT], vector[Vector.SIZE])[vector[Vector.START] :]
-        grad = _vector_gradient(vector)
+        numel = vector[Vector.STOP] - vector[Vector.START]
+        moment = floats(vector[Vector.MOMENT] + 4 * vector[Vector.START], numel)
         remainders, scales = vector[Vector.REMAINDER], vector[Vector.EXP_AVG_SCALE]
-        buffer = np.empty(grad.size, np.float32)
-        param = storage.weights(vector[Vector.PARAM], remainders, 0, grad.size, buffer)
-        if scales:
-            exp_avg = np.empty(grad.size, np.float32)
-            storage.read_int8(vector[Vector.EXP_AVG], scales, 0, grad.size, exp_avg)
-        else:
-            exp_avg = _whole(vector, vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16])
         inverse_divisor = np.float32(
             factors.inverse_divisor(
                 doubles(vector[Vector.TOTAL], 1)[0],
@@ -114,16 +135,22 @@ def apply_vectors(first, stop, vectors, groups):
         beta1, rest = np.float32(group[Group.BETA1]), np.float32(1.0 - group[Group.BETA1])
         lr = np.float32(group[Group.LR])
         decay = np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY])
-        for i in range(grad.size):
-            update = grad[i] * (ONE / math.sqrt(moment[i])) * inverse_divisor
-            momentum = beta1 * exp_avg[i] + rest * update
-            exp_avg[i] = momentum
-            weight = param[i]
-            weight -= decay * weight
-            param[i] = weight - lr * momentum
-        if vector[Vector.EXP_AVG_IS_BF16] or scales:
-            bits = _vector_bits(vector)
-            address, is_bf16 = vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16]
-            storage.keep_momentum(address, is_bf16, scales, 0, exp_avg, bits)
-        storage.keep_weights(vector[Vector.PARAM], remainders, 0, param)
-        storage.copy_to_model(vector[Vector.MODEL_WEIGHT], 0, param)
+        for offset in range(0, numel, _block(grads)):
+            count = min(_block(grads), numel - offset)
+            grad = _gradient(vector, offset, count, grads)
+            exp_avg = _momentum(vector, offset, count, momenta)
+            param = storage.weights(vector[Vector.PARAM], remainders, offset, count, weights)
+            for i in range(count):
+                update = grad[i] * (ONE / math.sqrt(moment[offset + i])) * inverse_divisor
+                momentum = beta1 * exp_avg[i] + rest * update
+                exp_avg[i] = momentum
+                weight = param[i]
+                weight -= decay * weight
+                param[i] = weight - lr * momentum
+            if vector[Vector.EXP_AVG_IS_BF16] or scales:
+                bits = all_bits[:count]
+                _draw(vector, offset, bits)
+                address, is_bf16 = vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16]
+                storage.keep_momentum(address, is_bf16, scales, offset, exp_avg, bits)
+            storage.keep_weights(vector[Vector.PARAM], remainders, offset, param)
+            storage.copy_to_model(vector[Vector.MODEL_WEIGHT], offset, param)

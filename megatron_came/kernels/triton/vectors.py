@@ -24,7 +24,7 @@ from megatron_came.kernels.triton.compiling import (
 
 @triton.jit
 def _vector(vectors, from_row):
-    """A vector's row, its start and its number of storage."""
+    """A vector's row, its start and its number of elements."""
     vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * VECTOR_FIELDS
     start = tl.load(vector + tables.VectorField.START)
     return vector, start, tl.load(vector + tables.VectorField.STOP) - start
