@@ -35,6 +35,8 @@ class PlainPasses:
     def begin(self, active: Sequence[ParameterWork]) -> None:
         """Start a step of these parameters, all of which have begun."""
         self._active = [self._parts[work] for work in active]
+        for part in self._active:
+            part.begin()
 
     def add_square_sums(self) -> None:
         """Pass 1."""
@@ -53,6 +55,7 @@ class PlainPasses:
             part.update_instability()
             part.apply()
             part.work.copy_to_model()
+            part.end()
         self._active = []
 
     def step(self) -> None:
@@ -69,8 +72,17 @@ class _Part:
         self.work, self._shard = work, work.shard
         limit = _BLOCK_ELEMENTS.get(work.param.device.type, _BLOCK_ELEMENTS["cuda"])
         self._blocks: list[Block] = list(blocks(work.shard, limit))
+        self._grad: Tensor
         # Momentum, and its random bits, of a begun block of int8.
         self._rest: tuple[Tensor, Tensor]
+
+    def begin(self) -> None:
+        """Take up this step's gradient."""
+        self._grad = self.work.grad.reshape(-1)
+
+    def end(self) -> None:
+        """Let go of it."""
+        del self._grad
 
     def _factors(self, *keys: str) -> list[Tensor]:
         """View factors as (batch, n)."""
@@ -78,7 +90,7 @@ class _Part:
         return [self.work.state[key].view(batch, -1) for key in keys]
 
     def _grad_box(self, block: Block) -> Tensor:
-        box = self.work.grad[block.start : block.stop]
+        box = self._grad[block.start : block.stop]
         return box.to(self.work.dtype).view(block.shape)
 
     def _momentum_box(self, block: Block) -> Tensor:

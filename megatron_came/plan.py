@@ -103,7 +103,7 @@ class Plan:
         self, works: list[ParameterWork], kernels: dict[torch.device, Kernels | None]
     ) -> None:
         self.works = works
-        self._natures = [_nature(work.param) for work in works]
+        self._natures = {work.param: (work.group, _nature(work.param)) for work in works}
         self.local: list[Chunk] = []
         self.shared: list[Chunk] = []
         for device in dict.fromkeys(work.param.device for work in works):
@@ -120,11 +120,14 @@ class Plan:
 
     def fits(self, param_groups: Iterable[dict[str, Any]]) -> bool:
         """Whether the groups still hold the plan's parameters, where they were."""
-        group_of = {param: group for group in param_groups for param in group["params"]}
-        return len(group_of) == len(self.works) and all(
-            group_of.get(work.param) is work.group and _nature(work.param) == nature
-            for work, nature in zip(self.works, self._natures, strict=True)
-        )
+        known, count = self._natures, 0
+        for group in param_groups:
+            for param in group["params"]:
+                of, nature = known.get(param, (None, None))
+                if of is not group or _nature(param) != nature:
+                    return False
+                count += 1
+        return count == len(known)
 
 
 def _nature(param: Tensor) -> tuple[object, ...]:

@@ -46,7 +46,7 @@ class ParameterWork:
         state: of this parameter, from :meth:`begin` on.
         hyper: likewise.
         model_weight: 16-bit copy of the slice that the step rewrites, or None; likewise.
-        grad: the flattened gradient of the slice, from :meth:`begin` to :meth:`end`.
+        grad: the gradient of the slice, of any shape, from :meth:`begin` to :meth:`end`.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class ParameterWork:
         self.param, self.group, self.shard, self.key = param, group, shard, key
         self.dtype = state_dtype(param)
         self.has_fp32_weights = param.dtype == torch.float32 or has_remainder(param, remainders)
+        self._has_elements, self._tensor_has_elements = shard.numel > 0, shard.full_numel > 0
         self.state: dict[str, Tensor]
         self.hyper: Hyperparameters
         self.model_weight: Tensor | None
@@ -123,16 +124,19 @@ class ParameterWork:
             RuntimeError: a sparse gradient.
             ValueError: no gradient, while other ranks hold other parts of the same tensor.
         """
-        grad, dp_group = gradient_of(self.param), self.shard.dp_group
-        if grad is None and self.shard.numel and dp_group is not None and dp_group.size() > 1:
+        grad = gradient_of(self.param)
+        if grad is not None:
+            if grad.is_sparse:
+                raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
+            return self._tensor_has_elements
+        dp_group = self.shard.dp_group
+        if self._has_elements and dp_group is not None and dp_group.size() > 1:
             raise ValueError(
                 f"CAME: a slice of shape {self.shard.shape} has no gradient on this rank, "
                 "but other ranks hold the rest of the tensor and would wait for it; give it a "
                 "gradient of zeros."
             )
-        if grad is not None and grad.is_sparse:
-            raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
-        return self.shard.full_numel > 0 and (grad is not None or self.shard.numel == 0)
+        return self._tensor_has_elements and not self._has_elements
 
     def begin(
         self, state: dict[str, Tensor], hyper: Hyperparameters, model_weight: Tensor | None
@@ -141,7 +145,7 @@ class ParameterWork:
         self.state, self.hyper, self.model_weight = state, hyper, model_weight
         # An empty slice may have no gradient; the slice itself is as empty.
         grad = gradient_of(self.param)
-        self.grad = (self.param if grad is None else grad).detach().reshape(-1)
+        self.grad = self.param if grad is None else grad
 
     def copy_to_model(self) -> None:
         """Rewrite the 16-bit copy, where kernels have not."""

@@ -140,9 +140,9 @@ FAULTS = (
     ),
     Fault(
         "addresses not refreshed",
-        "kernels/fused.py",
-        "self._matrix_table[:, : matrices.shape[-1]] = matrices",
-        "self._matrix_table[:, : matrices.shape[-1]] += matrices * (self._tables.matrices is None)",
+        "kernels/addresses.py",
+        "has_moved = seen != self._seen[index]",
+        "has_moved = not self._seen[index]",
         KERNELS,
     ),
     Fault(

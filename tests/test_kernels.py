@@ -56,7 +56,7 @@ def test_the_size_of_the_cache_changes_no_order_of_sums():
         sums.append(Sums(tensors[:2], tensors[2], tensors[3:]))
     tables = []
     for limit in (None, 1, 2500, 12000):
-        _, strips, blocks, slots = cut(shards, sums, Tiling(8, 64, 20), limit)
+        _, strips, blocks, slots = cut(shards, sums, Tiling(8, 64, 20, stretch=2), limit)
         assert slots <= 20
         assert (len(blocks) == 1) == (limit is None)
         tables.append(strips[:, StripField.SLOT + 1 :])
@@ -86,6 +86,27 @@ def test_state_of_another_size_is_refused(kernels):
     param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match=r"state 'exp_avg' of a parameter of shape \(300, 4\)"):
         large.step()
+
+
+@on_both
+def test_what_has_moved_before_a_step_that_fails_is_found_by_the_next(kernels):
+    device, results = DEVICES[kernels], []
+    for fails in (False, True):
+        params = [torch.nn.Parameter(torch.ones(6, 4, device=device)) for _ in range(2)]
+        first, second = (torch.arange(24.0, device=device).view(6, 4) ** power for power in (1, 2))
+        optimizer = CAME(params, lr=1e-2, kernels=kernels)
+        for grad in (first, second):
+            for param in params:
+                param.grad = grad.clone()
+            if fails and grad is second:
+                state = optimizer.state[params[1]]
+                momentum, state["exp_avg"] = state["exp_avg"], torch.zeros(1, device=device)
+                with pytest.raises(ValueError, match="state 'exp_avg'"):
+                    optimizer.step()
+                state["exp_avg"] = momentum
+            optimizer.step()
+        results += params
+    assert all(torch.equal(param, results[0]) for param in results)
 
 
 @on_both

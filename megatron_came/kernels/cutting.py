@@ -1,11 +1,11 @@
 """How the slices of matrix parameters are cut into what the kernels take.
 
-The slice of a matrix parameter is cut into *tiles* of ``tile_rows`` x ``tile_columns`` elements. A
-tile sums its rows and columns into a slot of a scratch buffer, and *strips* then add up, in a fixed
-order, what the tiles beside or below one another hold. Tiles are taken in *segments*, so that the
-scratch buffer has a fixed number of slots. *Cache blocks* are matrices that together fit the cache;
-where no sum goes over ranks they go through all passes before the next ones. *Spans* are whole
-blocks of int8 momentum.
+The slice of a matrix parameter is cut into *tiles* of at most ``tile_rows`` x ``tile_columns``
+elements. A tile sums its rows and columns into a slot of a scratch buffer, and *strips* then add
+up, in a fixed order, what the tiles beside or below one another hold. Tiles are taken in
+*segments*, so that the scratch buffer has a fixed number of slots. *Cache blocks* are matrices that
+together fit the cache; where no sum goes over ranks they go through all passes before the next
+ones. *Spans* are whole blocks of int8 momentum.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import numpy as np
 from megatron_came.kernels.tables import IntTable, SpanField, StripField, Sums, TileField
 from megatron_came.layout import Shard
 
+# Columns from which on tiles are not stretched.
+_NARROW = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -30,6 +33,7 @@ class Tiling:
         slots: tiles whose sums the scratch buffer holds, at least.
         strip: sums of a strip of columns, at most.
         span: elements of a span.
+        stretch: narrow tiles have up to so many times the rows.
     """
 
     rows: int
@@ -37,6 +41,16 @@ class Tiling:
     slots: int
     strip: int = 256
     span: int = 2048
+    stretch: int = 1
+
+    @property
+    def slot_rows(self) -> int:
+        """Rows of the tallest tile."""
+        return self.rows * self.stretch
+
+    def rows_of(self, columns: int) -> int:
+        """Rows of the tiles of a matrix: more where they are narrow, so that there are fewer."""
+        return self.rows * min(max(_NARROW // max(columns, 1), 1), self.stretch)
 
 
 class Segment(NamedTuple):
@@ -111,7 +125,7 @@ def cut(
         for param in members:
             shard = shards[param]
             across = -(-shard.local_matrix[2] // tiling.columns)
-            for matrix, rows, stop_row in _touched(shard, tiling.rows):
+            for matrix, rows, stop_row in _touched(shard, tiling.rows_of(shard.local_matrix[2])):
                 # A matrix that does not fit the rest of a segment begins a new one, so that its
                 # sums are added up in the same order whatever comes before it.
                 if tile_count - first_tile + len(rows) * across > tiling.slots:
@@ -169,7 +183,7 @@ def _tiles(bands: _Bands, across: int, tiling: Tiling) -> IntTable:
     table = np.empty((row.size, len(TileField)), np.int64)
     table[:, TileField.PARAM], table[:, TileField.MATRIX] = bands.param, bands.matrix
     table[:, TileField.ROW], table[:, TileField.COLUMN] = row.ravel(), column.ravel()
-    table[:, TileField.STOP_ROW] = np.minimum(row.ravel() + tiling.rows, bands.stop_row)
+    table[:, TileField.STOP_ROW] = np.minimum(row.ravel() + bands.rows.step, bands.stop_row)
     return table
 
 
@@ -181,7 +195,7 @@ def _strips(
     (row_squares, column_squares), (row_residuals, column_residuals) = sums.squares, sums.residuals
     strips = []
     for index, row in enumerate(bands.rows):
-        count = min(tiling.rows, bands.stop_row - row)
+        count = min(bands.rows.step, bands.stop_row - row)
         place = (bands.matrix * rows + row) * 8
         addresses = [row_squares.data_ptr() + place, row_residuals.data_ptr() + place]
         strips.append([slot + index * across, 1, across, 0, count, *addresses, batch * rows])
@@ -189,7 +203,7 @@ def _strips(
         top = slot + column // tiling.columns
         stop = min(column + tiling.columns, columns)
         for first in range(column, stop, tiling.strip):
-            count, within = min(tiling.strip, stop - first), tiling.rows + first - column
+            count, within = min(tiling.strip, stop - first), tiling.slot_rows + first - column
             place = (bands.matrix * columns + first) * 8
             addresses = [column_squares.data_ptr() + place, column_residuals.data_ptr() + place]
             tiles = len(bands.rows)

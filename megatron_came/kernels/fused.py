@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_came.kernels.addresses import Addresses
 from megatron_came.kernels.cutting import Tiling, cut, spans
 from megatron_came.kernels.schedule import Schedule, Schedules
 from megatron_came.kernels.tables import (
@@ -25,8 +26,7 @@ from megatron_came.kernels.tables import (
     vector_row,
 )
 from megatron_came.layout import Shard
-from megatron_came.maths import int8
-from megatron_came.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
+from megatron_came.state import MATRIX_FACTORS, MOMENTUM, VECTOR_FACTORS
 from megatron_came.work import ParameterWork
 
 
@@ -71,7 +71,7 @@ class Kernels(Protocol):
 
     @property
     def cache_elements(self) -> int | None:
-        """Elements whose fp32 gradient and momentum the cache holds; None: no limit."""
+        """Elements whose fp32 gradient and momentum fill the last cache; None: no limit."""
         ...
 
     def aligned(self, matrices: IntTable) -> bool:
@@ -128,7 +128,10 @@ class FusedPasses:
         self, works: Sequence[ParameterWork], kernels: Kernels, is_local: bool = False
     ) -> None:
         self._kernels = kernels
-        self._cache_elements = kernels.cache_elements if is_local else None
+        self._block_elements = None
+        if is_local and kernels.cache_elements is not None:
+            # The fuller a cache, the more of it is lost.
+            self._block_elements = kernels.cache_elements // 2
         self._members: list[ParameterWork] = []
         self._scales = [_scales(work) for work in works]
         self._scales_of = dict(zip(works, self._scales, strict=True))
@@ -139,9 +142,8 @@ class FusedPasses:
         Raises:
             ValueError: state that does not fit its parameter.
         """
-        members = [work for work in active if work.shard.full_numel]
-        if not self._members or members != self._members:
-            self._build(members)
+        if not self._members or active != self._members:
+            self._build(list(active))
         self._refresh_addresses()
         self._refresh_groups()
         # Others share the scratch buffer, which may have grown since.
@@ -170,21 +172,21 @@ class FusedPasses:
             self._kernels.run(self._tables, schedule)
 
     def _end(self) -> None:
-        for work in self._copied:
-            work.copy_to_model()
-        self._grads.clear()
+        for addresses in (self._matrices, self._vectors):
+            for work in addresses.copied:
+                work.copy_to_model()
+            addresses.release()
 
     def _build(self, members: list[ParameterWork]) -> None:
         """Make the tables of these parameters."""
         self._members = members
-        self._wanted_state = {work: _wanted_state(work.shard) for work in members}
-        self._is_int8 = any(work.state[MOMENTUM].dtype == torch.int8 for work in members)
-        self._matrices = [work for work in members if not work.shard.is_vector]
-        self._vectors = [work for work in members if work.shard.is_vector]
+        is_int8 = any(work.state[MOMENTUM].dtype == torch.int8 for work in members)
+        matrices = [work for work in members if not work.shard.is_vector]
+        vectors = [work for work in members if work.shard.is_vector]
         self._groups = list({id(work.group): work for work in members}.values())
         group_of = {id(work.group): index for index, work in enumerate(self._groups)}
-        sums = [Sums(work.square_sums, work.total, work.residual_sums) for work in self._matrices]
-        batches = [work.shard.local_matrix[0] for work in self._matrices]
+        sums = [Sums(work.square_sums, work.total, work.residual_sums) for work in matrices]
+        batches = [work.shard.local_matrix[0] for work in matrices]
         firsts = np.cumsum([0, *batches])
         self._matrix_table = _stack(
             MatrixField,
@@ -192,29 +194,29 @@ class FusedPasses:
                 matrix_row(
                     work.shard, one, group_of[id(work.group)], self._scales_of[work], int(first)
                 )
-                for work, one, first in zip(self._matrices, sums, firsts, strict=False)
+                for work, one, first in zip(matrices, sums, firsts, strict=False)
             ],
         )
         self._vector_table = _stack(
             VectorField,
             [
                 vector_row(work.shard, Sums(work.square_sums, work.total), group_of[id(work.group)])
-                for work in self._vectors
+                for work in vectors
             ],
         )
         factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
-        shards = [work.shard for work in self._matrices]
+        shards = [work.shard for work in matrices]
         tiling = self._kernels.tiling
-        tiles, strips, blocks, self._slots = cut(shards, sums, tiling, self._cache_elements)
-        span_table = spans(shards if self._is_int8 else [], tiling.span)
+        tiles, strips, blocks, self._slots = cut(shards, sums, tiling, self._block_elements)
+        span_table = spans(shards if is_int8 else [], tiling.span)
         first_spans = np.searchsorted(
             span_table[:, SpanField.PARAM], np.arange(len(shards) + 1)
         ).tolist()
-        self._schedules = Schedules.of(
-            blocks, firsts.tolist(), first_spans, len(self._vectors), self._is_int8
-        )
+        self._schedules = Schedules.of(blocks, firsts.tolist(), first_spans, len(vectors), is_int8)
         place = self._kernels.place
-        self._matrix_addresses = self._vector_addresses = np.zeros((0, 0), np.int64)
+        written = self._kernels.written_dtypes
+        self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, written, is_int8)
+        self._vectors = Addresses(vectors, self._vector_table, VECTOR_FACTORS, written, is_int8)
         self._group_rows: list[tuple[float, ...]] = []
         self._tables = Tables(
             matrices=None,
@@ -230,54 +232,11 @@ class FusedPasses:
 
     def _refresh_addresses(self) -> None:
         """Write anew where tensors lie, if the host has moved any."""
-        self._grads: list[Tensor] = []
-        self._copied: list[ParameterWork] = []
-        matrices = np.array(
-            [[*self._pass_addresses(work, MATRIX_FACTORS)] for work in self._matrices], np.int64
-        )
-        if not np.array_equal(matrices, self._matrix_addresses):
-            self._matrix_addresses = matrices
-            self._matrix_table[:, : matrices.shape[-1]] = matrices
+        if self._matrices.refresh():
             self._tables.matrices = self._kernels.place(self._matrix_table)
             self._tables.aligned = self._kernels.aligned(self._matrix_table)
-        vectors = np.array(
-            [[*self._pass_addresses(work, VECTOR_FACTORS)] for work in self._vectors], np.int64
-        )
-        if not np.array_equal(vectors, self._vector_addresses):
-            self._vector_addresses = vectors
-            self._vector_table[:, : vectors.shape[-1]] = vectors
+        if self._vectors.refresh():
             self._tables.vectors = self._kernels.place(self._vector_table)
-
-    def _pass_addresses(self, work: ParameterWork, factors: Sequence[str]) -> list[int]:
-        """The first columns of a parameter's row: what the host may change between steps."""
-        grad = work.grad
-        if grad.dtype not in (torch.float32, torch.bfloat16) or not grad.is_contiguous():
-            grad = grad.to(torch.float32).contiguous()
-            self._grads.append(grad)
-        state, weight = work.state, work.model_weight
-        momentum = state[MOMENTUM]
-        wanted = self._wanted_state[work]
-        for key, value in state.items():
-            if key in wanted:  # all that kernels touch
-                wanted[key].check(value, work, key)
-        if (momentum.dtype == torch.int8) != self._is_int8:
-            raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
-        if weight is not None and weight.dtype not in self._kernels.written_dtypes:
-            self._copied.append(work)
-            weight = None
-        return [
-            work.param.data_ptr(),
-            grad.data_ptr(),
-            momentum.data_ptr(),
-            state[SCALE].data_ptr() if self._is_int8 else 0,
-            state[REMAINDER].data_ptr() if REMAINDER in state else 0,
-            0 if weight is None else weight.data_ptr(),
-            *(state[key].data_ptr() for key in factors),
-            grad.dtype == torch.bfloat16,
-            weight is not None and weight.dtype == torch.bfloat16,
-            momentum.dtype == torch.bfloat16,
-            0 if momentum.dtype == torch.float32 else work.step_key,
-        ]
 
     def _refresh_groups(self) -> None:
         """Write anew learning rates and other hyperparameters, if any has changed."""
@@ -300,39 +259,6 @@ class FusedPasses:
         for index, work in enumerate(self._groups):
             if isinstance(work.group["lr"], Tensor):
                 self._kernels.set_rate(self._tables, index, work.group["lr"])
-
-
-class _Wanted(NamedTuple):
-    """What a tensor of the state must be: kernels would write beyond the end of a smaller one."""
-
-    numel: int
-    dtypes: tuple[torch.dtype, ...]
-
-    def check(self, value: Tensor, work: ParameterWork, key: str) -> None:
-        """Compare a tensor.
-
-        Raises:
-            ValueError: another size, dtype, device or layout.
-        """
-        fits = value.numel() == self.numel and value.dtype in self.dtypes
-        if not fits or not value.is_contiguous() or value.device != work.param.device:
-            raise ValueError(
-                f"CAME: state {key!r} of a parameter of shape {work.shard.shape} has the shape "
-                f"{tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to another "
-                "model, or something has changed it."
-            )
-
-
-def _wanted_state(shard: Shard) -> dict[str, _Wanted]:
-    batch, rows, columns = shard.local_matrix
-    sizes = {VECTOR_FACTORS[0]: rows}
-    sizes |= {key: batch * (rows if key.endswith("_row") else columns) for key in MATRIX_FACTORS}
-    return {
-        MOMENTUM: _Wanted(shard.numel, (torch.float32, torch.bfloat16, torch.int8)),
-        SCALE: _Wanted(int8.blocks(shard.numel), (torch.float32,)),
-        REMAINDER: _Wanted(shard.numel, (torch.int16,)),
-        **{key: _Wanted(size, (torch.float32,)) for key, size in sizes.items()},
-    }
 
 
 def _scales(work: ParameterWork) -> tuple[Tensor, ...]:

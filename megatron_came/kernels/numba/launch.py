@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_came.kernels.cutting import Tiling
 from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
 from megatron_came.kernels.numba.run import run
+from megatron_came.kernels.numba.tiles import room_elements
 from megatron_came.kernels.schedule import LaunchField, Schedule
 from megatron_came.kernels.tables import GroupField
 from megatron_came.layout import Shard
@@ -36,18 +37,21 @@ class NumbaKernels:
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     # Rows are read whole where they are no longer than this: memory read in pieces, with gaps
     # between them, is read at half the speed.
-    tiling = Tiling(rows=64, columns=4096, slots=256, strip=256)
+    tiling = Tiling(rows=64, columns=4096, slots=256, strip=64, stretch=4)
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._pool_key = (0, 0)
-        width = self.tiling.rows + self.tiling.columns
+        width = self.tiling.slot_rows + self.tiling.columns
         self._scratch = np.empty((0, 3, width), np.float32)
+        self._room = np.empty(
+            (0, 4, room_elements(self.tiling.columns, self.tiling.span)), np.float32
+        )
 
     @property
     def cache_elements(self) -> int:
-        """What three quarters of the last-level caches hold of gradient and momentum."""
-        return _last_caches(torch.get_num_threads()) * 3 // 4 // 8
+        """What the last-level caches hold of gradient and momentum."""
+        return _last_caches(torch.get_num_threads()) // 8
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
         """Tensors in one piece."""
@@ -81,6 +85,8 @@ class NumbaKernels:
             return
         rows = schedule[:, LaunchField.STOP] - schedule[:, LaunchField.FIRST]
         threads = torch.get_num_threads()
+        if threads > len(self._room):
+            self._room = np.empty((threads, *self._room.shape[1:]), np.float32)
         counters = np.zeros((len(schedule), threads + 1), np.int64)
         arguments = (
             tables.matrices,
@@ -92,9 +98,9 @@ class NumbaKernels:
             tables.groups,
             tables.divisors,
             tables.scratch,
-            self.tiling.rows,
+            self._room,
+            self.tiling.slot_rows,
             self.tiling.columns,
-            self.tiling.span,
         )
         helpers = min(threads, int(rows.max(initial=0))) - 1
         others: list[Future[None]] = []

@@ -97,9 +97,9 @@ def _run(
     groups,
     divisors,
     scratch,
+    room,
     tile_rows,
     tile_columns,
-    span_elements,
 ):
     """Take part in a schedule, until all of it is done.
 
@@ -120,15 +120,15 @@ def _run(
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32.
         scratch: (slots, 3, tile_rows + tile_columns), fp32.
-        tile_rows: of a tile.
+        room: (threads, 4, elements), fp32, see ``tiles.buffers_in``.
+        tile_rows: of a tile, at most.
         tile_columns: of a tile.
-        span_elements: of a span.
     """
     launches, matrices = unowned(launches), unowned(matrices)
     vector_table, tile_table = unowned(vector_table), unowned(tile_table)
     spans, strips, factor_table = unowned(spans), unowned(strips), unowned(factor_table)
     groups, divisors, scratch = unowned(groups), unowned(divisors), unowned(scratch)
-    buffers = tiles.make_buffers(tile_columns, span_elements)
+    buffers = tiles.buffers_in(room[thread])
     threads = counters.shape[1] - 1
     for index in range(len(launches)):
         kernel, origin = launches[index, Launch.KERNEL], launches[index, Launch.FIRST]

@@ -37,6 +37,15 @@ def read_bf16(bits, out):
 def _rows(address, is_bf16, offset, stride, rows, count, buffer):
     """Rows of a gradient or momentum in fp32: in their own memory, or in the buffer.
 
+    Args:
+        address: of the tensor.
+        is_bf16: whether it is bf16, otherwise fp32.
+        offset: of the first row's first element.
+        stride: elements from there to the next row's.
+        rows: how many.
+        count: elements of each.
+        buffer: fp32.
+
     Returns:
         Address of the first row, elements from there to the next.
     """
@@ -50,10 +59,10 @@ def _rows(address, is_bf16, offset, stride, rows, count, buffer):
 
 
 @inline
-def gradients(param, offset, rows, count, buffer):
+def gradients(param, offset, stride, rows, count, buffer):
     """Rows of a gradient; see :func:`_rows`."""
     address, is_bf16 = param[Matrix.GRAD], param[Matrix.GRAD_IS_BF16]
-    return _rows(address, is_bf16, offset, param[Matrix.COLUMNS], rows, count, buffer)
+    return _rows(address, is_bf16, offset, stride, rows, count, buffer)
 
 
 @elementwise
@@ -75,29 +84,29 @@ def read_int8(address, scales, offset, count, out):
 
 
 @inline
-def momenta(param, offset, rows, count, buffer):
+def momenta(param, offset, stride, rows, count, buffer):
     """Rows of a momentum; see :func:`_rows`."""
     address, scales = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_SCALE]
-    is_bf16, columns = param[Matrix.EXP_AVG_IS_BF16], param[Matrix.COLUMNS]
     if not scales:
-        return _rows(address, is_bf16, offset, columns, rows, count, buffer)
+        is_bf16 = param[Matrix.EXP_AVG_IS_BF16]
+        return _rows(address, is_bf16, offset, stride, rows, count, buffer)
     out = np.int64(buffer.ctypes.data)
     for row in range(rows):
         into = floats(out + 4 * row * count, count)
-        read_int8(address, scales, offset + row * columns, count, into)
+        read_int8(address, scales, offset + row * stride, count, into)
     return out, count
 
 
 @inline
 def gradient(param, offset, count, buffer):
     """Part of a row of a gradient in fp32."""
-    return floats(gradients(param, offset, 1, count, buffer)[0], count)
+    return floats(gradients(param, offset, count, 1, count, buffer)[0], count)
 
 
 @inline
 def momentum(param, offset, count, buffer):
     """Part of a row of a momentum in fp32."""
-    return floats(momenta(param, offset, 1, count, buffer)[0], count)
+    return floats(momenta(param, offset, count, 1, count, buffer)[0], count)
 
 
 @elementwise

@@ -22,6 +22,7 @@ from megatron_came.kernels.numba.compiling import (
     fast,
     floats,
     inline,
+    shorts,
     to_float32,
 )
 from megatron_came.kernels.tables import GroupField as Group
@@ -30,25 +31,35 @@ from megatron_came.kernels.tables import SpanField as Span
 from megatron_came.kernels.tables import StripField as Strip
 from megatron_came.kernels.tables import TileField as Tile
 
-# In pass 2 the sums of long rows' columns leave the innermost cache, so that rows are taken several
-# at a time. Shorter rows share pages of memory, which are read fastest from one end to the other.
-_ROWS_AT_ONCE = 4
+# In pass 2 several rows are taken at once, to add less often to the sums of columns: more of them
+# where these leave the innermost cache. They lie far apart, as memory is read fastest in a few
+# streams, each from one end of a page to the other.
+_ROWS_AT_ONCE = 2
+_LONG_ROWS_AT_ONCE = 4
 _LONG_ROW = 1024
 
 
+def room_elements(tile_columns: int, span_elements: int) -> int:
+    """Elements of each of the buffers of :func:`buffers_in`."""
+    return max(_LONG_ROWS_AT_ONCE * tile_columns, span_elements)
+
+
 @inline
-def make_buffers(tile_columns, span_elements):
-    """A thread's room for what is not fp32 in memory.
+def buffers_in(room):
+    """Divide a thread's room for what is not fp32 in memory.
+
+    Args:
+        room: (4, elements), fp32, with as many elements as :func:`room_elements` says.
 
     Returns:
         Gradients and momenta of a few rows, weights of one, fp32; random bits of one, uint16.
     """
-    size = max(_ROWS_AT_ONCE * tile_columns, span_elements)
+    address, count = room.ctypes.data, room.shape[1]
     return (
-        np.empty(size, np.float32),
-        np.empty(size, np.float32),
-        np.empty(size, np.float32),
-        np.empty(size, np.uint16),
+        floats(address, count),
+        floats(address + 4 * count, count),
+        floats(address + 8 * count, count),
+        shorts(address + 12 * count, count),
     )
 
 
@@ -101,7 +112,7 @@ def square_tiles(first, stop, origin, matrices, tiles, scratch, tile_rows, tile_
         scratch: (slots, 3, tile_rows + tile_columns), fp32, out; the first of the three is used.
         tile_rows: of a tile.
         tile_columns: of a tile.
-        buffers: this thread's, see :func:`make_buffers`.
+        buffers: this thread's, see :func:`buffers_in`.
     """
     width = tile_rows + tile_columns
     buffer = buffers[0]
@@ -144,24 +155,24 @@ def _instability_rows(rows):
         count,
         row_scale,
         column_scale,
+        apart,
         inverse_guess,
-        row_errors,
-        row_crosses,
-        row_updates,
+        row_sums,
         column_errors,
         column_crosses,
         column_updates,
     ):
+        """Rows that lie so many apart; ``row_sums`` is (3, rows), zeros."""
         _assume_no_overlap()
         for i in range(count):
             errors, crosses, updates = column_errors[i], column_crosses[i], column_updates[i]
             for row in range(rows):
-                update = grad[row * grad_stride + i] * row_scale[row] * column_scale[i]
+                update = grad[row * grad_stride + i] * row_scale[row * apart] * column_scale[i]
                 error = update * inverse_guess - exp_avg[row * exp_avg_stride + i]
                 square, cross, update_square = error * error, update * error, update * update
-                row_errors[row] += square
-                row_crosses[row] += cross
-                row_updates[row] += update_square
+                row_sums[row] += square
+                row_sums[rows + row] += cross
+                row_sums[2 * rows + row] += update_square
                 errors += square
                 crosses += cross
                 updates += update_square
@@ -170,7 +181,17 @@ def _instability_rows(rows):
     return instability_rows
 
 
-_instability_row, _instability_block = _instability_rows(1), _instability_rows(_ROWS_AT_ONCE)
+_one_row = _instability_rows(1)
+_some_rows = _instability_rows(_ROWS_AT_ONCE)
+_long_rows = _instability_rows(_LONG_ROWS_AT_ONCE)
+
+
+@inline
+def _lies_in_slice(param, tile):
+    """Whether all of a tile's rows lie in the slice, from one end to the other."""
+    first = tile[Tile.MATRIX] * param[Matrix.ROWS]
+    starts = (first + tile[Tile.ROW]) * param[Matrix.COLUMNS] >= param[Matrix.START]
+    return starts and (first + tile[Tile.STOP_ROW]) * param[Matrix.COLUMNS] <= param[Matrix.STOP]
 
 
 @inline
@@ -183,7 +204,7 @@ def instability_tiles(
         divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
     """
     width = tile_rows + tile_columns
-    grads, momenta, _, _ = buffers
+    grads, momenta, row_sums, _ = buffers
     for index in range(first, stop):
         tile = tiles[index]
         param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
@@ -194,18 +215,21 @@ def instability_tiles(
         column_scale = param[Matrix.COLUMN_SCALE] + 4 * matrix * columns
         inverse_guess = divisors[param[Matrix.FIRST_MATRIX] + matrix, 0]
         row, stop_row = tile[Tile.ROW], tile[Tile.STOP_ROW]
+        at_once = _LONG_ROWS_AT_ONCE if columns > _LONG_ROW else _ROWS_AT_ONCE
+        apart = (stop_row - row) // at_once if _lies_in_slice(param, tile) else 0
+        stop_together, next_alone = row + apart, row + at_once * apart
         while row < stop_row:
+            together = at_once if row < stop_together else 1
             low, high, start = _row_in_slice(param, tile, row, tile_columns)
-            block = columns > _LONG_ROW and row + _ROWS_AT_ONCE <= stop_row
-            # All of the block's rows must lie in the slice, from one end of the tile to the other.
-            block &= low == start and high + (_ROWS_AT_ONCE - 1) * columns <= param[Matrix.STOP]
-            together = _ROWS_AT_ONCE if block else 1
             if low < high:
                 offset, count, column = low - param[Matrix.START], high - low, low - start
-                grad, grad_stride = storage.gradients(param, offset, together, count, grads)
-                exp_avg, exp_avg_stride = storage.momenta(param, offset, together, count, momenta)
-                row_sums = slot + 4 * (row - tile[Tile.ROW])
+                stride = apart * columns
+                grad, grad_stride = storage.gradients(param, offset, stride, together, count, grads)
+                exp_avg, exp_avg_stride = storage.momenta(
+                    param, offset, stride, together, count, momenta
+                )
                 column_sums = slot + 4 * (tile_rows + column)
+                row_sums[: 3 * together] = 0.0
                 args = (
                     to_float32(grad),
                     grad_stride,
@@ -214,19 +238,24 @@ def instability_tiles(
                     count,
                     to_float32(row_scale + 4 * row),
                     to_float32(column_scale + 4 * (tile[Tile.COLUMN] + column)),
+                    apart,
                     inverse_guess,
-                    to_float32(row_sums),
-                    to_float32(row_sums + 4 * width),
-                    to_float32(row_sums + 8 * width),
+                    to_float32(row_sums.ctypes.data),
                     to_float32(column_sums),
                     to_float32(column_sums + 4 * width),
                     to_float32(column_sums + 8 * width),
                 )
-                if block:
-                    _instability_block(*args)
+                if together == 1:
+                    _one_row(*args)
+                elif together == _ROWS_AT_ONCE:
+                    _some_rows(*args)
                 else:
-                    _instability_row(*args)
-            row += together
+                    _long_rows(*args)
+                for kind in range(3):
+                    for number in range(together):
+                        place = kind * width + row - tile[Tile.ROW] + number * apart
+                        floats(slot + 4 * place, 1)[0] = row_sums[kind * together + number]
+            row = next_alone if row + 1 == stop_together else row + 1
 
 
 @elementwise
@@ -276,15 +305,33 @@ def _apply_row(
 
 
 @inline
+def _rates(param, groups):
+    """What all elements of a parameter share: lr, beta1, 1 - beta1 and lr times decay, fp32."""
+    group = groups[param[Matrix.GROUP]]
+    lr, beta1 = group[Group.LR], group[Group.BETA1]
+    return (
+        np.float32(lr),
+        np.float32(beta1),
+        np.float32(1.0 - beta1),
+        np.float32(lr * group[Group.WEIGHT_DECAY]),
+    )
+
+
+@inline
+def _inverse_divisor(param, divisors, matrix):
+    return divisors[param[Matrix.FIRST_MATRIX] + matrix, 1]
+
+
+@inline
 def _update(
-    param, groups, divisors, matrix, row, column, offset, momentum, bits, grad_buffer, buffer
+    param, rates, inverse_divisor, matrix, row, column, offset, momentum, bits, grad_buffer, buffer
 ):
     """Update part of a row: the momentum in fp32, the weights where they are kept.
 
     Args:
         param: row of the table of matrix parameters.
-        groups: table of ``GroupField``, float64.
-        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
+        rates: see :func:`_rates`.
+        inverse_divisor: 1/d.
         matrix: place in the batch.
         row: of the matrix.
         column: first one.
@@ -294,7 +341,7 @@ def _update(
         grad_buffer: for the gradient in fp32.
         buffer: for the weights in fp32.
     """
-    count, group = momentum.size, groups[param[Matrix.GROUP]]
+    count, (lr, beta1, rest, decay) = momentum.size, rates
     rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
     row_scale = floats(param[Matrix.ROW_SCALE] + 4 * (matrix * rows + row), 1)[0]
     row_confidence = floats(param[Matrix.ROW_CONFIDENCE] + 4 * (matrix * rows + row), 1)[0]
@@ -306,11 +353,11 @@ def _update(
         momentum,
         floats(param[Matrix.COLUMN_SCALE] + place, count),
         floats(param[Matrix.COLUMN_CONFIDENCE] + place, count),
-        row_scale * divisors[param[Matrix.FIRST_MATRIX] + matrix, 1],
-        np.float32(group[Group.LR]) * row_confidence,
-        np.float32(group[Group.BETA1]),
-        np.float32(1.0 - group[Group.BETA1]),
-        np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY]),
+        row_scale * inverse_divisor,
+        lr * row_confidence,
+        beta1,
+        rest,
+        decay,
     )
     storage.keep_weights(param[Matrix.PARAM], param[Matrix.REMAINDER], offset, weights)
     storage.copy_to_model(param[Matrix.MODEL_WEIGHT], offset, weights)
@@ -332,6 +379,7 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns, bu
     for index in range(first, stop):
         tile = tiles[index]
         param, matrix = matrices[tile[Tile.PARAM]], tile[Tile.MATRIX]
+        rates, inverse_divisor = _rates(param, groups), _inverse_divisor(param, divisors, matrix)
         for row in range(tile[Tile.ROW], tile[Tile.STOP_ROW]):
             low, high, start = _row_in_slice(param, tile, row, tile_columns)
             if low < high:
@@ -339,8 +387,8 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns, bu
                 momentum = storage.momentum(param, offset, count, momenta)
                 column, drawn = tile[Tile.COLUMN] + low - start, bits[:count]
                 _update(
-                    param, groups, divisors, matrix, row, column, offset, momentum, drawn, grads,
-                    weights,
+                    param, rates, inverse_divisor, matrix, row, column, offset, momentum, drawn,
+                    grads, weights,
                 )  # fmt: skip
                 storage.keep_momentum(
                     param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_IS_BF16], 0, offset, momentum, drawn
@@ -358,7 +406,7 @@ def apply_spans(first, stop, matrices, spans, groups, divisors, buffers):
         spans: table of ``SpanField``.
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        buffers: this thread's, see :func:`make_buffers`.
+        buffers: this thread's, see :func:`buffers_in`.
     """
     grads, momenta, weights, bits = buffers
     for index in range(first, stop):
@@ -367,6 +415,7 @@ def apply_spans(first, stop, matrices, spans, groups, divisors, buffers):
         low, high = spans[index, Span.FIRST], spans[index, Span.STOP]
         momentum, drawn = momenta[: high - low], bits[: high - low]
         address, scales = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_SCALE]
+        rates = _rates(param, groups)
         storage.read_int8(address, scales, low, high - low, momentum)
         offset = low
         while offset < high:
@@ -376,8 +425,10 @@ def apply_spans(first, stop, matrices, spans, groups, divisors, buffers):
             end = min(offset + columns - column, high)
             part, some = momentum[offset - low : end - low], drawn[offset - low : end - low]
             row = all_rows - matrix * rows
+            inverse_divisor = _inverse_divisor(param, divisors, matrix)
             _update(
-                param, groups, divisors, matrix, row, column, offset, part, some, grads, weights
-            )
+                param, rates, inverse_divisor, matrix, row, column, offset, part, some, grads,
+                weights,
+            )  # fmt: skip
             offset = end
         storage.keep_momentum(address, 0, scales, low, momentum, drawn)

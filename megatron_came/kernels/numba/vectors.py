@@ -62,7 +62,7 @@ def square_vectors(first, stop, vectors, buffers):
         first: row of the table of vectors.
         stop: one past the last row.
         vectors: table of ``VectorField``.
-        buffers: this thread's, see ``tiles.make_buffers``.
+        buffers: this thread's, see ``tiles.buffers_in``.
     """
     buffer = buffers[0]
     for index in range(first, stop):

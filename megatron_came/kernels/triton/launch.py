@@ -43,10 +43,10 @@ class TritonKernels:
 
     @property
     def cache_elements(self) -> int | None:
-        """What half of the L2 cache holds of gradient and momentum."""
+        """What the L2 cache holds of gradient and momentum."""
         if not self._is_cuda:
             return None
-        return int(torch.cuda.get_device_properties(self._device).L2_cache_size) // 2 // 8
+        return int(torch.cuda.get_device_properties(self._device).L2_cache_size) // 8
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
         """Tensors in one piece, with places in a tile that fit 32 bits."""

@@ -7,12 +7,12 @@ from collections.abc import Callable
 Shape = tuple[int, ...]
 
 
-def _gpt2(layers: int, hidden: int) -> list[Shape]:
-    """GPT-2 with tied embeddings, 1024 positions, and 50257 words padded to 50304."""
+def _gpt2(layers: int, hidden: int, vocabulary: int = 50304, positions: int = 1024) -> list[Shape]:
+    """GPT-2 with tied embeddings; its 50257 words are padded to 50304."""
     layer: list[Shape] = [(hidden,)] * 2 + [(3 * hidden, hidden), (3 * hidden,)]
     layer += [(hidden, hidden), (hidden,)] + [(hidden,)] * 2
     layer += [(4 * hidden, hidden), (4 * hidden,), (hidden, 4 * hidden), (hidden,)]
-    return [(50304, hidden), (1024, hidden), *(layer * layers), (hidden,), (hidden,)]
+    return [(vocabulary, hidden), (positions, hidden), *(layer * layers), (hidden,), (hidden,)]
 
 
 def _llama(layers: int, hidden: int, ffn: int) -> list[Shape]:
@@ -23,6 +23,8 @@ def _llama(layers: int, hidden: int, ffn: int) -> list[Shape]:
 
 
 _MODELS: dict[str, tuple[int, Callable[[int], list[Shape]]]] = {
+    # nanoGPT's model of single characters, 65 padded to 128
+    "nanogpt-char": (6, lambda layers: _gpt2(layers, 384, 128, 256)),
     "gpt2-nano": (2, lambda layers: _gpt2(layers, 192)),
     "gpt2-mini": (4, lambda layers: _gpt2(layers, 256)),
     "gpt2-small": (12, lambda layers: _gpt2(layers, 768)),

@@ -1,0 +1,161 @@
+"""Where the tensors of parameters lie: the first columns of their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_came.kernels.tables import IntTable
+from megatron_came.layout import Shard
+from megatron_came.maths import int8
+from megatron_came.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
+from megatron_came.work import ParameterWork
+
+_GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Addresses:
+    """Writes the first columns of a table: what the host may change between steps.
+
+    Args:
+        works: the parameters in the order of the table; all of them have begun a step.
+        table: of ``MatrixField`` or ``VectorField``.
+        factors: keys of the state, in the order of the table's columns.
+        written_dtypes: of the model weights that kernels can write.
+        is_int8: whether the momentum is.
+
+    Attributes:
+        copied: parameters of this step whose model weights kernels cannot write.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[ParameterWork],
+        table: IntTable,
+        factors: Sequence[str],
+        written_dtypes: Collection[torch.dtype],
+        is_int8: bool,
+    ) -> None:
+        self._works, self._table, self._factors = works, table, factors
+        self._written_dtypes, self._is_int8 = written_dtypes, is_int8
+        self._wanted = [_wanted_state(work.shard) for work in works]
+        # What kernels touch of the state.
+        self._keys = [
+            [key for key in wanted if key in work.state]
+            for work, wanted in zip(works, self._wanted, strict=True)
+        ]
+        self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [itemgetter(*k) for k in self._keys]
+        self._seen: list[tuple[Any, ...]] = [()] * len(works)
+        self._has_changed = True  # since refresh() last returned
+        self._grads: list[Tensor] = []
+        self.copied: list[ParameterWork] = []
+
+    def refresh(self) -> bool:
+        """Look where the tensors lie in this step.
+
+        Returns:
+            Whether the table has changed; True the first time.
+
+        Raises:
+            ValueError: state that does not fit its parameter.
+        """
+        self.release()
+        for index, work in enumerate(self._works):
+            grad, weight = self._gradient(work), self._model_weight(work)
+            seen = (
+                work.param.data_ptr(),
+                grad.data_ptr(),
+                grad.dtype,
+                weight is not None and (weight.data_ptr(), weight.dtype),
+                [
+                    (tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous())
+                    for tensor in self._get[index](work.state)
+                ],
+            )
+            has_moved = seen != self._seen[index]
+            if has_moved:
+                self._check(index)
+                self._seen[index] = seen
+            if has_moved or work.state[MOMENTUM].dtype != torch.float32:
+                row = self._row(work, grad, weight)
+                self._table[index, : len(row)] = row
+                self._has_changed = True
+        has_changed, self._has_changed = self._has_changed, False
+        return has_changed
+
+    def release(self) -> None:
+        """Let go of what only this step needs."""
+        self._grads, self.copied = [], []
+
+    def _gradient(self, work: ParameterWork) -> Tensor:
+        grad = work.grad
+        if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
+            grad = grad.to(torch.float32).contiguous()
+            self._grads.append(grad)
+        return grad
+
+    def _model_weight(self, work: ParameterWork) -> Tensor | None:
+        weight = work.model_weight
+        if weight is not None and weight.dtype not in self._written_dtypes:
+            self.copied.append(work)
+            return None
+        return weight
+
+    def _row(self, work: ParameterWork, grad: Tensor, weight: Tensor | None) -> list[int]:
+        state = work.state
+        momentum = state[MOMENTUM]
+        return [
+            work.param.data_ptr(),
+            grad.data_ptr(),
+            momentum.data_ptr(),
+            state[SCALE].data_ptr() if self._is_int8 else 0,
+            state[REMAINDER].data_ptr() if REMAINDER in state else 0,
+            0 if weight is None else weight.data_ptr(),
+            *(state[key].data_ptr() for key in self._factors),
+            grad.dtype == torch.bfloat16,
+            weight is not None and weight.dtype == torch.bfloat16,
+            momentum.dtype == torch.bfloat16,
+            0 if momentum.dtype == torch.float32 else work.step_key,
+        ]
+
+    def _check(self, index: int) -> None:
+        """Compare the state with what kernels rely on.
+
+        Raises:
+            ValueError: another size, dtype, device or layout.
+        """
+        work, wanted = self._works[index], self._wanted[index]
+        for key in self._keys[index]:
+            value = work.state[key]
+            fits = value.numel() == wanted[key].numel and value.dtype in wanted[key].dtypes
+            if not fits or not value.is_contiguous() or value.device != work.param.device:
+                raise ValueError(
+                    f"CAME: state {key!r} of a parameter of shape {work.shard.shape} has the shape "
+                    f"{tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to "
+                    "another model, or something has changed it."
+                )
+        if (work.state[MOMENTUM].dtype == torch.int8) != self._is_int8:
+            raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
+
+
+class _Wanted(NamedTuple):
+    """What a tensor of the state must be: kernels would write beyond the end of a smaller one."""
+
+    numel: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+def _wanted_state(shard: Shard) -> dict[str, _Wanted]:
+    batch, rows, columns = shard.local_matrix
+    sizes = {VECTOR_FACTORS[0]: rows}
+    sizes |= {key: batch * (rows if key.endswith("_row") else columns) for key in MATRIX_FACTORS}
+    return {
+        MOMENTUM: _Wanted(shard.numel, (torch.float32, torch.bfloat16, torch.int8)),
+        SCALE: _Wanted(int8.blocks(shard.numel), (torch.float32,)),
+        REMAINDER: _Wanted(shard.numel, (torch.int16,)),
+        **{key: _Wanted(size, (torch.float32,)) for key, size in sizes.items()},
+    }
