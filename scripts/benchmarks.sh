@@ -18,11 +18,14 @@ bench() {   # NAME OPTIONS...
 }
 
 bench peers --model gpt2-small
-for model in gpt2-nano gpt2-mini gpt2-small gpt2-medium gpt2-large; do
-    bench "size-$model" --model "$model" --only "came, fused" "adamw, fused"
+# From ten to a thousand million parameters, in runs that lie minutes apart: of a shared machine the
+# bandwidth changes meanwhile
+for run in 1 2 3; do
+    for model in "nanogpt-char --steps 60" "gpt2-nano --steps 60" "gpt2-mini --steps 60" gpt2-small gpt2-medium gpt2-large "gpt2-xl --layers 30"; do
+        # shellcheck disable=SC2086 # a model and its options
+        bench "models-${model%% *}-$run" --model $model --only "came, fused" "adamw, fused"
+    done
 done
-# A thousand million parameters
-bench size-gpt2-xl-30 --model gpt2-xl --layers 30 --only "came, fused" "adamw, fused"
 for layers in 1 6 12 24 48; do
     bench "layers-$layers" --model gpt2-small --layers "$layers" --only "came, fused" "adamw, fused"
 done

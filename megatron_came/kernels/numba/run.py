@@ -20,7 +20,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from megatron_came.kernels import tables
-from megatron_came.kernels.numba import compiling, factors, storage, tiles, vectors
+from megatron_came.kernels.numba import compiling, factors, storage, tiles, updates, vectors
 from megatron_came.kernels.numba.compiling import inline, unowned
 from megatron_came.kernels.schedule import Kernel
 from megatron_came.kernels.schedule import LaunchField as Launch
@@ -36,7 +36,8 @@ _LOOKS = 256
 # files may have changed since.
 _TABLES = (*tables.TABLES, Kernel, Launch)
 _FIELDS = repr([(table.__name__, list(table.__members__.items())) for table in _TABLES])
-_FILES = [Path(str(m.__file__)).read_bytes() for m in (compiling, storage, tiles, factors, vectors)]
+_SOURCES = (compiling, storage, tiles, factors, updates, vectors)
+_FILES = [Path(str(source.__file__)).read_bytes() for source in _SOURCES]
 _FINGERPRINT = zlib.crc32(b"".join([*_FILES, _FIELDS.encode(), str(int8.BLOCK).encode()]))
 
 
@@ -173,11 +174,11 @@ def _run(
                         first, stop, matrices, factor_table, groups, divisors
                     )
                 elif kernel == Kernel.APPLY_TILES:
-                    tiles.apply_tiles(
+                    updates.apply_tiles(
                         first, stop, matrices, tile_table, groups, divisors, tile_columns, buffers
                     )
                 elif kernel == Kernel.APPLY_SPANS:
-                    tiles.apply_spans(first, stop, matrices, spans, groups, divisors, buffers)
+                    updates.apply_spans(first, stop, matrices, spans, groups, divisors, buffers)
                 elif kernel == Kernel.SQUARE_VECTORS:
                     vectors.square_vectors(first, stop, vector_table, buffers)
                 elif kernel == Kernel.UPDATE_VECTOR_MOMENTS:
