@@ -9,6 +9,7 @@ Transformer Engine) is timed too. The results go to FOLDER (default: benchmarks/
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_came import CAME
+from megatron_came.kernels.triton.launch import TritonKernels
 from megatron_came.tools.bench import command
 from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
 
@@ -37,6 +39,9 @@ def check_cases() -> None:
         first, second = (train(case, "triton", CUDA, torch.float32) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case.name
         print(f"ok  {case.name}: {distance:.1e} of the update", flush=True)
+    with mock.patch.object(TritonKernels, "cache_elements", 1000):
+        assert all(worst_distance(case, "triton", CUDA) <= TOLERANCE for case in CASES)
+    print("ok  the same in blocks that fit a cache", flush=True)
 
 
 def check_bad_gradients() -> None:

@@ -16,7 +16,7 @@ from megatron_came import CAME, Shard
 from megatron_came.kernels.choice import choose
 from megatron_came.kernels.cutting import Tiling, cut
 from megatron_came.kernels.tables import StripField, Sums
-from megatron_came.kernels.triton.launch import TritonKernels
+from megatron_came.kernels.triton.launch import TritonKernels, blocks_save_time
 from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
 from tests.test_sharded import MID_ROW, Layout
 from tests.test_sharded import worst_distance as worst_sharded_distance
@@ -44,6 +44,12 @@ def test_matrices_that_fit_a_cache(elements, kernels, monkeypatch):
     monkeypatch.setattr(f"{LAUNCHERS[kernels]}.cache_elements", elements)
     case = next(case for case in CASES if case.name == "batches")
     assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+
+
+def test_a_gpu_takes_blocks_that_fit_its_cache_where_memory_is_slow():
+    mebibyte = 2**20
+    assert not blocks_save_time(50 * mebibyte // 8, 4.8e12)  # H200
+    assert blocks_save_time(72 * mebibyte // 8, 1.0e12)  # GeForce RTX 4090
 
 
 def test_the_size_of_the_cache_changes_no_order_of_sums():
