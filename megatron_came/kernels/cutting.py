@@ -190,15 +190,13 @@ def _tiles(bands: _Bands, across: int, tiling: Tiling) -> IntTable:
 def _strips(
     bands: _Bands, across: int, tiling: Tiling, slot: int, shard: Shard, sums: Sums
 ) -> list[list[int]]:
-    """Return the strips that add up the bands' tiles: rows side by side, columns downwards."""
+    """Return the strips that add up the bands' tiles: columns downwards, rows side by side.
+
+    Those of columns come first: they take longest.
+    """
     batch, rows, columns = shard.local_matrix
     (row_squares, column_squares), (row_residuals, column_residuals) = sums.squares, sums.residuals
     strips = []
-    for index, row in enumerate(bands.rows):
-        count = min(bands.rows.step, bands.stop_row - row)
-        place = (bands.matrix * rows + row) * 8
-        addresses = [row_squares.data_ptr() + place, row_residuals.data_ptr() + place]
-        strips.append([slot + index * across, 1, across, 0, count, *addresses, batch * rows])
     for column in range(0, columns, tiling.columns):
         top = slot + column // tiling.columns
         stop = min(column + tiling.columns, columns)
@@ -208,4 +206,9 @@ def _strips(
             addresses = [column_squares.data_ptr() + place, column_residuals.data_ptr() + place]
             tiles = len(bands.rows)
             strips.append([top, across, tiles, within, count, *addresses, batch * columns])
+    for index, row in enumerate(bands.rows):
+        count = min(bands.rows.step, bands.stop_row - row)
+        place = (bands.matrix * rows + row) * 8
+        addresses = [row_squares.data_ptr() + place, row_residuals.data_ptr() + place]
+        strips.append([slot + index * across, 1, across, 0, count, *addresses, batch * rows])
     return strips

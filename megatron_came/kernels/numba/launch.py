@@ -111,10 +111,14 @@ class NumbaKernels:
                     pool.submit(_help, _processor(), schedule, counters, thread, *arguments)
                 )
             run(schedule, counters, 0, *arguments)
-        finally:  # nobody may go on writing once this function has left
+        except BaseException:  # nobody may go on writing once this function has left
             for other in others:
                 if not other.cancel():
                     other.result()
+            raise
+        # Everything is done; who comes late finds nothing to do.
+        for other in others:
+            other.cancel()
 
     def _pool_of(self, threads: int) -> ThreadPoolExecutor:
         """Return threads to help; new ones in a process that was forked, where the old are gone."""
