@@ -120,14 +120,14 @@ class Plan:
 
     def fits(self, param_groups: Iterable[dict[str, Any]]) -> bool:
         """Whether the groups still hold the plan's parameters, where they were."""
-        known, count = self._natures, 0
+        here: set[Tensor] = set()
         for group in param_groups:
             for param in group["params"]:
-                of, nature = known.get(param, (None, None))
+                of, nature = self._natures.get(param, (None, None))
                 if of is not group or _nature(param) != nature:
                     return False
-                count += 1
-        return count == len(known)
+            here.update(group["params"])
+        return len(here) == len(self._natures)
 
 
 def _nature(param: Tensor) -> tuple[object, ...]:

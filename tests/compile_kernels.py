@@ -18,8 +18,8 @@ from megatron_came.maths import int8
 TABLE = "*i64"
 POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
 tiling = TritonKernels.tiling
-TILE = {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "STEP": _STEP}
-STRIP = {"WIDTH": tiling.rows + tiling.columns, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
+TILE = {"ROWS": tiling.slot_rows, "COLUMNS": tiling.columns, "STEP": _STEP}
+STRIP = {"WIDTH": tiling.slot_rows + tiling.columns, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
 VARIANTS = {
     "square_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
     "instability_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],

@@ -50,6 +50,7 @@ def test_a_gpu_takes_blocks_that_fit_its_cache_where_memory_is_slow():
     mebibyte = 2**20
     assert not blocks_save_time(50 * mebibyte // 8, 4.8e12)  # H200
     assert blocks_save_time(72 * mebibyte // 8, 1.0e12)  # GeForce RTX 4090
+    assert not blocks_save_time(72 * mebibyte // 8, 0.0)  # not known
 
 
 def test_the_size_of_the_cache_changes_no_order_of_sums():
@@ -102,8 +103,10 @@ def test_what_has_moved_before_a_step_that_fails_is_found_by_the_next(kernels):
         first, second = (torch.arange(24.0, device=device).view(6, 4) ** power for power in (1, 2))
         optimizer = CAME(params, lr=1e-2, kernels=kernels)
         for grad in (first, second):
-            for param in params:
-                param.grad = grad.clone()
+            before, params[0].grad = params[0].grad, grad.clone()
+            if grad is first:
+                params[1].grad = torch.empty_like(grad)
+            params[1].grad.copy_(grad)  # where it was
             if fails and grad is second:
                 state = optimizer.state[params[1]]
                 momentum, state["exp_avg"] = state["exp_avg"], torch.zeros(1, device=device)
@@ -111,8 +114,123 @@ def test_what_has_moved_before_a_step_that_fails_is_found_by_the_next(kernels):
                     optimizer.step()
                 state["exp_avg"] = momentum
             optimizer.step()
+            del before  # only now may another tensor take its address
         results += params
     assert all(torch.equal(param, results[0]) for param in results)
+
+
+@on_both
+@pytest.mark.parametrize("call", range(8))
+def test_a_step_after_one_that_could_not_place_its_tables(call, kernels, monkeypatch):
+    """As in a CUDA graph's capture, which asks for a warm-up."""
+    device, results = DEVICES[kernels], []
+    for fails in (False, True):
+        params = [torch.nn.Parameter(torch.ones(s, device=device)) for s in ((6, 4), (5,), (3, 4))]
+        optimizer = CAME(params, lr=1e-2, kernels=kernels)
+        for step in range(2):
+            for power, param in enumerate(params[: 2 + step], 1):  # one more in the second step
+                grad = torch.arange(float(param.numel()), device=device) ** power + step
+                param.grad = grad.view_as(param)
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 + step)
+            if fails and step:
+                made, calls = type(optimizer._choices[device].kernels), itertools.count()
+
+                def refuse(self, table, place=made.place, calls=calls):
+                    if next(calls) == call:
+                        raise RuntimeError("not now")
+                    return place(self, table)
+
+                with monkeypatch.context() as patch:
+                    patch.setattr(made, "place", refuse)
+                    with pytest.raises(RuntimeError, match="not now"):
+                        optimizer.step()
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("exp_avg", lambda value: value[:150]),
+        ("exp_avg", lambda value: value.view(torch.uint8)),
+        ("exp_avg", lambda value: value.t()),
+        ("exp_avg_scale", lambda value: value[:1]),
+        ("exp_avg_scale", None),
+        ("remainder", lambda value: value[:1]),
+        ("exp_avg_sq_row", None),
+    ],
+)
+def test_state_that_changes_where_it_lies_is_refused(key, change, kernels):
+    param = torch.nn.Parameter(torch.ones(300, 4, dtype=torch.bfloat16, device=DEVICES[kernels]))
+    optimizer = CAME([param], lr=1e-2, kernels=kernels, momentum_dtype=torch.int8, remainders=True)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    state = optimizer.state[param]
+    value = state.pop(key)
+    if change is not None:
+        state[key] = change(value)
+    with pytest.raises(ValueError, match=f"state '{key}'|momentum is int8 in some"):
+        optimizer.step()
+
+
+@on_both
+def test_gradients_of_any_dtype_and_layout(kernels):
+    """One changes its dtype where it lies; others are copied for the step."""
+    device, results = DEVICES[kernels], []
+    for path in ("plain", kernels):
+        params = [torch.nn.Parameter(torch.ones(20, 6, device=device)) for _ in range(4)]
+        optimizer = CAME(params, lr=1e-2, kernels=path)
+        memory = torch.zeros(20, 6, device=device)
+        for step in range(4):
+            base = torch.arange(120.0, device=device).view(20, 6) + step
+            here = memory if step % 2 else memory.view(-1).view(torch.bfloat16)[:120].view(20, 6)
+            here.copy_(base.sin())
+            grads = base.sqrt().half(), base.view(6, 20).t(), base.cos().half(), here
+            for param, grad in zip(params, grads, strict=True):
+                param.decoupled_grad = grad
+            optimizer.step()
+        results.append(torch.stack(params))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+@on_both
+def test_gradients_that_stay_where_they_are_are_rounded_as_others(kernels):
+    results = []
+    for in_place in (False, True):
+        param = torch.nn.Parameter(torch.ones(20, 6, device=DEVICES[kernels]))
+        optimizer = CAME([param], lr=1e-2, kernels=kernels, momentum_dtype=torch.bfloat16)
+        kept = []
+        for step in range(3):
+            grad = (torch.arange(120.0, device=param.device) + step).sin().view(20, 6)
+            if in_place and step:
+                param.grad.copy_(grad)
+            else:
+                param.grad = grad
+            kept.append(param.grad)  # or another would take its address
+            optimizer.step()
+        results.append(optimizer.state[param]["exp_avg"])
+    assert torch.equal(*results)
+
+
+def test_every_thread_has_room_for_what_it_widens():
+    params, before = [], torch.get_num_threads()
+    for counts in ((1, 1), (1, 5)):
+        generator = torch.Generator().manual_seed(0)
+        params.append(torch.nn.Parameter(torch.randn(2000, 8, generator=generator)))
+        optimizer = CAME(params[-1:], lr=1e-2, kernels="numba")
+        for count in counts:
+            params[-1].decoupled_grad = torch.randn(2000, 8, generator=generator).bfloat16()
+            try:
+                torch.set_num_threads(count)
+                optimizer.step()
+            finally:
+                torch.set_num_threads(before)
+        (choice,) = optimizer._choices.values()
+        assert len(choice.kernels._room) == counts[-1]
+    assert torch.equal(*params)
 
 
 @on_both
@@ -140,7 +258,9 @@ def test_autograd_notices_a_step():
 
 
 @on_both
-@pytest.mark.parametrize("tiling", [Tiling(8, 64, 1), Tiling(16, 64, 7)], ids=str)
+@pytest.mark.parametrize(
+    "tiling", [Tiling(8, 64, 1), Tiling(16, 64, 7), Tiling(8, 64, 7, stretch=2)], ids=str
+)
 def test_any_cut_into_tiles_and_segments(tiling, kernels):
     case = next(case for case in CASES if case.name == "middle of rows")
     with mock.patch(f"{LAUNCHERS[kernels]}.tiling", tiling):
@@ -316,6 +436,12 @@ def test_model_weights_are_rewritten(kernels, dtype):
     optimizer.step()
     for param, weight in weights.items():
         assert torch.equal(weight, param.detach().view(-1).to(dtype))
+    elsewhere = {param: torch.zeros_like(weight) for param, weight in weights.items()}
+    optimizer.set_model_weights(elsewhere)
+    optimizer.step()
+    for param, weight in elsewhere.items():
+        assert torch.equal(weight, param.detach().view(-1).to(dtype))
+        assert not torch.equal(weight, weights[param])
     with pytest.raises(ValueError, match="of 630 elements must be contiguous with as many"):
         optimizer.set_model_weights({params[0]: torch.zeros(3)})
 

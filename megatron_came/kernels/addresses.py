@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels.tables import IntTable
-from megatron_came.layout import Shard
 from megatron_came.maths import int8
-from megatron_came.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
+from megatron_came.state import MOMENTUM, REMAINDER, SCALE
 from megatron_came.work import ParameterWork
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
@@ -25,6 +24,7 @@ class Addresses:
         works: the parameters in the order of the table; all of them have begun a step.
         table: of ``MatrixField`` or ``VectorField``.
         factors: keys of the state, in the order of the table's columns.
+        place: copies a table to where the kernels read it.
         written_dtypes: of the model weights that kernels can write.
         is_int8: whether the momentum is.
 
@@ -37,28 +37,26 @@ class Addresses:
         works: Sequence[ParameterWork],
         table: IntTable,
         factors: Sequence[str],
+        place: Callable[[IntTable], Any],
         written_dtypes: Collection[torch.dtype],
         is_int8: bool,
     ) -> None:
-        self._works, self._table, self._factors = works, table, factors
+        self._works, self._table, self._factors, self._place = works, table, factors, place
         self._written_dtypes, self._is_int8 = written_dtypes, is_int8
-        self._wanted = [_wanted_state(work.shard) for work in works]
-        # What kernels touch of the state.
-        self._keys = [
-            [key for key in wanted if key in work.state]
-            for work, wanted in zip(works, self._wanted, strict=True)
+        self._wanted = [_wanted_state(work, factors, is_int8) for work in works]
+        self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [
+            itemgetter(*wanted) for wanted in self._wanted
         ]
-        self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [itemgetter(*k) for k in self._keys]
         self._seen: list[tuple[Any, ...]] = [()] * len(works)
-        self._has_changed = True  # since refresh() last returned
+        self._placed: Any = None  # none, or not that of this table
         self._grads: list[Tensor] = []
         self.copied: list[ParameterWork] = []
 
-    def refresh(self) -> bool:
+    def refresh(self) -> Any:
         """Look where the tensors lie in this step.
 
         Returns:
-            Whether the table has changed; True the first time.
+            The table, where the kernels read it; another object if it has changed.
 
         Raises:
             ValueError: state that does not fit its parameter.
@@ -66,6 +64,11 @@ class Addresses:
         self.release()
         for index, work in enumerate(self._works):
             grad, weight = self._gradient(work), self._model_weight(work)
+            try:
+                state = self._get[index](work.state)
+            except KeyError:
+                self._check(index)
+                raise
             seen = (
                 work.param.data_ptr(),
                 grad.data_ptr(),
@@ -73,7 +76,7 @@ class Addresses:
                 weight is not None and (weight.data_ptr(), weight.dtype),
                 [
                     (tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous())
-                    for tensor in self._get[index](work.state)
+                    for tensor in state
                 ],
             )
             has_moved = seen != self._seen[index]
@@ -83,9 +86,10 @@ class Addresses:
             if has_moved or work.state[MOMENTUM].dtype != torch.float32:
                 row = self._row(work, grad, weight)
                 self._table[index, : len(row)] = row
-                self._has_changed = True
-        has_changed, self._has_changed = self._has_changed, False
-        return has_changed
+                self._placed = None
+        if self._placed is None:
+            self._placed = self._place(self._table)
+        return self._placed
 
     def release(self) -> None:
         """Let go of what only this step needs."""
@@ -113,7 +117,7 @@ class Addresses:
             grad.data_ptr(),
             momentum.data_ptr(),
             state[SCALE].data_ptr() if self._is_int8 else 0,
-            state[REMAINDER].data_ptr() if REMAINDER in state else 0,
+            state[REMAINDER].data_ptr() if _has_remainder(work) else 0,
             0 if weight is None else weight.data_ptr(),
             *(state[key].data_ptr() for key in self._factors),
             grad.dtype == torch.bfloat16,
@@ -126,20 +130,25 @@ class Addresses:
         """Compare the state with what kernels rely on.
 
         Raises:
-            ValueError: another size, dtype, device or layout.
+            ValueError: another size, dtype, device or layout, or none.
         """
-        work, wanted = self._works[index], self._wanted[index]
-        for key in self._keys[index]:
+        work = self._works[index]
+        if (work.state[MOMENTUM].dtype == torch.int8) != self._is_int8:
+            raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
+        for key, wanted in self._wanted[index].items():
+            if key not in work.state:
+                raise ValueError(
+                    f"CAME: a parameter of shape {work.shard.shape} has no state {key!r}: it "
+                    "belongs to another model, or something has taken it away."
+                )
             value = work.state[key]
-            fits = value.numel() == wanted[key].numel and value.dtype in wanted[key].dtypes
+            fits = value.numel() == wanted.numel and value.dtype in wanted.dtypes
             if not fits or not value.is_contiguous() or value.device != work.param.device:
                 raise ValueError(
                     f"CAME: state {key!r} of a parameter of shape {work.shard.shape} has the shape "
                     f"{tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to "
                     "another model, or something has changed it."
                 )
-        if (work.state[MOMENTUM].dtype == torch.int8) != self._is_int8:
-            raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
 
 
 class _Wanted(NamedTuple):
@@ -149,13 +158,21 @@ class _Wanted(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-def _wanted_state(shard: Shard) -> dict[str, _Wanted]:
-    batch, rows, columns = shard.local_matrix
-    sizes = {VECTOR_FACTORS[0]: rows}
-    sizes |= {key: batch * (rows if key.endswith("_row") else columns) for key in MATRIX_FACTORS}
-    return {
-        MOMENTUM: _Wanted(shard.numel, (torch.float32, torch.bfloat16, torch.int8)),
-        SCALE: _Wanted(int8.blocks(shard.numel), (torch.float32,)),
-        REMAINDER: _Wanted(shard.numel, (torch.int16,)),
-        **{key: _Wanted(size, (torch.float32,)) for key, size in sizes.items()},
-    }
+def _has_remainder(work: ParameterWork) -> bool:
+    """Kernels bear a bf16 parameter only where it is the upper half of fp32 weights."""
+    return work.param.dtype == torch.bfloat16
+
+
+def _wanted_state(work: ParameterWork, factors: Sequence[str], is_int8: bool) -> dict[str, _Wanted]:
+    """All that kernels touch of a parameter's state; momentum first."""
+    batch, rows, columns = work.shard.local_matrix
+    numel = work.shard.numel
+    wanted = {MOMENTUM: _Wanted(numel, (torch.float32, torch.bfloat16, torch.int8))}
+    if is_int8:
+        wanted[SCALE] = _Wanted(int8.blocks(numel), (torch.float32,))
+    if _has_remainder(work):
+        wanted[REMAINDER] = _Wanted(numel, (torch.int16,))
+    for key in factors:
+        size = batch * (columns if key.endswith("_col") else rows)
+        wanted[key] = _Wanted(size, (torch.float32,))
+    return wanted

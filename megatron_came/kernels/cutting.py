@@ -19,8 +19,8 @@ import numpy as np
 from megatron_came.kernels.tables import IntTable, SpanField, StripField, Sums, TileField
 from megatron_came.layout import Shard
 
-# Columns from which on tiles are not stretched.
-_NARROW = 1024
+# A stretched tile has no more elements than one of so many columns that is not.
+_STRETCH_COLUMNS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Tiling:
     """How a device's kernels cut matrices.
 
     Attributes:
-        rows: of a tile.
-        columns: of a tile.
+        rows: of a tile that is not stretched.
+        columns: of a tile, at most.
         slots: tiles whose sums the scratch buffer holds, at least.
         strip: sums of a strip of columns, at most.
         span: elements of a span.
@@ -50,7 +50,7 @@ class Tiling:
 
     def rows_of(self, columns: int) -> int:
         """Rows of the tiles of a matrix: more where they are narrow, so that there are fewer."""
-        return self.rows * min(max(_NARROW // max(columns, 1), 1), self.stretch)
+        return self.rows * min(max(_STRETCH_COLUMNS // max(columns, 1), 1), self.stretch)
 
 
 class Segment(NamedTuple):

@@ -43,7 +43,7 @@ class Tables:
         factors: (matrices, 2): matrix parameter and place in its batch.
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        scratch: (slots, 3, tile rows + tile columns), fp32.
+        scratch: (slots, 3, rows of the tallest tile + tile columns), fp32.
         aligned: whether the matrices allow vector loads.
     """
 
@@ -179,7 +179,7 @@ class FusedPasses:
 
     def _build(self, members: list[ParameterWork]) -> None:
         """Make the tables of these parameters."""
-        self._members = members
+        self._members = []  # until all is made
         is_int8 = any(work.state[MOMENTUM].dtype == torch.int8 for work in members)
         matrices = [work for work in members if not work.shard.is_vector]
         vectors = [work for work in members if work.shard.is_vector]
@@ -197,7 +197,7 @@ class FusedPasses:
                 for work, one, first in zip(matrices, sums, firsts, strict=False)
             ],
         )
-        self._vector_table = _stack(
+        vector_table = _stack(
             VectorField,
             [
                 vector_row(work.shard, Sums(work.square_sums, work.total), group_of[id(work.group)])
@@ -214,9 +214,9 @@ class FusedPasses:
         ).tolist()
         self._schedules = Schedules.of(blocks, firsts.tolist(), first_spans, len(vectors), is_int8)
         place = self._kernels.place
-        written = self._kernels.written_dtypes
-        self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, written, is_int8)
-        self._vectors = Addresses(vectors, self._vector_table, VECTOR_FACTORS, written, is_int8)
+        made = place, self._kernels.written_dtypes, is_int8
+        self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *made)
+        self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *made)
         self._group_rows: list[tuple[float, ...]] = []
         self._tables = Tables(
             matrices=None,
@@ -229,14 +229,15 @@ class FusedPasses:
             divisors=place(np.zeros((int(firsts[-1]), 2), np.float32)),
             scratch=None,
         )
+        self._members = members
 
     def _refresh_addresses(self) -> None:
         """Write anew where tensors lie, if the host has moved any."""
-        if self._matrices.refresh():
-            self._tables.matrices = self._kernels.place(self._matrix_table)
+        matrices = self._matrices.refresh()
+        if matrices is not self._tables.matrices:
             self._tables.aligned = self._kernels.aligned(self._matrix_table)
-        if self._vectors.refresh():
-            self._tables.vectors = self._kernels.place(self._vector_table)
+            self._tables.matrices = matrices
+        self._tables.vectors = self._vectors.refresh()
 
     def _refresh_groups(self) -> None:
         """Write anew learning rates and other hyperparameters, if any has changed."""
@@ -254,8 +255,8 @@ class FusedPasses:
             row[GroupField.CLIP_THRESHOLD] = hyper.clip_threshold
             rows.append(tuple(row))
         if repr(rows) != repr(self._group_rows):  # NaN, in place of a rate on the device
-            self._group_rows = rows
             self._tables.groups = self._kernels.place(np.array(rows, np.float64))
+            self._group_rows = rows
         for index, work in enumerate(self._groups):
             if isinstance(work.group["lr"], Tensor):
                 self._kernels.set_rate(self._tables, index, work.group["lr"])

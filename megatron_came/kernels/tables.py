@@ -119,7 +119,7 @@ class StripField(IntEnum):
     SLOT = 0  # of the first tile in the scratch buffer
     STRIDE = 1  # slots to the next tile
     TILES = 2  # how many
-    WITHIN = 3  # offset of the strip's first sum in a slot: 0 for rows, tile_rows for columns
+    WITHIN = 3  # offset of the strip's first sum in a slot: 0 for rows, slot_rows for columns
     COUNT = 4  # sums
     SQUARES = 5  # address of the first sum, float64
     RESIDUALS = 6  # address of the first sum of e^2, float64

@@ -122,8 +122,8 @@ def _run(
         divisors: (matrices, 2), fp32.
         scratch: (slots, 3, tile_rows + tile_columns), fp32.
         room: (threads, 4, elements), fp32, see ``tiles.buffers_in``.
-        tile_rows: of a tile, at most.
-        tile_columns: of a tile.
+        tile_rows: of the tallest tile.
+        tile_columns: of a tile, at most.
     """
     launches, matrices = unowned(launches), unowned(matrices)
     vector_table, tile_table = unowned(vector_table), unowned(tile_table)

@@ -50,7 +50,8 @@ def buffers_in(room):
         room: (4, elements), fp32, with as many elements as :func:`room_elements` says.
 
     Returns:
-        Gradients and momenta of a few rows, weights of one, fp32; random bits of one, uint16.
+        Gradients and momenta of a few rows, weights of one (in pass 2 sums of a few rows), fp32;
+        random bits of one, uint16.
     """
     address, count = room.ctypes.data, room.shape[1]
     return (
@@ -108,8 +109,8 @@ def square_tiles(first, stop, origin, matrices, tiles, scratch, tile_rows, tile_
         matrices: table of ``MatrixField``.
         tiles: table of ``TileField``.
         scratch: (slots, 3, tile_rows + tile_columns), fp32, out; the first of the three is used.
-        tile_rows: of a tile.
-        tile_columns: of a tile.
+        tile_rows: of the tallest tile.
+        tile_columns: of a tile, at most.
         buffers: this thread's, see :func:`buffers_in`.
     """
     width = tile_rows + tile_columns

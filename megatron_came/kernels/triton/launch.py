@@ -36,8 +36,10 @@ def blocks_save_time(cache_elements: int, bytes_per_second: float) -> bool:
 
     Args:
         cache_elements: whose gradient and momentum fill the cache.
-        bytes_per_second: between the device and its memory.
+        bytes_per_second: between the device and its memory; 0: not known.
     """
+    if not bytes_per_second:
+        return False
     saved = _SAVED_BYTES * cache_elements / 2 / bytes_per_second
     return saved > _BLOCK_LAUNCHES * _LAUNCH_SECONDS
 
@@ -56,7 +58,7 @@ class TritonKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"
-        width = self.tiling.rows + self.tiling.columns
+        width = self.tiling.slot_rows + self.tiling.columns
         self._scratch = torch.empty(0, 3, width, dtype=torch.float32, device=device)
 
     @property
@@ -65,9 +67,11 @@ class TritonKernels:
         if not self._is_cuda:
             return None
         device = torch.cuda.get_device_properties(self._device)
-        clock, width = device.memory_clock_rate * 1e3, device.memory_bus_width / 8  # Hz, bytes
+        # PyTorch has not always said, and not every device does.
+        kilohertz = getattr(device, "memory_clock_rate", 0)
+        bits = getattr(device, "memory_bus_width", 0)
         elements = device.L2_cache_size // 8
-        return elements if blocks_save_time(elements, 2 * clock * width) else None
+        return elements if blocks_save_time(elements, 2e3 * kilohertz * bits / 8) else None
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
         """Tensors in one piece, with places in a tile that fit 32 bits."""
@@ -119,16 +123,16 @@ class TritonKernels:
         matrices, tile_table, vector_table = tables.matrices, tables.tiles, tables.vectors
         groups, divisors = tables.groups, tables.divisors
         tile: dict[str, Any] = {
-            "ROWS": self.tiling.rows,
+            "ROWS": self.tiling.slot_rows,
             "COLUMNS": self.tiling.columns,
             "STEP": _STEP,
             "ALIGNED": tables.aligned,
             "num_warps": _TILE_WARPS,
         }
         strip = {
-            "WIDTH": self.tiling.rows + self.tiling.columns,
+            "WIDTH": self.tiling.slot_rows + self.tiling.columns,
             "TILES": _STRIP_TILES,
-            "COUNT": max(self.tiling.rows, self.tiling.strip),
+            "COUNT": max(self.tiling.slot_rows, self.tiling.strip),
         }
         match kernel:
             case Kernel.SQUARE_TILES:
