@@ -125,15 +125,15 @@ def table(
     lines = [
         f"## {title}\n",
         intro + "\n",
-        f"| {column} | parameters, M | CAME, ms | CAME, ns / parameter | AdamW, ms |"
-        " collectives | MiB sent |",
-        "|---|---|---|---|---|---|---|",
+        f"| {column} | parameters, M | CAME, ms | CAME, ns / parameter | CAME's floor, bytes |"
+        " AdamW, ms | collectives | MiB sent |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         ours, adamw = result(report, OURS), result(report, "torch AdamW, fused")
         lines.append(
             f"| {of(report)} | {report['parameters'] / 1e6:.1f} | {ours['milliseconds']:.1f} "
-            f"| {ours['ns_per_parameter']:.3f} "
+            f"| {ours['ns_per_parameter']:.3f} | {ours['floor_bytes_per_parameter']:.1f} "
             f"| {'-' if adamw is None else format(adamw['milliseconds'], '.1f')} "
             f"| {ours['collectives']} | {ours['mebibytes_sent']:.1f} |"
         )
@@ -191,11 +191,8 @@ def main() -> None:
     parts.append(
         table(
             "Models",
-            f"{flatness(models)} What is left of the difference is memory: an embedding of 50304 "
-            "words does not fit the cache, and is nearly all of `gpt2-nano` and `gpt2-mini`, while "
-            "all matrices of `nanogpt-char` do; and a step of ten milliseconds has one spent in "
-            f"Python. The middle one of {len(runs) // len(models)} runs, minutes apart: "
-            f"{setting(models[0])}.",
+            f"{flatness(models)} Which matrices fit the cache, and so the floor, differs. The "
+            f"middle one of {len(runs) // len(models)} runs, minutes apart: {setting(models[0])}.",
             models,
             "model",
             lambda r: f"{r['model']}, {r['layers']} layers" if r["layers"] else r["model"],
