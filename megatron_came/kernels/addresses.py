@@ -82,11 +82,11 @@ class Addresses:
             has_moved = seen != self._seen[index]
             if has_moved:
                 self._check(index)
-                self._seen[index] = seen
             if has_moved or work.state[MOMENTUM].dtype != torch.float32:
                 row = self._row(work, grad, weight)
                 self._table[index, : len(row)] = row
                 self._placed = None
+            self._seen[index] = seen
         if self._placed is None:
             self._placed = self._place(self._table)
         return self._placed
@@ -133,7 +133,8 @@ class Addresses:
             ValueError: another size, dtype, device or layout, or none.
         """
         work = self._works[index]
-        if (work.state[MOMENTUM].dtype == torch.int8) != self._is_int8:
+        momentum = work.state.get(MOMENTUM)
+        if momentum is not None and (momentum.dtype == torch.int8) != self._is_int8:
             raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
         for key, wanted in self._wanted[index].items():
             if key not in work.state:
