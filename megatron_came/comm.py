@@ -80,7 +80,8 @@ class SumBuffer:
         return bool(self._first or self._second or self._copies)
 
     def zero_(self) -> None:
-        """Forget the sums of the last step."""
+        """Forget the sums of the last step, also of one that has failed on the way."""
+        self._wait()
         if self.flat.device.type == "cpu":
             # PyTorch's own threads, once woken, spin for milliseconds in the way of the kernels'.
             self.flat.numpy().fill(0.0)

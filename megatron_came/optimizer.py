@@ -169,8 +169,8 @@ class CAME(torch.optim.Optimizer):
                     f"CAME: a parameter has {param.numel()} elements, its shard {shard.numel} "
                     f"([{shard.start}, {shard.stop}) of shape {shard.shape})."
                 )
-        self._shards, self._names = dict(shards), dict(names or {})
         self._plan = None
+        self._shards, self._names = dict(shards), dict(names or {})
 
     def set_model_weights(self, weights: Mapping[Tensor, Tensor]) -> None:
         """Name 16-bit copies of parameters, which every step rewrites, rounded to nearest.

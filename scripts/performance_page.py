@@ -34,7 +34,7 @@ HEAD = """\
 
 A step of CAME must read the gradient three times, the momentum twice and the weights once, and write momentum and
 weights: 32 bytes a parameter in fp32, or 20 in matrices whose gradient and momentum stay in the last cache from pass
-to pass, which takes one data-parallel rank and, on a GPU, memory so slow that it saves time (`blocks_save_time` in
+to pass, which takes one data-parallel rank and, on a GPU, memory slow enough for this to pay (`blocks_save_time` in
 `megatron_came/kernels/triton/launch.py`); with bf16 momentum 26 or 16, with int8 23 or 14. AdamW's 28 are the
 yardstick. "Floor" is the mean of these over the parameters, "GB/s" its bytes over the median time, "of floor" the same
 over the copy bandwidth measured in the same run: above 100% where a step moves bytes faster than the copy did, which
@@ -72,31 +72,30 @@ def middle_runs(reports: list[Report]) -> list[Report]:
     ]
 
 
-def is_mostly_embedding(report: Report) -> bool:
-    """Whether one matrix holds most of a model's parameters."""
+def is_mostly_one_matrix(report: Report) -> bool:
+    """Whether a model's largest matrix holds most of its parameters."""
     shapes = shapes_of(report["model"], report["layers"] or None)
     return 2 * max(map(math.prod, shapes)) > report["parameters"]
 
 
-def flatness(reports: list[Report]) -> str:
+def spread(reports: list[Report]) -> str:
     """How much the cost of a parameter differs between models."""
-    usual, embeddings = (
-        [report for report in reports if is_mostly_embedding(report) is wanted]
-        for wanted in (False, True)
-    )
-    sizes = [report["parameters"] / 1e6 for report in usual]
-    costs, theirs = (
-        [result(report, OURS)["ns_per_parameter"] for report in some]
-        for some in (usual, embeddings)
-    )
+    costs = [result(report, OURS)["ns_per_parameter"] for report in reports]
     mean = sum(costs) / len(costs)
-    spread = max(abs(cost / mean - 1) for cost in costs)
-    names = " and ".join(f"`{report['model']}`" for report in embeddings)
     return (
-        f"From {min(sizes):.1f} to {max(sizes):.0f} million parameters a parameter costs "
-        f"{min(costs):.2f} to {max(costs):.2f} ns, within {spread:.0%} of the mean, {mean:.2f}; "
-        f"in {names}, most of which is one embedding that the cache does not hold, "
-        f"{min(theirs):.2f} to {max(theirs):.2f}."
+        f"{min(costs):.2f} to {max(costs):.2f} ns, within "
+        f"{max(abs(cost / mean - 1) for cost in costs):.0%} of the mean, {mean:.2f}"
+    )
+
+
+def flatness(reports: list[Report]) -> str:
+    """The same in a sentence, with and without models that are mostly one matrix."""
+    others = [report for report in reports if not is_mostly_one_matrix(report)]
+    small = " and ".join(f"`{r['model']}`" for r in reports if is_mostly_one_matrix(r))
+    first, last = (reports[place]["parameters"] / 1e6 for place in (0, -1))
+    return (
+        f"From {first:.1f} to {last:.0f} million parameters a parameter costs {spread(reports)}; "
+        f"without {small}, which are mostly an embedding, {spread(others)}."
     )
 
 

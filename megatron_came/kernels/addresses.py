@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from megatron_came.maths import int8
 from megatron_came.state import MOMENTUM, REMAINDER, SCALE
 from megatron_came.work import ParameterWork
 
+if TYPE_CHECKING:
+    from megatron_came.kernels.fused import Kernels
+
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 class Addresses:
@@ -24,8 +28,7 @@ class Addresses:
         works: the parameters in the order of the table; all of them have begun a step.
         table: of ``MatrixField`` or ``VectorField``.
         factors: keys of the state, in the order of the table's columns.
-        place: copies a table to where the kernels read it.
-        written_dtypes: of the model weights that kernels can write.
+        kernels: that read the table.
         is_int8: whether the momentum is.
 
     Attributes:
@@ -37,12 +40,11 @@ class Addresses:
         works: Sequence[ParameterWork],
         table: IntTable,
         factors: Sequence[str],
-        place: Callable[[IntTable], Any],
-        written_dtypes: Collection[torch.dtype],
+        kernels: Kernels,
         is_int8: bool,
     ) -> None:
-        self._works, self._table, self._factors, self._place = works, table, factors, place
-        self._written_dtypes, self._is_int8 = written_dtypes, is_int8
+        self._works, self._table, self._factors = works, table, factors
+        self._kernels, self._is_int8 = kernels, is_int8
         self._wanted = [_wanted_state(work, factors, is_int8) for work in works]
         self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [
             itemgetter(*wanted) for wanted in self._wanted
@@ -84,11 +86,11 @@ class Addresses:
                 self._check(index)
             if has_moved or work.state[MOMENTUM].dtype != torch.float32:
                 row = self._row(work, grad, weight)
+                self._seen[index], self._placed = (), None  # until all is written
                 self._table[index, : len(row)] = row
-                self._placed = None
-            self._seen[index] = seen
+                self._seen[index] = seen
         if self._placed is None:
-            self._placed = self._place(self._table)
+            self._placed = self._kernels.place(self._table)
         return self._placed
 
     def release(self) -> None:
@@ -104,7 +106,7 @@ class Addresses:
 
     def _model_weight(self, work: ParameterWork) -> Tensor | None:
         weight = work.model_weight
-        if weight is not None and weight.dtype not in self._written_dtypes:
+        if weight is not None and weight.dtype not in self._kernels.written_dtypes:
             self.copied.append(work)
             return None
         return weight
@@ -134,7 +136,8 @@ class Addresses:
         """
         work = self._works[index]
         momentum = work.state.get(MOMENTUM)
-        if momentum is not None and (momentum.dtype == torch.int8) != self._is_int8:
+        known = momentum is not None and momentum.dtype in _MOMENTUM_DTYPES
+        if known and is_int8_momentum(work) != self._is_int8:
             raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
         for key, wanted in self._wanted[index].items():
             if key not in work.state:
@@ -152,6 +155,11 @@ class Addresses:
                 )
 
 
+def is_int8_momentum(work: ParameterWork) -> bool:
+    """Whether a parameter's momentum is."""
+    return MOMENTUM in work.state and work.state[MOMENTUM].dtype == torch.int8
+
+
 class _Wanted(NamedTuple):
     """What a tensor of the state must be: kernels would write beyond the end of a smaller one."""
 
@@ -165,10 +173,10 @@ def _has_remainder(work: ParameterWork) -> bool:
 
 
 def _wanted_state(work: ParameterWork, factors: Sequence[str], is_int8: bool) -> dict[str, _Wanted]:
-    """All that kernels touch of a parameter's state; momentum first."""
+    """All that kernels touch of a parameter's state."""
     batch, rows, columns = work.shard.local_matrix
     numel = work.shard.numel
-    wanted = {MOMENTUM: _Wanted(numel, (torch.float32, torch.bfloat16, torch.int8))}
+    wanted = {MOMENTUM: _Wanted(numel, _MOMENTUM_DTYPES)}
     if is_int8:
         wanted[SCALE] = _Wanted(int8.blocks(numel), (torch.float32,))
     if _has_remainder(work):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_came.kernels.addresses import Addresses
+from megatron_came.kernels.addresses import Addresses, is_int8_momentum
 from megatron_came.kernels.cutting import Tiling, cut, spans
 from megatron_came.kernels.schedule import Schedule, Schedules
 from megatron_came.kernels.tables import (
@@ -26,7 +26,7 @@ from megatron_came.kernels.tables import (
     vector_row,
 )
 from megatron_came.layout import Shard
-from megatron_came.state import MATRIX_FACTORS, MOMENTUM, VECTOR_FACTORS
+from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.work import ParameterWork
 
 
@@ -180,7 +180,7 @@ class FusedPasses:
     def _build(self, members: list[ParameterWork]) -> None:
         """Make the tables of these parameters."""
         self._members = []  # until all is made
-        is_int8 = any(work.state[MOMENTUM].dtype == torch.int8 for work in members)
+        is_int8 = any(map(is_int8_momentum, members))
         matrices = [work for work in members if not work.shard.is_vector]
         vectors = [work for work in members if work.shard.is_vector]
         self._groups = list({id(work.group): work for work in members}.values())
@@ -214,9 +214,9 @@ class FusedPasses:
         ).tolist()
         self._schedules = Schedules.of(blocks, firsts.tolist(), first_spans, len(vectors), is_int8)
         place = self._kernels.place
-        made = place, self._kernels.written_dtypes, is_int8
-        self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *made)
-        self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *made)
+        of = self._kernels, is_int8
+        self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
+        self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
         self._group_rows: list[tuple[float, ...]] = []
         self._tables = Tables(
             matrices=None,
@@ -255,6 +255,7 @@ class FusedPasses:
             row[GroupField.CLIP_THRESHOLD] = hyper.clip_threshold
             rows.append(tuple(row))
         if repr(rows) != repr(self._group_rows):  # NaN, in place of a rate on the device
+            self._group_rows = []  # until they are placed
             self._tables.groups = self._kernels.place(np.array(rows, np.float64))
             self._group_rows = rows
         for index, work in enumerate(self._groups):

@@ -124,8 +124,8 @@ class NumbaKernels:
         """Return threads to help; new ones in a process that was forked, where the old are gone."""
         key = threads, os.getpid()
         if self._pool is None or self._pool_key != key:
-            self._pool_key = key
             self._pool = ThreadPoolExecutor(max(threads - 1, 1), "megatron_came")
+            self._pool_key = key
         return self._pool
 
 

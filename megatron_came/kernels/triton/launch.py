@@ -67,7 +67,7 @@ class TritonKernels:
         if not self._is_cuda:
             return None
         device = torch.cuda.get_device_properties(self._device)
-        # PyTorch has not always said, and not every device does.
+        # Older PyTorch, and some devices, do not report them.
         kilohertz = getattr(device, "memory_clock_rate", 0)
         bits = getattr(device, "memory_bus_width", 0)
         elements = device.L2_cache_size // 8
