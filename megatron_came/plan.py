@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_came.comm import SumBuffer
-from megatron_came.kernels.fused import FusedPasses, Kernels
+from megatron_came.kernels.fused import FusedPasses
+from megatron_came.kernels.interface import Kernels
 from megatron_came.plain import PlainPasses
 from megatron_came.work import ParameterWork
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 SHARDED = "tests/test_sharded.py"
 KERNELS = "tests/test_kernels.py"
+ADDRESSES = "tests/test_kernel_addresses.py"
 HOST = "tests/test_host_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
@@ -143,7 +144,7 @@ FAULTS = (
         "kernels/addresses.py",
         "has_moved = seen != self._seen[index]",
         "has_moved = not self._seen[index]",
-        KERNELS,
+        ADDRESSES,
     ),
     Fault(
         "expert group mixed with the dense group",

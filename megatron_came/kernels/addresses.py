@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_came.kernels.interface import Kernels
 from megatron_came.kernels.tables import IntTable
 from megatron_came.maths import int8
 from megatron_came.state import MOMENTUM, REMAINDER, SCALE
 from megatron_came.work import ParameterWork
-
-if TYPE_CHECKING:
-    from megatron_came.kernels.fused import Kernels
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)

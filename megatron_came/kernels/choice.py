@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_came.kernels.fused import Kernels
+from megatron_came.kernels.interface import Kernels
 
 CHOICES = ("auto", "plain", "numba", "triton")
 

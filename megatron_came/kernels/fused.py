@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_came.kernels.addresses import Addresses, is_int8_momentum
-from megatron_came.kernels.cutting import Tiling, cut, spans
+from megatron_came.kernels.cutting import cut, spans
+from megatron_came.kernels.interface import Kernels, Tables
 from megatron_came.kernels.schedule import Schedule, Schedules
 from megatron_came.kernels.tables import (
     GroupField,
@@ -25,93 +23,8 @@ from megatron_came.kernels.tables import (
     matrix_row,
     vector_row,
 )
-from megatron_came.layout import Shard
 from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.work import ParameterWork
-
-
-@dataclass(slots=True)
-class Tables:
-    """What the kernels read and write, on their device; see ``megatron_came.kernels.tables``.
-
-    Attributes:
-        matrices: table of ``MatrixField``.
-        vectors: table of ``VectorField``.
-        tiles: table of ``TileField``.
-        spans: table of ``SpanField``; empty unless momentum is int8.
-        strips: table of ``StripField``.
-        factors: (matrices, 2): matrix parameter and place in its batch.
-        groups: table of ``GroupField``, float64.
-        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        scratch: (slots, 3, rows of the tallest tile + tile columns), fp32.
-        aligned: whether the matrices allow vector loads.
-    """
-
-    matrices: Any
-    vectors: Any
-    tiles: Any
-    spans: Any
-    strips: Any
-    factors: Any
-    groups: Any
-    divisors: Any
-    scratch: Any
-    aligned: bool = False
-
-
-class Kernels(Protocol):
-    """The fused twins of the passes on one device."""
-
-    tiling: Tiling
-
-    @property
-    def written_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the model weights that they can write beside the fp32 ones."""
-        ...
-
-    @property
-    def cache_elements(self) -> int | None:
-        """Elements whose fp32 gradient and momentum fill the last cache; None: no limit."""
-        ...
-
-    def aligned(self, matrices: IntTable) -> bool:
-        """Whether all rows of a table of matrices allow vector loads."""
-        ...
-
-    def bears(self, param: Tensor, shard: Shard) -> bool:
-        """Whether they can, and should, update this parameter."""
-        ...
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """Make the parameters' device the current one."""
-        ...
-
-    def place(self, table: np.ndarray[Any, Any]) -> Any:
-        """Copy a table to where the kernels read it, without waiting for the device."""
-        ...
-
-    def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
-        """Write a group's learning rate to its table."""
-        ...
-
-    def scratch(self, slots: int) -> Any:
-        """Return a buffer with at least so many slots; all passes on the device share it."""
-        ...
-
-    def run(self, tables: Tables, schedule: Schedule) -> None:
-        """Launch what a schedule lists, one after another."""
-        ...
-
-
-def is_ordinary(param: Tensor) -> bool:
-    """Whether a parameter is a tensor in one piece, which an address describes."""
-    return type(param) in (Tensor, torch.nn.Parameter) and param.is_contiguous()
-
-
-def is_batch_of_small(shard: Shard) -> bool:
-    """Whether tiles would be mostly empty: many small matrices, as of convolutions."""
-    batch, rows, columns = shard.local_matrix
-    return batch > 64 and rows * columns < 1024
 
 
 class FusedPasses:

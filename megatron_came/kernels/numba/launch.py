@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels.cutting import Tiling
-from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
+from megatron_came.kernels.interface import Tables, is_batch_of_small, is_ordinary
 from megatron_came.kernels.numba.run import run
 from megatron_came.kernels.numba.tiles import room_elements
 from megatron_came.kernels.schedule import LaunchField, Schedule
@@ -29,7 +29,7 @@ _USUAL_CACHE = 16 * 2**20
 
 
 class NumbaKernels:
-    """:class:`megatron_came.kernels.fused.Kernels` for the CPU.
+    """:class:`megatron_came.kernels.interface.Kernels` for the CPU.
 
     As many threads as PyTorch uses (``torch.get_num_threads``) share every schedule.
     """

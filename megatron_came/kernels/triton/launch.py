@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels.cutting import Tiling
-from megatron_came.kernels.fused import Tables, is_batch_of_small, is_ordinary
+from megatron_came.kernels.interface import Tables, is_batch_of_small, is_ordinary
 from megatron_came.kernels.schedule import Kernel, Schedule
 from megatron_came.kernels.tables import GroupField, MatrixField
 from megatron_came.kernels.triton import factors, tiles, vectors
@@ -45,7 +45,7 @@ def blocks_save_time(cache_elements: int, bytes_per_second: float) -> bool:
 
 
 class TritonKernels:
-    """:class:`megatron_came.kernels.fused.Kernels` for GPUs.
+    """:class:`megatron_came.kernels.interface.Kernels` for GPUs.
 
     Under ``TRITON_INTERPRET=1`` for the CPU.
 
