@@ -1,6 +1,5 @@
 """The kernels against the plain path in float64; Triton's under its interpreter without a GPU."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from megatron_came.kernels.choice import choose
 from megatron_came.kernels.cutting import Tiling, cut
 from megatron_came.kernels.tables import StripField, Sums
 from megatron_came.kernels.triton.launch import TritonKernels, blocks_save_time
-from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
+from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, worst_distance
 from tests.test_sharded import MID_ROW, Layout
 from tests.test_sharded import worst_distance as worst_sharded_distance
 
@@ -78,24 +77,6 @@ def test_what_is_not_finite_is_not_hidden(kernels):
     assert not all(mask.all() for mask in plain)
 
 
-def test_every_thread_has_room_for_what_it_widens():
-    params, before = [], torch.get_num_threads()
-    for counts in ((1, 1), (1, 5)):
-        generator = torch.Generator().manual_seed(0)
-        params.append(torch.nn.Parameter(torch.randn(2000, 8, generator=generator)))
-        optimizer = CAME(params[-1:], lr=1e-2, kernels="numba")
-        for count in counts:
-            params[-1].decoupled_grad = torch.randn(2000, 8, generator=generator).bfloat16()
-            try:
-                torch.set_num_threads(count)
-                optimizer.step()
-            finally:
-                torch.set_num_threads(before)
-        (choice,) = optimizer._choices.values()
-        assert len(choice.kernels._room) == counts[-1]
-    assert torch.equal(*params)
-
-
 def test_autograd_notices_a_step():
     param = torch.nn.Parameter(torch.ones(3, 4))
     loss = (param**2).sum()
@@ -145,20 +126,6 @@ def test_slices_of_a_vector_and_of_batches_in_triton():
         (0.9, 0.999, 0.9999), "wakes", torch.float32, "triton", seed=3, steps=4,
     )  # fmt: skip
     assert worst <= TOLERANCE
-
-
-def test_the_number_of_threads_changes_no_bit():
-    case = next(case for case in CASES if case.name == "middle of rows")
-    results, before = [], torch.get_num_threads()
-    with mock.patch(f"{LAUNCHERS['numba']}.tiling", Tiling(8, 16, 64)):
-        for threads in (1, 2, 3):
-            try:
-                torch.set_num_threads(threads)
-                results.append(train(case, "numba", torch.device("cpu"), torch.float32))
-            finally:
-                torch.set_num_threads(before)
-    for one, other in itertools.pairwise(results):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_kernels_from_the_cache_change_no_bit(tmp_path):

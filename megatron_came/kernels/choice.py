@@ -68,8 +68,10 @@ def choose(wanted: str, device: torch.device) -> Choice:
 def _kernels(name: str, device: torch.device) -> Choice:
     if name == "numba":
         from megatron_came.kernels.numba.launch import NumbaKernels
+        from megatron_came.kernels.numba.threads import has_openmp
 
-        return Choice(NumbaKernels(), "CAME's step runs in Numba's kernels.")
+        where = "" if has_openmp() else ", on one thread: this PyTorch has no OpenMP"
+        return Choice(NumbaKernels(), f"CAME's step runs in Numba's kernels{where}.")
     from megatron_came.kernels.triton.launch import TritonKernels
 
     return Choice(TritonKernels(device), "CAME's step runs in Triton's kernels.")

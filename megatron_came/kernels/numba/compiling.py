@@ -10,9 +10,9 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-# What ``run`` calls becomes part of it. A function of its own is found by name in whatever machine
-# code was loaded first, and is not the same compiled anew and from the cache: results would differ
-# in the last bits.
+# What the threads' function calls becomes part of it. A function of its own is found by name in
+# whatever machine code was loaded first, and is not the same compiled anew and from the cache:
+# results would differ in the last bits.
 _inlined = partial(njit, nogil=True, error_model="numpy", forceinline=True)
 inline = _inlined()
 # Sums may be reordered, but NaN and infinity keep their meaning.
@@ -39,29 +39,10 @@ def _pointer(dtype):
 
 to_float32 = _pointer(types.float32)
 to_float64 = _pointer(types.float64)
+to_int64 = _pointer(types.int64)
 to_uint16 = _pointer(types.uint16)
 to_int16 = _pointer(types.int16)
 to_int8 = _pointer(types.int8)
-
-
-@intrinsic
-def _pointer_of(_context, array):
-    """Pointer to an array's first element."""
-
-    def generate(context, builder, signature, args):
-        return context.make_array(signature.args[0])(context, builder, args[0]).data
-
-    return types.CPointer(array.dtype)(array), generate
-
-
-@inline
-def unowned(array):
-    """View an array whose owner outlives the view.
-
-    Threads would share the count of references to the array itself, and wait for one another at
-    every row that they take of it.
-    """
-    return carray(_pointer_of(array), array.shape)
 
 
 @inline

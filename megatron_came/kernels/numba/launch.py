@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,13 @@ from torch import Tensor
 
 from megatron_came.kernels.cutting import Tiling
 from megatron_came.kernels.interface import Tables, is_batch_of_small, is_ordinary
-from megatron_came.kernels.numba.run import run
+from megatron_came.kernels.numba import threads
+from megatron_came.kernels.numba.run import compiled
 from megatron_came.kernels.numba.tiles import room_elements
 from megatron_came.kernels.schedule import LaunchField, Schedule
 from megatron_came.kernels.tables import GroupField
 from megatron_came.layout import Shard
 
-_libc = ctypes.CDLL(None) if os.name == "posix" else None
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3")
 # Where the system does not say how large it is.
 _USUAL_CACHE = 16 * 2**20
@@ -40,8 +37,7 @@ class NumbaKernels:
     tiling = Tiling(rows=64, columns=4096, slots=256, strip=64, stretch=4)
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_key = (0, 0)
+        self._take_part = compiled()
         width = self.tiling.slot_rows + self.tiling.columns
         self._scratch = np.empty((0, 3, width), np.float32)
         self._room = np.empty(
@@ -80,15 +76,17 @@ class NumbaKernels:
         return self._scratch
 
     def run(self, tables: Tables, schedule: Schedule) -> None:
-        """See ``run.run``."""
+        """Work off a schedule on threads."""
         if not len(schedule):
             return
         rows = schedule[:, LaunchField.STOP] - schedule[:, LaunchField.FIRST]
-        threads = torch.get_num_threads()
-        if threads > len(self._room):
-            self._room = np.empty((threads, *self._room.shape[1:]), np.float32)
-        counters = np.zeros((len(schedule), threads + 1), np.int64)
-        arguments = (
+        count = min(threads.usable(), int(rows.max()))
+        if count > len(self._room):
+            self._room = np.empty((count, *self._room.shape[1:]), np.float32)
+        counters = np.zeros((len(schedule), count + 1), np.int64)
+        arrays = (
+            schedule,
+            counters,
             tables.matrices,
             tables.vectors,
             tables.tiles,
@@ -98,66 +96,25 @@ class NumbaKernels:
             tables.groups,
             tables.divisors,
             tables.scratch,
-            self._room,
-            self.tiling.slot_rows,
-            self.tiling.columns,
         )
-        helpers = min(threads, int(rows.max(initial=0))) - 1
-        others: list[Future[None]] = []
-        try:
-            for thread in range(1, helpers + 1):
-                pool = self._pool_of(threads)
-                others.append(
-                    pool.submit(_help, _processor(), schedule, counters, thread, *arguments)
-                )
-            run(schedule, counters, 0, *arguments)
-        except BaseException:  # nobody may go on writing once this function has left
-            for other in others:
-                if not other.cancel():
-                    other.result()
-            raise
-        # Everything is done; who comes late finds nothing to do.
-        for other in others:
-            other.cancel()
-
-    def _pool_of(self, threads: int) -> ThreadPoolExecutor:
-        """Return threads to help; new ones in a process that was forked, where the old are gone."""
-        key = threads, os.getpid()
-        if self._pool is None or self._pool_key != key:
-            self._pool = ThreadPoolExecutor(max(threads - 1, 1), "megatron_came")
-            self._pool_key = key
-        return self._pool
+        task = np.array(  # in the order of TaskField
+            [
+                (0, count),
+                (self.tiling.slot_rows, self.tiling.columns),
+                (self._room.ctypes.data, self._room.shape[2]),
+                *((array.ctypes.data, len(array)) for array in arrays),
+            ],
+            np.int64,
+        )
+        threads.run(self._take_part, task.ctypes.data, count)
 
 
-def _help(busy: int | None, *arguments: Any) -> None:
-    """Run on another processor than the caller's.
-
-    The system may wake a thread where the one that wakes it goes on running, and takes milliseconds
-    to notice.
-    """
-    if busy is not None and _processor() == busy:
-        allowed = os.sched_getaffinity(0)
-        if allowed != {busy}:
-            with suppress(OSError):  # not permitted, or processors were taken away meanwhile
-                os.sched_setaffinity(0, allowed - {busy})
-            with suppress(OSError):
-                os.sched_setaffinity(0, allowed)
-    run(*arguments)
-
-
-def _processor() -> int | None:
-    """The processor that this thread runs on, where the system says it."""
-    if _libc is None or not hasattr(_libc, "sched_getcpu"):
-        return None
-    return int(_libc.sched_getcpu())
-
-
-def _last_caches(threads: int) -> int:
+def _last_caches(count: int) -> int:
     """Bytes of the last-level caches of the processors that so many threads keep busy."""
     try:
         size = (_CACHE / "size").read_text().strip().removesuffix("K")
         spans = [span.split("-") for span in (_CACHE / "shared_cpu_list").read_text().split(",")]
         sharing = sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
-        return int(size) * 1024 * max(threads // sharing, 1)
+        return int(size) * 1024 * max(count // sharing, 1)
     except (ArithmeticError, OSError, ValueError):  # not on every system
         return _USUAL_CACHE

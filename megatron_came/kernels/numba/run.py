@@ -1,7 +1,7 @@
-"""What Python calls: a schedule of launches, which any number of threads work off together.
+"""What every thread runs: a schedule of launches, which any number of them work off together.
 
-Every thread has a share of a launch's rows, the same in all passes, so that it finds in the cache
-of its own processor what it has read before. It takes rows of it until none is left, then of the
+A thread has a share of a launch's rows, the same in all passes, so that it finds in the cache of
+its own processor what it has read before. It takes rows of it until none is left, then of the
 others' shares, and waits until those that others have taken are done before it goes on to the next
 launch. A thread that comes late holds up nobody; one that the system holds up delays the others by
 the rows that it has taken alone. No order of the threads changes a bit.
@@ -12,16 +12,18 @@ the rows that it has taken alone. No order of the threads changes a bit.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from enum import IntEnum, auto
+from functools import cache
 from pathlib import Path
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import carray, cfunc, types
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from megatron_came.kernels import tables
 from megatron_came.kernels.numba import compiling, factors, storage, tiles, updates, vectors
-from megatron_came.kernels.numba.compiling import inline, unowned
+from megatron_came.kernels.numba.compiling import inline, to_float32, to_float64, to_int64
 from megatron_came.kernels.schedule import Kernel
 from megatron_came.kernels.schedule import LaunchField as Launch
 from megatron_came.maths import int8
@@ -31,10 +33,35 @@ _PORTIONS = 32
 # A thread that waits looks so often before it lets others run.
 _LOOKS = 256
 
+
+class TaskField(IntEnum):
+    """Rows of a task, what threads share: address and length of an array, unless said otherwise.
+
+    Tables are as in ``megatron_came.kernels.tables``.
+    """
+
+    THREADS = 0  # how many have come, and how many may
+    TILE = auto()  # rows of the tallest tile, columns of the widest
+    ROOM = auto()  # (threads, 4, elements), fp32, see tiles.buffers_in; address and elements
+    LAUNCHES = auto()  # table of LaunchField
+    COUNTERS = auto()  # (launches, threads + 1), int64: rows taken of each share, and rows done
+    MATRICES = auto()
+    VECTORS = auto()
+    TILES = auto()
+    SPANS = auto()
+    STRIPS = auto()
+    FACTORS = auto()  # (matrices, 2): matrix parameter, place in its batch
+    GROUPS = auto()
+    DIVISORS = auto()  # (matrices, 2), fp32
+    SCRATCH = auto()  # (slots, 3, rows and columns of TILE together), fp32
+
+
+_TASK_FIELDS = len(TaskField)
+
 # Numba's cache knows a function by its own file; what it calls, and the tables' columns, are in
 # others. Those that are imported with this one may be read from their files, the others not: the
 # files may have changed since.
-_TABLES = (*tables.TABLES, Kernel, Launch)
+_TABLES = (*tables.TABLES, Kernel, Launch, TaskField)
 _FIELDS = repr([(table.__name__, list(table.__members__.items())) for table in _TABLES])
 _SOURCES = (compiling, storage, tiles, factors, updates, vectors)
 _FILES = [Path(str(source.__file__)).read_bytes() for source in _SOURCES]
@@ -85,57 +112,55 @@ def _wait(address, count):
             _let_others_run()
 
 
-def _run(
-    launches,
-    counters,
-    thread,
-    matrices,
-    vector_table,
-    tile_table,
-    spans,
-    strips,
-    factor_table,
-    groups,
-    divisors,
-    scratch,
-    room,
-    tile_rows,
-    tile_columns,
-):
-    """Take part in a schedule, until all of it is done.
+def _array_of(pointer, *inner):
+    """Return a function that views an array of a task; its inner dimensions are known."""
+
+    @inline
+    def array(task, field):
+        return carray(pointer(task[field, 0]), (task[field, 1], *inner))
+
+    return array
+
+
+_launches = _array_of(to_int64, len(Launch))
+_matrices = _array_of(to_int64, len(tables.MatrixField))
+_vectors = _array_of(to_int64, len(tables.VectorField))
+_tiles = _array_of(to_int64, len(tables.TileField))
+_spans = _array_of(to_int64, len(tables.SpanField))
+_strips = _array_of(to_int64, len(tables.StripField))
+_factors = _array_of(to_int64, 2)
+_groups = _array_of(to_float64, len(tables.GroupField))
+_divisors = _array_of(to_float32, 2)
+
+
+def _take_part(address):
+    """Take part in a task, until all of it is done.
 
     Nothing may be raised between taking rows and having done them, such as for want of memory: the
     other threads would wait for ever.
 
     Args:
-        launches: table of ``LaunchField``.
-        counters: (launches, threads + 1), int64, zeros: rows taken of each thread's share of a
-            launch, and rows done. The same for all threads.
-        thread: which of them this one is.
-        matrices: table of ``MatrixField``.
-        vector_table: table of ``VectorField``.
-        tile_table: table of ``TileField``.
-        spans: table of ``SpanField``.
-        strips: table of ``StripField``.
-        factor_table: (matrices, 2): matrix parameter, place in its batch.
-        groups: table of ``GroupField``, float64.
-        divisors: (matrices, 2), fp32.
-        scratch: (slots, 3, tile_rows + tile_columns), fp32.
-        room: (threads, 4, elements), fp32, see ``tiles.buffers_in``.
-        tile_rows: of the tallest tile.
-        tile_columns: of a tile, at most.
+        address: of the task, a table of ``TaskField``, (fields, 2), int64.
     """
-    launches, matrices = unowned(launches), unowned(matrices)
-    vector_table, tile_table = unowned(vector_table), unowned(tile_table)
-    spans, strips, factor_table = unowned(spans), unowned(strips), unowned(factor_table)
-    groups, divisors, scratch = unowned(groups), unowned(divisors), unowned(scratch)
-    buffers = tiles.buffers_in(room[thread])
-    threads = counters.shape[1] - 1
+    task = carray(address, (_TASK_FIELDS, 2), types.int64)
+    thread, threads = _add(task.ctypes.data, 1), task[TaskField.THREADS, 1]
+    tile_rows, tile_columns = task[TaskField.TILE]
+    launches, counters = _launches(task, TaskField.LAUNCHES), task[TaskField.COUNTERS, 0]
+    matrices, vector_table = _matrices(task, TaskField.MATRICES), _vectors(task, TaskField.VECTORS)
+    tile_table, spans = _tiles(task, TaskField.TILES), _spans(task, TaskField.SPANS)
+    strips, factor_table = _strips(task, TaskField.STRIPS), _factors(task, TaskField.FACTORS)
+    groups, divisors = _groups(task, TaskField.GROUPS), _divisors(task, TaskField.DIVISORS)
+    scratch = carray(
+        to_float32(task[TaskField.SCRATCH, 0]),
+        (task[TaskField.SCRATCH, 1], 3, tile_rows + tile_columns),
+    )
+    elements = task[TaskField.ROOM, 1]
+    buffers = tiles.buffers_in(task[TaskField.ROOM, 0] + 16 * thread * elements, elements)
     for index in range(len(launches)):
         kernel, origin = launches[index, Launch.KERNEL], launches[index, Launch.FIRST]
         count = launches[index, Launch.STOP] - origin
         portion = max(count // (_PORTIONS * threads), 1)
-        taken = counters.ctypes.data + 8 * index * (threads + 1)
+        taken = counters + 8 * index * (threads + 1)
         done = taken + 8 * threads
         for step in range(threads):
             share = (thread + step) % threads
@@ -189,6 +214,12 @@ def _run(
         _wait(done, count)
 
 
-_run.__qualname__ += f"_{_FINGERPRINT}"
-# As in PyTorch, a division by zero gives infinity or NaN.
-run: Callable[..., None] = njit(nogil=True, cache=True, error_model="numpy")(_run)
+_take_part.__qualname__ += f"_{_FINGERPRINT}"
+
+
+@cache
+def compiled() -> CFunc:
+    """Compile :func:`_take_part`, or load it from Numba's cache; what C and ``ctypes`` can call."""
+    # As in PyTorch, a division by zero gives infinity or NaN.
+    function: CFunc = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(_take_part)
+    return function

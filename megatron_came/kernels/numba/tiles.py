@@ -43,17 +43,17 @@ def room_elements(tile_columns: int, span_elements: int) -> int:
 
 
 @inline
-def buffers_in(room):
+def buffers_in(address, count):
     """Divide a thread's room for what is not fp32 in memory.
 
     Args:
-        room: (4, elements), fp32, with as many elements as :func:`room_elements` says.
+        address: of (4, count), fp32.
+        count: elements, as many as :func:`room_elements` says.
 
     Returns:
         Gradients and momenta of a few rows, weights of one (in pass 2 sums of a few rows), fp32;
         random bits of one, uint16.
     """
-    address, count = room.ctypes.data, room.shape[1]
     return (
         floats(address, count),
         floats(address + 4 * count, count),

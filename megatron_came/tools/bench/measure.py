@@ -22,8 +22,6 @@ from megatron_came.tools.bench.shapes import Shape
 
 _COPY_ELEMENTS = 64 * 1024 * 1024
 _WARM_UP = 3  # steps of each contender
-# Seconds between two steps, in which the threads of the last one go to sleep.
-_PAUSE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +190,6 @@ def measure(
     times: list[list[float]] = [[] for _ in contenders]
     for _ in range(_WARM_UP + steps):
         for optimizer, taken in zip(optimizers, times, strict=True):
-            time.sleep(_PAUSE)
             start = time.perf_counter()
             optimizer.step()
             synchronize(device)
