@@ -82,11 +82,7 @@ class SumBuffer:
     def zero_(self) -> None:
         """Forget the sums of the last step, also of one that has failed on the way."""
         self._wait()
-        if self.flat.device.type == "cpu":
-            # PyTorch's own threads, once woken, spin for milliseconds in the way of the kernels'.
-            self.flat.numpy().fill(0.0)
-        else:
-            self.flat.zero_()
+        self.flat.zero_()
 
     def start(self) -> None:
         """Start to complete every piece over its process groups; :meth:`finish` must follow."""

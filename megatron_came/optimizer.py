@@ -17,7 +17,7 @@ from megatron_came.layout import Shard
 from megatron_came.maths.hyperparameters import Hyperparameters, check_number
 from megatron_came.maths.rounding import parameter_key
 from megatron_came.plan import Plan
-from megatron_came.work import ParameterWork
+from megatron_came.work import ParameterWork, gradient_of
 
 _logger = logging.getLogger(__name__)
 
@@ -221,11 +221,13 @@ class CAME(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._current_plan()
-        active = {work for work in plan.works if work.takes_part()}
+        grads = [(work, gradient_of(work.param)) for work in plan.works]
+        active = {work: grad for work, grad in grads if work.takes_part(grad)}
         hypers = {id(group): Hyperparameters.from_group(group) for group in self.param_groups}
-        for work in active:
-            weight = self._model_weights.get(work.param)
-            work.begin(self._state_of(work), hypers[id(work.group)], weight)
+        weights = self._model_weights
+        for work, grad in active.items():
+            weight = weights.get(work.param) if weights else None
+            work.begin(self._state_of(work), hypers[id(work.group)], weight, grad)
 
         # While the sums of the shared chunks travel, the local ones are computed.
         for chunk in plan.shared:
@@ -333,7 +335,7 @@ class CAME(torch.optim.Optimizer):
             ]
             self._choose_kernels()
             kernels = {device: choice.kernels for device, choice in self._choices.items()}
-            self._plan = Plan(works, kernels)
+            self._plan = Plan(works, kernels, self.param_groups)
         return self._plan
 
     @property

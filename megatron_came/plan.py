@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -59,19 +60,19 @@ class Chunk:
         """Whether no sum goes over ranks."""
         return not (self._squares.is_reduced or self._instability.is_reduced)
 
-    def _begin(self, active: set[ParameterWork]) -> None:
+    def _begin(self, active: Container[ParameterWork]) -> None:
         self._squares.zero_()
         self._instability.zero_()
         for passes, works in self._passes:
             passes.begin([work for work in self._works if work in works and work in active])
 
-    def step(self, active: set[ParameterWork]) -> None:
+    def step(self, active: Container[ParameterWork]) -> None:
         """All passes of those parameters that take part in this step, where no sum is reduced."""
         self._begin(active)
         for passes, _ in self._passes:
             passes.step()
 
-    def add_square_sums(self, active: set[ParameterWork]) -> None:
+    def add_square_sums(self, active: Container[ParameterWork]) -> None:
         """Pass 1, likewise."""
         self._begin(active)
         for passes, _ in self._passes:
@@ -98,13 +99,19 @@ class Plan:
     Args:
         works: all parameters, in an order that is the same on all ranks.
         kernels: by device.
+        param_groups: that hold the parameters.
     """
 
     def __init__(
-        self, works: list[ParameterWork], kernels: dict[torch.device, Kernels | None]
+        self,
+        works: list[ParameterWork],
+        kernels: dict[torch.device, Kernels | None],
+        param_groups: Sequence[dict[str, Any]],
     ) -> None:
         self.works = works
-        self._natures = {work.param: (work.group, _nature(work.param)) for work in works}
+        self._groups = list(param_groups)
+        self._params = [list(group["params"]) for group in param_groups]
+        self._natures = _natures(self._params)
         self.local: list[Chunk] = []
         self.shared: list[Chunk] = []
         for device in dict.fromkeys(work.param.device for work in works):
@@ -119,21 +126,25 @@ class Plan:
             for members in _spread(shared, sizes, parts):
                 self.shared.append(Chunk(members, here_kernels))
 
-    def fits(self, param_groups: Iterable[dict[str, Any]]) -> bool:
-        """Whether the groups still hold the plan's parameters, where they were."""
-        here: set[Tensor] = set()
-        for group in param_groups:
-            for param in group["params"]:
-                of, nature = self._natures.get(param, (None, None))
-                if of is not group or _nature(param) != nature:
-                    return False
-            here.update(group["params"])
-        return len(here) == len(self._natures)
+    def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the groups are the plan's, and hold its parameters, where they were."""
+        params = [group["params"] for group in param_groups]
+        return (
+            _are_same(param_groups, self._groups)
+            and all(map(_are_same, params, self._params))
+            and _natures(params) == self._natures
+        )
 
 
-def _nature(param: Tensor) -> tuple[object, ...]:
-    """What of a tensor decides who updates it, and how."""
-    return param.device, param.dtype, param.shape, param.is_contiguous()
+def _are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
+    return len(objects) == len(others) and all(map(is_, objects, others))
+
+
+def _natures(params: Sequence[Sequence[Tensor]]) -> list[tuple[object, ...]]:
+    """What of tensors decides who updates them, and how."""
+    tensors = list(chain.from_iterable(params))
+    described = map(attrgetter("device", "dtype", "shape"), tensors)
+    return list(zip(described, map(Tensor.is_contiguous, tensors), strict=True))
 
 
 def _spread(

@@ -117,14 +117,13 @@ class ParameterWork:
 
     # A step.
 
-    def takes_part(self) -> bool:
+    def takes_part(self, grad: Tensor | None) -> bool:
         """Whether this step updates the parameter: not without a gradient, but as an empty slice.
 
         Raises:
             RuntimeError: a sparse gradient.
             ValueError: no gradient, while other ranks hold other parts of the same tensor.
         """
-        grad = gradient_of(self.param)
         if grad is not None:
             if grad.is_sparse:
                 raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
@@ -139,12 +138,15 @@ class ParameterWork:
         return self._tensor_has_elements and not self._has_elements
 
     def begin(
-        self, state: dict[str, Tensor], hyper: Hyperparameters, model_weight: Tensor | None
+        self,
+        state: dict[str, Tensor],
+        hyper: Hyperparameters,
+        model_weight: Tensor | None,
+        grad: Tensor | None,
     ) -> None:
         """Take up the state, the group's hyperparameters and this step's gradient."""
         self.state, self.hyper, self.model_weight = state, hyper, model_weight
         # An empty slice may have no gradient; the slice itself is as empty.
-        grad = gradient_of(self.param)
         self.grad = self.param if grad is None else grad
 
     def copy_to_model(self) -> None:

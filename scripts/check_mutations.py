@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SHARDED = "tests/test_sharded.py"
 KERNELS = "tests/test_kernels.py"
 ADDRESSES = "tests/test_kernel_addresses.py"
+THREADS = "tests/test_kernel_threads.py"
 HOST = "tests/test_host_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
@@ -131,6 +132,27 @@ FAULTS = (
         "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP]), first",
         "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP] - 1), first",
         KERNELS,
+    ),
+    Fault(
+        "Numba: threads share a buffer",
+        "kernels/numba/task.py",
+        "tiles.buffers_in(task[TaskField.ROOM, 0] + 16 * thread * elements, elements)",
+        "tiles.buffers_in(task[TaskField.ROOM, 0], elements)",
+        THREADS,
+    ),
+    Fault(
+        "Numba: some of PyTorch's threads ended",
+        "kernels/numba/launch.py",
+        "threads.usable() if rows.max() > 1 else 1",
+        "min(threads.usable(), int(rows.max()))",
+        THREADS,
+    ),
+    Fault(
+        "Numba: a fork not noticed",
+        "kernels/threads.py",
+        "if os.getpid() != _PROCESS:",
+        "if os.getpid() == 0:",
+        THREADS,
     ),
     Fault(
         "Triton: the guess used as the clip divisor",

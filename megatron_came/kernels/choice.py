@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_came.kernels import threads
 from megatron_came.kernels.interface import Kernels
 
 CHOICES = ("auto", "plain", "numba", "triton")
@@ -68,9 +69,9 @@ def choose(wanted: str, device: torch.device) -> Choice:
 def _kernels(name: str, device: torch.device) -> Choice:
     if name == "numba":
         from megatron_came.kernels.numba.launch import NumbaKernels
-        from megatron_came.kernels.numba.threads import has_openmp
 
-        where = "" if has_openmp() else ", on one thread: this PyTorch has no OpenMP"
+        obstacle = threads.obstacle()
+        where = "" if obstacle is None else f", on one thread: {obstacle}"
         return Choice(NumbaKernels(), f"CAME's step runs in Numba's kernels{where}.")
     from megatron_came.kernels.triton.launch import TritonKernels
 

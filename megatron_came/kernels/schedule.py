@@ -106,4 +106,5 @@ def _launch(kernel: Kernel, rows: slice, backwards: bool = False) -> list[int]:
 def _schedule(launches: list[list[int]]) -> Schedule:
     """Put launches together, but for those of no rows."""
     table = np.array(launches, np.int64).reshape(-1, len(LaunchField))
-    return table[table[:, LaunchField.STOP] > table[:, LaunchField.FIRST]]
+    wanted = table[:, LaunchField.STOP] > table[:, LaunchField.FIRST]
+    return np.ascontiguousarray(table[wanted])

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 # What the threads' function calls becomes part of it. A function of its own is found by name in
 # whatever machine code was loaded first, and is not the same compiled anew and from the cache:
 # results would differ in the last bits.
-_inlined = partial(njit, nogil=True, error_model="numpy", forceinline=True)
+_inlined = partial(njit, error_model="numpy", forceinline=True)
 inline = _inlined()
 # Sums may be reordered, but NaN and infinity keep their meaning.
 fast = _inlined(fastmath={"reassoc", "contract", "nsz"})

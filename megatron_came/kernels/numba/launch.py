@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_came.kernels import threads
 from megatron_came.kernels.cutting import Tiling
 from megatron_came.kernels.interface import Tables, is_batch_of_small, is_ordinary
-from megatron_came.kernels.numba import threads
-from megatron_came.kernels.numba.run import compiled
+from megatron_came.kernels.numba.task import compiled
 from megatron_came.kernels.numba.tiles import room_elements
 from megatron_came.kernels.schedule import LaunchField, Schedule
 from megatron_came.kernels.tables import GroupField
@@ -28,7 +28,7 @@ _USUAL_CACHE = 16 * 2**20
 class NumbaKernels:
     """:class:`megatron_came.kernels.interface.Kernels` for the CPU.
 
-    As many threads as PyTorch uses (``torch.get_num_threads``) share every schedule.
+    PyTorch's threads (``torch.get_num_threads``) share every schedule. Made, it is compiled.
     """
 
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
@@ -47,7 +47,7 @@ class NumbaKernels:
     @property
     def cache_elements(self) -> int:
         """What the last-level caches hold of gradient and momentum."""
-        return _last_caches(torch.get_num_threads()) // 8
+        return _last_caches(threads.usable()) // 8
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
         """Tensors in one piece."""
@@ -80,11 +80,11 @@ class NumbaKernels:
         if not len(schedule):
             return
         rows = schedule[:, LaunchField.STOP] - schedule[:, LaunchField.FIRST]
-        count = min(threads.usable(), int(rows.max()))
+        count = threads.usable() if rows.max() > 1 else 1
         if count > len(self._room):
             self._room = np.empty((count, *self._room.shape[1:]), np.float32)
         counters = np.zeros((len(schedule), count + 1), np.int64)
-        arrays = (
+        arrays = (  # in the order of TaskField, as what follows
             schedule,
             counters,
             tables.matrices,
@@ -97,7 +97,7 @@ class NumbaKernels:
             tables.divisors,
             tables.scratch,
         )
-        task = np.array(  # in the order of TaskField
+        task = np.array(
             [
                 (0, count),
                 (self.tiling.slot_rows, self.tiling.columns),

@@ -1,10 +1,10 @@
-"""What every thread runs: a schedule of launches, which any number of them work off together.
+"""What every thread runs: its part in a task, a schedule of launches over tables.
 
 A thread has a share of a launch's rows, the same in all passes, so that it finds in the cache of
 its own processor what it has read before. It takes rows of it until none is left, then of the
 others' shares, and waits until those that others have taken are done before it goes on to the next
-launch. A thread that comes late holds up nobody; one that the system holds up delays the others by
-the rows that it has taken alone. No order of the threads changes a bit.
+launch. A thread that comes late, or not at all, delays no launch; one that the system holds up
+delays the others by the rows that it has taken alone. No order of the threads changes a bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
@@ -40,9 +40,9 @@ class TaskField(IntEnum):
     Tables are as in ``megatron_came.kernels.tables``.
     """
 
-    THREADS = 0  # how many have come, and how many may
-    TILE = auto()  # rows of the tallest tile, columns of the widest
-    ROOM = auto()  # (threads, 4, elements), fp32, see tiles.buffers_in; address and elements
+    THREADS = 0  # how many have come, and for how many there are shares; both numbers
+    TILE = auto()  # rows of the tallest tile, columns of the widest; both numbers
+    ROOM = auto()  # (threads, 4, elements), fp32, see tiles.buffers_in; address, elements
     LAUNCHES = auto()  # table of LaunchField
     COUNTERS = auto()  # (launches, threads + 1), int64: rows taken of each share, and rows done
     MATRICES = auto()
