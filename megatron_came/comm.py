@@ -82,7 +82,10 @@ class SumBuffer:
     def zero_(self) -> None:
         """Forget the sums of the last step, also of one that has failed on the way."""
         self._wait()
-        self.flat.zero_()
+        if self.flat.device.type == "cpu":
+            self.flat.numpy().fill(0.0)  # in a forked process PyTorch would wait for threads
+        else:
+            self.flat.zero_()
 
     def start(self) -> None:
         """Start to complete every piece over its process groups; :meth:`finish` must follow."""

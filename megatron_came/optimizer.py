@@ -221,12 +221,12 @@ class CAME(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._current_plan()
-        grads = [(work, gradient_of(work.param)) for work in plan.works]
-        active = {work: grad for work, grad in grads if work.takes_part(grad)}
+        active = {
+            work: grad for work in plan.works if work.takes_part(grad := gradient_of(work.param))
+        }
         hypers = {id(group): Hyperparameters.from_group(group) for group in self.param_groups}
-        weights = self._model_weights
         for work, grad in active.items():
-            weight = weights.get(work.param) if weights else None
+            weight = self._model_weights.get(work.param)
             work.begin(self._state_of(work), hypers[id(work.group)], weight, grad)
 
         # While the sums of the shared chunks travel, the local ones are computed.
@@ -319,6 +319,11 @@ class CAME(torch.optim.Optimizer):
         """Return the plan, made anew where the host has replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
             group_of = {param: group for group in self.param_groups for param in group["params"]}
+            if any(param not in group_of for param in self._shards):
+                raise ValueError(
+                    "CAME: a parameter with a shard is in no parameter group any more: "
+                    "call set_shards with those that are."
+                )
             # Named shards first, in the order in which they were named: it is the same on all
             # ranks.
             params = dict.fromkeys(chain(self._shards, group_of))

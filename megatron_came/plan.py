@@ -99,7 +99,7 @@ class Plan:
     Args:
         works: all parameters, in an order that is the same on all ranks.
         kernels: by device.
-        param_groups: that hold the parameters.
+        param_groups: as they are now; :meth:`fits` compares with them.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ def _are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
 def _natures(params: Sequence[Sequence[Tensor]]) -> list[tuple[object, ...]]:
     """What of tensors decides who updates them, and how."""
     tensors = list(chain.from_iterable(params))
-    described = map(attrgetter("device", "dtype", "shape"), tensors)
-    return list(zip(described, map(Tensor.is_contiguous, tensors), strict=True))
+    kinds = map(attrgetter("device", "dtype", "shape"), tensors)
+    return list(zip(kinds, map(Tensor.is_contiguous, tensors), strict=True))
 
 
 def _spread(

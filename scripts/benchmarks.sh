@@ -18,8 +18,8 @@ bench() {   # NAME OPTIONS...
 }
 
 bench peers --model gpt2-small
-# From ten to a thousand million parameters, each for some seconds, in runs that lie minutes apart: of a
-# shared machine the bandwidth changes meanwhile
+# From ten to a thousand million parameters, each for several seconds, in runs that lie minutes apart: of
+# a shared machine the bandwidth changes meanwhile
 for run in 1 2 3 4 5; do
     for model in "nanogpt-char --steps 500" "gpt2-nano --steps 500" "gpt2-mini --steps 400" "gpt2-small --steps 50" \
         "gpt2-medium --steps 20" gpt2-large "gpt2-xl --layers 30"; do

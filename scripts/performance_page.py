@@ -62,7 +62,7 @@ def result(report: Report, name: str) -> Report | None:
 
 
 def middle_runs(reports: list[Report]) -> list[Report]:
-    """Of the runs of each model the one in which CAME took neither the most nor the least time."""
+    """Of the runs of each model the one in which CAME took the median time."""
     by_parameters: dict[int, list[Report]] = {}
     for report in reports:
         by_parameters.setdefault(report["parameters"], []).append(report)

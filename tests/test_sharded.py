@@ -359,3 +359,11 @@ def test_shards_must_fit_their_parameters():
         CAME([param], lr=1e-3, shards={param: Shard((4, 6), 0, 12)})
     with pytest.raises(ValueError, match="in no parameter group"):
         CAME([param], lr=1e-3, shards={torch.randn(3): Shard((3,), 0, 3)})
+
+
+def test_a_parameter_that_leaves_its_group_while_its_shard_stays_is_an_error():
+    params = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(2)]
+    optimizer = CAME(params, lr=1e-3, shards={param: Shard.whole((4, 6)) for param in params})
+    del optimizer.param_groups[0]["params"][0]
+    with pytest.raises(ValueError, match="in no parameter group any more: call set_shards"):
+        optimizer.step()

@@ -1,13 +1,12 @@
 """Run in a process of its own: which of the system's threads the kernels run on.
 
-Numba's kernels and PyTorch's operations are given four threads in turn; nothing may start a thread
-after the first of them has.
+Numba's kernels and PyTorch's operations take turns; after the first parallel work no thread may
+start or end.
 """
 
 import ctypes
 import os
 import threading
-from types import SimpleNamespace
 
 import torch
 
@@ -27,8 +26,9 @@ def threads_that_come() -> set[int]:
     come: list[int] = []
     note = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: come.append(threading.get_native_id()))
     address = ctypes.cast(note, ctypes.c_void_p).value
-    threads.run(SimpleNamespace(address=address, ctypes=note), 0, COUNT)  # type: ignore[arg-type]
-    assert len(come) == COUNT, come
+    assert address is not None
+    threads.run(address, 0, COUNT)
+    assert len(come) == len(set(come)) == COUNT, come
     return set(come)
 
 
@@ -40,7 +40,6 @@ def main() -> None:
     optimizer = CAME([param], lr=1e-2, kernels="numba")
     before = threads_of_process()
     come = threads_that_come()
-    assert len(come) == COUNT, come
     assert threads_of_process() == before | come
     for work in (lambda: torch.ones(2**22).sum(), optimizer.step, optimizer.step):
         work()
@@ -48,4 +47,5 @@ def main() -> None:
     assert threads_that_come() == come
 
 
-main()
+if __name__ == "__main__":
+    main()

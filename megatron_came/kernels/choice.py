@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_came.kernels import threads
+from megatron_came.kernels import threads  # imported at once: it remembers the process
 from megatron_came.kernels.interface import Kernels
 
 CHOICES = ("auto", "plain", "numba", "triton")
@@ -71,8 +71,8 @@ def _kernels(name: str, device: torch.device) -> Choice:
         from megatron_came.kernels.numba.launch import NumbaKernels
 
         obstacle = threads.obstacle()
-        where = "" if obstacle is None else f", on one thread: {obstacle}"
-        return Choice(NumbaKernels(), f"CAME's step runs in Numba's kernels{where}.")
+        limit = "" if obstacle is None else f", on one thread: {obstacle}"
+        return Choice(NumbaKernels(), f"CAME's step runs in Numba's kernels{limit}.")
     from megatron_came.kernels.triton.launch import TritonKernels
 
     return Choice(TritonKernels(device), "CAME's step runs in Triton's kernels.")

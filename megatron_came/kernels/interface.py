@@ -20,6 +20,8 @@ from megatron_came.layout import Shard
 class Tables:
     """What the kernels read and write, on their device; see ``megatron_came.kernels.tables``.
 
+    Arrays lie in one piece, row by row: kernels are given their addresses.
+
     Attributes:
         matrices: table of ``MatrixField``.
         vectors: table of ``VectorField``.

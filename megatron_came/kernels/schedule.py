@@ -107,4 +107,5 @@ def _schedule(launches: list[list[int]]) -> Schedule:
     """Put launches together, but for those of no rows."""
     table = np.array(launches, np.int64).reshape(-1, len(LaunchField))
     wanted = table[:, LaunchField.STOP] > table[:, LaunchField.FIRST]
+    # Kernels are given its address; NumPy does not say how it lays out what it picks.
     return np.ascontiguousarray(table[wanted])

@@ -2,18 +2,21 @@
 
 After parallel work they wait awake for more, for milliseconds, and so they do when a step begins
 right after a backward pass: threads of our own would have to share the processors with them.
+
+In a forked process GNU's OpenMP waits for ever for threads that the parent alone has. Kernels use
+one thread there, if the parent had imported this module; PyTorch's own operations are not so
+careful.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from numba.core.ccallback import CFunc
+_Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _entry_point() -> Any:
@@ -41,7 +44,7 @@ def obstacle() -> str | None:
     """Why this process cannot use PyTorch's threads, if so."""
     if _parallel is None:
         return "PyTorch's OpenMP threads cannot be reached"
-    if os.getpid() != _PROCESS:  # OpenMP would wait for threads that the parent alone has
+    if os.getpid() != _PROCESS:
         return "this process was forked from one that had loaded CAME"
     return None
 
@@ -51,18 +54,18 @@ def usable() -> int:
     return torch.get_num_threads() if obstacle() is None else 1
 
 
-def run(function: CFunc, argument: int, threads: int) -> None:
+def run(function: int, argument: int, threads: int) -> None:
     """Call a function on several threads at once; return when all calls have.
 
     There may be fewer calls, where OpenMP is told to have fewer threads.
 
     Args:
-        function: takes one address, returns nothing.
-        argument: the address.
+        function: address of ``void function(void *argument)``, which needs no lock of Python's.
+        argument: address.
         threads: 1, or as many as are :func:`usable`. With fewer, GNU's library would end the rest
-            and PyTorch's next operation start them again.
+            and PyTorch's next operation start them again (pytorch/pytorch#32008).
     """
     if threads == 1:
-        function.ctypes(argument)
+        _Function(function)(argument)
     else:
-        _parallel(function.address, argument, threads, 0)
+        _parallel(function, argument, threads, 0)

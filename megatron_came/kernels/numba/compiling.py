@@ -10,8 +10,8 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-# What the threads' function calls becomes part of it. A function of its own is found by name in
-# whatever machine code was loaded first, and is not the same compiled anew and from the cache:
+# What ``task.compiled``'s function calls becomes part of it. A function of its own is found by name
+# in whatever machine code was loaded first, and is not the same compiled anew and from the cache:
 # results would differ in the last bits.
 _inlined = partial(njit, error_model="numpy", forceinline=True)
 inline = _inlined()

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_came.kernels import threads
 from megatron_came.kernels.cutting import Tiling
 from megatron_came.kernels.interface import Tables, is_batch_of_small, is_ordinary
-from megatron_came.kernels.numba.task import compiled
+from megatron_came.kernels.numba.task import TaskField, compiled
 from megatron_came.kernels.numba.tiles import room_elements
 from megatron_came.kernels.schedule import LaunchField, Schedule
 from megatron_came.kernels.tables import GroupField
@@ -28,7 +28,8 @@ _USUAL_CACHE = 16 * 2**20
 class NumbaKernels:
     """:class:`megatron_came.kernels.interface.Kernels` for the CPU.
 
-    PyTorch's threads (``torch.get_num_threads``) share every schedule. Made, it is compiled.
+    PyTorch's threads (``torch.get_num_threads``) share every schedule. Making one compiles the
+    kernels, or loads them from Numba's cache.
     """
 
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
@@ -37,7 +38,9 @@ class NumbaKernels:
     tiling = Tiling(rows=64, columns=4096, slots=256, strip=64, stretch=4)
 
     def __init__(self) -> None:
-        self._take_part = compiled()
+        address = compiled().address  # of what ``compiled`` keeps
+        assert address is not None
+        self._take_part = address
         width = self.tiling.slot_rows + self.tiling.columns
         self._scratch = np.empty((0, 3, width), np.float32)
         self._room = np.empty(
@@ -80,32 +83,30 @@ class NumbaKernels:
         if not len(schedule):
             return
         rows = schedule[:, LaunchField.STOP] - schedule[:, LaunchField.FIRST]
+        # One row is for one thread; any other number than all would end threads.
         count = threads.usable() if rows.max() > 1 else 1
         if count > len(self._room):
             self._room = np.empty((count, *self._room.shape[1:]), np.float32)
-        counters = np.zeros((len(schedule), count + 1), np.int64)
-        arrays = (  # in the order of TaskField, as what follows
-            schedule,
-            counters,
-            tables.matrices,
-            tables.vectors,
-            tables.tiles,
-            tables.spans,
-            tables.strips,
-            tables.factors,
-            tables.groups,
-            tables.divisors,
-            tables.scratch,
-        )
-        task = np.array(
-            [
-                (0, count),
-                (self.tiling.slot_rows, self.tiling.columns),
-                (self._room.ctypes.data, self._room.shape[2]),
-                *((array.ctypes.data, len(array)) for array in arrays),
-            ],
-            np.int64,
-        )
+        arrays = {
+            TaskField.LAUNCHES: schedule,
+            TaskField.COUNTERS: np.zeros((len(schedule), count + 1), np.int64),
+            TaskField.MATRICES: tables.matrices,
+            TaskField.VECTORS: tables.vectors,
+            TaskField.TILES: tables.tiles,
+            TaskField.SPANS: tables.spans,
+            TaskField.STRIPS: tables.strips,
+            TaskField.FACTORS: tables.factors,
+            TaskField.GROUPS: tables.groups,
+            TaskField.DIVISORS: tables.divisors,
+            TaskField.SCRATCH: tables.scratch,
+        }
+        fields = {
+            TaskField.THREADS: (0, count),
+            TaskField.TILE: (self.tiling.slot_rows, self.tiling.columns),
+            TaskField.ROOM: (self._room.ctypes.data, self._room.shape[2]),
+            **{field: (array.ctypes.data, len(array)) for field, array in arrays.items()},
+        }
+        task = np.array([fields[field] for field in TaskField], np.int64)
         threads.run(self._take_part, task.ctypes.data, count)
 
 

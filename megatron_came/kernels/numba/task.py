@@ -4,7 +4,8 @@ A thread has a share of a launch's rows, the same in all passes, so that it find
 its own processor what it has read before. It takes rows of it until none is left, then of the
 others' shares, and waits until those that others have taken are done before it goes on to the next
 launch. A thread that comes late, or not at all, delays no launch; one that the system holds up
-delays the others by the rows that it has taken alone. No order of the threads changes a bit.
+delays the others by the rows that it has taken alone, and the end of all, for which every thread
+that comes is waited. No order of the threads changes a bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
@@ -37,7 +38,7 @@ _LOOKS = 256
 class TaskField(IntEnum):
     """Rows of a task, what threads share: address and length of an array, unless said otherwise.
 
-    Tables are as in ``megatron_came.kernels.tables``.
+    Tables are as in ``megatron_came.kernels.interface.Tables``.
     """
 
     THREADS = 0  # how many have come, and for how many there are shares; both numbers
@@ -50,10 +51,10 @@ class TaskField(IntEnum):
     TILES = auto()
     SPANS = auto()
     STRIPS = auto()
-    FACTORS = auto()  # (matrices, 2): matrix parameter, place in its batch
+    FACTORS = auto()
     GROUPS = auto()
-    DIVISORS = auto()  # (matrices, 2), fp32
-    SCRATCH = auto()  # (slots, 3, rows and columns of TILE together), fp32
+    DIVISORS = auto()
+    SCRATCH = auto()
 
 
 _TASK_FIELDS = len(TaskField)
@@ -61,7 +62,7 @@ _TASK_FIELDS = len(TaskField)
 # Numba's cache knows a function by its own file; what it calls, and the tables' columns, are in
 # others. Those that are imported with this one may be read from their files, the others not: the
 # files may have changed since.
-_TABLES = (*tables.TABLES, Kernel, Launch, TaskField)
+_TABLES = (*tables.TABLES, Kernel, Launch)
 _FIELDS = repr([(table.__name__, list(table.__members__.items())) for table in _TABLES])
 _SOURCES = (compiling, storage, tiles, factors, updates, vectors)
 _FILES = [Path(str(source.__file__)).read_bytes() for source in _SOURCES]
@@ -112,25 +113,25 @@ def _wait(address, count):
             _let_others_run()
 
 
-def _array_of(pointer, *inner):
-    """Return a function that views an array of a task; its inner dimensions are known."""
+def _array(field, pointer, *inner):
+    """Return a function that views an array of a task, whose inner dimensions are known."""
 
     @inline
-    def array(task, field):
+    def array_of(task):
         return carray(pointer(task[field, 0]), (task[field, 1], *inner))
 
-    return array
+    return array_of
 
 
-_launches = _array_of(to_int64, len(Launch))
-_matrices = _array_of(to_int64, len(tables.MatrixField))
-_vectors = _array_of(to_int64, len(tables.VectorField))
-_tiles = _array_of(to_int64, len(tables.TileField))
-_spans = _array_of(to_int64, len(tables.SpanField))
-_strips = _array_of(to_int64, len(tables.StripField))
-_factors = _array_of(to_int64, 2)
-_groups = _array_of(to_float64, len(tables.GroupField))
-_divisors = _array_of(to_float32, 2)
+_launches_of = _array(TaskField.LAUNCHES, to_int64, len(Launch))
+_matrices_of = _array(TaskField.MATRICES, to_int64, len(tables.MatrixField))
+_vectors_of = _array(TaskField.VECTORS, to_int64, len(tables.VectorField))
+_tiles_of = _array(TaskField.TILES, to_int64, len(tables.TileField))
+_spans_of = _array(TaskField.SPANS, to_int64, len(tables.SpanField))
+_strips_of = _array(TaskField.STRIPS, to_int64, len(tables.StripField))
+_factors_of = _array(TaskField.FACTORS, to_int64, 2)
+_groups_of = _array(TaskField.GROUPS, to_float64, len(tables.GroupField))
+_divisors_of = _array(TaskField.DIVISORS, to_float32, 2)
 
 
 def _take_part(address):
@@ -143,17 +144,21 @@ def _take_part(address):
         address: of the task, a table of ``TaskField``, (fields, 2), int64.
     """
     task = carray(address, (_TASK_FIELDS, 2), types.int64)
-    thread, threads = _add(task.ctypes.data, 1), task[TaskField.THREADS, 1]
+    thread = _add(task.ctypes.data, 1)
+    threads = task[TaskField.THREADS, 1]
     tile_rows, tile_columns = task[TaskField.TILE]
-    launches, counters = _launches(task, TaskField.LAUNCHES), task[TaskField.COUNTERS, 0]
-    matrices, vector_table = _matrices(task, TaskField.MATRICES), _vectors(task, TaskField.VECTORS)
-    tile_table, spans = _tiles(task, TaskField.TILES), _spans(task, TaskField.SPANS)
-    strips, factor_table = _strips(task, TaskField.STRIPS), _factors(task, TaskField.FACTORS)
-    groups, divisors = _groups(task, TaskField.GROUPS), _divisors(task, TaskField.DIVISORS)
-    scratch = carray(
-        to_float32(task[TaskField.SCRATCH, 0]),
-        (task[TaskField.SCRATCH, 1], 3, tile_rows + tile_columns),
-    )
+    launches = _launches_of(task)
+    counters = task[TaskField.COUNTERS, 0]
+    matrices = _matrices_of(task)
+    vector_table = _vectors_of(task)
+    tile_table = _tiles_of(task)
+    spans = _spans_of(task)
+    strips = _strips_of(task)
+    factor_table = _factors_of(task)
+    groups = _groups_of(task)
+    divisors = _divisors_of(task)
+    slots = task[TaskField.SCRATCH, 1]
+    scratch = carray(to_float32(task[TaskField.SCRATCH, 0]), (slots, 3, tile_rows + tile_columns))
     elements = task[TaskField.ROOM, 1]
     buffers = tiles.buffers_in(task[TaskField.ROOM, 0] + 16 * thread * elements, elements)
     for index in range(len(launches)):
