@@ -341,6 +341,13 @@ class CAME(torch.optim.Optimizer):
             self._choose_kernels()
             kernels = {device: choice.kernels for device, choice in self._choices.items()}
             self._plan = Plan(works, kernels, self.param_groups)
+            if left := self._plan.left:
+                _logger.warning(
+                    "CAME's step runs in plain PyTorch, which is slower, for %d of %d parameters, "
+                    "the first of shape %s in %s: kernels compute contiguous ones with fp32 "
+                    "weights, and no batches of many small matrices.",
+                    *(len(left), len(works), left[0].shard.shape, left[0].param.dtype),
+                )
         return self._plan
 
     @property

@@ -29,6 +29,9 @@ class Chunk:
     Args:
         works: the parameters, on one device.
         kernels: for those that they can bear; None for plain PyTorch alone.
+
+    Attributes:
+        left: parameters that the kernels leave to plain PyTorch.
     """
 
     def __init__(self, works: Sequence[ParameterWork], kernels: Kernels | None) -> None:
@@ -49,6 +52,7 @@ class Chunk:
             and kernels.bears(work.param, work.shard)
         ]
         plain = [work for work in works if work not in fused]
+        self.left = [] if kernels is None else plain
         self._passes: list[tuple[PlainPasses | FusedPasses, set[ParameterWork]]] = []
         if plain:
             self._passes.append((PlainPasses(plain), set(plain)))
@@ -100,6 +104,9 @@ class Plan:
         works: all parameters, in an order that is the same on all ranks.
         kernels: by device.
         param_groups: as they are now; :meth:`fits` compares with them.
+
+    Attributes:
+        left: parameters that kernels leave to plain PyTorch, where there are kernels.
     """
 
     def __init__(
@@ -125,6 +132,7 @@ class Plan:
             parts = min(max(sum(sizes) // _SHARED_CHUNK_BYTES, 1), _MAX_SHARED_CHUNKS)
             for members in _spread(shared, sizes, parts):
                 self.shared.append(Chunk(members, here_kernels))
+        self.left = [work for chunk in (*self.local, *self.shared) for work in chunk.left]
 
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups are the plan's, and hold its parameters, where they were."""

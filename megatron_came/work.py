@@ -122,11 +122,19 @@ class ParameterWork:
 
         Raises:
             RuntimeError: a sparse gradient.
-            ValueError: no gradient, while other ranks hold other parts of the same tensor.
+            ValueError: one of another size or on another device; or none, while other ranks hold
+                other parts of the same tensor.
         """
         if grad is not None:
             if grad.is_sparse:
                 raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
+            # PyTorch looks after ``grad``; nobody after ``decoupled_grad``.
+            if grad.numel() != self.shard.numel or grad.device != self.param.device:
+                raise ValueError(
+                    f"CAME: a parameter of {self.shard.numel} elements on {self.param.device} has "
+                    f"a gradient of {grad.numel()} on {grad.device}: set decoupled_grad to one "
+                    "that fits."
+                )
             return self._tensor_has_elements
         dp_group = self.shard.dp_group
         if self._has_elements and dp_group is not None and dp_group.size() > 1:

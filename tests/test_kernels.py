@@ -185,6 +185,23 @@ def test_kernels_that_cannot_be_had_are_refused(wanted, device, message):
         choose(wanted, torch.device(device))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "count"),
+    [(torch.float32, (20, 30), 0), (torch.float64, (20, 30), 1), (torch.float32, (128, 3, 3), 1)],
+)
+def test_what_kernels_leave_to_plain_pytorch_is_said_once(dtype, shape, count, caplog):
+    params = [torch.nn.Parameter(torch.randn(size)) for size in ((9, 8), (7,))]
+    params.append(torch.nn.Parameter(torch.randn(shape, dtype=dtype)))
+    optimizer = CAME(params, lr=1e-2, kernels="numba")
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    lines = [record.getMessage() for record in caplog.records if "slower" in record.getMessage()]
+    assert len(lines) == count
+    assert all(f"for 1 of 3 parameters, the first of shape {shape}" in line for line in lines)
+
+
 def test_without_numba_the_step_is_plain_and_says_what_is_lost(monkeypatch):
     # As if importing it failed.
     monkeypatch.setitem(sys.modules, "megatron_came.kernels.numba.launch", None)

@@ -340,6 +340,16 @@ def test_a_missing_gradient_of_a_slice_is_an_error():
         optimizer.step()
 
 
+@pytest.mark.parametrize("kernels", ["plain", "numba"])
+def test_a_gradient_that_does_not_fit_is_an_error(kernels):
+    param = torch.nn.Parameter(torch.randn(30, 40))
+    param.decoupled_grad = torch.randn(7)
+    optimizer = CAME([param], lr=1e-3, kernels=kernels)
+    message = "1200 elements on cpu has a gradient of 7 on cpu: set decoupled_grad to one that fits"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("shape", "start", "stop", "tp_dim", "message"),
     [
