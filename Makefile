@@ -8,7 +8,7 @@ BIN := .venv/bin
 OPTIONS = $(if $(TEXT),--text $(TEXT)) $(if $(RANKS),--ranks $(RANKS)) \
 	$(if $(PORT),--port $(PORT)) $(if $(ITERATIONS),--iterations $(ITERATIONS))
 
-.PHONY: help venv quickstart test test-all test-hosts check-mutations gpu-check benchmarks check lock clean-quickstart
+.PHONY: help venv quickstart test test-all test-triton test-hosts check-mutations gpu-check benchmarks check lock clean-quickstart
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,10 @@ test: venv  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 test-all: venv  ## run the full matrix of layouts and checkpoints as well
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "matrix or not matrix"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not interpreted"
+
+test-triton: venv  ## run all tests of the Triton kernels under Triton's interpreter (half an hour; no GPU needed)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreted
 
 check-mutations: venv  ## break the package on purpose, one fault at a time, to see that the tests notice
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_mutations.py

@@ -1,4 +1,4 @@
-"""Sums over ranks: one flat float64 buffer, one all-reduce a group, copies kept identical.
+"""Sums over ranks: one flat float64 buffer, one all-reduce a group; one broadcast for copies.
 
 The number of collectives does not grow with the number of parameters, a group of one rank costs
 none, and they run while the caller computes something else.
@@ -26,14 +26,11 @@ class Request:
         shape: shape of the view that the piece is read and written through.
         dp_group: first summed over these ranks.
         tp_group: then over these.
-        copies_group: finally made bit-identical on these ranks, which have computed the same
-            sums of the same numbers in possibly another order.
     """
 
     shape: tuple[int, ...]
     dp_group: ProcessGroup | None = None
     tp_group: ProcessGroup | None = None
-    copies_group: ProcessGroup | None = None
 
     @property
     def numel(self) -> int:
@@ -41,8 +38,26 @@ class Request:
         return torch.Size(self.shape).numel()
 
 
-class SumBuffer:
-    """A flat float64 buffer of local sums that :meth:`start` and :meth:`finish` complete.
+class _Buffer:
+    """Collectives that run on a flat float64 buffer."""
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self.flat = torch.zeros(numel, dtype=torch.float64, device=device)
+        self._under_way: list[dist.Work] = []
+
+    def _note(self, work: dist.Work | None) -> None:
+        if work is not None:  # on ranks outside the group
+            self._under_way.append(work)
+
+    def _wait(self) -> None:
+        """Wait for what runs. Waits on the device's stream where it has one."""
+        for work in self._under_way:
+            work.wait()
+        self._under_way.clear()
+
+
+class SumBuffer(_Buffer):
+    """Local sums that :meth:`start` and :meth:`finish` complete.
 
     Every rank of a group must build its buffer from the same requests in the same order, those
     of parameters it holds no element of included.
@@ -53,16 +68,12 @@ class SumBuffer:
     """
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
-        requests = [
-            Request(r.shape, _several(r.dp_group), _several(r.tp_group), _several(r.copies_group))
-            for r in requests
-        ]
-        order = _order(requests)
-        self.flat = torch.zeros(sum(r.numel for r in requests), dtype=torch.float64, device=device)
+        super().__init__(sum(request.numel for request in requests), device)
+        requests = [Request(r.shape, _several(r.dp_group), _several(r.tp_group)) for r in requests]
         views: dict[int, Tensor] = {}
         offsets: list[tuple[int, int, Request]] = []
         offset = 0
-        for index in order:
+        for index in _order(requests):
             request = requests[index]
             views[index] = self.flat[offset : offset + request.numel].view(request.shape)
             offsets.append((offset, offset + request.numel, request))
@@ -71,13 +82,11 @@ class SumBuffer:
         # Pieces whose sums over the first group are not complete yet wait for a second one.
         self._first = _runs(offsets, "dp_group")
         self._second = _runs(offsets, "tp_group")
-        self._copies = _runs(offsets, "copies_group")
-        self._under_way: list[dist.Work] = []
 
     @property
     def is_reduced(self) -> bool:
         """Whether any piece goes over ranks at all."""
-        return bool(self._first or self._second or self._copies)
+        return bool(self._first or self._second)
 
     def zero_(self) -> None:
         """Forget the sums of the last step, also of one that has failed on the way."""
@@ -92,46 +101,75 @@ class SumBuffer:
         self._all_reduce(self._first or self._second)
 
     def finish(self) -> None:
-        """Wait until every piece is complete. Waits on the device's stream where it has one."""
+        """Wait until every piece is complete."""
         self._wait()
         if self._first and self._second:
             self._all_reduce(self._second)
             self._wait()
-        for start, stop, group in self._copies:
-            dist.broadcast(self.flat[start:stop], group=cast(dist.ProcessGroup, group), group_src=0)
 
     def _all_reduce(self, runs: list[tuple[int, int, ProcessGroup]]) -> None:
         for start, stop, group in runs:
-            work = dist.all_reduce(
-                self.flat[start:stop], group=cast(dist.ProcessGroup, group), async_op=True
-            )
-            if work is not None:  # on ranks outside the group
-                self._under_way.append(work)
+            piece = self.flat[start:stop]
+            self._note(dist.all_reduce(piece, group=cast(dist.ProcessGroup, group), async_op=True))
 
-    def _wait(self) -> None:
-        for work in self._under_way:
-            work.wait()
-        self._under_way.clear()
+
+class CopyBuffer(_Buffer):
+    """Complete sums of tensors that other ranks hold copies of.
+
+    Those ranks have computed the same sums of the same numbers, in possibly another order:
+    :meth:`start` and :meth:`finish` replace them by the sums of the group's first rank.
+
+    Args:
+        pieces: pieces of a sum buffer, and the ranks that hold the copies; in an order that is
+            the same on these ranks.
+        device: where the buffer lies.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[Tensor, ProcessGroup]], device: torch.device) -> None:
+        super().__init__(sum(view.numel() for view, _ in pieces), device)
+        self._groups = list({id(group): group for _, group in pieces}.values())
+        self._views = [
+            [view.view(-1) for view, other in pieces if other is group] for group in self._groups
+        ]
+        self._parts: list[Tensor] = []
+        offset = 0
+        for views in self._views:
+            size = sum(view.numel() for view in views)
+            self._parts.append(self.flat[offset : offset + size])
+            offset += size
+
+    def start(self) -> None:
+        """Send them on their way: one broadcast a group; :meth:`finish` must follow."""
+        self._wait()  # after a step that has failed on the way
+        for part, views, group in zip(self._parts, self._views, self._groups, strict=True):
+            torch.cat(views, out=part)
+            self._note(
+                dist.broadcast(
+                    part, group=cast(dist.ProcessGroup, group), group_src=0, async_op=True
+                )
+            )
+
+    def finish(self) -> None:
+        """Wait for them and write them to the sum buffers."""
+        self._wait()
+        for part, views in zip(self._parts, self._views, strict=True):
+            offset = 0
+            for view in views:
+                view.copy_(part[offset : offset + view.numel()])
+                offset += view.numel()
 
 
 def _order(requests: Sequence[Request]) -> list[int]:
-    """Order the pieces so that those which one collective can take are neighbours.
-
-    Copies are of one tensor, the tied embeddings, so that at most two first groups have any.
-    """
+    """Order the pieces so that those which one collective can take are neighbours."""
     groups: list[ProcessGroup | None] = []
-    for request in sorted(requests, key=lambda r: r.copies_group is None):  # copies first
+    for request in requests:
         if not any(request.dp_group is group for group in groups):
             groups.append(request.dp_group)
 
-    def key(index: int) -> tuple[int, int]:
+    def key(index: int) -> tuple[int, bool]:
         request = requests[index]
         group = next(k for k, group in enumerate(groups) if group is request.dp_group)
-        if request.copies_group is None:
-            return group, 0 if request.tp_group is None else 4
-        if request.tp_group is not None:
-            return group, 3
-        return group, -1 if group else 2  # where the second group begins the first one ends
+        return group, request.tp_group is not None
 
     return sorted(range(len(requests)), key=key)
 

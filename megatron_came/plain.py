@@ -50,19 +50,33 @@ class PlainPasses:
             part.add_instability_sums()
 
     def apply(self) -> None:
-        """With the sums of pass 2 complete: instabilities and pass 3."""
-        for part in self._active:
-            part.update_instability()
-            part.apply()
-            part.work.copy_to_model()
-            part.end()
-        self._active = []
+        """With the sums of pass 2 complete: instabilities and pass 3, but of copies."""
+        self._apply(part for part in self._active if part.work.copies_group is None)
+
+    def apply_copies(self) -> None:
+        """The same of copies, with second moments anew from the sums that all copies share."""
+        copies = [part for part in self._active if part.work.copies_group is not None]
+        for part in copies:
+            part.update_second_moment()
+        self._apply(copies)
 
     def step(self) -> None:
         """All passes, where no sum goes over ranks."""
         self.add_square_sums()
         self.add_instability_sums()
         self.apply()
+
+    def end(self) -> None:
+        """Rewrite the model's weights, and let go of the gradients."""
+        for part in self._active:
+            part.work.copy_to_model()
+            part.end()
+        self._active = []
+
+    def _apply(self, parts: Iterable[_Part]) -> None:
+        for part in parts:
+            part.update_instability()
+            part.apply()
 
 
 class _Part:

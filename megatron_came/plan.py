@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.comm import SumBuffer
+from megatron_came.comm import CopyBuffer, SumBuffer
 from megatron_came.kernels.fused import FusedPasses
 from megatron_came.kernels.interface import Kernels
 from megatron_came.plain import PlainPasses
@@ -24,7 +24,10 @@ _MAX_SHARED_CHUNKS = 4
 class Chunk:
     """Parameters that go through a step together.
 
-    Their sums are reduced after each of the first two passes, unless all are local.
+    Their sums are reduced after each of the first two passes, unless all are local. Where other
+    ranks hold copies of a tensor, both go on from the same sums: while other parameters are
+    updated, the first rank's are sent, those of the first pass included, and copies update their
+    second moments anew.
 
     Args:
         works: the parameters, on one device.
@@ -44,12 +47,18 @@ class Chunk:
         for work, first, second in zip(works, square_requests, instability_requests, strict=True):
             work.bind([next(squares) for _ in first], [next(instability) for _ in second])
         self._works = works
+        copies = {work: group for work in works if (group := work.copies_group) is not None}
+        self._copies = list(copies)
+        self._copied_sums = CopyBuffer(
+            [(view, group) for work, group in copies.items() for view in work.sums], device
+        )
         fused = [
             work
             for work in works
             if kernels is not None
             and work.has_fp32_weights
             and kernels.bears(work.param, work.shard)
+            and not (work in copies and work.shard.is_vector)
         ]
         plain = [work for work in works if work not in fused]
         self.left = [] if kernels is None else plain
@@ -62,11 +71,12 @@ class Chunk:
     @property
     def is_local(self) -> bool:
         """Whether no sum goes over ranks."""
-        return not (self._squares.is_reduced or self._instability.is_reduced)
+        return not (self._squares.is_reduced or self._instability.is_reduced or self._copies)
 
     def _begin(self, active: Container[ParameterWork]) -> None:
         self._squares.zero_()
         self._instability.zero_()
+        self._active_copies = [work for work in self._copies if work in active]
         for passes, works in self._passes:
             passes.begin([work for work in self._works if work in works and work in active])
 
@@ -75,6 +85,7 @@ class Chunk:
         self._begin(active)
         for passes, _ in self._passes:
             passes.step()
+            passes.end()
 
     def add_square_sums(self, active: Container[ParameterWork]) -> None:
         """Pass 1, likewise."""
@@ -86,6 +97,8 @@ class Chunk:
     def add_instability_sums(self) -> None:
         """Second moments and pass 2."""
         self._squares.finish()
+        for work in self._active_copies:
+            work.keep_second_moment()
         for passes, _ in self._passes:
             passes.add_instability_sums()
         self._instability.start()
@@ -93,8 +106,15 @@ class Chunk:
     def apply(self) -> None:
         """Instabilities and pass 3."""
         self._instability.finish()
+        self._copied_sums.start()
         for passes, _ in self._passes:
             passes.apply()
+        self._copied_sums.finish()
+        for work in self._active_copies:
+            work.restore_second_moment()
+        for passes, _ in self._passes:
+            passes.apply_copies()
+            passes.end()
 
 
 class Plan:

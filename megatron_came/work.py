@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_came.comm import Request
-from megatron_came.layout import Shard
+from megatron_came.layout import ProcessGroup, Shard
 from megatron_came.maths.hyperparameters import Hyperparameters
 from megatron_came.maths.rounding import step_key
-from megatron_came.state import has_remainder, state_dtype
+from megatron_came.state import MATRIX_FACTORS, VECTOR_FACTORS, has_remainder, state_dtype
 
 
 def gradient_of(param: Tensor) -> Tensor | None:
@@ -60,6 +60,7 @@ class ParameterWork:
         self.param, self.group, self.shard, self.key = param, group, shard, key
         self.dtype = state_dtype(param)
         self.has_fp32_weights = param.dtype == torch.float32 or has_remainder(param, remainders)
+        self._second_moment = VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS[:2]
         self._has_elements, self._tensor_has_elements = shard.numel > 0, shard.full_numel > 0
         self.state: dict[str, Tensor]
         self.hyper: Hyperparameters
@@ -74,6 +75,12 @@ class ParameterWork:
     # What this parameter sums over ranks.
 
     @property
+    def copies_group(self) -> ProcessGroup | None:
+        """The ranks that hold copies, if any other does."""
+        group = self.shard.copies_group
+        return None if group is None or group.size() == 1 else group
+
+    @property
     def is_shared(self) -> bool:
         """Whether other ranks hold other parts, or copies, of the tensor."""
         shard = self.shard
@@ -84,10 +91,10 @@ class ParameterWork:
     def _request(self, *shape: int, summed_over_tp: bool) -> Request:
         shard = self.shard
         if not summed_over_tp:
-            return Request(shape, shard.dp_group, None, shard.copies_group)
+            return Request(shape, shard.dp_group)
         if shard.tp_dp_group is not None:
-            return Request(shape, shard.tp_dp_group, None, shard.copies_group)
-        return Request(shape, shard.dp_group, shard.tp_group, shard.copies_group)
+            return Request(shape, shard.tp_dp_group)
+        return Request(shape, shard.dp_group, shard.tp_group)
 
     def square_requests(self) -> list[Request]:
         """Row and column sums of g^2; of a vector, rows alone."""
@@ -114,6 +121,11 @@ class ParameterWork:
         """Take the views of the sum buffers that answer the two lists of requests."""
         self.square_sums = list(squares)
         self.total, self.residual_sums = instability[0], list(instability[1:])
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.square_sums, self.total, *self.residual_sums]
 
     # A step.
 
@@ -156,6 +168,16 @@ class ParameterWork:
         self.state, self.hyper, self.model_weight = state, hyper, model_weight
         # An empty slice may have no gradient; the slice itself is as empty.
         self.grad = self.param if grad is None else grad
+
+    def keep_second_moment(self) -> None:
+        """Remember the second moment as it is before the step."""
+        self._kept = {key: self.state[key].clone() for key in self._second_moment}
+
+    def restore_second_moment(self) -> None:
+        """Put it back, to be updated anew."""
+        for key, value in self._kept.items():
+            self.state[key].copy_(value)
+        self._kept.clear()
 
     def copy_to_model(self) -> None:
         """Rewrite the 16-bit copy, where kernels have not."""

@@ -121,10 +121,16 @@ FAULTS = (
         "factors.update_moment(moment, sums, count=count, eps=0.0, beta=beta)",
     ),
     Fault(
-        "copies not made identical",
+        "copies go on from their own sums",
         "comm.py",
-        'self._copies = _runs(offsets, "copies_group")',
-        "self._copies = []",
+        "view.copy_(part[offset : offset + view.numel()])",
+        "pass",
+    ),
+    Fault(
+        "copies update their second moments twice",
+        "work.py",
+        "self.state[key].copy_(value)",
+        "pass",
     ),
     Fault(
         "Numba: the last element of a slice left out",

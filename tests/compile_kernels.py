@@ -18,11 +18,12 @@ from megatron_came.maths import int8
 TABLE = "*i64"
 POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
 tiling = TritonKernels.tiling
-TILE = {"ROWS": tiling.slot_rows, "COLUMNS": tiling.columns, "STEP": _STEP}
-STRIP = {"WIDTH": tiling.slot_rows + tiling.columns, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
+TILE = {"COLUMNS": tiling.columns, "STEP": _STEP}
+SLOT = {"ROWS": tiling.slot_rows, **TILE}
+STRIP = {"WIDTH": tiling.slot_sums, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
 VARIANTS = {
-    "square_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
-    "instability_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
+    "square_tiles": [{**SLOT, "ALIGNED": aligned} for aligned in (True, False)],
+    "instability_tiles": [{**SLOT, "ALIGNED": aligned} for aligned in (True, False)],
     "apply_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
     "apply_spans": [{"BLOCKS": tiling.span // int8.BLOCK}],
     "add_strips": [{**STRIP, "SQUARES": squares} for squares in (True, False)],
@@ -51,7 +52,7 @@ def compile_for_hopper(name, constants):
     return triton.compile(
         source,
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 8 if constants.keys() & {"ROWS", "BLOCKS"} else 4},
+        options={"num_warps": 8 if constants.keys() & {"COLUMNS", "BLOCKS"} else 4},
     )
 
 

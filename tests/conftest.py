@@ -1,13 +1,12 @@
 """For all tests."""
 
-import os
-
 import pytest
 import torch
 
+from tests import interpreter
+
 if not torch.cuda.is_available():
-    # Read when Triton's kernels are first imported; they then run on the CPU.
-    os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.use()
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,31 @@
 """The yardstick: the authors' optimizer on whole tensors, and how far from it a result may be."""
 
 import came_pytorch
+import pytest
 import torch
 
 # Of the total update: ||p - oracle|| / ||oracle - p0||. The orders of summation differ, hence
 # not zero.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 
-# Who computes a step, and in what: the same tests run against every path. For Triton, whose
-# interpreter is slow, see test_kernels.
-PATHS = [(torch.float64, "plain"), (torch.float32, "plain"), (torch.float32, "numba")]
+# Under Triton's interpreter long tests take minutes: make test-triton.
+INTERPRETED = () if torch.cuda.is_available() else pytest.mark.interpreted
+DEVICES = {
+    "plain": torch.device("cpu"),
+    "numba": torch.device("cpu"),
+    "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+}
+
+# Who computes a step, and in what: the same tests run against every path.
+KERNELS = ["plain", "numba", pytest.param("triton", marks=INTERPRETED)]
+PATHS = [
+    (torch.float64, "plain"),
+    (torch.float32, "plain"),
+    (torch.float32, "numba"),
+    pytest.param(torch.float32, "triton", marks=INTERPRETED),
+]
+on_every_path = pytest.mark.parametrize(("dtype", "kernels"), PATHS, ids=str)
+with_all_kernels = pytest.mark.parametrize("kernels", KERNELS)
 
 BETAS = [(0.9, 0.999, 0.9999), (0.9, 0.95, 0.995)]
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from megatron_came import CAME
-from tests.oracle import BETAS, KINDS, PATHS, TOLERANCE, distance, gradient_history, oracle_updates
+from tests.oracle import (
+    BETAS,
+    DEVICES,
+    KINDS,
+    TOLERANCE,
+    distance,
+    gradient_history,
+    on_every_path,
+    oracle_updates,
+    with_all_kernels,
+)
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 SHAPES = [(), (1,), (300,), (1, 5), (5, 1), (48, 80), (4, 33, 7), (2, 3, 5, 6), (700, 900)]
@@ -17,7 +27,7 @@ SHAPES = [(), (1,), (300,), (1, 5), (5, 1), (48, 80), (4, 33, 7), (2, 3, 5, 6), 
 
 def train(optimizer, param, gradients):
     for gradient in gradients:
-        param.grad = None if gradient is None else gradient.clone()
+        param.grad = None if gradient is None else gradient.clone().to(param.device)
         optimizer.step()
 
 
@@ -25,7 +35,7 @@ def random_history(shape, kind="normal", steps=12, dtype=torch.float32, seed=0):
     return gradient_history(shape, steps, kind, dtype, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("dtype", "kernels"), PATHS, ids=str)
+@on_every_path
 @pytest.mark.parametrize("betas", BETAS, ids=["default", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -34,13 +44,13 @@ def test_same_numbers(shape, kind, betas, dtype, kernels):
         pytest.skip("the authors' fp32 sums overflow")
     start = torch.randn(shape, dtype=dtype)
     history = random_history(shape, kind, dtype=dtype)
-    param = torch.nn.Parameter(start.clone())
+    param = torch.nn.Parameter(start.clone().to(DEVICES[kernels]))
     train(CAME([param], betas=betas, kernels=kernels, **SETTINGS), param, history)
     theirs = oracle_updates(start, history, betas=betas, **SETTINGS)[-1]
-    assert distance(param.detach(), theirs, start) <= TOLERANCE[dtype]
+    assert distance(param.detach().cpu(), theirs, start) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("kernels", ["plain", "numba"])
+@with_all_kernels
 @pytest.mark.parametrize(
     "settings",
     [
@@ -54,20 +64,20 @@ def test_same_numbers(shape, kind, betas, dtype, kernels):
 )
 def test_same_numbers_with_other_settings(settings, kernels):
     start, history = torch.randn(30, 20), random_history((30, 20))
-    param = torch.nn.Parameter(start.clone())
+    param = torch.nn.Parameter(start.clone().to(DEVICES[kernels]))
     settings = {**SETTINGS, **settings}
     train(CAME([param], kernels=kernels, **settings), param, history)
     theirs = oracle_updates(start, history, **settings)[-1]
-    assert distance(param.detach(), theirs, start) <= TOLERANCE[torch.float32]
+    assert distance(param.detach().cpu(), theirs, start) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("kernels", ["plain", "numba"])
+@with_all_kernels
 def test_gradients_of_1e18_in_long_rows_do_not_overflow(kernels):
     start, history = torch.randn(3, 4000), random_history((3, 4000), "huge", steps=3)
-    param = torch.nn.Parameter(start.clone())
+    param = torch.nn.Parameter(start.clone().to(DEVICES[kernels]))
     train(CAME([param], kernels=kernels, **SETTINGS), param, history)
     theirs = oracle_updates(start.double(), [g.double() for g in history], **SETTINGS)[-1]
-    assert distance(param.detach(), theirs, start) <= TOLERANCE[torch.float32]
+    assert distance(param.detach().cpu(), theirs, start) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from unittest import mock
 
 import numpy as np
@@ -13,22 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_came import CAME, Shard
 from megatron_came.kernels.choice import choose
-from megatron_came.kernels.cutting import Tiling, cut
+from megatron_came.kernels.cutting import Tiling, cache_blocks, cut
 from megatron_came.kernels.tables import StripField, Sums
-from megatron_came.kernels.triton.launch import TritonKernels, blocks_save_time
+from megatron_came.kernels.triton.launch import blocks_save_time
 from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, worst_distance
+from tests.oracle import DEVICES
 from tests.test_sharded import MID_ROW, Layout
 from tests.test_sharded import worst_distance as worst_sharded_distance
 
-DEVICES = {
-    "numba": torch.device("cpu"),
-    "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-}
 LAUNCHERS = {
     "numba": "megatron_came.kernels.numba.launch.NumbaKernels",
     "triton": "megatron_came.kernels.triton.launch.TritonKernels",
 }
-on_both = pytest.mark.parametrize("kernels", DEVICES)
+on_both = pytest.mark.parametrize("kernels", LAUNCHERS)
 
 
 @on_both
@@ -62,7 +58,8 @@ def test_the_size_of_the_cache_changes_no_order_of_sums():
         sums.append(Sums(tensors[:2], tensors[2], tensors[3:]))
     tables = []
     for limit in (None, 1, 2500, 12000):
-        _, strips, blocks, slots = cut(shards, sums, Tiling(8, 64, 20, stretch=2), limit)
+        together = list(cache_blocks([shard.numel for shard in shards], limit))
+        _, strips, blocks, slots = cut(shards, sums, Tiling(8, 64, 20, stretch=2), together)
         assert slots <= 20
         assert (len(blocks) == 1) == (limit is None)
         tables.append(strips[:, StripField.SLOT + 1 :])
@@ -96,19 +93,6 @@ def test_any_cut_into_tiles_and_segments(tiling, kernels):
         assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
 
 
-@pytest.fixture
-def one_launch_at_a_time(monkeypatch):
-    """The interpreter is not made for the threads that stand for ranks."""
-    lock, run = threading.Lock(), TritonKernels.run
-
-    def run_alone(*args):
-        with lock:
-            run(*args)
-
-    monkeypatch.setattr(TritonKernels, "run", run_alone)
-
-
-@pytest.mark.usefixtures("one_launch_at_a_time")
 @pytest.mark.parametrize("tp_dim", [None, 0, 1])
 def test_slices_on_several_ranks_in_triton(tp_dim):
     worst = worst_sharded_distance(
@@ -118,7 +102,6 @@ def test_slices_on_several_ranks_in_triton(tp_dim):
     assert worst <= TOLERANCE
 
 
-@pytest.mark.usefixtures("one_launch_at_a_time")
 def test_slices_of_a_vector_and_of_batches_in_triton():
     tensors = [Layout((98,), 0, ((0.3,), (0.7,))), Layout((6, 14, 10), 0, MID_ROW)]
     worst = worst_sharded_distance(
@@ -229,10 +212,10 @@ def test_the_kernels_compile_for_hopper_with_vector_loads():
     assert "instability_tiles aligned: vector loads" in done.stdout
 
 
-@pytest.mark.parametrize("kernels", ["plain", *DEVICES])
+@pytest.mark.parametrize("kernels", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_model_weights_are_rewritten(kernels, dtype):
-    device = DEVICES.get(kernels, torch.device("cpu"))
+    device = DEVICES[kernels]
     params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in ((9, 70), (40,), (8, 64))]
     weights = {p: torch.zeros(p.numel(), dtype=dtype, device=device) for p in params[:2]}
     optimizer = CAME(params, lr=1e-2, kernels=kernels)

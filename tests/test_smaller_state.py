@@ -12,13 +12,13 @@ from megatron_came.maths import int8, remainders
 from megatron_came.maths.rounding import random_bits
 from megatron_came.plain import PlainPasses
 from megatron_came.work import ParameterWork
-from tests.test_kernels import DEVICES, Allocations
+from tests.oracle import DEVICES
+from tests.test_kernels import LAUNCHERS, Allocations
 
 # Even numbers can be halved; of rows of 1100 pass 2 takes several at once.
 SHAPES = ((20, 150), (334,), (34000,), (2, 5, 61), (10, 1100))
 SMALL = (torch.bfloat16, torch.int8)
-PATHS = ["plain", *DEVICES]
-on_all = pytest.mark.parametrize("kernels", PATHS)
+on_all = pytest.mark.parametrize("kernels", DEVICES)
 
 
 def device_of(kernels):
@@ -160,7 +160,7 @@ def test_remainders_train_as_fp32_weights_do(kernels, momentum):
         assert torch.equal(fp32, two_halves)
 
 
-@pytest.mark.parametrize("kernels", DEVICES)
+@pytest.mark.parametrize("kernels", LAUNCHERS)
 @pytest.mark.parametrize("momentum", SMALL, ids=str)
 @pytest.mark.parametrize("cut", ["whole", "sliced", "stacked projections"])
 def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatch):
@@ -255,7 +255,7 @@ def momentum_in_fp32(state):
     return state["exp_avg"].float()
 
 
-@pytest.mark.parametrize("kernels", ["plain", "numba"])
+@on_all
 @pytest.mark.parametrize("momentum", [torch.float32, *SMALL], ids=str)
 def test_a_resumed_run_is_bit_identical(kernels, momentum):
     settings = {"lr": 1e-2, "kernels": kernels, "momentum_dtype": momentum, "remainders": True}

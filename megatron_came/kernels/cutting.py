@@ -3,15 +3,15 @@
 The slice of a matrix parameter is cut into *tiles* of at most ``tile_rows`` x ``tile_columns``
 elements. A tile sums its rows and columns into a slot of a scratch buffer, and *strips* then add
 up, in a fixed order, what the tiles beside or below one another hold. Tiles are taken in
-*segments*, so that the scratch buffer has a fixed number of slots. *Cache blocks* are matrices that
-together fit the cache; where no sum goes over ranks they go through all passes before the next
-ones. *Spans* are whole blocks of int8 momentum.
+*segments*, so that the scratch buffer has a fixed number of slots. *Blocks* are matrices that go
+through passes by themselves: where no sum goes over ranks, *cache blocks* that together fit the
+cache go through all passes before the next ones. *Spans* are whole blocks of int8 momentum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +31,10 @@ class Tiling:
         rows: of a tile that is not stretched.
         columns: of a tile, at most.
         slots: tiles whose sums the scratch buffer holds, at least.
-        strip: sums of a strip of columns, at most.
+        strip: sums of a strip, at most.
         span: elements of a span.
         stretch: narrow tiles have up to so many times the rows.
+        tallest: rows to which tiles may grow where there are more than slots.
     """
 
     rows: int
@@ -42,15 +43,47 @@ class Tiling:
     strip: int = 256
     span: int = 2048
     stretch: int = 1
+    tallest: int = 0
 
     @property
     def slot_rows(self) -> int:
         """Rows of the tallest tile."""
         return self.rows * self.stretch
 
+    @property
+    def slot_sums(self) -> int:
+        """Sums of a tile's rows and columns that a slot has room for."""
+        return self.slot_rows + self.columns
+
     def rows_of(self, columns: int) -> int:
         """Rows of the tiles of a matrix: more where they are narrow, so that there are fewer."""
         return self.rows * min(max(_STRETCH_COLUMNS // max(columns, 1), 1), self.stretch)
+
+
+def grown(tiling: Tiling, shards: Sequence[Shard]) -> Tiling:
+    """Make tiles higher until all of them share the scratch buffer, if they may be so high.
+
+    Args:
+        tiling: sizes.
+        shards: of the matrix parameters.
+    """
+    while 2 * tiling.rows <= tiling.tallest and _count_tiles(tiling, shards) > tiling.slots:
+        tiling = replace(tiling, rows=2 * tiling.rows)
+    return tiling
+
+
+def _count_tiles(tiling: Tiling, shards: Sequence[Shard]) -> int:
+    count = 0
+    for shard in shards:
+        columns = shard.local_matrix[2]
+        bands = _touched(shard, tiling.rows_of(columns))
+        count += _across(tiling, columns) * sum(len(rows) for _, rows, _ in bands)
+    return count
+
+
+def _across(tiling: Tiling, columns: int) -> int:
+    """Tiles that lie side by side."""
+    return -(-columns // tiling.columns)
 
 
 class Segment(NamedTuple):
@@ -87,31 +120,48 @@ class _Bands(NamedTuple):
     stop_row: int
 
 
-class CacheBlock(NamedTuple):
+class Block(NamedTuple):
     """Matrices that go through the passes together, and the rows of what they are cut into."""
 
     matrices: slice
     segments: tuple[Segment, ...]
 
 
+def cache_blocks(sizes: Sequence[int], limit: int | None) -> Iterator[range]:
+    """Put matrices together that fit the cache.
+
+    Args:
+        sizes: elements of each.
+        limit: of a block that has more than one matrix; None for a single block.
+    """
+    first = total = 0
+    for index, size in enumerate(sizes):
+        if limit is not None and index > first and total + size > limit:
+            yield range(first, index)
+            first, total = index, 0
+        total += size
+    if sizes:
+        yield range(first, len(sizes))
+
+
 def cut(
-    shards: Sequence[Shard], sums: Sequence[Sums], tiling: Tiling, limit: int | None = None
-) -> tuple[IntTable, IntTable, tuple[CacheBlock, ...], int]:
+    shards: Sequence[Shard], sums: Sequence[Sums], tiling: Tiling, together: Sequence[range]
+) -> tuple[IntTable, IntTable, tuple[Block, ...], int]:
     """Cut the slices of matrix parameters.
 
     Args:
         shards: of the matrix parameters, in the order of their table.
         sums: likewise.
         tiling: sizes.
-        limit: elements of a cache block, if it has more than one matrix; None for a single block.
+        together: the matrices of each block.
 
     Returns:
-        Table of tiles, table of strips, cache blocks, and slots that a segment needs at most.
+        Table of tiles, table of strips, blocks, and slots that a segment needs at most.
     """
     tiles: list[IntTable] = []
     strips: list[list[int]] = []
     segments: list[Segment] = []
-    blocks: list[CacheBlock] = []
+    blocks: list[Block] = []
     tile_count = first_tile = first_strip = slots = 0
 
     def end_segment() -> None:
@@ -121,10 +171,10 @@ def cut(
             slots = max(slots, tile_count - first_tile)
             first_tile, first_strip = tile_count, len(strips)
 
-    for members in _together([shard.numel for shard in shards], limit):
+    for members in together:
         for param in members:
             shard = shards[param]
-            across = -(-shard.local_matrix[2] // tiling.columns)
+            across = _across(tiling, shard.local_matrix[2])
             for matrix, rows, stop_row in _touched(shard, tiling.rows_of(shard.local_matrix[2])):
                 # A matrix that does not fit the rest of a segment begins a new one, so that its
                 # sums are added up in the same order whatever comes before it.
@@ -140,7 +190,7 @@ def cut(
                     if rows:
                         end_segment()
         end_segment()
-        blocks.append(CacheBlock(slice(members.start, members.stop), tuple(segments)))
+        blocks.append(Block(slice(members.start, members.stop), tuple(segments)))
         segments.clear()
     return (
         np.concatenate([np.zeros((0, len(TileField)), np.int64), *tiles]),
@@ -148,18 +198,6 @@ def cut(
         tuple(blocks),
         slots,
     )
-
-
-def _together(sizes: Sequence[int], limit: int | None) -> Iterator[range]:
-    """Cut a list of sizes where their sum would pass the limit, if any."""
-    first = total = 0
-    for index, size in enumerate(sizes):
-        if limit is not None and index > first and total + size > limit:
-            yield range(first, index)
-            first, total = index, 0
-        total += size
-    if sizes:
-        yield range(first, len(sizes))
 
 
 def _touched(shard: Shard, tile_rows: int) -> Iterator[tuple[int, range, int]]:
@@ -207,8 +245,11 @@ def _strips(
             tiles = len(bands.rows)
             strips.append([top, across, tiles, within, count, *addresses, batch * columns])
     for index, row in enumerate(bands.rows):
-        count = min(bands.rows.step, bands.stop_row - row)
-        place = (bands.matrix * rows + row) * 8
-        addresses = [row_squares.data_ptr() + place, row_residuals.data_ptr() + place]
-        strips.append([slot + index * across, 1, across, 0, count, *addresses, batch * rows])
+        stop = min(row + bands.rows.step, bands.stop_row)
+        for first in range(row, stop, tiling.strip):
+            count, within = min(tiling.strip, stop - first), first - row
+            place = (bands.matrix * rows + first) * 8
+            addresses = [row_squares.data_ptr() + place, row_residuals.data_ptr() + place]
+            left = slot + index * across
+            strips.append([left, 1, across, within, count, *addresses, batch * rows])
     return strips

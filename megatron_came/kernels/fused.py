@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels.addresses import Addresses, is_int8_momentum
-from megatron_came.kernels.cutting import cut, spans
+from megatron_came.kernels.cutting import cache_blocks, cut, grown, spans
 from megatron_came.kernels.interface import Kernels, Tables
 from megatron_came.kernels.schedule import Schedule, Schedules
 from megatron_came.kernels.tables import (
@@ -60,7 +60,7 @@ class FusedPasses:
         self._refresh_addresses()
         self._refresh_groups()
         # Others share the scratch buffer, which may have grown since.
-        self._tables.scratch = self._kernels.scratch(self._slots)
+        self._tables.scratch = self._kernels.scratch(self._slots, self._tables.tiling.slot_sums)
 
     def add_square_sums(self) -> None:
         """Pass 1."""
@@ -71,30 +71,34 @@ class FusedPasses:
         self._run(self._schedules.instability)
 
     def apply(self) -> None:
-        """With the sums of pass 2 complete: instabilities and pass 3."""
+        """With the sums of pass 2 complete: instabilities and pass 3, but of copies."""
         self._run(self._schedules.apply)
-        self._end()
+
+    def apply_copies(self) -> None:
+        """The same of copies, with second moments anew from the sums that all copies share."""
+        self._run(self._schedules.apply_copies)
 
     def step(self) -> None:
         """All passes, where no sum goes over ranks."""
         self._run(self._schedules.step)
-        self._end()
 
-    def _run(self, schedule: Schedule) -> None:
-        with self._kernels.on_device():
-            self._kernels.run(self._tables, schedule)
-
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Rewrite what the kernels have not of the model's weights, and let go of the gradients."""
         for addresses in (self._matrices, self._vectors):
             for work in addresses.copied:
                 work.copy_to_model()
             addresses.release()
+
+    def _run(self, schedule: Schedule) -> None:
+        with self._kernels.on_device():
+            self._kernels.run(self._tables, schedule)
 
     def _build(self, members: list[ParameterWork]) -> None:
         """Make the tables of these parameters."""
         self._members = []  # until all is made
         is_int8 = any(map(is_int8_momentum, members))
         matrices = [work for work in members if not work.shard.is_vector]
+        matrices.sort(key=lambda work: work.copies_group is not None)  # copies last
         vectors = [work for work in members if work.shard.is_vector]
         self._groups = list({id(work.group): work for work in members}.values())
         group_of = {id(work.group): index for index, work in enumerate(self._groups)}
@@ -119,19 +123,25 @@ class FusedPasses:
         )
         factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
         shards = [work.shard for work in matrices]
-        tiling = self._kernels.tiling
-        tiles, strips, blocks, self._slots = cut(shards, sums, tiling, self._block_elements)
+        tiling = grown(self._kernels.tiling, shards)
+        own = sum(work.copies_group is None for work in matrices)
+        together = [*cache_blocks([shard.numel for shard in shards[:own]], self._block_elements)]
+        copies = [range(own, len(shards))] if own < len(shards) else []
+        tiles, strips, blocks, self._slots = cut(shards, sums, tiling, together + copies)
         span_table = spans(shards if is_int8 else [], tiling.span)
         first_spans = np.searchsorted(
             span_table[:, SpanField.PARAM], np.arange(len(shards) + 1)
         ).tolist()
-        self._schedules = Schedules.of(blocks, firsts.tolist(), first_spans, len(vectors), is_int8)
+        self._schedules = Schedules.of(
+            blocks, len(together), firsts.tolist(), first_spans, len(vectors), is_int8
+        )
         place = self._kernels.place
         of = self._kernels, is_int8
         self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
         self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
         self._group_rows: list[tuple[float, ...]] = []
         self._tables = Tables(
+            tiling=tiling,
             matrices=None,
             vectors=None,
             tiles=place(tiles),

@@ -23,6 +23,7 @@ class Tables:
     Arrays lie in one piece, row by row: kernels are given their addresses.
 
     Attributes:
+        tiling: how the matrices are cut.
         matrices: table of ``MatrixField``.
         vectors: table of ``VectorField``.
         tiles: table of ``TileField``.
@@ -31,10 +32,11 @@ class Tables:
         factors: (matrices, 2): matrix parameter and place in its batch.
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        scratch: (slots, 3, rows of the tallest tile + tile columns), fp32.
+        scratch: (slots, 3, ``tiling.slot_sums``), fp32.
         aligned: whether the matrices allow vector loads.
     """
 
+    tiling: Tiling
     matrices: Any
     vectors: Any
     tiles: Any
@@ -48,7 +50,11 @@ class Tables:
 
 
 class Kernels(Protocol):
-    """The fused twins of the passes on one device."""
+    """The fused twins of the passes on one device.
+
+    Attributes:
+        tiling: how they like matrices to be cut.
+    """
 
     tiling: Tiling
 
@@ -82,8 +88,8 @@ class Kernels(Protocol):
         """Write a group's learning rate to its table."""
         ...
 
-    def scratch(self, slots: int) -> Any:
-        """Return a buffer with at least so many slots; all passes on the device share it."""
+    def scratch(self, slots: int, sums: int) -> Any:
+        """Return a buffer of (slots, 3, sums); all passes on the device share it."""
         ...
 
     def run(self, tables: Tables, schedule: Schedule) -> None:

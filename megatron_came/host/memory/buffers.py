@@ -173,7 +173,8 @@ def _bytes(tensor: Tensor) -> int:
 def _groups(grid: Grid) -> ModelGroups:
     tensor: Any = SizedGroup(grid.tensor)
     experts: Any = SizedGroup(grid.expert_tensor)
-    return ModelGroups(tp=tensor, expert_tp=experts, embedding=None)
+    embedding: Any = SizedGroup(min(grid.pipeline, 2))  # the first and the last stage
+    return ModelGroups(tp=tensor, expert_tp=experts, embedding=embedding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ def _extras(params: Iterable[Tensor], grid: Grid) -> list[_Extras]:
     found = []
     for param in params:
         shard = shard_of(param, groups)
-        alike = (shard.shape, param.dtype, shard.tp_dim, shard.tp_size)
+        alike = (shard.shape, param.dtype, shard.tp_dim, shard.tp_size, shard.copies_group)
         if alike not in known:
             known[alike] = _extras_of(param, shard)
         found.append(known[alike])
@@ -207,7 +208,8 @@ def _extras_of(param: Tensor, shard: Shard) -> _Extras:
     return _Extras(
         factors=sum(_bytes(state[key]) for key in shared if key in state),
         confidence=sum(_bytes(state[key]) for key in MATRIX_FACTORS[2:] if key in state),
-        sums=_bytes(sums.flat),
+        # Those that copies share are sent from a buffer of their own.
+        sums=_bytes(sums.flat) * (1 if work.copies_group is None else 2),
     )
 
 

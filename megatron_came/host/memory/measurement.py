@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.comm import SumBuffer
+from megatron_came.comm import CopyBuffer, SumBuffer
 from megatron_came.host.memory.components import Components
 from megatron_came.state import FACTORS, REMAINDER
 from megatron_came.work import gradient_of
@@ -102,7 +102,7 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
                 elif isinstance(value, Tensor) and key != "step":
                     (momentum if _is_momentum(key) else second_moment).append(value)
     copies = _Storages(grad for param in updated if (grad := gradient_of(param)) is not None)
-    sums = _Storages(buffer.flat for buffer in _sum_buffers(inner))
+    sums = _Storages(buffer.flat for buffer in _buffers(inner))
     return Components(
         weights=weights.bytes,
         gradients=gradients.bytes,
@@ -143,8 +143,8 @@ class _Storages:
         return sum(self._sizes.values())
 
 
-def _sum_buffers(root: Any) -> Iterator[SumBuffer]:
-    """Find the sums over ranks among all that optimizers refer to."""
+def _buffers(root: Any) -> Iterator[SumBuffer | CopyBuffer]:
+    """Find the buffers of sums over ranks among all that optimizers refer to."""
     seen: set[int] = set()
     found = [root]
     while found:
@@ -152,7 +152,7 @@ def _sum_buffers(root: Any) -> Iterator[SumBuffer]:
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if isinstance(each, SumBuffer):
+        if isinstance(each, SumBuffer | CopyBuffer):
             yield each
         elif isinstance(each, list | tuple | set):
             found.extend(each)

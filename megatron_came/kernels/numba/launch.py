@@ -41,8 +41,7 @@ class NumbaKernels:
         address = compiled().address  # of what ``compiled`` keeps
         assert address is not None
         self._take_part = address
-        width = self.tiling.slot_rows + self.tiling.columns
-        self._scratch = np.empty((0, 3, width), np.float32)
+        self._scratch = np.empty((0, 3, self.tiling.slot_sums), np.float32)
         self._room = np.empty(
             (0, 4, room_elements(self.tiling.columns, self.tiling.span)), np.float32
         )
@@ -72,10 +71,10 @@ class NumbaKernels:
         """Write a group's learning rate to its table."""
         tables.groups[group, GroupField.LR] = float(rate)
 
-    def scratch(self, slots: int) -> npt.NDArray[np.float32]:
+    def scratch(self, slots: int, sums: int) -> npt.NDArray[np.float32]:
         """Return the buffer, grown if need be."""
         if slots > len(self._scratch):
-            self._scratch = np.empty((slots, *self._scratch.shape[1:]), np.float32)
+            self._scratch = np.empty((slots, 3, sums), np.float32)
         return self._scratch
 
     def run(self, tables: Tables, schedule: Schedule) -> None:

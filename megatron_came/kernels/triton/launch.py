@@ -54,12 +54,11 @@ class TritonKernels:
     """
 
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    tiling = Tiling(rows=64, columns=256, slots=4096)
+    tiling = Tiling(rows=64, columns=256, slots=4096, tallest=1024)
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"
-        width = self.tiling.slot_rows + self.tiling.columns
-        self._scratch = torch.empty(0, 3, width, dtype=torch.float32, device=device)
+        self._scratch = torch.empty(0, dtype=torch.float32, device=device)
 
     @property
     def cache_elements(self) -> int | None:
@@ -75,7 +74,7 @@ class TritonKernels:
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
         """Tensors in one piece, with places in a tile that fit 32 bits."""
-        narrow = shard.local_matrix[2] < 2**24
+        narrow = shard.local_matrix[2] * self.tiling.tallest < 2**30
         return is_ordinary(param) and narrow and not is_batch_of_small(shard)
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -99,11 +98,12 @@ class TritonKernels:
         """Write a group's learning rate to its table, on the device."""
         tables.groups[group, GroupField.LR].copy_(rate)
 
-    def scratch(self, slots: int) -> Tensor:
+    def scratch(self, slots: int, sums: int) -> Tensor:
         """Return the buffer, grown if need be."""
-        if slots > len(self._scratch):
-            self._scratch = self._scratch.new_empty(slots, *self._scratch.shape[1:])
-        return self._scratch
+        numel = slots * 3 * sums
+        if numel > self._scratch.numel():
+            self._scratch = self._scratch.new_empty(numel)
+        return self._scratch[:numel].view(slots, 3, sums)
 
     def aligned(self, matrices: npt.NDArray[np.int64]) -> bool:
         """Whether all rows of a table of matrices allow vector loads."""
@@ -121,25 +121,21 @@ class TritonKernels:
 
     def _launch(self, kernel: Kernel, first: int, count: int, tables: Tables) -> None:
         matrices, tile_table, vector_table = tables.matrices, tables.tiles, tables.vectors
-        groups, divisors = tables.groups, tables.divisors
+        groups, divisors, tiling = tables.groups, tables.divisors, tables.tiling
         tile: dict[str, Any] = {
-            "ROWS": self.tiling.slot_rows,
-            "COLUMNS": self.tiling.columns,
+            "COLUMNS": tiling.columns,
             "STEP": _STEP,
             "ALIGNED": tables.aligned,
             "num_warps": _TILE_WARPS,
         }
-        strip = {
-            "WIDTH": self.tiling.slot_rows + self.tiling.columns,
-            "TILES": _STRIP_TILES,
-            "COUNT": max(self.tiling.slot_rows, self.tiling.strip),
-        }
+        slot: dict[str, Any] = {"ROWS": tiling.slot_rows, **tile}
+        strip = {"WIDTH": tiling.slot_sums, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
         match kernel:
             case Kernel.SQUARE_TILES:
-                tiles.square_tiles[(count,)](first, matrices, tile_table, tables.scratch, **tile)
+                tiles.square_tiles[(count,)](first, matrices, tile_table, tables.scratch, **slot)
             case Kernel.INSTABILITY_TILES:
                 tiles.instability_tiles[(count,)](
-                    first, matrices, tile_table, divisors, tables.scratch, **tile
+                    first, matrices, tile_table, divisors, tables.scratch, **slot
                 )
             case Kernel.ADD_SQUARE_STRIPS:
                 tiles.add_strips[(count, 1)](
@@ -168,7 +164,7 @@ class TritonKernels:
                     tables.spans,
                     groups,
                     divisors,
-                    BLOCKS=self.tiling.span // INT8_BLOCK,
+                    BLOCKS=tiling.span // INT8_BLOCK,
                     num_warps=_TILE_WARPS,
                 )
             case Kernel.SQUARE_VECTORS:

@@ -97,10 +97,11 @@ def square_tiles(
     across = tl.arange(0, COLUMNS)
     inside = across < width - column.to(tl.int32)
     total = tl.zeros((STEP, COLUMNS), tl.float32)
-    for first in range(0, ROWS, STEP):
+    height = (stop_row - row).to(tl.int32)
+    for first in range(0, height, STEP):
         down = first + steps
         offset = down[:, None] * width + across[None, :]
-        mask = (down < (stop_row - row))[:, None] & inside[None, :]
+        mask = (down < height)[:, None] & inside[None, :]
         mask = mask & (offset >= low) & (offset < high)
         grad = storage.read(address, is_bf16, place + offset, mask, ALIGNED) * SQUARE_SCALE
         square = grad * grad
@@ -148,9 +149,10 @@ def instability_tiles(
     errors = tl.zeros((STEP, COLUMNS), tl.float32)
     crosses = tl.zeros((STEP, COLUMNS), tl.float32)
     updates = tl.zeros((STEP, COLUMNS), tl.float32)
-    for first in range(0, ROWS, STEP):
+    height = (stop_row - row).to(tl.int32)
+    for first in range(0, height, STEP):
         down = first + steps
-        in_rows = down < (stop_row - row)
+        in_rows = down < height
         offset = down[:, None] * width + across[None, :]
         mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
         row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0)
@@ -228,14 +230,13 @@ def apply_tiles(
     tiles,
     groups,
     divisors,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Twin of ``passes.apply_update`` for matrices whose momentum is not int8.
 
-    Args as those of :func:`instability_tiles`, with 1/d known.
+    Args as those of :func:`instability_tiles`, but for ROWS and with 1/d known.
     """
     param, place, low, high, width, matrix, row, stop_row, column = _tile(
         matrices, tiles, tl.program_id(0) + from_row, ALIGNED
@@ -273,9 +274,10 @@ def apply_tiles(
     inside = across < width - column.to(tl.int32)
     column_scale = tl.load(column_scales + across, mask=inside, other=0.0)
     column_confidence = tl.load(column_confidences + column_place + across, mask=inside, other=0.0)
-    for first in range(0, ROWS, STEP):
+    height = (stop_row - row).to(tl.int32)
+    for first in range(0, height, STEP):
         down = first + steps
-        in_rows = down < (stop_row - row)
+        in_rows = down < height
         offset = down[:, None] * width + across[None, :]
         mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
         row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0) * inverse_divisor
