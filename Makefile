@@ -32,7 +32,7 @@ test-triton: venv  ## run all tests of the Triton kernels under Triton's interpr
 check-mutations: venv  ## break the package on purpose, one fault at a time, to see that the tests notice
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_mutations.py
 
-gpu-check:  ## check and time the Triton kernels (PYTHON=python; needs PyTorch, NumPy, Triton and a GPU alone)
+gpu-check:  ## check and time the Triton kernels (PYTHON=python; needs PyTorch, NumPy, Triton, a C compiler and a GPU alone)
 	@$(or $(PYTHON),python3) scripts/gpu_check.py
 
 benchmarks: venv  ## measure what docs/performance.md shows on this machine's CPU, and write that page

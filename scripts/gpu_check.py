@@ -2,8 +2,9 @@
 
     python scripts/gpu_check.py [FOLDER]
 
-Needs PyTorch, with NumPy, and Triton alone; what else is installed (came-pytorch, apex,
-Transformer Engine) is timed too. The results go to FOLDER (default: benchmarks/results) as JSON.
+Needs PyTorch, with NumPy, and Triton, with the C compiler that it builds its launchers with; what
+else is installed (came-pytorch, apex, Transformer Engine) is timed too. The results go to FOLDER
+(default: benchmarks/results) as JSON.
 """
 
 import sys
@@ -19,7 +20,16 @@ sys.path.insert(0, str(ROOT))
 from megatron_came import CAME
 from megatron_came.kernels.triton.launch import TritonKernels
 from megatron_came.tools.bench import command
-from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, train, worst_distance
+from tests.kernel_cases import (
+    CASES,
+    TOLERANCE,
+    bad_gradients,
+    model_weights_after_steps,
+    train,
+    weights_after_moves,
+    worst_distance,
+)
+from tests.sharded_cases import Layout, train_sharded
 
 CUDA = torch.device("cuda")
 # (model, layers)
@@ -67,6 +77,64 @@ def check_smaller_state(momentum: torch.dtype) -> None:
     different = (results["plain"] != results["triton"]).double().mean().item()
     assert different < 0.005, different
     print(f"ok  {momentum} momentum: {different:.2%} of the elements differ from the plain path")
+
+
+def check_model_weights() -> None:
+    """16-bit model weights are rewritten, wherever they lie."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for weight, expected in model_weights_after_steps("triton", CUDA, dtype):
+            assert torch.equal(weight, expected), dtype
+    print("ok  16-bit model weights", flush=True)
+
+
+def check_moves() -> None:
+    """Tensors that the host moves between steps are found."""
+    moved, others = (weights_after_moves("triton", CUDA, moves) for moves in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(moved, others, strict=True))
+    print("ok  tensors that have moved", flush=True)
+
+
+def check_slices() -> None:
+    """Ranks, as threads, that hold slices of tensors together equal one that holds them whole."""
+    shapes = {(48, 80): 1, (98,): 0, (6, 14, 10): 0, (30, 20): None}
+    cuts = ((0.3, 0.3, 0.71),) * 2  # an empty slice, and bounds within rows
+    tensors = [Layout(shape, tp_dim, cuts) for shape, tp_dim in shapes.items()]
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    histories = [[torch.randn(s, generator=generator) for _ in range(4)] for s in shapes]
+    betas = (0.9, 0.999, 0.9999)
+    sliced = train_sharded(2, 4, tensors, starts, histories, betas, "triton", CUDA)
+    starts, histories = (
+        [start.double() for start in starts],
+        [[gradient.double() for gradient in history] for history in histories],
+    )
+    whole = [Layout(shape, None, ((),)) for shape in shapes]
+    plain = train_sharded(1, 1, whole, starts, histories, betas, "plain", torch.device("cpu"))
+    for ours, theirs, start in zip(sliced, plain, starts, strict=True):
+        distance = ((ours - theirs).norm() / (theirs - start).norm()).item()
+        assert distance <= TOLERANCE, f"{tuple(start.shape)}: {distance}"
+    print("ok  slices on eight ranks", flush=True)
+
+
+def check_what_a_step_asks_for() -> None:
+    """A step does not wait for the GPU, and takes little memory, its buffers included."""
+    param = torch.nn.Parameter(torch.randn(40_000, 4096, device=CUDA))
+    param.grad = torch.randn_like(param)
+    optimizer = CAME([param], lr=1e-2, kernels="triton")
+    optimizer.init_state()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    taken = torch.cuda.max_memory_allocated() - before
+    bound = 64 * 2**20 + 0.01 * param.nbytes
+    assert taken <= bound, f"{taken} bytes"
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    print(f"ok  no waiting for the GPU; {taken / 2**20:.1f} MiB in a first step", flush=True)
 
 
 def check_graph_capture() -> None:
@@ -121,6 +189,10 @@ def main() -> None:
     check_bad_gradients()
     check_smaller_state(torch.bfloat16)
     check_smaller_state(torch.int8)
+    check_model_weights()
+    check_moves()
+    check_slices()
+    check_what_a_step_asks_for()
     check_graph_capture()
     device = torch.cuda.get_device_name().lower().replace(" ", "-")
     day = datetime.now(UTC).date().isoformat()

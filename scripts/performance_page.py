@@ -240,7 +240,9 @@ def main() -> None:
     )
     for report in latest(lambda n: n.endswith("iteration")):
         lines = [
-            f"| {one['optimizer']} | {one['milliseconds']:.0f} | {one['step_milliseconds']:.1f} |"
+            f"| {one['optimizer']} | {one['milliseconds']:.0f} "
+            f"| {one['forward_milliseconds']:.0f} | {one['backward_milliseconds']:.0f} "
+            f"| {one['step_milliseconds']:.1f} | {one['step_milliseconds'] / one['milliseconds']:.0%} |"
             for one in report["iterations"]
         ]
         parts.append(
@@ -248,9 +250,8 @@ def main() -> None:
             f"{report['model']}, one rank, micro-batch 1, flags `{' '.join(report['flags'])}`; "
             f"{setting(report)}; medians of {report['iterations'][0]['iterations']}.\n\n"
             "`adam` is what Megatron takes on a CPU: PyTorch's AdamW, not fused.\n\n"
-            "| optimizer | ms an iteration | of it in the step |\n|---|---|---|\n"
-            + "\n".join(lines)
-            + "\n"
+            "| optimizer | ms an iteration | forward | backward | the optimizer's step "
+            "| its share |\n|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
         )
     PAGE.write_text("\n".join(parts))
 

@@ -110,3 +110,46 @@ def worst_distance(case, kernels, device):
         ),
         default=0.0,
     )
+
+
+def weights_after_moves(kernels, device, moves):
+    """Weights after some steps, of which a host has moved all tensors in between if ``moves``."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(20, 30, generator=generator)
+    params = [torch.nn.Parameter(start.to(device, copy=True)) for _ in range(2)]
+    optimizer = CAME(params, lr=1e-2, kernels=kernels)
+    for step in range(4):
+        grad = torch.randn(20, 30, generator=generator).to(device)
+        for param in params[: 1 + step % 2]:  # the other takes part in every second step
+            param.grad = grad.clone()
+        if step % 2 == 0:
+            params[1].grad = None
+        if moves:
+            for param in params:
+                param.data = param.data.clone()
+                for key, value in optimizer.state[param].items():
+                    optimizer.state[param][key] = value.clone()
+            optimizer.param_groups[0]["lr"] = 1e-2
+        optimizer.step()
+    return [param.detach().cpu() for param in params]
+
+
+def model_weights_after_steps(kernels, device, dtype):
+    """16-bit model weights that steps rewrite, first in one place and then in another.
+
+    Returns:
+        Pairs of such weights, and what they should be.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = (9, 70), (40,), (8, 64)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in shapes]
+    optimizer = CAME(params, lr=1e-2, kernels=kernels)
+    pairs = []
+    for _ in range(2):
+        weights = {p: torch.zeros(p.numel(), dtype=dtype, device=device) for p in params[:2]}
+        optimizer.set_model_weights(weights)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(device)
+        optimizer.step()
+        pairs += [(weight, param.detach().view(-1).to(dtype)) for param, weight in weights.items()]
+    return pairs

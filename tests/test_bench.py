@@ -36,3 +36,19 @@ def test_a_step_is_timed_and_written(tmp_path, capsys):
 def test_bad_options_are_one_sentence(options, message, capsys):
     assert command.main(["--device", "cpu", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_whole_iteration_is_timed_in_parts(tmp_path, capsys):
+    file = tmp_path / "iteration.json"
+    options = ["--iteration", "--model", "gpt2-small", "--layers", "1", "--steps", "2"]
+    small = "--hidden-size 64 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32"
+    options += ["--device", "cpu", "--json", str(file), "--", *small.split()]
+    assert command.main(options) == 0
+    came, adam = json.loads(file.read_text())["iterations"]
+    assert (came["optimizer"], adam["optimizer"]) == ("came", "adam")
+    for one in (came, adam):
+        parts = [one[f"{part}_milliseconds"] for part in ("forward", "backward", "step")]
+        assert min(parts) > 0
+        assert sum(parts) < one["milliseconds"]
+        assert one["iterations"] == 2
+    assert "ms in the backward pass and" in capsys.readouterr().out

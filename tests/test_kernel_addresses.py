@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_came import CAME
+from tests.kernel_cases import weights_after_moves
 from tests.oracle import DEVICES
 from tests.test_kernels import on_both
 
@@ -206,28 +207,10 @@ def test_a_parameter_that_changes_its_nature_is_updated_by_another_path(kernels)
 
 @on_both
 def test_tensors_that_the_host_has_moved_are_found(kernels):
-    device = DEVICES[kernels]
-    results = []
-    for moves in (False, True):
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(20, 30, generator=generator)
-        params = [torch.nn.Parameter(start.to(device, copy=True)) for _ in range(2)]
-        optimizer = CAME(params, lr=1e-2, kernels=kernels)
-        for step in range(4):
-            grad = torch.randn(20, 30, generator=generator).to(device)
-            for param in params[: 1 + step % 2]:  # the other takes part in every second step
-                param.grad = grad.clone()
-            if step % 2 == 0:
-                params[1].grad = None
-            if moves:
-                for param in params:
-                    param.data = param.data.clone()
-                    for key, value in optimizer.state[param].items():
-                        optimizer.state[param][key] = value.clone()
-                optimizer.param_groups[0]["lr"] = 1e-2
-            optimizer.step()
-        results.append([param.detach().cpu() for param in params])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    moved, others = (
+        weights_after_moves(kernels, DEVICES[kernels], moves) for moves in (True, False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(moved, others, strict=True))
 
 
 @pytest.mark.parametrize("kernels", DEVICES)

@@ -15,9 +15,16 @@ from megatron_came.kernels.choice import choose
 from megatron_came.kernels.cutting import Tiling, cache_blocks, cut
 from megatron_came.kernels.tables import StripField, Sums
 from megatron_came.kernels.triton.launch import blocks_save_time
-from tests.kernel_cases import CASES, TOLERANCE, bad_gradients, worst_distance
+from tests.kernel_cases import (
+    CASES,
+    TOLERANCE,
+    bad_gradients,
+    model_weights_after_steps,
+    worst_distance,
+)
 from tests.oracle import DEVICES
-from tests.test_sharded import MID_ROW, Layout
+from tests.sharded_cases import Layout
+from tests.test_sharded import MID_ROW
 from tests.test_sharded import worst_distance as worst_sharded_distance
 
 LAUNCHERS = {
@@ -215,24 +222,16 @@ def test_the_kernels_compile_for_hopper_with_vector_loads():
 @pytest.mark.parametrize("kernels", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_model_weights_are_rewritten(kernels, dtype):
-    device = DEVICES[kernels]
-    params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in ((9, 70), (40,), (8, 64))]
-    weights = {p: torch.zeros(p.numel(), dtype=dtype, device=device) for p in params[:2]}
-    optimizer = CAME(params, lr=1e-2, kernels=kernels)
-    optimizer.set_model_weights(weights)
-    for param in params:
-        param.grad = torch.randn_like(param)
-    optimizer.step()
-    for param, weight in weights.items():
-        assert torch.equal(weight, param.detach().view(-1).to(dtype))
-    elsewhere = {param: torch.zeros_like(weight) for param, weight in weights.items()}
-    optimizer.set_model_weights(elsewhere)
-    optimizer.step()
-    for param, weight in elsewhere.items():
-        assert torch.equal(weight, param.detach().view(-1).to(dtype))
-        assert not torch.equal(weight, weights[param])
+    pairs = model_weights_after_steps(kernels, DEVICES[kernels], dtype)
+    assert len(pairs) == 4
+    assert all(torch.equal(weight, expected) for weight, expected in pairs)
+    assert not torch.equal(pairs[0][0], pairs[2][0])
+
+
+def test_model_weights_must_fit():
+    param = torch.nn.Parameter(torch.ones(9, 70))
     with pytest.raises(ValueError, match="of 630 elements must be contiguous with as many"):
-        optimizer.set_model_weights({params[0]: torch.zeros(3)})
+        CAME([param], lr=1e-2).set_model_weights({param: torch.zeros(3)})
 
 
 @on_both

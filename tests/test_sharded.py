@@ -1,6 +1,5 @@
 """Slices of tensor-parallel shards against the authors' optimizer on whole tensors."""
 
-from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -20,24 +19,11 @@ from tests.oracle import (
     oracle_updates,
     with_all_kernels,
 )
+from tests.sharded_cases import SETTINGS, Layout, train_sharded
 from tests.simulated_ranks import SimulatedGroup, run_ranks
 from tests.training.variants import without_sums_over
 
 STEPS = 12
-SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one tensor is cut: its full shape, the TP dimension, and the DP cuts of each local
-    tensor."""
-
-    shape: tuple[int, ...]
-    tp_dim: int | None
-    cuts: tuple[tuple[float, ...], ...]  # for each TP rank, inner cuts as fractions
-
-    def bounds(self, tp_rank: int, numel: int) -> list[int]:
-        return [0, *sorted(round(cut * numel) for cut in self.cuts[tp_rank]), numel]
 
 
 @st.composite
@@ -56,69 +42,15 @@ def layouts(draw):
     return tp, dp, tensors
 
 
-def local_part(tensor, layout, tp, tp_rank):
-    return tensor if layout.tp_dim is None else tensor.chunk(tp, dim=layout.tp_dim)[tp_rank]
-
-
-def train_sharded(tp, dp, tensors, starts, histories, betas, kernels, tp_dp, **more):
-    """Train on tp * dp simulated ranks; return the reassembled tensors."""
-    tp_groups = [SimulatedGroup([d * tp + t for t in range(tp)]) for d in range(dp)]
-    dp_groups = [SimulatedGroup([d * tp + t for d in range(dp)]) for t in range(tp)]
-    everyone = SimulatedGroup(list(range(tp * dp)))
-    device = DEVICES[kernels]
-
-    def program(rank):
-        dp_rank, tp_rank = divmod(rank, tp)
-        shards, slices = {}, []
-        for layout, start in zip(tensors, starts, strict=True):
-            local = local_part(start, layout, tp, tp_rank)
-            bounds = layout.bounds(tp_rank, local.numel())
-            low, high = bounds[dp_rank], bounds[dp_rank + 1]
-            param = torch.nn.Parameter(local.reshape(-1)[low:high].clone().to(device))
-            shards[param] = Shard(
-                shape=tuple(local.shape),
-                start=low,
-                stop=high,
-                tp_dim=layout.tp_dim,
-                tp_group=tp_groups[dp_rank],
-                dp_group=dp_groups[tp_rank],
-                tp_dp_group=everyone if tp_dp else None,
-                tp_rank=tp_rank,
-            )
-            slices.append((param, low, high))
-        # Parameter groups in another order on every rank, as in a distributed optimizer.
-        params = list(shards)[rank % len(shards) :] + list(shards)[: rank % len(shards)]
-        names = {param: str(index) for index, param in enumerate(shards)}
-        settings = {"betas": betas, "kernels": kernels, "names": names, **SETTINGS, **more}
-        optimizer = CAME(params, shards=shards, **settings)
-        for step in range(len(histories[0])):
-            for (param, low, high), layout, history in zip(slices, tensors, histories, strict=True):
-                gradient = local_part(history[step], layout, tp, tp_rank).reshape(-1)[low:high]
-                param.grad = gradient.clone().to(device)
-            optimizer.step()
-        return [param.detach().cpu() for param, _, _ in slices]
-
-    results = run_ranks(tp * dp, program, [*tp_groups, *dp_groups, everyone])
-    whole = []
-    for index, (layout, start) in enumerate(zip(tensors, starts, strict=True)):
-        parts = []
-        for tp_rank in range(tp):
-            local = local_part(start, layout, tp, tp_rank)
-            flat = torch.cat([results[d * tp + tp_rank][index] for d in range(dp)])
-            parts.append(flat.view(local.shape))
-        if layout.tp_dim is None:
-            assert all(torch.equal(parts[0], part) for part in parts)
-        whole.append(parts[0] if layout.tp_dim is None else torch.cat(parts, dim=layout.tp_dim))
-    return whole
-
-
 def worst_distance(tp, dp, tensors, betas, kind, dtype, kernels, *, seed, steps=STEPS, tp_dp=False):
     generator = torch.Generator().manual_seed(seed)
     starts = [
         torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in tensors
     ]
     histories = [gradient_history(t.shape, steps, kind, dtype, generator) for t in tensors]
-    ours = train_sharded(tp, dp, tensors, starts, histories, betas, kernels, tp_dp)
+    ours = train_sharded(
+        tp, dp, tensors, starts, histories, betas, kernels, DEVICES[kernels], tp_dp
+    )
     theirs = [
         oracle_updates(start, history, betas=betas, **SETTINGS)[-1]
         for start, history in zip(starts, histories, strict=True)
@@ -159,7 +91,7 @@ def test_every_layout_rounds_momentum_with_the_same_bits(kernels):
         ]
         more = {"momentum_dtype": torch.bfloat16, "seed": seed}
         return train_sharded(
-            tp, dp, tensors, starts, histories, BETAS[0], kernels, tp_dp=False, **more
+            tp, dp, tensors, starts, histories, BETAS[0], kernels, DEVICES[kernels], **more
         )
 
     whole = weights(1, 1, seed=1)

@@ -54,7 +54,7 @@ class TritonKernels:
     """
 
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    tiling = Tiling(rows=64, columns=256, slots=4096, tallest=1024)
+    tiling = Tiling(rows=64, columns=256, slots=4096, tallest=512)
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"

@@ -104,7 +104,10 @@ def _iterations(options: argparse.Namespace, device: torch.device) -> dict[str, 
     for result in results:
         print(
             f"{result.optimizer}: {result.milliseconds:.0f} ms an iteration, of which "
-            f"{result.step_milliseconds:.1f} ms in the optimizer's step"
+            f"{result.forward_milliseconds:.0f} ms in the forward pass, "
+            f"{result.backward_milliseconds:.0f} ms in the backward pass and "
+            f"{result.step_milliseconds:.1f} ms "
+            f"({result.step_milliseconds / result.milliseconds:.0%}) in the optimizer's step"
         )
     return {
         **_circumstances(options, device),

@@ -19,9 +19,12 @@ _SIZES = {
     "gpt2-xl": (48, 1600, 25),
 }
 _WARM_UP = 3
-_ITERATION = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
-# Of the ranks' least and greatest, the greatest.
-_OPTIMIZER = re.compile(r"optimizer-inner-step[ .]*: \([\d.]+, ([\d.]+)\)")
+_WHOLE = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+# Megatron's timers: of the ranks' least and greatest time, the greatest.
+_PARTS = [
+    re.compile(rf"{timer}[ .]*: \([\d.]+, ([\d.]+)\)")
+    for timer in ("forward-compute", "backward-compute", "optimizer-inner-step")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,17 @@ class Iteration:
     Attributes:
         optimizer: ``--optimizer``.
         milliseconds: of a whole iteration.
-        step_milliseconds: of the optimizer's own step in it.
+        forward_milliseconds: of it, in the forward passes.
+        backward_milliseconds: in the backward passes.
+        step_milliseconds: in the optimizer's own step. The rest is data, the reduction and clipping
+            of gradients, and the like.
         iterations: that were timed.
     """
 
     optimizer: str
     milliseconds: float
+    forward_milliseconds: float
+    backward_milliseconds: float
     step_milliseconds: float
     iterations: int
 
@@ -94,15 +102,16 @@ def _measure(
             "1000",
         ),
         *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "50303"),
-        *("--log-interval", "1", "--timing-log-level", "1"),
+        *("--log-interval", "1", "--timing-log-level", "2"),
         *flags,
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     output = done.stdout + done.stderr
-    wholes, steps = (
+    times = [
         [float(number) for number in pattern.findall(output)][_WARM_UP:]
-        for pattern in (_ITERATION, _OPTIMIZER)
-    )
-    if done.returncode or not wholes or not steps:
+        for pattern in (_WHOLE, *_PARTS)
+    ]
+    if done.returncode or not all(times):
         raise RuntimeError(f"The run with --optimizer {optimizer} failed:\n{output[-2000:]}")
-    return Iteration(optimizer, statistics.median(wholes), statistics.median(steps), len(wholes))
+    whole, forward, backward, step = (statistics.median(each) for each in times)
+    return Iteration(optimizer, whole, forward, backward, step, len(times[0]))
