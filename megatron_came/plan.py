@@ -178,11 +178,16 @@ def _natures(params: Sequence[Sequence[Tensor]]) -> list[tuple[object, ...]]:
 def _spread(
     works: Sequence[ParameterWork], sizes: Sequence[int], parts: int
 ) -> Iterable[list[ParameterWork]]:
-    """Cut a list of parameters into at most so many chunks of about the same size."""
+    """Cut a list of parameters into at most so many chunks of about the same size.
+
+    Those of which other ranks hold copies stay together: they take one broadcast, into however
+    many chunks the other ranks cut what they hold.
+    """
     chunks: list[list[ParameterWork]] = [[] for _ in range(parts)]
     before = 0
     for work, size in zip(works, sizes, strict=True):
         middle = before + size / 2
-        chunks[min(int(middle * parts / sum(sizes)), parts - 1)].append(work)
+        place = min(int(middle * parts / sum(sizes)), parts - 1)
+        chunks[0 if work.copies_group is not None else place].append(work)
         before += size
     return filter(None, chunks)

@@ -160,15 +160,17 @@ def test_bad_guesses_cost_little():
 
 
 @on_every_path
-def test_copies_go_on_from_the_same_sums(dtype, kernels):
+@pytest.mark.parametrize("chunk_bytes", [2**25, 1])
+def test_copies_go_on_from_the_same_sums(chunk_bytes, dtype, kernels, monkeypatch):
     """Tied embeddings: the same slices on two stages, of which the second sums wrongly.
 
     In production it sums in another order, which shows seldom.
     """
+    monkeypatch.setattr("megatron_came.plan._SHARED_CHUNK_BYTES", chunk_bytes)
     dp_groups = [SimulatedGroup(range(3)), SimulatedGroup(range(3, 6), error=1e-3)]
     pairs = [SimulatedGroup([d, d + 3]) for d in range(3)]
     generator = torch.Generator().manual_seed(0)
-    tied, own = ((30, 20), (17,), (2, 7, 9)), ((24, 8), (13,))
+    tied, own = ((30, 20), (17,), (2, 7, 9)), ((60, 40), (13,))
     starts = [torch.randn(shape, generator=generator).to(dtype) for shape in tied + own]
     device = DEVICES[kernels]
     histories = [gradient_history(shape, 6, "spikes", dtype, generator) for shape in tied + own]
