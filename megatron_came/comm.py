@@ -161,15 +161,15 @@ class CopyBuffer(_Buffer):
 
 def _order(requests: Sequence[Request]) -> list[int]:
     """Order the pieces so that those which one collective can take are neighbours."""
-    groups: list[ProcessGroup | None] = []
+    # In the order of their first request, which is the same on all ranks.
+    places: dict[int, int] = {id(None): -1}
     for request in requests:
-        if not any(request.dp_group is group for group in groups):
-            groups.append(request.dp_group)
+        for group in (request.dp_group, request.tp_group):
+            places.setdefault(id(group), len(places))
 
-    def key(index: int) -> tuple[int, bool]:
+    def key(index: int) -> tuple[int, int]:
         request = requests[index]
-        group = next(k for k, group in enumerate(groups) if group is request.dp_group)
-        return group, request.tp_group is not None
+        return places[id(request.dp_group)], places[id(request.tp_group)]
 
     return sorted(range(len(requests)), key=key)
 

@@ -238,6 +238,8 @@ class CAME(torch.optim.Optimizer):
             chunk.add_instability_sums()
         for chunk in plan.shared:
             chunk.apply()
+        for chunk in plan.shared:
+            chunk.apply_copies()
 
         for work in active:
             work.end()
@@ -345,7 +347,8 @@ class CAME(torch.optim.Optimizer):
                 _logger.warning(
                     "CAME's step runs in plain PyTorch, which is slower, for %d of %d parameters, "
                     "the first of shape %s in %s: kernels compute contiguous ones with fp32 "
-                    "weights, and no batches of many small matrices.",
+                    "weights, but no batches of many small matrices, no matrices of many million "
+                    "columns and no vectors of which other ranks hold copies.",
                     *(len(left), len(works), left[0].shard.shape, left[0].param.dtype),
                 )
         return self._plan
@@ -358,8 +361,8 @@ class CAME(torch.optim.Optimizer):
     def _choose_kernels(self) -> None:
         for group in self.param_groups:
             for device in {param.device for param in group["params"]} - self._choices.keys():
-                self._choices[device] = choose(self._wanted_kernels, device)
-                _logger.info(self._choices[device].reason)
+                self._choices[device] = choice = choose(self._wanted_kernels, device)
+                _logger.log(logging.WARNING if choice.is_lesser else logging.INFO, choice.reason)
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

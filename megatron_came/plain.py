@@ -16,9 +16,11 @@ from megatron_came.maths.rounding import random_bits, to_bf16
 from megatron_came.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
 from megatron_came.work import ParameterWork
 
-# Elements of a box: large enough to keep the device busy, small enough that an operation's
-# temporaries stay within a few MiB.
+# Elements of a box: large enough to keep the device busy, small enough that temporaries stay within
+# a few MiB on a CPU, and a few dozen on a GPU.
 _BLOCK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024}
+# Random bits and what is in fewer bits take that many times the temporaries.
+_MORE_TEMPORARIES = 4
 
 
 class PlainPasses:
@@ -61,7 +63,7 @@ class PlainPasses:
         self._apply(copies)
 
     def step(self) -> None:
-        """All passes, where no sum goes over ranks."""
+        """All passes, where no sum goes over ranks and nothing is a copy."""
         self.add_square_sums()
         self.add_instability_sums()
         self.apply()
@@ -84,8 +86,8 @@ class _Part:
 
     def __init__(self, work: ParameterWork) -> None:
         self.work, self._shard = work, work.shard
-        limit = _BLOCK_ELEMENTS.get(work.param.device.type, _BLOCK_ELEMENTS["cuda"])
-        self._blocks: list[Block] = list(blocks(work.shard, limit))
+        self._limit = 0
+        self._blocks: list[Block]
         self._grad: Tensor
         # Momentum, and its random bits, of a begun block of int8.
         self._rest: tuple[Tensor, Tensor]
@@ -93,6 +95,12 @@ class _Part:
     def begin(self) -> None:
         """Take up this step's gradient."""
         self._grad = self.work.grad.reshape(-1)
+        limit = _BLOCK_ELEMENTS.get(self._grad.device.type, _BLOCK_ELEMENTS["cuda"])
+        is_small = self.work.state[MOMENTUM].dtype in (torch.bfloat16, torch.int8)
+        if is_small or REMAINDER in self.work.state:
+            limit = max(limit // _MORE_TEMPORARIES, 1)
+        if limit != self._limit:
+            self._limit, self._blocks = limit, list(blocks(self._shard, limit))
 
     def end(self) -> None:
         """Let go of it."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.comm import CopyBuffer, SumBuffer
+from megatron_came.kernels.choice import are_for
 from megatron_came.kernels.fused import FusedPasses
 from megatron_came.kernels.interface import Kernels
 from megatron_came.plain import PlainPasses
@@ -52,14 +53,7 @@ class Chunk:
         self._copied_sums = CopyBuffer(
             [(view, group) for work, group in copies.items() for view in work.sums], device
         )
-        fused = [
-            work
-            for work in works
-            if kernels is not None
-            and work.has_fp32_weights
-            and kernels.bears(work.param, work.shard)
-            and not (work in copies and work.shard.is_vector)
-        ]
+        fused = [work for work in works if are_for(kernels, work)]
         plain = [work for work in works if work not in fused]
         self.left = [] if kernels is None else plain
         self._passes: list[tuple[PlainPasses | FusedPasses, set[ParameterWork]]] = []
@@ -104,11 +98,14 @@ class Chunk:
         self._instability.start()
 
     def apply(self) -> None:
-        """Instabilities and pass 3."""
+        """Instabilities and pass 3, but of copies."""
         self._instability.finish()
         self._copied_sums.start()
         for passes, _ in self._passes:
             passes.apply()
+
+    def apply_copies(self) -> None:
+        """The same of copies; the end of the step."""
         self._copied_sums.finish()
         for work in self._active_copies:
             work.restore_second_moment()

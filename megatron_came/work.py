@@ -60,7 +60,7 @@ class ParameterWork:
         self.param, self.group, self.shard, self.key = param, group, shard, key
         self.dtype = state_dtype(param)
         self.has_fp32_weights = param.dtype == torch.float32 or has_remainder(param, remainders)
-        self._second_moment = VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS[:2]
+        self._second_moment_keys = VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS[:2]
         self._has_elements, self._tensor_has_elements = shard.numel > 0, shard.full_numel > 0
         self.state: dict[str, Tensor]
         self.hyper: Hyperparameters
@@ -124,7 +124,7 @@ class ParameterWork:
 
     @property
     def sums(self) -> list[Tensor]:
-        """All of them."""
+        """All pieces of the sum buffers that are this parameter's."""
         return [*self.square_sums, self.total, *self.residual_sums]
 
     # A step.
@@ -171,7 +171,7 @@ class ParameterWork:
 
     def keep_second_moment(self) -> None:
         """Remember the second moment as it is before the step."""
-        self._kept = {key: self.state[key].clone() for key in self._second_moment}
+        self._kept = {key: self.state[key].clone() for key in self._second_moment_keys}
 
     def restore_second_moment(self) -> None:
         """Put it back, to be updated anew."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -19,14 +20,18 @@ TABLE = "*i64"
 POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
 tiling = TritonKernels.tiling
 TILE = {"COLUMNS": tiling.columns, "STEP": _STEP}
-SLOT = {"ROWS": tiling.slot_rows, **TILE}
-STRIP = {"WIDTH": tiling.slot_sums, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
+TALLEST = replace(tiling, rows=tiling.tallest)
+SLOTS = [{"ROWS": each.slot_rows, **TILE} for each in (tiling, TALLEST)]
+STRIPS = [
+    {"WIDTH": each.slot_sums, "TILES": _STRIP_TILES, "COUNT": each.strip}
+    for each in (tiling, TALLEST)
+]
 VARIANTS = {
-    "square_tiles": [{**SLOT, "ALIGNED": aligned} for aligned in (True, False)],
-    "instability_tiles": [{**SLOT, "ALIGNED": aligned} for aligned in (True, False)],
+    "square_tiles": [{**slot, "ALIGNED": a} for slot in SLOTS for a in (True, False)],
+    "instability_tiles": [{**slot, "ALIGNED": a} for slot in SLOTS for a in (True, False)],
     "apply_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
     "apply_spans": [{"BLOCKS": tiling.span // int8.BLOCK}],
-    "add_strips": [{**STRIP, "SQUARES": squares} for squares in (True, False)],
+    "add_strips": [{**strip, "SQUARES": s} for strip in STRIPS for s in (True, False)],
     "update_second_moments": [{"BLOCK": _BLOCK}],
     "update_instabilities": [{"BLOCK": _BLOCK}],
     "sum_squared_updates": [{"BLOCK": _BLOCK}],

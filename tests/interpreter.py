@@ -7,8 +7,11 @@ import threading
 def use():
     """Run Triton's kernels on the CPU, one at a time, for threads that stand for ranks."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
-    import triton.language as tl
-    from triton.runtime import interpreter
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:  # tests that need it fail by themselves
+        return
 
     lock, run = threading.RLock(), interpreter.GridExecutor.__call__
     patch_lang = interpreter._patch_lang

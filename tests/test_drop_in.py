@@ -80,40 +80,49 @@ def test_gradients_of_1e18_in_long_rows_do_not_overflow(kernels):
     assert distance(param.detach().cpu(), theirs, start) <= TOLERANCE[torch.float32]
 
 
+@with_all_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(40, 30), (50,)], ids=str)
-def test_sixteen_bit_parameters(dtype, shape):
+def test_sixteen_bit_parameters(dtype, shape, kernels):
+    device = DEVICES[kernels]
     start = torch.randn(shape).to(dtype)
     history = [g.to(dtype) for g in random_history(shape)]
-    param = torch.nn.Parameter(start.clone())
-    optimizer = CAME([param], **SETTINGS)
+    param = torch.nn.Parameter(start.clone().to(device))
+    optimizer = CAME([param], kernels=kernels, **SETTINGS)
     train(optimizer, param, history)
     assert {v.dtype for v in optimizer.state[param].values()} == {torch.float32}
     updates = oracle_updates(start, history, **SETTINGS)
     # fp32 rounding may tip a 16-bit weight over, seldom and by one unit in the last place, of the
     # size that the weight had then; the weight may be nearer to zero in the end.
     largest = torch.stack([start, *updates]).abs().amax(0).double()
-    difference = (param.detach().double() - updates[-1].double()).abs()
+    difference = (param.detach().cpu().double() - updates[-1].double()).abs()
     assert (difference <= torch.finfo(dtype).eps * largest).all()
     assert (difference > 0).double().mean() < 0.01
 
 
-def test_missing_gradients_are_skipped():
+@with_all_kernels
+def test_missing_gradients_are_skipped(kernels):
+    device = DEVICES[kernels]
     start = torch.randn(6, 5)
     history = random_history((6, 5))
     history[0] = history[4] = history[5] = None
-    param = torch.nn.Parameter(start.clone())
-    optimizer = CAME([param], **SETTINGS)
+    param = torch.nn.Parameter(start.clone().to(device))
+    optimizer = CAME([param], kernels=kernels, **SETTINGS)
     optimizer.step()
     assert not optimizer.state_dict()["state"]
     train(optimizer, param, history)
     theirs = oracle_updates(start, history, **SETTINGS)[-1]
-    assert distance(param.detach(), theirs, start) <= TOLERANCE[torch.float32]
+    assert distance(param.detach().cpu(), theirs, start) <= TOLERANCE[torch.float32]
 
 
-def test_zero_gradients_and_empty_parameters_stay_finite():
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(4, 5), (7,), (0, 5), (0,)]]
-    optimizer = CAME(params, lr=1e-2)
+@with_all_kernels
+def test_zero_gradients_and_empty_parameters_stay_finite(kernels):
+    device = DEVICES[kernels]
+    params = [
+        torch.nn.Parameter(torch.randn(shape, device=device))
+        for shape in [(4, 5), (7,), (0, 5), (0,)]
+    ]
+    optimizer = CAME(params, lr=1e-2, kernels=kernels)
     for _ in range(3):
         for param in params:
             param.grad = torch.zeros_like(param)
@@ -123,32 +132,36 @@ def test_zero_gradients_and_empty_parameters_stay_finite():
     assert all(torch.isfinite(v).all() for s in state.values() for v in s.values())
 
 
-def test_parameter_groups():
+@with_all_kernels
+def test_parameter_groups(kernels):
+    device = DEVICES[kernels]
     starts = [torch.randn(6, 5), torch.randn(9), torch.randn(4, 3)]
     histories = [random_history(tuple(s.shape), seed=i) for i, s in enumerate(starts)]
     settings = [{"lr": 1e-2}, {"lr": 3e-3, "weight_decay": 0.2}, {"lr": 1e-2, "betas": BETAS[1]}]
-    params = [torch.nn.Parameter(s.clone()) for s in starts]
+    params = [torch.nn.Parameter(s.clone().to(device)) for s in starts]
     groups = [{"params": [p], **s} for p, s in zip(params, settings, strict=True)]
-    optimizer = CAME(groups[:2], lr=1.0)
+    optimizer = CAME(groups[:2], lr=1.0, kernels=kernels)
     optimizer.add_param_group(groups[2])
     for step in range(12):
         for param, history in zip(params, histories, strict=True):
-            param.grad = history[step].clone()
+            param.grad = history[step].clone().to(device)
         optimizer.step()
     for param, start, history, setting in zip(params, starts, histories, settings, strict=True):
         theirs = oracle_updates(start, history, **setting)[-1]
-        assert distance(param.detach(), theirs, start) <= TOLERANCE[torch.float32]
+        assert distance(param.detach().cpu(), theirs, start) <= TOLERANCE[torch.float32]
 
 
-def test_groups_added_after_steps_and_schedules_are_followed():
-    first, second = torch.nn.Parameter(torch.randn(6, 5)), torch.nn.Parameter(torch.randn(4))
-    optimizer = CAME([first], lr=0.1)
-    first.grad = torch.randn(6, 5)
+@with_all_kernels
+def test_groups_added_after_steps_and_schedules_are_followed(kernels):
+    device = DEVICES[kernels]
+    first, second = (torch.nn.Parameter(torch.randn(s, device=device)) for s in ((6, 5), (4,)))
+    optimizer = CAME([first], lr=0.1, kernels=kernels)
+    first.grad = torch.randn_like(first)
     optimizer.step()
     optimizer.add_param_group({"params": [second]})
     optimizer.param_groups[0]["lr"] = 0.0
     before, other = first.detach().clone(), second.detach().clone()
-    first.grad, second.grad = torch.randn(6, 5), torch.randn(4)
+    first.grad, second.grad = torch.randn_like(first), torch.randn_like(second)
     optimizer.step()
     assert torch.equal(first, before)
     assert not torch.equal(second, other)
@@ -167,47 +180,55 @@ def test_closure():
     assert optimizer.step(closure) > optimizer.step(closure)
 
 
-def test_non_contiguous_parameters_and_gradients():
+@with_all_kernels
+def test_non_contiguous_parameters_and_gradients(kernels):
+    device = DEVICES[kernels]
     start = torch.randn(5, 8).t()
     history = random_history((8, 5))
-    param = torch.nn.Parameter(start.clone(memory_format=torch.preserve_format))
+    param = torch.nn.Parameter(start.clone(memory_format=torch.preserve_format).to(device))
     assert not param.is_contiguous()
-    train(CAME([param], **SETTINGS), param, [g.t().contiguous().t() for g in history])
+    train(
+        CAME([param], kernels=kernels, **SETTINGS), param, [g.t().contiguous().t() for g in history]
+    )
     theirs = oracle_updates(start.contiguous(), history, **SETTINGS)[-1]
-    assert distance(param.detach(), theirs, start) <= TOLERANCE[torch.float32]
+    assert distance(param.detach().cpu(), theirs, start) <= TOLERANCE[torch.float32]
 
 
+@with_all_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_state_dict_round_trip_is_bit_identical(dtype):
+def test_state_dict_round_trip_is_bit_identical(dtype, kernels):
+    device = DEVICES[kernels]
     history = [g.to(dtype) for g in random_history((6, 5))]
-    straight = torch.nn.Parameter(torch.randn(6, 5).to(dtype))
+    straight = torch.nn.Parameter(torch.randn(6, 5).to(device, dtype))
     resumed = torch.nn.Parameter(straight.detach().clone())
-    train(CAME([straight], **SETTINGS), straight, history)
-    first = CAME([resumed], **SETTINGS)
+    train(CAME([straight], kernels=kernels, **SETTINGS), straight, history)
+    first = CAME([resumed], kernels=kernels, **SETTINGS)
     train(first, resumed, history[:6])
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    second = CAME([resumed], lr=5.0)
+    second = CAME([resumed], lr=5.0, kernels=kernels)
     second.load_state_dict(torch.load(file))
     train(second, resumed, history[6:])
     assert torch.equal(straight, resumed)
     assert second.param_groups[0]["step"] == 12
 
 
+@with_all_kernels
 @pytest.mark.parametrize("shape", [(6, 5), (7,)], ids=str)
-def test_state_of_the_authors_class_can_be_loaded(shape):
+def test_state_of_the_authors_class_can_be_loaded(shape, kernels):
+    device = DEVICES[kernels]
     history = random_history(shape)
     theirs = torch.nn.Parameter(torch.randn(shape))
     start = theirs.detach().clone()
     oracle = came_pytorch.CAME([theirs], **SETTINGS)
     train(oracle, theirs, history[:6])
-    ours = torch.nn.Parameter(theirs.detach().clone())
-    optimizer = CAME([ours], **SETTINGS)
+    ours = torch.nn.Parameter(theirs.detach().clone().to(device))
+    optimizer = CAME([ours], kernels=kernels, **SETTINGS)
     optimizer.load_state_dict(copy.deepcopy(oracle.state_dict()))
     train(oracle, theirs, history[6:])
     train(optimizer, ours, history[6:])
-    assert distance(ours.detach(), theirs.detach(), start) <= TOLERANCE[torch.float32]
+    assert distance(ours.detach().cpu(), theirs.detach(), start) <= TOLERANCE[torch.float32]
 
 
 def test_copies_of_an_unsharded_optimizer_go_on_alone():

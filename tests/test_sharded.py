@@ -251,6 +251,22 @@ def test_collectives_do_not_grow_with_the_number_of_tensors():
     assert count(5, tp_dp=True) == count(50, tp_dp=True) == (0, 2, 2, 1)
 
 
+@pytest.mark.parametrize("tensors", [4, 40])
+def test_tensors_of_several_groups_in_turns(tensors):
+    groups = [SimulatedGroup([0, 1]) for _ in range(2)]
+
+    def program(rank):
+        shards = {}
+        for index in range(tensors):
+            param = torch.nn.Parameter(torch.randn(4, 6))
+            param.grad = torch.randn(4, 6)
+            shards[param] = Shard((4, 6), 0, 24, 0, tp_group=groups[index % 2], tp_rank=rank)
+        CAME(list(shards), shards=shards, lr=1e-3).step()
+
+    run_ranks(2, program, groups)
+    assert [group.calls for group in groups] == [2, 2]
+
+
 def test_many_sums_go_in_at_most_four_chunks():
     def count(limit):
         group = SimulatedGroup([0, 1])

@@ -31,6 +31,7 @@ class Addresses:
 
     Attributes:
         copied: parameters of this step whose model weights kernels cannot write.
+        rounds: whether any momentum is rounded with random bits, which differ from step to step.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Addresses:
         self._placed: Any = None  # none, or not that of this table
         self._grads: list[Tensor] = []
         self.copied: list[ParameterWork] = []
+        self.rounds = False
 
     def refresh(self) -> Any:
         """Look where the tensors lie in this step.
@@ -62,6 +64,7 @@ class Addresses:
             ValueError: state that does not fit its parameter.
         """
         self.release()
+        self.rounds = False
         for index, work in enumerate(self._works):
             grad, weight = self._gradient(work), self._model_weight(work)
             try:
@@ -79,10 +82,9 @@ class Addresses:
                     for tensor in state
                 ],
             )
-            has_moved = seen != self._seen[index]
-            if has_moved:
+            self.rounds = self.rounds or work.state[MOMENTUM].dtype != torch.float32
+            if seen != self._seen[index]:
                 self._check(index)
-            if has_moved or work.state[MOMENTUM].dtype != torch.float32:
                 row = self._row(work, grad, weight)
                 self._seen[index], self._placed = (), None  # until all is written
                 self._table[index, : len(row)] = row
@@ -123,7 +125,6 @@ class Addresses:
             grad.dtype == torch.bfloat16,
             weight is not None and weight.dtype == torch.bfloat16,
             momentum.dtype == torch.bfloat16,
-            0 if momentum.dtype == torch.float32 else work.step_key,
         ]
 
     def _check(self, index: int) -> None:

@@ -1,4 +1,8 @@
-"""Who computes a step: Triton on GPUs, Numba on CPUs, plain PyTorch for all else."""
+"""Who computes a step: Triton on GPUs, Numba on CPUs, plain PyTorch for all else.
+
+:func:`choose` picks the kernels of a device, and :func:`are_for` is the one predicate that decides
+whether they or plain PyTorch update a parameter.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 
 from megatron_came.kernels import threads  # imported at once: it remembers the process
 from megatron_came.kernels.interface import Kernels
+from megatron_came.work import ParameterWork
 
 CHOICES = ("auto", "plain", "numba", "triton")
 
@@ -19,10 +24,26 @@ class Choice(NamedTuple):
     Attributes:
         kernels: None for plain PyTorch.
         reason: one sentence.
+        is_lesser: whether there could be kernels that are faster, but they cannot be used.
     """
 
     kernels: Kernels | None
     reason: str
+    is_lesser: bool = False
+
+
+def are_for(kernels: Kernels | None, work: ParameterWork) -> bool:
+    """Decide whether kernels update a parameter; otherwise plain PyTorch does.
+
+    They do fp32 weights, in one piece or two, in tensors that :meth:`Kernels.bears`; and vectors
+    only where no other rank holds copies.
+    """
+    return (
+        kernels is not None
+        and work.has_fp32_weights
+        and kernels.bears(work.param, work.shard)
+        and not (work.shard.is_vector and work.copies_group is not None)
+    )
 
 
 def choose(wanted: str, device: torch.device) -> Choice:
@@ -63,6 +84,7 @@ def choose(wanted: str, device: torch.device) -> Choice:
             None,
             f"CAME's step runs in plain PyTorch, which is slower: {name} cannot be used ({reason});"
             f" pip install {name}.",
+            is_lesser=True,
         )
 
 
@@ -72,7 +94,9 @@ def _kernels(name: str, device: torch.device) -> Choice:
 
         obstacle = threads.obstacle()
         limit = "" if obstacle is None else f", on one thread: {obstacle}"
-        return Choice(NumbaKernels(), f"CAME's step runs in Numba's kernels{limit}.")
+        why = "the weights are on a CPU, and Numba is installed"
+        return Choice(NumbaKernels(), f"CAME's step runs in Numba's kernels ({why}){limit}.")
     from megatron_came.kernels.triton.launch import TritonKernels
 
-    return Choice(TritonKernels(device), "CAME's step runs in Triton's kernels.")
+    why = f"the weights are on {device}, and Triton is installed"
+    return Choice(TritonKernels(device), f"CAME's step runs in Triton's kernels ({why}).")

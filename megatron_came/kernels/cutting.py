@@ -1,11 +1,12 @@
 """How the slices of matrix parameters are cut into what the kernels take.
 
-The slice of a matrix parameter is cut into *tiles* of at most ``tile_rows`` x ``tile_columns``
-elements. A tile sums its rows and columns into a slot of a scratch buffer, and *strips* then add
-up, in a fixed order, what the tiles beside or below one another hold. Tiles are taken in
-*segments*, so that the scratch buffer has a fixed number of slots. *Blocks* are matrices that go
-through passes by themselves: where no sum goes over ranks, *cache blocks* that together fit the
-cache go through all passes before the next ones. *Spans* are whole blocks of int8 momentum.
+The slice of a matrix parameter is cut into *tiles*, as a :class:`Tiling` says. A tile sums its rows
+and columns into a slot of a scratch buffer, and *strips* then add up, in a fixed order, what the
+tiles beside or below one another hold. Tiles are taken in *segments*, so that the scratch buffer
+has a fixed number of slots; where launches cost time, tiles of large models are higher instead, so
+that there are few segments. *Blocks* are matrices that go through passes by themselves: where no
+sum goes over ranks, *cache blocks* that together fit the cache go through all passes before the
+next ones. *Spans* are whole blocks of int8 momentum.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import numpy as np
 from megatron_came.kernels.tables import IntTable, SpanField, StripField, Sums, TileField
 from megatron_came.layout import Shard
 
+# Places in a tile fit 32 bits.
+PLACES = 2**30
 # A stretched tile has no more elements than one of so many columns that is not.
 _STRETCH_COLUMNS = 1024
 
@@ -63,11 +66,16 @@ class Tiling:
 def grown(tiling: Tiling, shards: Sequence[Shard]) -> Tiling:
     """Make tiles higher until all of them share the scratch buffer, if they may be so high.
 
+    The order of a matrix's sums then depends on how many others there are; ranks that hold the same
+    matrix, and must agree in the last bit, hold the same others, or agree on the sums themselves.
+
     Args:
         tiling: sizes.
         shards: of the matrix parameters.
     """
-    while 2 * tiling.rows <= tiling.tallest and _count_tiles(tiling, shards) > tiling.slots:
+    widest = max((shard.local_matrix[2] for shard in shards), default=0)
+    tallest = min(tiling.tallest, PLACES // max(widest, 1))
+    while 2 * tiling.rows <= tallest and _count_tiles(tiling, shards) > tiling.slots:
         tiling = replace(tiling, rows=2 * tiling.rows)
     return tiling
 

@@ -109,7 +109,12 @@ class FusedPasses:
             MatrixField,
             [
                 matrix_row(
-                    work.shard, one, group_of[id(work.group)], self._scales_of[work], int(first)
+                    work.shard,
+                    one,
+                    group_of[id(work.group)],
+                    work.key,
+                    self._scales_of[work],
+                    int(first),
                 )
                 for work, one, first in zip(matrices, sums, firsts, strict=False)
             ],
@@ -117,7 +122,12 @@ class FusedPasses:
         vector_table = _stack(
             VectorField,
             [
-                vector_row(work.shard, Sums(work.square_sums, work.total), group_of[id(work.group)])
+                vector_row(
+                    work.shard,
+                    Sums(work.square_sums, work.total),
+                    group_of[id(work.group)],
+                    work.key,
+                )
                 for work in vectors
             ],
         )
@@ -140,6 +150,7 @@ class FusedPasses:
         self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
         self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
         self._group_rows: list[tuple[float, ...]] = []
+        self._steps: list[int] = []
         self._tables = Tables(
             tiling=tiling,
             matrices=None,
@@ -177,10 +188,20 @@ class FusedPasses:
             row[GroupField.EPS1], row[GroupField.EPS2] = hyper.eps
             row[GroupField.CLIP_THRESHOLD] = hyper.clip_threshold
             rows.append(tuple(row))
-        if repr(rows) != repr(self._group_rows):  # NaN, in place of a rate on the device
+        rounds = self._matrices.rounds or self._vectors.rounds
+        steps = [work.group.get("step", 0) if rounds else 0 for work in self._groups]
+        same = repr(rows) == repr(self._group_rows)  # NaN, in place of a rate on the device
+        if same and steps == self._steps:
+            pass  # they have their steps from one that failed, or need none
+        elif same and steps == [step + 1 for step in self._steps]:
+            self._kernels.count_step(self._tables)
+        else:
             self._group_rows = []  # until they are placed
-            self._tables.groups = self._kernels.place(np.array(rows, np.float64))
+            table = np.array(rows, np.float64).reshape(-1, len(GroupField))
+            table[:, GroupField.STEP] = steps
+            self._tables.groups = self._kernels.place(table)
             self._group_rows = rows
+        self._steps = steps
         for index, work in enumerate(self._groups):
             if isinstance(work.group["lr"], Tensor):
                 self._kernels.set_rate(self._tables, index, work.group["lr"])

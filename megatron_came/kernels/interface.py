@@ -88,6 +88,10 @@ class Kernels(Protocol):
         """Write a group's learning rate to its table."""
         ...
 
+    def count_step(self, tables: Tables) -> None:
+        """Add one to all groups' steps in their table."""
+        ...
+
     def scratch(self, slots: int, sums: int) -> Any:
         """Return a buffer of (slots, 3, sums); all passes on the device share it."""
         ...

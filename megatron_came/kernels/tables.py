@@ -37,8 +37,8 @@ class MatrixField(IntEnum):
     GRAD_IS_BF16 = auto()
     MODEL_IS_BF16 = auto()  # otherwise fp16
     EXP_AVG_IS_BF16 = auto()
-    KEY = auto()  # of this step's random bits
     # Geometry.
+    KEY = auto()  # of the parameter's random bits
     START = auto()  # the slice is [START, STOP) of the flattened local tensor
     STOP = auto()
     BATCH = auto()
@@ -137,6 +137,7 @@ class GroupField(IntEnum):
     EPS1 = 5
     EPS2 = 6
     CLIP_THRESHOLD = 7
+    STEP = 8  # steps before this one; 0 where no momentum is rounded with random bits
 
 
 TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupField)
@@ -153,9 +154,10 @@ class Sums:
     residuals: Sequence[Tensor] = ()
 
 
-def vector_row(shard: Shard, sums: Sums, group: int) -> IntTable:
+def vector_row(shard: Shard, sums: Sums, group: int, key: int) -> IntTable:
     """Describe a vector parameter."""
     row = np.zeros(len(VectorField), np.int64)
+    row[VectorField.KEY] = key
     row[VectorField.START], row[VectorField.STOP] = shard.start, shard.stop
     row[VectorField.SIZE] = shard.local_matrix[1]
     row[VectorField.FULL_NUMEL] = shard.full_numel
@@ -168,7 +170,7 @@ def vector_row(shard: Shard, sums: Sums, group: int) -> IntTable:
 
 
 def matrix_row(
-    shard: Shard, sums: Sums, group: int, scales: Sequence[Tensor], first_matrix: int
+    shard: Shard, sums: Sums, group: int, key: int, scales: Sequence[Tensor], first_matrix: int
 ) -> IntTable:
     """Describe a matrix parameter.
 
@@ -176,11 +178,13 @@ def matrix_row(
         shard: where the slice lies.
         sums: where its sums go.
         group: row of its group's hyperparameters.
+        key: of its random bits.
         scales: row and column scale, row and column confidence.
         first_matrix: row of its first matrix in the table of clip divisors.
     """
     field = MatrixField
     row = np.zeros(len(field), np.int64)
+    row[field.KEY] = key
     row[field.START], row[field.STOP] = shard.start, shard.stop
     row[field.BATCH], row[field.ROWS], row[field.COLUMNS] = shard.local_matrix
     row[field.FULL_ROWS], row[field.FULL_COLUMNS] = shard.full_rows, shard.full_columns

@@ -4,6 +4,9 @@ import hashlib
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+
+from megatron_came import comm
 
 
 def digest(tensors):
@@ -30,6 +33,28 @@ def optimizer_digest(optimizer):
     return digest(tensors)
 
 
+class CountedCollectives:
+    """Stands in for ``torch.distributed`` where CAME takes its collectives from.
+
+    Attributes:
+        calls: how many of each.
+    """
+
+    def __init__(self):
+        self.calls = {"all_reduce": 0, "broadcast": 0}
+
+    def __getattr__(self, name):
+        function = getattr(dist, name)
+        if name not in self.calls:
+            return function
+
+        def counted(*args, **kwargs):
+            self.calls[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+
 class Recorder:
     """Stands in for functions of Megatron's training loop and writes down what they return.
 
@@ -44,6 +69,7 @@ class Recorder:
             "grad_norms": [],
             "zeros": [],
             "params_norms": [],
+            "collectives": [],
             "changed_though_skipped": [],
             "changed_though_failed": None,
             "weights": {},
@@ -73,6 +99,8 @@ class Recorder:
             self.seen["params_norms"].append(params_norm(*args, **kwargs))
             return self.seen["params_norms"][-1]
 
+        self._collectives = CountedCollectives()
+        stack.enter_context(mock.patch.object(comm, "dist", self._collectives))
         for name, function in (
             ("train_step", recording_train_step),
             ("calc_params_l2_norm", recording_params_norm),
@@ -84,6 +112,7 @@ class Recorder:
         if "lm loss" in losses:
             self.seen["losses"].append(float(losses["lm loss"]))
         self.seen["skipped"].append(int(skipped))
+        self.seen["collectives"].append(dict(self._collectives.calls))
         self.seen["grad_norms"].append(None if grad_norm is None else float(grad_norm))
         self.seen["zeros"].append(None if zeros is None else float(zeros))
         if skipped:

@@ -102,7 +102,7 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
                 elif isinstance(value, Tensor) and key != "step":
                     (momentum if _is_momentum(key) else second_moment).append(value)
     copies = _Storages(grad for param in updated if (grad := gradient_of(param)) is not None)
-    sums = _Storages(buffer.flat for buffer in _buffers(inner))
+    sums = _Storages(buffer.flat for buffer in _buffers_of_sums(inner))
     return Components(
         weights=weights.bytes,
         gradients=gradients.bytes,
@@ -143,7 +143,7 @@ class _Storages:
         return sum(self._sizes.values())
 
 
-def _buffers(root: Any) -> Iterator[SumBuffer | CopyBuffer]:
+def _buffers_of_sums(root: Any) -> Iterator[SumBuffer | CopyBuffer]:
     """Find the buffers of sums over ranks among all that optimizers refer to."""
     seen: set[int] = set()
     found = [root]

@@ -41,7 +41,7 @@ class NumbaKernels:
         address = compiled().address  # of what ``compiled`` keeps
         assert address is not None
         self._take_part = address
-        self._scratch = np.empty((0, 3, self.tiling.slot_sums), np.float32)
+        self._scratch = np.empty(0, np.float32)
         self._room = np.empty(
             (0, 4, room_elements(self.tiling.columns, self.tiling.span)), np.float32
         )
@@ -71,11 +71,16 @@ class NumbaKernels:
         """Write a group's learning rate to its table."""
         tables.groups[group, GroupField.LR] = float(rate)
 
+    def count_step(self, tables: Tables) -> None:
+        """Add one to all groups' steps."""
+        tables.groups[:, GroupField.STEP] += 1
+
     def scratch(self, slots: int, sums: int) -> npt.NDArray[np.float32]:
         """Return the buffer, grown if need be."""
-        if slots > len(self._scratch):
-            self._scratch = np.empty((slots, 3, sums), np.float32)
-        return self._scratch
+        numel = slots * 3 * sums
+        if numel > self._scratch.size:
+            self._scratch = np.empty(numel, np.float32)
+        return self._scratch[:numel].reshape(slots, 3, sums)
 
     def run(self, tables: Tables, schedule: Schedule) -> None:
         """Work off a schedule on threads."""
@@ -101,7 +106,7 @@ class NumbaKernels:
         }
         fields = {
             TaskField.THREADS: (0, count),
-            TaskField.TILE: (self.tiling.slot_rows, self.tiling.columns),
+            TaskField.TILE: (tables.tiling.slot_rows, tables.tiling.columns),
             TaskField.ROOM: (self._room.ctypes.data, self._room.shape[2]),
             **{field: (array.ctypes.data, len(array)) for field, array in arrays.items()},
         }

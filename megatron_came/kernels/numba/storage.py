@@ -119,6 +119,15 @@ def _draw_some(first_place, offset, bits):
 
 
 @inline
+def step_key(param_key, step):
+    """Twin of ``rounding.step_key``."""
+    key = np.uint32(np.int64(param_key) + np.int64(0x9E3779B1) * (np.int64(step) + 1))
+    key = np.uint32((key ^ (key >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+    key = np.uint32((key ^ (key >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    return np.uint32(key ^ (key >> np.uint32(16)))
+
+
+@inline
 def draw(first_place, key, bits):
     """Twin of ``rounding.random_bits`` for consecutive places."""
     done = 0

@@ -29,7 +29,11 @@ def _apply_row(
 
 @inline
 def _rates(param, groups):
-    """What all elements of a parameter share: lr, beta1, 1 - beta1 and lr times decay, fp32."""
+    """What all elements of a parameter share.
+
+    Returns:
+        lr, beta1, 1 - beta1 and lr times decay, fp32; the key of this step's random bits.
+    """
     group = groups[param[Matrix.GROUP]]
     lr, beta1 = group[Group.LR], group[Group.BETA1]
     return (
@@ -37,6 +41,7 @@ def _rates(param, groups):
         np.float32(beta1),
         np.float32(1.0 - beta1),
         np.float32(lr * group[Group.WEIGHT_DECAY]),
+        storage.step_key(param[Matrix.KEY], group[Group.STEP]),
     )
 
 
@@ -64,7 +69,7 @@ def _update(
         grad_buffer: for the gradient in fp32.
         buffer: for the weights in fp32.
     """
-    count, (lr, beta1, rest, decay) = momentum.size, rates
+    count, (lr, beta1, rest, decay, key) = momentum.size, rates
     rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
     row_scale = floats(param[Matrix.ROW_SCALE] + 4 * (matrix * rows + row), 1)[0]
     row_confidence = floats(param[Matrix.ROW_CONFIDENCE] + 4 * (matrix * rows + row), 1)[0]
@@ -89,7 +94,7 @@ def _update(
         full_row += row + param[Matrix.ROW_OFFSET]
         full_row += row // param[Matrix.PART_ROWS] * param[Matrix.PART_JUMP]
         full_place = full_row * param[Matrix.FULL_COLUMNS] + param[Matrix.COLUMN_OFFSET] + column
-        storage.draw(full_place, param[Matrix.KEY], bits)
+        storage.draw(full_place, key, bits)
 
 
 @inline

@@ -103,7 +103,7 @@ def update_vector_moments(first, stop, vectors, groups, buffers):
 
 
 @inline
-def _draw(vector, offset, bits):
+def _draw(vector, key, offset, bits):
     """Random bits of elements from an offset in the slice on, part by part."""
     start = place = vector[Vector.START] + offset
     stop = start + bits.size
@@ -111,7 +111,7 @@ def _draw(vector, offset, bits):
         part = place // vector[Vector.PART_ROWS]
         end = min((part + 1) * vector[Vector.PART_ROWS], stop)
         full_place = vector[Vector.OFFSET] + place + part * vector[Vector.PART_JUMP]
-        storage.draw(full_place, vector[Vector.KEY], bits[place - start : end - start])
+        storage.draw(full_place, key, bits[place - start : end - start])
         place = end
 
 
@@ -135,6 +135,7 @@ def apply_vectors(first, stop, vectors, groups, buffers):
         beta1, rest = np.float32(group[Group.BETA1]), np.float32(1.0 - group[Group.BETA1])
         lr = np.float32(group[Group.LR])
         decay = np.float32(group[Group.LR] * group[Group.WEIGHT_DECAY])
+        key = storage.step_key(vector[Vector.KEY], group[Group.STEP])
         for offset in range(0, numel, _block(grads)):
             count = min(_block(grads), numel - offset)
             grad = _gradient(vector, offset, count, grads)
@@ -149,7 +150,7 @@ def apply_vectors(first, stop, vectors, groups, buffers):
                 param[i] = weight - lr * momentum
             if vector[Vector.EXP_AVG_IS_BF16] or scales:
                 bits = all_bits[:count]
-                _draw(vector, offset, bits)
+                _draw(vector, key, offset, bits)
                 address, is_bf16 = vector[Vector.EXP_AVG], vector[Vector.EXP_AVG_IS_BF16]
                 storage.keep_momentum(address, is_bf16, scales, offset, exp_avg, bits)
             storage.keep_weights(vector[Vector.PARAM], remainders, offset, param)

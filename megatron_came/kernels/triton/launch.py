@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_came.kernels.cutting import Tiling
+from megatron_came.kernels.cutting import PLACES, Tiling
 from megatron_came.kernels.interface import Tables, is_batch_of_small, is_ordinary
 from megatron_came.kernels.schedule import Kernel, Schedule
 from megatron_came.kernels.tables import GroupField, MatrixField
@@ -74,7 +74,7 @@ class TritonKernels:
 
     def bears(self, param: Tensor, shard: Shard) -> bool:
         """Tensors in one piece, with places in a tile that fit 32 bits."""
-        narrow = shard.local_matrix[2] * self.tiling.tallest < 2**30
+        narrow = shard.local_matrix[2] * self.tiling.slot_rows < PLACES
         return is_ordinary(param) and narrow and not is_batch_of_small(shard)
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -88,15 +88,19 @@ class TritonKernels:
             return host
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "CAME: a tensor, hyperparameter or random key has changed while a CUDA graph is "
-                "captured: warm up with the gradients where they will stay, give the learning "
-                "rate as a tensor on the device, and keep the momentum in fp32."
+                "CAME: a tensor or hyperparameter has changed while a CUDA graph is captured: warm "
+                "up with the gradients where they will stay, and give the learning rate as a "
+                "tensor on the device."
             )
         return host.pin_memory().to(self._device, non_blocking=True)
 
     def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
         """Write a group's learning rate to its table, on the device."""
         tables.groups[group, GroupField.LR].copy_(rate)
+
+    def count_step(self, tables: Tables) -> None:
+        """Add one to all groups' steps, on the device."""
+        tables.groups[:, GroupField.STEP].add_(1)
 
     def scratch(self, slots: int, sums: int) -> Tensor:
         """Return the buffer, grown if need be."""

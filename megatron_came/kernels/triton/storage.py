@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_came.kernels import tables
 from megatron_came.kernels.triton.compiling import INT8_BLOCK, aligned_floats, floats
 
 
@@ -60,10 +61,20 @@ def momenta(address, is_bf16, scales, index, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def step_key(key, group):
+    """Twin of ``rounding.step_key``, of a parameter's key and its row of ``GroupField``."""
+    step = tl.load(group + tables.GroupField.STEP).to(tl.int64)
+    mixed = (key + 0x9E3779B1 * (step + 1)).to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
+    return mixed ^ (mixed >> 16)
+
+
+@triton.jit
 def _random_bits(place, key):
     """Twin of ``rounding.random_bits``, as uint32."""
     mixed = place.to(tl.uint32) * 0x9E3779B1 + (place >> 32).to(tl.uint32) * 0x27D4EB2F
-    mixed += key.to(tl.uint32)
+    mixed += key
     mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
     mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
     return (mixed ^ (mixed >> 16)) & 0xFFFF

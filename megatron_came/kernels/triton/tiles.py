@@ -245,7 +245,6 @@ def apply_tiles(
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
     momenta = tl.load(param + tables.MatrixField.EXP_AVG)
     momenta_are_bf16 = tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16)
-    key = tl.load(param + tables.MatrixField.KEY)
     full_columns = tl.load(param + tables.MatrixField.FULL_COLUMNS)
     full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
     full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS) + row
@@ -266,9 +265,9 @@ def apply_tiles(
     column_confidences = floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
     first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
     inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix) + 1)
-    beta1, rest, lr, decay = rates(
-        groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
-    )
+    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
+    beta1, rest, lr, decay = rates(group)
+    key = storage.step_key(tl.load(param + tables.MatrixField.KEY), group)
     steps = tl.arange(0, STEP)
     across = tl.arange(0, COLUMNS)
     inside = across < width - column.to(tl.int32)
@@ -345,9 +344,8 @@ def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexp
     column_confidence = tl.load(column_confidences + column_place, mask=mask, other=0.0)
     divisor = 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix) + 1
     inverse_divisor = tl.load(divisors + divisor, mask=mask, other=0.0)
-    beta1, rest, lr, decay = rates(
-        groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
-    )
+    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
+    beta1, rest, lr, decay = rates(group)
 
     grads = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
@@ -374,6 +372,6 @@ def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexp
     full_row += parts_on * tl.load(param + tables.MatrixField.PART_JUMP)
     full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
     full_place = full_row * tl.load(param + tables.MatrixField.FULL_COLUMNS) + full_column
-    key = tl.load(param + tables.MatrixField.KEY)
+    key = storage.step_key(tl.load(param + tables.MatrixField.KEY), group)
     block = first // INT8_BLOCK + blocks
     storage.store_int8(momenta, momentum_scales, block, index, momentum, mask, full_place, key)

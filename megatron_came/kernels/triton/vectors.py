@@ -93,7 +93,7 @@ def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     moment = floats(tl.load(vector + tables.VectorField.MOMENT)) + start
     momenta = tl.load(vector + tables.VectorField.EXP_AVG)
     momenta_are_bf16 = tl.load(vector + tables.VectorField.EXP_AVG_IS_BF16)
-    key = tl.load(vector + tables.VectorField.KEY)
+    key = storage.step_key(tl.load(vector + tables.VectorField.KEY), group)
     offset = tl.load(vector + tables.VectorField.OFFSET) + start
     momentum_scales = tl.load(vector + tables.VectorField.EXP_AVG_SCALE)
     part_rows = tl.load(vector + tables.VectorField.PART_ROWS)

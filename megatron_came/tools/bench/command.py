@@ -96,6 +96,7 @@ def _circumstances(options: argparse.Namespace, device: torch.device) -> dict[st
 def _iterations(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     results = measure_iterations(
         options.model,
+        device=device,
         layers=options.layers,
         ranks=options.ranks,
         iterations=options.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from megatron_came.host.cpu.switch import VARIABLE
 from megatron_came.tools.bench.shapes import MODELS
 
 # layers, hidden size, attention heads
@@ -31,6 +35,8 @@ _PARTS = [
 class Iteration:
     """Medians over the iterations after the first few, in milliseconds.
 
+    Megatron's timers wait for a GPU at the beginning and the end of each part.
+
     Attributes:
         optimizer: ``--optimizer``.
         milliseconds: of a whole iteration.
@@ -50,12 +56,19 @@ class Iteration:
 
 
 def measure_iterations(
-    model: str, *, layers: int | None, ranks: int, iterations: int, flags: Sequence[str]
+    model: str,
+    *,
+    device: torch.device,
+    layers: int | None,
+    ranks: int,
+    iterations: int,
+    flags: Sequence[str],
 ) -> list[Iteration]:
     """Train on made-up data with CAME and with Adam.
 
     Args:
         model: one of the GPT-2 sizes of ``MODELS``.
+        device: a GPU, whose every rank has one, or the CPU.
         layers: instead of the model's own number.
         ranks: processes, as data-parallel ranks.
         iterations: to time.
@@ -71,7 +84,7 @@ def measure_iterations(
             f"(without --iteration: {', '.join(MODELS)})."
         )
     return [
-        _measure(optimizer, model, layers, ranks, iterations, flags)
+        _measure(optimizer, model, device, layers, ranks, iterations, flags)
         for optimizer in ("came", "adam")
     ]
 
@@ -79,6 +92,7 @@ def measure_iterations(
 def _measure(
     optimizer: str,
     model: str,
+    device: torch.device,
     layers: int | None,
     ranks: int,
     iterations: int,
@@ -105,7 +119,8 @@ def _measure(
         *("--log-interval", "1", "--timing-log-level", "2"),
         *flags,
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, VARIABLE: "1" if device.type == "cpu" else "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     output = done.stdout + done.stderr
     times = [
         [float(number) for number in pattern.findall(output)][_WARM_UP:]

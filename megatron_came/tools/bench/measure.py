@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,9 @@ def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
+    # What malloc keeps of earlier steps would hide what this one takes.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
     optimizer.step()
     return max(_resident("VmHWM") - before, 0)
