@@ -45,6 +45,8 @@ LAYOUTS = {
             "tp2-sp-do": tp(2) + SP + DO + WHOLE[1],
             "cp2": CP,
             "cp2-do": CP + DO,
+            "dp2-do-plain": DO + "--came-kernels plain ",  # the others have Numba's
+            "dp2-do-triton": DO + "--came-kernels triton ",
         },
         4: {
             "tp4": tp(4) + WHOLE[1],
