@@ -19,6 +19,7 @@ SHARDED = "tests/test_sharded.py"
 KERNELS = "tests/test_kernels.py"
 ADDRESSES = "tests/test_kernel_addresses.py"
 THREADS = "tests/test_kernel_threads.py"
+SMALLER = "tests/test_smaller_state.py"
 HOST = "tests/test_host_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
@@ -131,6 +132,27 @@ FAULTS = (
         "work.py",
         "self.state[key].copy_(value)",
         "pass",
+    ),
+    Fault(
+        "Triton: tiles that have grown taken for others",
+        "kernels/triton/launch.py",
+        '{"ROWS": tiling.slot_rows, **tile}',
+        '{"ROWS": self.tiling.slot_rows, **tile}',
+        KERNELS,
+    ),
+    Fault(
+        "steps not counted, so that all round with the same bits",
+        "kernels/numba/launch.py",
+        "tables.groups[:, GroupField.STEP] += 1",
+        "pass",
+        SMALLER,
+    ),
+    Fault(
+        "a gradient copied as a whole",
+        "plain.py",
+        "self._grad = self.work.grad.reshape(-1)",
+        "self._grad = self.work.grad.reshape(-1).clone()",
+        KERNELS,
     ),
     Fault(
         "Numba: the last element of a slice left out",
