@@ -197,7 +197,7 @@ def test_what_kernels_leave_to_plain_pytorch_is_said_once(dtype, shape, count, c
     assert all(f"for 1 of 3 parameters, the first of shape {shape}" in line for line in lines)
 
 
-def test_without_numba_the_step_is_plain_and_says_what_is_lost(monkeypatch):
+def test_without_numba_the_step_is_plain_and_says_what_is_lost(monkeypatch, caplog):
     # As if importing it failed.
     monkeypatch.setitem(sys.modules, "megatron_came.kernels.numba.launch", None)
     choice = choose("auto", torch.device("cpu"))
@@ -205,6 +205,10 @@ def test_without_numba_the_step_is_plain_and_says_what_is_lost(monkeypatch):
     assert "slower: numba cannot be used" in choice.reason
     with pytest.raises(ValueError, match=r"need numba \(pip install numba\)"):
         choose("numba", torch.device("cpu"))
+    param = torch.nn.Parameter(torch.ones(3, 4))
+    param.grad = torch.ones_like(param)
+    CAME([param], lr=1e-2).step()
+    assert [record.getMessage() for record in caplog.records] == [choice.reason]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
