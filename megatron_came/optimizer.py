@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -347,8 +348,8 @@ class CAME(torch.optim.Optimizer):
                 _logger.warning(
                     "CAME's step runs in plain PyTorch, which is slower, for %d of %d parameters, "
                     "the first of shape %s in %s: kernels compute contiguous ones with fp32 "
-                    "weights, but no batches of many small matrices, no matrices of many million "
-                    "columns and no vectors of which other ranks hold copies.",
+                    "weights, but no batches of many small matrices, no rows of more than 16 "
+                    "million elements and no vectors of which other ranks hold copies.",
                     *(len(left), len(works), left[0].shard.shape, left[0].param.dtype),
                 )
         return self._plan
@@ -362,7 +363,16 @@ class CAME(torch.optim.Optimizer):
         for group in self.param_groups:
             for device in {param.device for param in group["params"]} - self._choices.keys():
                 self._choices[device] = choice = choose(self._wanted_kernels, device)
-                _logger.log(logging.WARNING if choice.is_lesser else logging.INFO, choice.reason)
+                if choice.is_lesser:
+                    _warn_once(choice.reason)
+                else:
+                    _logger.info(choice.reason)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Megatron makes several optimizers."""
+    _logger.warning(message)
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

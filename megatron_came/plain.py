@@ -1,6 +1,7 @@
 """The passes of a step in plain PyTorch: for any device and dtype, parameter by parameter.
 
-A slice is cut into boxes, so that temporaries stay within a few MiB.
+The slice of a matrix is cut into boxes, so that temporaries stay within a few MiB; vectors, which
+are small, are taken whole.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def check_large_steps() -> None:
     gradient = torch.randn_like(start)
     bound = 64 * 2**20 + 0.01 * start.nbytes
     for momentum in (torch.float32, torch.bfloat16, torch.int8):
-        updates = []
+        results = []
         for path in ("plain", "triton"):
             param = torch.nn.Parameter(start.clone())
             param.grad = gradient
@@ -139,16 +139,19 @@ def check_large_steps() -> None:
             optimizer.init_state()
             taken = peak_of(optimizer.step, CUDA)
             assert taken <= bound, f"{path}, {momentum}: {taken} bytes"
-            updates.append(param.detach() - start)
             print(f"ok  {path}, {momentum} momentum: {taken / 2**20:.1f} MiB in a first step")
+            optimizer.step()
             if path == "triton":
-                optimizer.step()  # makes what the second step needs
                 torch.cuda.set_sync_debug_mode("error")
-                optimizer.step()
-                torch.cuda.set_sync_debug_mode("default")
-            del param, optimizer
-        plain, ours = updates
-        assert (ours - plain).norm() <= 2 * TOLERANCE * plain.norm(), momentum
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+            results.append((param.detach() - start, optimizer.state[param]["exp_avg"]))
+        (plain, plain_momentum), (ours, our_momentum) = results
+        if momentum == torch.float32:
+            assert (ours - plain).norm() <= 2 * TOLERANCE * plain.norm()
+        else:  # rounded with the same bits
+            different = (plain_momentum != our_momentum).double().mean().item()
+            assert different < 0.005, f"{momentum}: {different}"
     print("ok  large steps, without waiting for the GPU", flush=True)
 
 

@@ -249,8 +249,8 @@ def main() -> None:
             "## A whole iteration of Megatron\n\n"
             f"{report['model']}, one rank, micro-batch 1, flags `{' '.join(report['flags'])}`; "
             f"{setting(report)}; medians of {report['iterations'][0]['iterations']}.\n\n"
-            "`adam` is what Megatron takes on a CPU: PyTorch's AdamW, not fused. Megatron's timers wait "
-            "for a GPU at the beginning and the end of each part.\n\n"
+            "On a CPU Megatron's `adam` is PyTorch's AdamW, not fused; on a GPU its timers wait at the "
+            "beginning and the end of each part.\n\n"
             "| optimizer | ms an iteration | forward | backward | the optimizer's step "
             "| its share |\n|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
         )

@@ -95,6 +95,27 @@ def test_a_parameter_listed_twice_needs_no_new_plan():
 
 
 @on_both
+def test_a_step_after_one_that_was_not_counted(kernels, monkeypatch):
+    """As in a CUDA graph's capture that fails: what it has recorded is not carried out."""
+    device, results = DEVICES[kernels], []
+    for fails in (False, True):
+        param = torch.nn.Parameter(torch.ones(6, 4, device=device))
+        param.grad = torch.arange(24.0, device=device).view(6, 4)
+        optimizer = CAME([param], lr=1e-2, kernels=kernels, momentum_dtype=torch.bfloat16)
+        for step in range(4):
+            if fails and step == 2:
+                made = type(optimizer._choices[device].kernels)
+                with monkeypatch.context() as patch:
+                    patch.setattr(made, "count_step", lambda self, tables: None)
+                    patch.setattr(made, "run", mock.Mock(side_effect=RuntimeError("not now")))
+                    with pytest.raises(RuntimeError, match="not now"):
+                        optimizer.step()
+            optimizer.step()
+        results.append(optimizer.state[param]["exp_avg"])
+    assert torch.equal(*results)
+
+
+@on_both
 @pytest.mark.parametrize("undone", ["gradient", "rate"])
 def test_what_a_failed_step_has_seen_and_the_next_one_finds_undone(undone, kernels, monkeypatch):
     device, results = DEVICES[kernels], []

@@ -292,3 +292,21 @@ def test_no_temporary_has_the_size_of_a_parameter(momentum, kernels):
     optimizer.step()
     assert param.nbytes > 15 * 2**20
     assert peak_of(optimizer.step, param.device) <= 8 * 2**20
+
+
+def test_remainders_are_not_dropped():
+    params = parameters("plain", torch.bfloat16)
+    optimizer = CAME(params, lr=1e-2, remainders=True)
+    optimizer.init_state()
+    with pytest.raises(ValueError, match="would be lost: give remainders=True"):
+        CAME(params, lr=1e-2).load_state_dict(optimizer.state_dict())
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="do not consist of 2 equal parts"):
+        Shard((7, 3), 0, 21, tp_parts=2)
+
+
+def test_a_dtype_that_momentum_cannot_have_is_refused():
+    with pytest.raises(ValueError, match=r"float16 is not one of torch\.float32"):
+        CAME([torch.nn.Parameter(torch.ones(3))], lr=1e-3, momentum_dtype=torch.float16)

@@ -46,6 +46,9 @@ class FusedPasses:
             # The fuller a cache, the more of it is lost.
             self._block_elements = kernels.cache_elements // 2
         self._members: list[ParameterWork] = []
+        # Of all groups: those in their table, where no step has failed since; this step's.
+        self._steps: list[int] | None = None
+        self._steps_taken: list[int] = []
         self._scales = [_scales(work) for work in works]
         self._scales_of = dict(zip(works, self._scales, strict=True))
 
@@ -84,6 +87,7 @@ class FusedPasses:
 
     def end(self) -> None:
         """Rewrite what the kernels have not of the model's weights, and let go of the gradients."""
+        self._steps = self._steps_taken
         for addresses in (self._matrices, self._vectors):
             for work in addresses.copied:
                 work.copy_to_model()
@@ -150,7 +154,7 @@ class FusedPasses:
         self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
         self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
         self._group_rows: list[tuple[float, ...]] = []
-        self._steps: list[int] = []
+        self._steps = None
         self._tables = Tables(
             tiling=tiling,
             matrices=None,
@@ -189,19 +193,20 @@ class FusedPasses:
             row[GroupField.CLIP_THRESHOLD] = hyper.clip_threshold
             rows.append(tuple(row))
         rounds = self._matrices.rounds or self._vectors.rounds
-        steps = [work.group.get("step", 0) if rounds else 0 for work in self._groups]
-        same = repr(rows) == repr(self._group_rows)  # NaN, in place of a rate on the device
-        if same and steps == self._steps:
-            pass  # they have their steps from one that failed, or need none
-        elif same and steps == [step + 1 for step in self._steps]:
-            self._kernels.count_step(self._tables)
-        else:
+        steps = [work.group.get("step", 0) for work in self._groups] if rounds else []
+        last, self._steps = self._steps, None  # until the step has ended
+        is_next = last is not None and steps == [step + 1 for step in last]
+        if repr(rows) != repr(self._group_rows) or (
+            rounds and not is_next
+        ):  # as text, since NaN is not NaN
             self._group_rows = []  # until they are placed
             table = np.array(rows, np.float64).reshape(-1, len(GroupField))
-            table[:, GroupField.STEP] = steps
+            table[:, GroupField.STEP] = steps or 0
             self._tables.groups = self._kernels.place(table)
             self._group_rows = rows
-        self._steps = steps
+        elif rounds:
+            self._kernels.count_step(self._tables)
+        self._steps_taken = steps
         for index, work in enumerate(self._groups):
             if isinstance(work.group["lr"], Tensor):
                 self._kernels.set_rate(self._tables, index, work.group["lr"])

@@ -137,7 +137,7 @@ class GroupField(IntEnum):
     EPS1 = 5
     EPS2 = 6
     CLIP_THRESHOLD = 7
-    STEP = 8  # steps before this one; 0 where no momentum is rounded with random bits
+    STEP = 8  # steps before this one, for random bits; 0 where nothing is rounded with them
 
 
 TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupField)

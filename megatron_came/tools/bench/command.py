@@ -72,6 +72,13 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("megatron-came bench: --device cuda, but there is no GPU: use cpu.", file=sys.stderr)
         return 2
+    if options.iteration and device.index is not None:
+        print(
+            f"megatron-came bench: --iteration with --device {device}: give --device cuda, and "
+            "choose GPUs with CUDA_VISIBLE_DEVICES.",
+            file=sys.stderr,
+        )
+        return 2
     try:
         report = _iterations(options, device) if options.iteration else _steps(options, device)
     except (ValueError, RuntimeError) as error:
