@@ -21,6 +21,7 @@ from megatron_came import CAME
 from megatron_came.kernels.cutting import Tiling
 from megatron_came.kernels.triton.launch import TritonKernels
 from megatron_came.tools.bench import command
+from megatron_came.tools.bench.peak import peak_of
 from tests.kernel_cases import (
     CASES,
     TOLERANCE,
@@ -30,7 +31,6 @@ from tests.kernel_cases import (
     weights_after_moves,
     worst_distance,
 )
-from tests.memory_peak import peak_of
 from tests.sharded_cases import Layout, train_sharded
 
 CUDA = torch.device("cuda")

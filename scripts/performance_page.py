@@ -33,14 +33,15 @@ HEAD = """\
 *Written by `scripts/performance_page.py` from the files in `benchmarks/results/`; `make benchmarks` measures again.*
 
 A step of CAME must read the gradient three times, the momentum twice and the weights once, and write momentum and
-weights: 32 bytes a parameter in fp32, or 20 in matrices whose gradient and momentum stay in the last cache from pass
-to pass, which takes one data-parallel rank and, on a GPU, memory slow enough for this to pay (`blocks_save_time` in
+weights: 32 bytes a parameter in fp32, or 20 in matrices whose gradient and momentum stay in the last cache from pass to
+pass, which takes one data-parallel rank and, on a GPU, memory slow enough for this to pay (`blocks_save_time` in
 `megatron_came/kernels/triton/launch.py`); with bf16 momentum 26 or 16, with int8 23 or 14. AdamW's 28 are the
 yardstick. "Floor" is the mean of these over the parameters, "GB/s" its bytes over the median time, "of floor" the same
 over the copy bandwidth measured in the same run: above 100% where a step moves bytes faster than the copy did, which
 also fetches its target before it writes it. "Extra" is the peak of the memory taken during a step beyond what was held
-before it. The optimizers of one run take turns on the same parameters, so that they can be compared; from run to run
-the bandwidth of a shared machine differs, here between {slowest:.0f} and {fastest:.0f} GB/s.
+before it: of tensors, and on a CPU of NumPy's arrays and Python's objects. The optimizers of one run take turns on the
+same parameters, so that they can be compared; from run to run the bandwidth of a shared machine differs, here between
+{slowest:.0f} and {fastest:.0f} GB/s.
 
 "CAME, fused" runs in kernels: Numba's on CPUs, Triton's on GPUs. **The Triton kernels {gpu}.**
 """
@@ -122,7 +123,7 @@ def peers(report: Report) -> str:
     ours = result(report, OURS)
     for one in report["results"]:
         bandwidth, floor = one["gigabytes_per_second"], one["fraction_of_floor"]
-        extra, least = one["extra_mebibytes"], one["floor_bytes_per_parameter"]
+        least = one["floor_bytes_per_parameter"]
         ratio = one["milliseconds"] / ours["milliseconds"] if ours else None
         lines.append(
             f"| {one['name']} | {one['milliseconds']:.1f} | {one['fastest']:.1f} "
@@ -130,7 +131,7 @@ def peers(report: Report) -> str:
             f"| {'-' if least is None else format(least, '.1f')} "
             f"| {'-' if bandwidth is None else format(bandwidth, '.0f')} "
             f"| {'-' if floor is None else format(floor, '.0%')} "
-            f"| {'-' if extra is None else format(extra, '.1f')} "
+            f"| {one['extra_mebibytes']:.1f} "
             f"| {'-' if ratio is None else format(ratio, '.2f')} |"
         )
     return "\n".join(lines) + "\n"

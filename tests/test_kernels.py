@@ -14,6 +14,7 @@ from megatron_came.kernels.choice import choose
 from megatron_came.kernels.cutting import Tiling, cache_blocks, cut
 from megatron_came.kernels.tables import StripField, Sums
 from megatron_came.kernels.triton.launch import blocks_save_time
+from megatron_came.tools.bench.peak import peak_of
 from tests.kernel_cases import (
     CASES,
     TOLERANCE,
@@ -21,7 +22,6 @@ from tests.kernel_cases import (
     model_weights_after_steps,
     worst_distance,
 )
-from tests.memory_peak import peak_of
 from tests.oracle import DEVICES
 from tests.sharded_cases import Layout
 from tests.test_sharded import MID_ROW

@@ -12,8 +12,8 @@ from megatron_came.layout import blocks
 from megatron_came.maths import int8, remainders
 from megatron_came.maths.rounding import random_bits
 from megatron_came.plain import PlainPasses
+from megatron_came.tools.bench.peak import peak_of
 from megatron_came.work import ParameterWork
-from tests.memory_peak import peak_of
 from tests.oracle import DEVICES
 from tests.test_kernels import LAUNCHERS, ON_REAL_DEVICES
 

@@ -176,7 +176,7 @@ def _print(report: dict[str, Any], results: list[Result]) -> None:
     )
     for result in results:
         bandwidth = result.gigabytes_per_second
-        floor, extra = result.fraction_of_floor, result.extra_mebibytes
+        floor = result.fraction_of_floor
         least = result.floor_bytes_per_parameter
         print(
             f"{result.name:22}{result.milliseconds:9.2f}{result.fastest:9.2f}"
@@ -184,7 +184,7 @@ def _print(report: dict[str, Any], results: list[Result]) -> None:
             f"{'-' if least is None else format(least, '.1f'):>10}"
             f"{'-' if bandwidth is None else format(bandwidth, '.0f'):>7}"
             f"{'-' if floor is None else format(floor, '.0%'):>10}"
-            f"{'-' if extra is None else format(extra, '.1f'):>11}"
+            f"{result.extra_mebibytes:11.1f}"
             f"{result.collectives:13}{result.mebibytes_sent:10.2f}"
         )
     ours = next((one for one in results if one.name == "CAME, fused"), None)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from megatron_came.kernels.choice import choose
 from megatron_came.layout import Shard
 from megatron_came.tools.bench.contenders import Contender
+from megatron_came.tools.bench.peak import peak_of
 from megatron_came.tools.bench.shapes import Shape
 
 _COPY_ELEMENTS = 64 * 1024 * 1024
@@ -39,8 +38,8 @@ class Result:
         gigabytes_per_second: floor's bytes over the median.
         fraction_of_floor: time that the floor's bytes take at the device's copy bandwidth over the
             median.
-        extra_mebibytes: peak of the memory taken during a step beyond what was held before it;
-            None where the system does not say.
+        extra_mebibytes: peak of the memory taken during a step beyond what was held before it, see
+            ``peak_of``.
         collectives: of one step.
         mebibytes_sent: handed to collectives in one step.
     """
@@ -53,7 +52,7 @@ class Result:
     floor_bytes_per_parameter: float | None
     gigabytes_per_second: float | None
     fraction_of_floor: float | None
-    extra_mebibytes: float | None
+    extra_mebibytes: float
     collectives: int
     mebibytes_sent: float
 
@@ -123,35 +122,6 @@ def _counted_collectives() -> Iterator[list[int]]:
         yield sent
 
 
-def _resident(key: str) -> int:
-    """Read a size of this process in bytes: VmRSS, or VmHWM, its peak."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1]) * 1024
-
-
-def _extra_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int | None:
-    """Bytes at the peak of a step beyond those held before it.
-
-    On the CPU from the kernel's count of resident pages, whose peak can be reset.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        optimizer.step()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    # What malloc keeps of earlier steps would hide what this one takes.
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    optimizer.step()
-    return max(_resident("VmHWM") - before, 0)
-
-
 def _floor_bytes(
     contender: Contender, params: Sequence[Tensor], shards: Mapping[Tensor, Shard]
 ) -> int | None:
@@ -213,7 +183,7 @@ def _result(
     bandwidth: float,
 ) -> Result:
     with _counted_collectives() as sent:
-        extra = _extra_memory(optimizer, params[0].device)
+        extra = peak_of(optimizer.step, params[0].device)
     count = sum(param.numel() for param in params)
     median = statistics.median(times)
     moved = _floor_bytes(contender, params, shards)
@@ -226,7 +196,7 @@ def _result(
         floor_bytes_per_parameter=None if moved is None else moved / count,
         gigabytes_per_second=None if moved is None else moved / median / 1e6,
         fraction_of_floor=None if moved is None else moved / bandwidth / (median / 1e3),
-        extra_mebibytes=None if extra is None else extra / 2**20,
+        extra_mebibytes=extra / 2**20,
         collectives=len(sent),
         mebibytes_sent=sum(sent) / 2**20,
     )
