@@ -7,6 +7,7 @@ else is installed (came-pytorch, apex, Transformer Engine) is timed too. The res
 (default: benchmarks/results) as JSON.
 """
 
+import importlib.util
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -214,6 +215,8 @@ def main() -> None:
     check_large_steps()
     for momentum in (torch.float32, torch.bfloat16, torch.int8):
         check_graph_capture(momentum)
+    if importlib.util.find_spec("came_pytorch") is None:
+        print("came-pytorch is not installed: the authors' optimizer will not be timed.")
     device = torch.cuda.get_device_name().lower().replace(" ", "-")
     day = datetime.now(UTC).date().isoformat()
     for model, layers in SIZES:

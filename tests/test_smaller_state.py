@@ -189,22 +189,23 @@ def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatc
             assert torch.equal(ours["exp_avg_scale"], plain["exp_avg_scale"])
 
 
+@on_all
 @pytest.mark.parametrize(("momentum", "bound"), [(torch.bfloat16, 0.01), (torch.int8, 0.02)])
-def test_updates_stay_near_those_of_the_authors(momentum, bound):
-    params = parameters("plain")
-    theirs = [torch.nn.Parameter(param.detach().double()) for param in params]
-    starts = [param.detach().double() for param in params]
-    optimizer = CAME(params, lr=1e-2, momentum_dtype=momentum)
+def test_updates_stay_near_those_of_the_authors(momentum, bound, kernels):
+    params = parameters(kernels)
+    starts = [param.detach().cpu().double() for param in params]
+    theirs = [torch.nn.Parameter(start.clone()) for start in starts]
+    optimizer = CAME(params, lr=1e-2, momentum_dtype=momentum, kernels=kernels)
     other = came_pytorch.CAME(theirs, lr=1e-2)
     generator = torch.Generator().manual_seed(1)
     for _ in range(12):
         for param, their in zip(params, theirs, strict=True):
             grad = torch.randn(param.shape, generator=generator)
-            param.grad, their.grad = grad, grad.double()
+            param.grad, their.grad = grad.to(param.device), grad.double()
         optimizer.step()
         other.step()
     for param, their, start in zip(params, theirs, starts, strict=True):
-        distance = (param.double() - their).norm() / (their - start).norm()
+        distance = (param.cpu().double() - their).norm() / (their - start).norm()
         assert 0 < distance < bound
 
 
