@@ -127,7 +127,8 @@ def instability_tiles(
     Args as those of :func:`square_tiles`, and
         divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
     """
-    slot = tl.program_id(0)
+    # Backwards: what pass 1 has read last, and pass 3 will read first, is in the cache.
+    slot = tl.num_programs(0) - 1 - tl.program_id(0)
     param, place, low, high, width, matrix, row, stop_row, column = _tile(
         matrices, tiles, slot + from_row, ALIGNED
     )
