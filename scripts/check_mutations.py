@@ -192,8 +192,8 @@ FAULTS = (
     Fault(
         "addresses not refreshed",
         "kernels/addresses.py",
-        "has_moved = seen != self._seen[index]",
-        "has_moved = not self._seen[index]",
+        "if seen != self._seen[index]:",
+        "if not self._seen[index]:",
         ADDRESSES,
     ),
     Fault(
