@@ -26,7 +26,7 @@ test: venv  ## run the tests
 test-all: venv  ## run the full matrix of layouts and checkpoints as well
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not interpreted"
 
-test-triton: venv  ## run the long tests of the Triton kernels under Triton's interpreter (40 minutes; no GPU needed)
+test-triton: venv  ## run the long tests of the Triton kernels under Triton's interpreter (half an hour; no GPU needed)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreted
 
 check-mutations: venv  ## break the package on purpose, one fault at a time, to see that the tests notice
