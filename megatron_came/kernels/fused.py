@@ -46,9 +46,7 @@ class FusedPasses:
             # The fuller a cache, the more of it is lost.
             self._block_elements = kernels.cache_elements // 2
         self._members: list[ParameterWork] = []
-        # Of all groups: those in their table, where no step has failed since; this step's.
-        self._steps: list[int] | None = None
-        self._steps_taken: list[int] = []
+        self._steps: list[int] | None = None  # of all groups
         self._scales = [_scales(work) for work in works]
         self._scales_of = dict(zip(works, self._scales, strict=True))
 
@@ -87,7 +85,6 @@ class FusedPasses:
 
     def end(self) -> None:
         """Rewrite what the kernels have not of the model's weights, and let go of the gradients."""
-        self._steps = self._steps_taken
         for addresses in (self._matrices, self._vectors):
             for work in addresses.copied:
                 work.copy_to_model()
@@ -194,11 +191,11 @@ class FusedPasses:
             rows.append(tuple(row))
         rounds = self._matrices.rounds or self._vectors.rounds
         steps = [work.group.get("step", 0) for work in self._groups] if rounds else []
-        last, self._steps = self._steps, None  # until the step has ended
+        # After a step that has failed they are the last ones: what was counted is in doubt.
+        last, self._steps = self._steps, steps
         is_next = last is not None and steps == [step + 1 for step in last]
-        if repr(rows) != repr(self._group_rows) or (
-            rounds and not is_next
-        ):  # as text, since NaN is not NaN
+        has_changed = repr(rows) != repr(self._group_rows)  # as text: NaN is not NaN
+        if has_changed or (rounds and not is_next):
             self._group_rows = []  # until they are placed
             table = np.array(rows, np.float64).reshape(-1, len(GroupField))
             table[:, GroupField.STEP] = steps or 0
@@ -206,7 +203,6 @@ class FusedPasses:
             self._group_rows = rows
         elif rounds:
             self._kernels.count_step(self._tables)
-        self._steps_taken = steps
         for index, work in enumerate(self._groups):
             if isinstance(work.group["lr"], Tensor):
                 self._kernels.set_rate(self._tables, index, work.group["lr"])

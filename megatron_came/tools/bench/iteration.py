@@ -7,7 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,44 +83,29 @@ def measure_iterations(
             f"--iteration needs a whole model: --model {model} is not one of {', '.join(_SIZES)} "
             f"(without --iteration: {', '.join(MODELS)})."
         )
-    return [
-        _measure(optimizer, model, device, layers, ranks, iterations, flags)
-        for optimizer in ("came", "adam")
-    ]
-
-
-def _measure(
-    optimizer: str,
-    model: str,
-    device: torch.device,
-    layers: int | None,
-    ranks: int,
-    iterations: int,
-    flags: Sequence[str],
-) -> Iteration:
     usual, hidden, heads = _SIZES[model]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), "-m", "megatron_came.pretrain_gpt"),
-        *("--optimizer", optimizer, "--lr", "1e-5", "--use-distributed-optimizer"),
+        *("--lr", "1e-5", "--use-distributed-optimizer"),
         *("--num-layers", str(layers or usual), "--hidden-size", str(hidden)),
         *("--num-attention-heads", str(heads)),
         *("--seq-length", "1024", "--max-position-embeddings", "1024"),
         *("--micro-batch-size", "1", "--global-batch-size", str(ranks)),
-        *(
-            "--train-iters",
-            str(iterations + _WARM_UP),
-            "--eval-iters",
-            "0",
-            "--eval-interval",
-            "1000",
-        ),
+        *("--train-iters", str(iterations + _WARM_UP)),
+        *("--eval-iters", "0", "--eval-interval", "1000"),
         *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "50303"),
         *("--log-interval", "1", "--timing-log-level", "2"),
         *flags,
     ]
     environment = {**os.environ, VARIABLE: "1" if device.type == "cpu" else "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return [_measure(optimizer, command, environment) for optimizer in ("came", "adam")]
+
+
+def _measure(optimizer: str, command: Sequence[str], environment: Mapping[str, str]) -> Iteration:
+    done = subprocess.run(
+        [*command, "--optimizer", optimizer], capture_output=True, text=True, env=environment
+    )
     output = done.stdout + done.stderr
     times = [
         [float(number) for number in pattern.findall(output)][_WARM_UP:]
