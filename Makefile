@@ -4,20 +4,26 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-# Variables given on the command line become options of the quick start.
-OPTIONS = $(if $(TEXT),--text $(TEXT)) $(if $(RANKS),--ranks $(RANKS)) \
-	$(if $(PORT),--port $(PORT)) $(if $(ITERATIONS),--iterations $(ITERATIONS))
+# A variable's value as one word of the shell's, whatever is in it: neither make nor the shell runs
+# any of it. (A variable that is exported is expanded by make.)
+quoted = '$(subst ','\'',$(value $(1)))'
+unexport TEXT RANKS PORT ITERATIONS
+
+# Variables given on the command line become options of the quick start; TEXT may name several files.
+OPTIONS = $(if $(value TEXT),--text $$text) $(if $(value RANKS),--ranks $(call quoted,RANKS)) \
+	$(if $(value PORT),--port $(call quoted,PORT)) \
+	$(if $(value ITERATIONS),--iterations $(call quoted,ITERATIONS))
 
 .PHONY: help venv quickstart test test-all test-triton test-hosts check-mutations gpu-check benchmarks check lock clean-quickstart
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv:  ## build .venv (PYTHON=path names the interpreter)
+venv:  ## build .venv (PYTHON=path, TORCH=newest or a version)
 	@scripts/make_venv.sh
 
 quickstart: venv  ## train a small GPT-2 with CAME and AdamW (TEXT="files", RANKS=2, PORT=, ITERATIONS=)
-	@$(BIN)/python -m megatron_came.quickstart $(OPTIONS)
+	@text=$(call quoted,TEXT); $(BIN)/python -m megatron_came.quickstart $(OPTIONS)
 
 test: venv  ## run the tests
 	@# The tests start several processes of their own.
@@ -33,7 +39,7 @@ check-mutations: venv  ## break the package on purpose, one fault at a time, to 
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_mutations.py
 
 gpu-check:  ## check and time the Triton kernels (PYTHON=python; needs PyTorch, NumPy, Triton, a C compiler and a GPU alone)
-	@$(or $(PYTHON),python3) scripts/gpu_check.py
+	@python=$(call quoted,PYTHON); "$${python:-python3}" scripts/gpu_check.py
 
 benchmarks: venv  ## measure what docs/performance.md shows on this machine's CPU, and write that page
 	@scripts/benchmarks.sh

@@ -36,6 +36,13 @@ need_writable() {
 # LAYOUT names one of the scripts; without it the GPUs decide.
 gpt2_medium() {
     local gpus layout=${LAYOUT:-} run=gpt2_medium-${OPTIMIZER:-came}
+    case $layout in
+        "" | 1gpu | 8gpus | tp2_pp2_dp2 | slurm) ;;
+        *)
+            echo "LAYOUT must be 1gpu, 8gpus, tp2_pp2_dp2 or slurm, not $layout." >&2
+            exit 1
+            ;;
+    esac
     need_writable /checkpoints /logs
     if [[ -z $layout ]]; then
         gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
@@ -60,7 +67,7 @@ case $word in
         need_writable "$PWD"
         exec python -m megatron_came.quickstart "$@"
         ;;
-    data | bench | memory | inspect) exec megatron-came "$word" "$@" ;;
+    data | bench | memory | inspect | repair) exec megatron-came "$word" "$@" ;;
     test)
         cd "$PROJECT"
         # The tests start several processes of their own.

@@ -26,9 +26,25 @@ fail() {
     exit 1
 }
 
+# Variables reach arithmetic ("$((...))" runs what stands in an array's index), so that all of them
+# are checked here, before anything else. An unset or empty one takes its default.
 for name in DRY_RUN SMOKE; do
     [[ ${!name} == [01] ]] || fail "$name must be 0 or 1, not ${!name}."
 done
+for name in TRAIN_ITERS MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE GPUS_PER_NODE SLURM_GPUS_ON_NODE \
+    SLURM_JOB_NUM_NODES OMP_NUM_THREADS; do
+    [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]{0,8}$ ]] ||
+        fail "$name must be a whole number from 1 to 999999999, not ${!name}."
+done
+for name in MASTER_PORT SLURM_JOB_ID; do
+    [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]{0,17}$ ]] ||
+        fail "$name must be a whole number above 0, not ${!name}."
+done
+((${MASTER_PORT:-1} < 65536)) || fail "MASTER_PORT must be below 65536, not $MASTER_PORT."
+case ${MEGATRON_CAME_CPU:-} in
+    "" | 0 | 1) ;;
+    *) fail "MEGATRON_CAME_CPU must be 0 or 1, not $MEGATRON_CAME_CPU." ;;
+esac
 
 # The schedules below follow from TRAIN_ITERS, so it is set before a model's file is read.
 if ((SMOKE)); then
@@ -42,8 +58,6 @@ fi
 schedule() {
     local train=$1 decay=$2 warmup=$3
     TRAIN_ITERS=${TRAIN_ITERS:-$train}
-    [[ $TRAIN_ITERS =~ ^[1-9][0-9]*$ ]] ||
-        fail "TRAIN_ITERS must be a number of iterations, not $TRAIN_ITERS."
     LR_DECAY_ITERS=$((TRAIN_ITERS >= train ? decay : (TRAIN_ITERS * decay + train - 1) / train))
     WARMUP_ITERS=$((warmup * 10 <= LR_DECAY_ITERS ? warmup : LR_DECAY_ITERS / 10))
 }
@@ -103,7 +117,9 @@ choose_devices() {
         if ((DRY_RUN && !SMOKE)); then
             return
         fi
-        gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+        gpus=$("$PYTHON" -c 'import torch; print("GPUs:", torch.cuda.device_count())')
+        gpus=${gpus##*GPUs: }   # whatever else the import has printed
+        [[ $gpus =~ ^[0-9]{1,4}$ ]] || fail "PyTorch of $PYTHON does not say how many GPUs there are."
         if ((gpus >= needed)); then
             return
         fi
@@ -172,7 +188,10 @@ split_data() {
     local documents
     DATA_ARGS=(--data-path "$DATA_PATH" --split "95,5,0")
     if [[ -s $DATA_PATH.idx ]]; then
-        documents=$(($(od -An -t u8 -j 18 -N 8 "$DATA_PATH.idx")))   # as its header says
+        documents=$(od -An -t u8 -j 18 -N 8 "$DATA_PATH.idx" 2>&1 | tr -d ' ') || true   # in its header
+        [[ $documents =~ ^[0-9]{1,18}$ ]] ||
+            fail "DATA_PATH=$DATA_PATH is no dataset: $DATA_PATH.idx has no header; make one with" \
+                "\"megatron-came data\"."
         if ((documents < 20)); then
             say "DATA_PATH=$DATA_PATH has $documents documents, too few to hold some back: there will" \
                 "be no validation."

@@ -5,11 +5,14 @@ imports this module, above anything of Megatron; the same line does the same in 
 the checkout. It does what :mod:`megatron_came.launch` does before it starts a script.
 """
 
+import os
 import sys
+from pathlib import Path
 from types import TracebackType
 
 from megatron_came.host.errors import UnsupportedError
 from megatron_came.launch import prepare
+from megatron_came.search_path import other_megatron, use_checkout_of
 
 _report = sys.excepthook
 
@@ -24,5 +27,18 @@ def _report_in_a_sentence(
         _report(kind, error, trace)
 
 
-prepare()
+def _prepare() -> None:
+    """Take the Megatron of the checkout in which the script lies, if it lies in one."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    path = list(sys.path)
+    checkout = None if script is None else use_checkout_of(Path(script))
+    if checkout is None:
+        sys.path[:] = path
+    prepare()
+    other = other_megatron(checkout) if checkout is not None else None
+    if other and os.environ.get("RANK", "0") == "0":
+        print(f"megatron_came: {other}", flush=True)
+
+
+_prepare()
 sys.excepthook = _report_in_a_sentence

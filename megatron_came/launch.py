@@ -3,12 +3,14 @@
     torchrun ... -m megatron_came.launch path/to/pretrain_gpt.py FLAGS...
 
 The script runs unmodified, as if it had been started itself: its folder is first on the search
-path, so that it imports the ``megatron`` package of its own checkout, and it takes all its flags.
+path, and its checkout before what is installed, so that it imports the ``megatron`` package of its
+own checkout wherever in it the script lies; and it takes all its flags.
 What is added is the choice ``came`` of ``--optimizer``, and machines without a GPU (see
 :mod:`megatron_came.host.cpu`).
 """
 
 import contextlib
+import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -19,14 +21,17 @@ from megatron_came.host import cpu, install
 from megatron_came.host.cpu.host_functions import use_compiled_dataset_helpers
 from megatron_came.host.errors import HostError, UnsupportedError
 from megatron_came.host.versions import check_version, has_training_loop
+from megatron_came.search_path import other_megatron, use_checkout_of
+
+_INTERRUPTED = 130  # what a shell gives a program that SIGINT has ended
 
 _USAGE = """\
 usage: torchrun ... -m megatron_came.launch SCRIPT FLAGS...
 
-Runs SCRIPT, such as the pretrain_gpt.py of a Megatron-LM checkout, with the megatron package beside
-it, and passes FLAGS to it: those that it has, and --optimizer came. On a machine without a GPU it
-trains on the CPU; MEGATRON_CAME_CPU=1 asks for the CPU where there is a GPU, MEGATRON_CAME_CPU=0
-forbids it. SCRIPT --help lists the flags of the script."""
+Runs SCRIPT, such as the pretrain_gpt.py of a Megatron-LM checkout, with the megatron package of
+that checkout, and passes FLAGS to it: those that it has, and --optimizer came. On a machine without
+a GPU it trains on the CPU; MEGATRON_CAME_CPU=1 asks for the CPU where there is a GPU,
+MEGATRON_CAME_CPU=0 forbids it. SCRIPT --help lists the flags of the script."""
 
 
 def prepare(*, training_loop: bool = False) -> None:
@@ -65,6 +70,8 @@ def refusals_in_a_sentence() -> Iterator[None]:
         yield
     except UnsupportedError as error:
         raise SystemExit(f"megatron_came: {error}") from error
+    except KeyboardInterrupt:  # of which torchrun says enough
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def _stop(program: str, problem: str) -> NoReturn:
@@ -98,8 +105,11 @@ def main(arguments: list[str]) -> None:
         return
     script = _script(arguments)
     sys.argv = [str(script), *arguments[1:]]
-    sys.path.insert(0, str(script.resolve().parent))
+    checkout = use_checkout_of(script)
     prepare()
+    other = other_megatron(checkout)
+    if other and os.environ.get("RANK", "0") == "0":
+        print(f"megatron_came: {other}", flush=True)
     with refusals_in_a_sentence():
         runpy.run_path(str(script), run_name="__main__")
 

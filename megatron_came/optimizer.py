@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, overload
@@ -13,14 +15,28 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from megatron_came import state as state_of
-from megatron_came.kernels.choice import Choice, choose
-from megatron_came.layout import Shard
-from megatron_came.maths.hyperparameters import Hyperparameters, check_number
+from megatron_came.compiling import outside_compiler
+from megatron_came.kernels.choice import Choice, choose, left_to_plain
+from megatron_came.layout import Shard, check_shards
+from megatron_came.loading import states_in
+from megatron_came.maths.hyperparameters import Hyperparameters, check_group, with_plain_numbers
 from megatron_came.maths.rounding import parameter_key
 from megatron_came.plan import Plan
+from megatron_came.refusals import Guard
+from megatron_came.warn import warn_once
 from megatron_came.work import ParameterWork, gradient_of
 
 _logger = logging.getLogger(__name__)
+# What copies and pickles take along, and what those of older versions lack.
+_SETTINGS: dict[str, Any] = {
+    "_wanted_kernels": "auto",
+    "_momentum_dtype": torch.float32,
+    "_remainders": False,
+    "_flat_convolutions": False,
+    "_seed": 0,
+    "_names": {},
+    "_model_weights": {},
+}
 
 
 class CAME(torch.optim.Optimizer):
@@ -57,11 +73,11 @@ class CAME(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups.
         lr: learning rate, a number or a scalar tensor; the authors advise 0.5 to 0.9 times AdamW's.
+        eps: added to squared gradient and squared residual, both above 0.
+        clip_threshold: largest RMS of an update before momentum, above 0.
         betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1). No
             bias correction: with the default beta3 the first updates are up to 11 lr in RMS, so
             warm up.
-        eps: added to squared gradient and squared residual, both above 0.
-        clip_threshold: largest RMS of an update before momentum, above 0.
         weight_decay: decoupled weight decay, at least 0.
         shards: where each parameter lies in its full tensor; those not named are whole.
         kernels: who computes parameters with fp32 weights, remainders included: "auto" is Triton
@@ -69,7 +85,7 @@ class CAME(torch.optim.Optimizer):
             Other dtypes, tensors that are not contiguous and batches of many small matrices are
             computed in plain PyTorch.
         momentum_dtype: ``torch.float32``; ``torch.bfloat16``, half the memory; or ``torch.int8``
-            with a scale for every 256 elements, a quarter. Both are rounded stochastically.
+            with a scale for every 256 elements, a quarter; both rounded stochastically.
         remainders: take bf16 parameters for the upper halves of fp32 weights and keep the lower
             halves as state, see :mod:`megatron_came.maths.remainders`: they are trained as fp32
             parameters are.
@@ -77,20 +93,22 @@ class CAME(torch.optim.Optimizer):
             name and the element's place in the full tensor.
         names: of parameters, the same in every layout, for that rounding; the others are named by
             their place in the parameter groups.
+        flat_convolutions: run the algorithm on weights of more than two dimensions as if they were
+            matrices, of the first dimension and all others: many of 3 x 3 have larger factors.
 
     Raises:
-        ValueError: a hyperparameter out of range, a complex or integer parameter, a shard that
-            does not fit its parameter, kernels that are not installed, or a dtype that momentum
-            cannot have.
+        ValueError: a hyperparameter out of range; a complex parameter, a DTensor, or matrices
+            that a wrapper has made flat; a shard that does not fit its parameter; kernels that
+            are not installed; or a dtype that momentum cannot have.
     """
 
     def __init__(
         self,
         params: ParamsT,
         lr: float,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
         eps: tuple[float, float] = (1e-30, 1e-16),
         clip_threshold: float = 1.0,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
         weight_decay: float = 0.0,
         *,
         shards: Mapping[Tensor, Shard] | None = None,
@@ -99,15 +117,12 @@ class CAME(torch.optim.Optimizer):
         remainders: bool = False,
         seed: int = 0,
         names: Mapping[Tensor, str] | None = None,
+        flat_convolutions: bool = False,
     ) -> None:
-        dtypes = state_of.MOMENTUM_DTYPES.values()
-        if momentum_dtype not in dtypes:
-            raise ValueError(
-                f"CAME: momentum_dtype {momentum_dtype} is not one of "
-                f"{', '.join(map(str, dtypes))}."
-            )
-        self._momentum_dtype, self._seed = momentum_dtype, seed
-        self._remainders = remainders
+        state_of.check_momentum_dtype(momentum_dtype)
+        self._momentum_dtype, self._seed, self._remainders = momentum_dtype, seed, remainders
+        self._flat_convolutions = flat_convolutions
+        self._guard = Guard()
         self._shards: dict[Tensor, Shard] = {}
         self._wanted_kernels = kernels
         self._choices: dict[torch.device, Choice] = {}
@@ -121,10 +136,13 @@ class CAME(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "step": 0,
         }
-        _check_group(defaults)
+        check_group(defaults)
+        with_plain_numbers(defaults)
         super().__init__(params, defaults)
         self.set_shards(shards or {}, names)
+        self._guard.check(self.param_groups, self._shards)
         self._choose_kernels()
+        _keep_out_of_compiler()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group.
@@ -132,11 +150,16 @@ class CAME(torch.optim.Optimizer):
         Raises:
             ValueError: as for the class.
         """
-        _check_group({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # what else it may be, PyTorch says
+            check_group({**self.defaults, **param_group})
+            with_plain_numbers(param_group)
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not param.is_floating_point():
+        params = self.param_groups[-1]["params"]
+        for param in params:
+            if not param.is_floating_point() and param.requires_grad:
+                del self.param_groups[-1]
                 raise ValueError(f"CAME updates real floating-point parameters, not {param.dtype}.")
+        self._guard.note(params)
 
     def set_shards(
         self, shards: Mapping[Tensor, Shard], names: Mapping[Tensor, str] | None = None
@@ -159,17 +182,12 @@ class CAME(torch.optim.Optimizer):
                 f"CAME: with shards and momentum in {self._momentum_dtype}, names must name the "
                 "parameters: their places in the parameter groups may differ between ranks."
             )
-        known = {param for group in self.param_groups for param in group["params"]}
-        for param, shard in shards.items():
-            if param not in known:
-                raise ValueError(
-                    f"CAME: a shard of shape {shard.shape} names a tensor in no parameter group."
-                )
-            if param.numel() != shard.numel:
-                raise ValueError(
-                    f"CAME: a parameter has {param.numel()} elements, its shard {shard.numel} "
-                    f"([{shard.start}, {shard.stop}) of shape {shard.shape})."
-                )
+        check_shards(shards, {p for group in self.param_groups for p in group["params"]})
+        if shards and self._flat_convolutions:
+            raise ValueError(
+                "CAME: flat_convolutions does not go with shards, which have shapes of their own: "
+                "give a shard of the shape that its parameter is to be seen in."
+            )
         self._plan = None
         self._shards, self._names = dict(shards), dict(names or {})
 
@@ -192,14 +210,29 @@ class CAME(torch.optim.Optimizer):
 
     def shard_of(self, param: Tensor) -> Shard:
         """Return where a parameter lies in its full tensor."""
-        return self._shards.get(param) or Shard.whole(tuple(param.shape))
+        shard = self._shards.get(param)
+        if shard is not None:
+            return shard
+        shape = tuple(param.shape)
+        if self._flat_convolutions and len(shape) > 2:
+            shape = (shape[0], math.prod(shape[1:]))
+        return Shard.whole(shape)
 
     def init_state(self) -> None:
         """Create what is missing of the parameters' state; no collectives, no update."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                for key, value in self._new_state(param).items():
-                    self.state[param].setdefault(key, value)
+        for param in self._params():
+            for key, value in self._new_state(param).items():
+                self.state[param].setdefault(key, value)
+
+    @property
+    def supports_memory_efficient_fp16(self) -> bool:
+        """Fairseq asks: fp16 parameters are updated as they are, with state in fp32."""
+        return True
+
+    @property
+    def supports_flat_params(self) -> bool:
+        """Fairseq asks: not, since a flat vector has no rows and columns."""
+        return False
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -207,7 +240,6 @@ class CAME(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one optimizer step.
 
@@ -217,6 +249,10 @@ class CAME(torch.optim.Optimizer):
         Returns:
             The closure's loss, if one was given.
         """
+        return self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -225,7 +261,7 @@ class CAME(torch.optim.Optimizer):
         active = {
             work: grad for work in plan.works if work.takes_part(grad := gradient_of(work.param))
         }
-        hypers = {id(group): Hyperparameters.from_group(group) for group in self.param_groups}
+        hypers = {id(group): Hyperparameters.at_step(group) for group in self.param_groups}
         for work, grad in active.items():
             weight = self._model_weights.get(work.param)
             work.begin(self._state_of(work), hypers[id(work.group)], weight, grad)
@@ -255,15 +291,24 @@ class CAME(torch.optim.Optimizer):
 
         State keeps the dtype that CAME gives it; ``torch.optim`` would cast it to the parameter's.
         Momentum of another dtype is rounded to nearest.
+
+        Raises:
+            ValueError: it is another optimizer's, or another model's. Nothing is changed then.
         """
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        mine = chain.from_iterable(group["params"] for group in self.param_groups)
-        states = {
-            param: self._as_state(state_dict["state"][key], param)
-            for key, param in zip(saved, mine, strict=False)  # what does not fit is said below
-            if key in state_dict["state"]
-        }
-        super().load_state_dict(state_dict)
+        states: dict[Tensor, dict[str, Tensor]] = {}
+
+        def take(_: torch.optim.Optimizer, final: Any) -> None:
+            # Of sharded parameters, hosts load the factors by other means.
+            is_partial = bool(self._shards)
+            states.update(states_in(final, self.param_groups, self._new_state, is_partial))
+
+        if not isinstance(state_dict, Mapping):
+            take(self, state_dict)  # says so
+        hook = self.register_load_state_dict_pre_hook(take)  # the last: others may change it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
         self.state.update(states)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -272,19 +317,24 @@ class CAME(torch.optim.Optimizer):
                 "CAME with shards holds process groups and cannot be copied or pickled: "
                 "use state_dict()."
             )
-        return super().__getstate__()
+        own = {key: self.__dict__[key] for key in _SETTINGS}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what was copied or pickled, also by an older version; or a state dictionary."""
         super().__setstate__(state)
+        for key, default in _SETTINGS.items():
+            self.__dict__.setdefault(key, copy.copy(default))
         self.__dict__.setdefault("_shards", {})
-        self.__dict__.setdefault("_wanted_kernels", "auto")
         self.__dict__.setdefault("_choices", {})
-        self.__dict__.setdefault("_model_weights", {})
-        self.__dict__.setdefault("_momentum_dtype", torch.float32)
-        self.__dict__.setdefault("_remainders", False)
-        self.__dict__.setdefault("_seed", 0)
-        self.__dict__.setdefault("_names", {})
+        self._guard = Guard(self.param_groups)
         self._plan = None
+        _keep_out_of_compiler()
+
+    def _params(self) -> list[Tensor]:
+        """All parameters but frozen integers, as quantized layers have them."""
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        return [param for param in params if param.is_floating_point()]
 
     def _state_of(self, work: ParameterWork) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[work.param]
@@ -297,30 +347,10 @@ class CAME(torch.optim.Optimizer):
             param, self.shard_of(param), self._momentum_dtype, self._remainders
         )
 
-    def _as_state(self, saved: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
-        """Give loaded state our dtypes; drop ``step`` and ``RMS`` of the authors' class."""
-        state = self._new_state(param)
-        if state_of.REMAINDER in saved and state_of.REMAINDER not in state:
-            raise ValueError(
-                "CAME: the state dictionary holds the lower halves of fp32 weights, which would "
-                "be lost: give remainders=True, with bf16 parameters."
-            )
-        for key, value in saved.items():
-            if key == state_of.MOMENTUM:
-                if value.dtype == state[key].dtype:
-                    state[key] = value.to(param.device).contiguous()
-                else:
-                    state_of.set_momentum(state, state_of.momentum_of(saved))
-            elif key == state_of.SCALE and key not in state:
-                pass  # the momentum of another dtype has taken it up
-            elif key not in ("step", "RMS"):
-                dtype = state[key].dtype if key in state else state_of.state_dtype(param)
-                state[key] = value.to(device=param.device, dtype=dtype).contiguous()
-        return state
-
     def _current_plan(self) -> Plan:
         """Return the plan, made anew where the host has replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
+            self._guard.check(self.param_groups, self._shards)
             group_of = {param: group for group in self.param_groups for param in group["params"]}
             if any(param not in group_of for param in self._shards):
                 raise ValueError(
@@ -329,7 +359,7 @@ class CAME(torch.optim.Optimizer):
                 )
             # Named shards first, in the order in which they were named: it is the same on all
             # ranks.
-            params = dict.fromkeys(chain(self._shards, group_of))
+            params = dict.fromkeys(chain(self._shards, self._params()))
             place = {param: str(index) for index, param in enumerate(group_of)}
             works = [
                 ParameterWork(
@@ -344,38 +374,26 @@ class CAME(torch.optim.Optimizer):
             self._choose_kernels()
             kernels = {device: choice.kernels for device, choice in self._choices.items()}
             self._plan = Plan(works, kernels, self.param_groups)
-            if left := self._plan.left:
-                _logger.warning(
-                    "CAME's step runs in plain PyTorch, which is slower, for %d of %d parameters, "
-                    "the first of shape %s in %s: kernels compute contiguous ones with fp32 "
-                    "weights, but no batches of many small matrices, no rows of more than 16 "
-                    "million elements and no vectors of which other ranks hold copies.",
-                    *(len(left), len(works), left[0].shard.shape, left[0].param.dtype),
-                )
+            if self._plan.left:
+                warn_once(left_to_plain(self._plan.left, len(works)))
         return self._plan
 
     @property
     def kernel_choices(self) -> list[str]:
-        """Who computes the step and why, a sentence for each device."""
-        return [choice.reason for choice in self._choices.values()]
+        """Who computes the step and why, a sentence for each device that no warning was about."""
+        return [choice.reason for choice in self._choices.values() if not choice.is_lesser]
 
     def _choose_kernels(self) -> None:
         for group in self.param_groups:
             for device in {param.device for param in group["params"]} - self._choices.keys():
                 self._choices[device] = choice = choose(self._wanted_kernels, device)
                 if choice.is_lesser:
-                    _warn_once(choice.reason)
+                    warn_once(choice.reason)
                 else:
-                    _logger.info(choice.reason)
+                    _logger.debug(choice.reason)  # hosts have their own line, on one rank
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    """Megatron makes several optimizers."""
-    _logger.warning(message)
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    check_number("lr", group["lr"], 0.0)
-    check_number("weight_decay", group["weight_decay"], 0.0)
-    Hyperparameters.from_group(group)
+def _keep_out_of_compiler() -> None:
+    """Once, when the first optimizer is made: PyTorch's compiler takes long to import."""
+    CAME._step = outside_compiler(CAME._step)  # type: ignore[method-assign]

@@ -215,7 +215,7 @@ class _Part:
 
     def _mean(self, pair: list[Tensor]) -> Tensor:
         """Return mean(r) = mean(c) from the factor that this rank holds whole."""
-        return pair[1 if self._shard.tp_axis == "rows" else 0].mean(-1, keepdim=True)
+        return factors.mean_of(pair[1 if self._shard.tp_axis == "rows" else 0])
 
     def _scale_boxes(
         self, pair: tuple[Tensor, Tensor | None], block: Block

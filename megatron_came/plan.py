@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.comm import CopyBuffer, SumBuffer
-from megatron_came.kernels.choice import are_for
+from megatron_came.kernels.choice import obstacle
 from megatron_came.kernels.fused import FusedPasses
 from megatron_came.kernels.interface import Kernels
 from megatron_came.plain import PlainPasses
@@ -35,7 +35,7 @@ class Chunk:
         kernels: for those that they can bear; None for plain PyTorch alone.
 
     Attributes:
-        left: parameters that the kernels leave to plain PyTorch.
+        left: of each parameter that the kernels leave to plain PyTorch, why.
     """
 
     def __init__(self, works: Sequence[ParameterWork], kernels: Kernels | None) -> None:
@@ -53,9 +53,10 @@ class Chunk:
         self._copied_sums = CopyBuffer(
             [(view, group) for work, group in copies.items() for view in work.sums], device
         )
-        fused = [work for work in works if are_for(kernels, work)]
-        plain = [work for work in works if work not in fused]
-        self.left = [] if kernels is None else plain
+        obstacles = {work: obstacle(kernels, work) for work in works}
+        fused = [work for work, why in obstacles.items() if why is None]
+        plain = [work for work, why in obstacles.items() if why is not None]
+        self.left = [why for why in obstacles.values() if kernels is not None and why is not None]
         self._passes: list[tuple[PlainPasses | FusedPasses, set[ParameterWork]]] = []
         if plain:
             self._passes.append((PlainPasses(plain), set(plain)))
@@ -123,7 +124,7 @@ class Plan:
         param_groups: as they are now; :meth:`fits` compares with them.
 
     Attributes:
-        left: parameters that kernels leave to plain PyTorch, where there are kernels.
+        left: why kernels leave parameters to plain PyTorch, of each, where there are kernels.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Plan:
             parts = min(max(sum(sizes) // _SHARED_CHUNK_BYTES, 1), _MAX_SHARED_CHUNKS)
             for members in _spread(shared, sizes, parts):
                 self.shared.append(Chunk(members, here_kernels))
-        self.left = [work for chunk in (*self.local, *self.shared) for work in chunk.left]
+        self.left = [why for chunk in (*self.local, *self.shared) for why in chunk.left]
 
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups are the plan's, and hold its parameters, where they were."""

@@ -31,6 +31,19 @@ def momentum_dtype(param: Tensor, wanted: torch.dtype) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else wanted
 
 
+def check_momentum_dtype(wanted: object) -> None:
+    """Refuse a dtype that momentum cannot have.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    dtypes = MOMENTUM_DTYPES.values()
+    if wanted not in dtypes:
+        raise ValueError(
+            f"CAME: momentum_dtype {wanted} is not one of {', '.join(map(str, dtypes))}."
+        )
+
+
 def has_remainder(param: Tensor, remainders: bool) -> bool:
     """Return whether a parameter is the upper half of fp32 weights."""
     return remainders and param.dtype == torch.bfloat16

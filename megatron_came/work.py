@@ -135,7 +135,8 @@ class ParameterWork:
         Raises:
             RuntimeError: a sparse gradient.
             ValueError: one of another size or on another device; or none, while other ranks hold
-                other parts of the same tensor.
+                other parts or copies of the same tensor and would sum up without this one. Of a
+                tensor that they hold whole without summing, one cannot know.
         """
         if grad is not None:
             if grad.is_sparse:
@@ -148,12 +149,12 @@ class ParameterWork:
                     "that fits."
                 )
             return self._tensor_has_elements
-        dp_group = self.shard.dp_group
-        if self._has_elements and dp_group is not None and dp_group.size() > 1:
+        if self._has_elements and self.is_shared:
+            held = "a copy" if self.copies_group is not None else "the rest"
             raise ValueError(
                 f"CAME: a slice of shape {self.shard.shape} has no gradient on this rank, "
-                "but other ranks hold the rest of the tensor and would wait for it; give it a "
-                "gradient of zeros."
+                f"but other ranks hold {held} of the tensor and would wait for it, or go on "
+                "without it; give it a gradient of zeros."
             )
         return self._tensor_has_elements and not self._has_elements
 

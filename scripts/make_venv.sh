@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Builds .venv with everything the project needs, at the versions of constraints.txt.
 #
+# TORCH=newest takes the newest PyTorch that pip finds instead, TORCH=2.14.1 that one; both with the
+# Triton that belongs to it. PYTHON=... names the interpreter.
+#
 # .venv/.complete is written last, so a build that was interrupted does not count as one.
 # Nothing is done while it is newer than the files the build depends on.
 set -euo pipefail
@@ -8,15 +11,27 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VENV=.venv
 readonly NEEDED_GIB=8   # the installed packages take 5 GiB, their downloads 1.5
+readonly TORCH=${TORCH:-pinned}
 
 fail() {
     echo "$*" >&2
     exit 1
 }
 
+# .venv/.complete says which PyTorch was asked for; an empty one, the pinned one.
 is_complete() {
-    [[ $VENV/.complete -nt pyproject.toml && $VENV/.complete -nt constraints.txt ]] &&
+    [[ -e $VENV/.complete && $(grep . "$VENV/.complete" || echo pinned) == "$TORCH" ]] &&
+        [[ $VENV/.complete -nt pyproject.toml && $VENV/.complete -nt constraints.txt ]] &&
         "$VENV/bin/python" -c "" 2>/dev/null
+}
+
+# Prints constraints.txt, with the PyTorch that is wanted.
+constraints() {
+    case $TORCH in
+        pinned) cat constraints.txt ;;
+        newest) grep -vE '^(torch|triton)==' constraints.txt ;;
+        *) sed -E "s/^torch==.*/torch==$TORCH/; /^triton==/d" constraints.txt ;;
+    esac
 }
 
 create() {
@@ -40,15 +55,19 @@ create() {
 # Shows pip's large downloads only; everything it says is in the log.
 install() {
     local log=$VENV/install.log
-    echo "Installing the packages (log: $log)."
-    if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-        -c constraints.txt -e '.[quickstart,examples,test,dev]' 2>&1 | tee "$log" |
+    echo "Installing the packages, $TORCH PyTorch (log: $log)."
+    constraints >"$VENV/constraints.txt"
+    # --upgrade is for a PyTorch that is there already, and older than the newest.
+    if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --upgrade \
+        -c "$VENV/constraints.txt" -e '.[quickstart,examples,test,dev]' torch 2>&1 | tee "$log" |
         { grep --line-buffered -oE 'Downloading .*\([0-9]{3}.* MB\)' || true; }; then
         fail "Installing the packages failed (the whole log is $PWD/$log):" \
             "$(grep '^ERROR' "$log" | tail -n 1)"
     fi
 }
 
+[[ $TORCH =~ ^(pinned|newest|[0-9]+(\.[0-9]+)*)$ ]] ||
+    fail "TORCH=$TORCH is not allowed: use newest, a version such as 2.14.1, or leave it unset."
 is_complete && exit 0
 if [[ -e $VENV/.complete ]] && "$VENV/bin/python" -c "" 2>/dev/null; then
     mv "$VENV/.complete" "$VENV/.building"   # only the packages changed
@@ -58,5 +77,5 @@ else
 fi
 install
 mv "$VENV/.building" "$VENV/.complete"
-touch "$VENV/.complete"
+echo "$TORCH" >"$VENV/.complete"
 echo "$VENV is ready."

@@ -134,7 +134,30 @@ def peers(report: Report) -> str:
             f"| {one['extra_mebibytes']:.1f} "
             f"| {'-' if ratio is None else format(ratio, '.2f')} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", machines()]) + "\n"
+
+
+def machines() -> str:
+    """Says how far the ratios of one machine hold on others."""
+    files = sorted(RESULTS.glob("*-cpu-peers.json"))
+    reports = [json.loads(file.read_text()) for file in files]
+
+    def ratios(name: str) -> str:
+        found = [
+            result(report, name)["milliseconds"] / result(report, OURS)["milliseconds"]
+            for report in reports
+        ]
+        return f"{min(found):.2f} to {max(found):.2f}"
+
+    return (
+        "**This is one machine of several, and ratios differ between them**: over the "
+        f"{len(reports)} CPU runs in `benchmarks/results/` came_pytorch takes "
+        f"{ratios('came_pytorch')} times as long as CAME, and 6.3 times on another machine, whose "
+        f"run is not kept; fused AdamW takes {ratios('torch AdamW, fused')} times as long. Fused "
+        "AdamW, which moves bytes in kernels as well, is the steadier yardstick: optimizers that "
+        "make temporaries depend on how fast a machine allocates. `megatron-came bench` measures "
+        "yours."
+    )
 
 
 def table(

@@ -101,6 +101,15 @@ class TestEntrypoint:
     def test_any_program(self) -> None:
         assert self.run("bash", "-c", "echo $((6 * 7))").stdout == "42\n"
 
+    @pytest.mark.parametrize("layout", ["9gpus", "../llama/x", "$(id)", "1gpu.sh"])
+    def test_an_unknown_layout(self, layout: str) -> None:
+        done = self.run("gpt2-medium", LAYOUT=layout)
+        assert done.returncode == 1
+        said = f"LAYOUT must be 1gpu, 8gpus, tp2_pp2_dp2 or slurm, not {layout}.\n"
+        assert done.stderr == said
+        for name in ("1gpu", "8gpus", "tp2_pp2_dp2", "slurm"):
+            assert (ROOT / "examples" / "gpt2_medium" / f"train_{name}.sh").exists()
+
     @pytest.mark.skipif(Path("/checkpoints").exists(), reason="/checkpoints is there")
     def test_folders_that_cannot_be_written(self) -> None:
         done = self.run("gpt2-medium")

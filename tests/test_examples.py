@@ -21,6 +21,19 @@ GPT2 = [name for name in SCRIPTS if name.startswith("gpt2_medium/")]
 # torchrun and python of the environment that runs the tests are the first on the path.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
+# Python imports it at its start: for whoever asks, the package is not installed.
+WITHOUT_TRANSFORMERS = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == "transformers" else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+
 # Reads command lines and world sizes, and writes what Megatron makes of each.
 PARSE = """
 import json, os, sys
@@ -244,21 +257,36 @@ class Cluster:
             (programs / name).chmod(0o755)
 
 
+NUMBERS = [
+    "DRY_RUN",
+    "SMOKE",
+    "TRAIN_ITERS",
+    "MICRO_BATCH_SIZE",
+    "GLOBAL_BATCH_SIZE",
+    "GPUS_PER_NODE",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_JOB_NUM_NODES",
+    "OMP_NUM_THREADS",
+    "MASTER_PORT",
+    "SLURM_JOB_ID",
+    "MEGATRON_CAME_CPU",
+]
+
+
 class TestMessages:
     @pytest.mark.parametrize(
         ("variables", "message"),
         [
             ({"OPTIMIZER": "lion"}, "No learning rate is known for OPTIMIZER=lion: add --lr"),
             ({"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1, not yes."),
-            ({"TRAIN_ITERS": "1e5"}, "TRAIN_ITERS must be a number of iterations, not 1e5."),
+            (
+                {"TRAIN_ITERS": "1e5"},
+                "TRAIN_ITERS must be a whole number from 1 to 999999999, not 1e5.",
+            ),
             ({"MEGATRON_LM": "/none"}, "MEGATRON_LM=/none has no pretrain_gpt.py: name a checkout"),
             (
                 {"DATA_PATH": "/none/text", "DRY_RUN": "0", "MEGATRON_CAME_CPU": "1"},
                 "DATA_PATH=/none/text names no dataset, as there is no /none/text.idx: make",
-            ),
-            (
-                {"DATA_PATH": "text", "VOCAB_FILE": "v", "MERGE_FILE": "m"},
-                "Megatron's GPT2BPETokenizer needs the package transformers: install it, or",
             ),
             ({"DRY_RUN": "0", "CUDA_VISIBLE_DEVICES": ""}, "GPUs needed 1, there are 0: take"),
         ],
@@ -269,6 +297,51 @@ class TestMessages:
         assert done.returncode == 1
         assert f"train_1gpu.sh: {message}" in done.stderr
         assert done.stdout == ""
+
+    def test_without_transformers(self, tmp_path: Path) -> None:
+        (tmp_path / "sitecustomize.py").write_text(WITHOUT_TRANSFORMERS)
+        variables = {"DATA_PATH": "text", "VOCAB_FILE": "v", "MERGE_FILE": "m"}
+        done = run(GPT2[0], DRY_RUN="1", PYTHONPATH=str(tmp_path), **variables)
+        assert done.returncode == 1
+        assert "GPT2BPETokenizer needs the package transformers: install it, or" in done.stderr
+
+    @pytest.mark.parametrize("script", ["gpt2_medium/train_slurm.sh", "llama/train_8gpus.sh"])
+    @pytest.mark.parametrize("name", NUMBERS)
+    @pytest.mark.parametrize(
+        "value", ["PATH[$(touch {})]", "eight", "-1", "0x8", "08", "1 2", "1e3", "9" * 20]
+    )
+    def test_numbers_are_checked(self, tmp_path: Path, script: str, name: str, value: str) -> None:
+        value = value.format(tmp_path / "marker")
+        done = run(script, **{"DRY_RUN": "1", name: value})
+        assert not (tmp_path / "marker").exists()
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert f"{name} must be" in done.stderr
+        assert f", not {value}." in done.stderr
+        assert done.stdout == ""
+
+    def test_all_numbers_are_among_them(self) -> None:
+        """What scripts read with a default, but for words and paths."""
+        scripts = "".join(path.read_text() for path in EXAMPLES.rglob("*.sh"))
+        read = set(re.findall(r"\$\{([A-Z_]+):?[-}]", scripts))
+        words = "OPTIMIZER MEGATRON_LM OUTPUT CHECKPOINTS TENSORBOARD DATA_PATH TOKENIZER_MODEL"
+        words += " VOCAB_FILE MERGE_FILE SLURM_SUBMIT_DIR"
+        # What the scripts themselves set.
+        own = "EVAL_ITERS ENVIRONMENT BASH_SOURCE"
+        assert read - {*words.split(), *own.split()} == set(NUMBERS)
+
+    def test_words_are_no_programs(self, tmp_path: Path) -> None:
+        evil = f"$(touch {tmp_path / 'marker'});`touch {tmp_path / 'marker'}`"
+        for name in ("DATA_PATH", "TOKENIZER_MODEL", "OUTPUT", "CHECKPOINTS", "TENSORBOARD"):
+            words = dry_run(GPT2[0], **{"DATA_PATH": "x", name: evil})
+            assert any(evil in word for word in words), name
+        assert not (tmp_path / "marker").exists()
+
+    def test_a_broken_index(self, tmp_path: Path) -> None:
+        (tmp_path / "text.idx").write_text("short")
+        done = run(GPT2[0], DRY_RUN="1", DATA_PATH=str(tmp_path / "text"))
+        assert done.returncode == 1
+        assert "has no header; make one with" in done.stderr
 
     def test_another_optimizer(self) -> None:
         words = dry_run(GPT2[0], "--lr", "1", "--min-lr=0", OPTIMIZER="lion")
@@ -330,10 +403,15 @@ def run_of_ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str
 
 
 def test_on_data(run_of_ours: tuple[dict[str, str], Path, str]) -> None:
-    _, folder, log = run_of_ours
+    _, _, log = run_of_ours
     assert sorted(losses(log)) == [1, 2, 3, 4]
     assert "padded vocab (size: 50257) with 47 dummy tokens (new size: 50304)" in log
     assert "--num-layers 24 -> 4" in log
+
+
+def test_tensorboard_gets_a_log(run_of_ours: tuple[dict[str, str], Path, str]) -> None:
+    pytest.importorskip("tensorboard")
+    _, folder, _ = run_of_ours
     assert list((folder / "run" / "tensorboard-smoke").glob("events*"))
 
 

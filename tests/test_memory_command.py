@@ -14,7 +14,7 @@ from megatron_came.host.memory.records import Record
 from megatron_came.tools import memory
 from megatron_came.tools.memory import plot
 from megatron_came.tools.memory.launch_command import LaunchError, from_script, from_words
-from tests.memory_flags import BF16, EXPERTS, SMALL, pp, tp
+from tests.memory_flags import BF16, DO, EXPERTS, SMALL, pp, tp
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +69,22 @@ FAILING = {
     ),
     "machine": ("torchrun --nproc-per-node gpu x.py --num-layers 1", "add --gpus N"),
     "torchrun": ("torchrun --num-layers 1", "torchrun command cannot be read"),
-    "missing report": ("--compare nowhere.json", "nowhere.json"),
+    "unknown optimizer": (SMALL + "--gpus 1 --optimizer lion", "--optimizer lion: give came, adam"),
+    "missing flag": ("--gpus 1 --num-layers 2", "Megatron needs --micro-batch-size: add it"),
+    "no tokenizer": (
+        SMALL + f"--gpus 1 --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {__file__}",
+        "test_memory_command.py cannot be loaded as a tokenizer",
+    ),
+    "script is a folder": (f"--script {ROOT}", "is a folder: name the launch script in it"),
+    "report is a folder": (f"--compare {ROOT}", f"{ROOT} cannot be used (is a directory): name"),
+    "json nowhere": (
+        SMALL + "--gpus 1 --json /nowhere/x.json",
+        "/nowhere/x.json cannot be used (no such file or directory): name another file.",
+    ),
+    "missing report": (
+        "--compare nowhere.json",
+        "nowhere.json cannot be used (no such file or directory): name another file.",
+    ),
     "flags to compare": ("--compare nowhere.json --num-layers 1", "takes files alone"),
 }
 
@@ -96,7 +111,8 @@ def test_scripts_that_print_no_command(text, expected, tmp_path):
         from_script(script, [])
 
 
-def test_json_plot_and_fit(tmp_path, capsys):
+def test_json_plot_and_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
     picture, file = tmp_path / "x.png", tmp_path / "x.json"
     words = [*(SMALL + BF16 + pp(2)).split(), "--gpus", "4", "--fit", "1GiB"]
     assert memory.main([*words, "--plot", str(picture), "--json", str(file)]) == 0
@@ -107,10 +123,44 @@ def test_json_plot_and_fit(tmp_path, capsys):
     stage = values["stages"][values["fullest_stage"]]
     assert stage["bytes"]["CAME fp32"]["static"] < stage["bytes"]["AdamW"]["static"]
     assert f"{stage['parameters']:,} parameters" in text
-    assert "largest --micro-batch-size on 4 GPUs" in text
+    assert "micro-batch: the largest --micro-batch-size on 4 GPUs" in text
     assert "CAME bf16" in text
     assert "CAME int8 + rem." in text
     assert values["fit"]["optimizers"][0]["micro_batch"] == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "own", "hints", "no_hints"),
+    [
+        (
+            DO + "--optimizer came --came-momentum-dtype int8",
+            "CAME int8 *",
+            ["reduce-in", "remai"],
+            ["use-d"],
+        ),
+        ("", "AdamW *", ["--use-distributed", "--optimizer came", "int8"], ["--bf16"]),
+        ("--grad-reduce-in-bf16", "AdamW *", ["--use-distributed"], ["reduce-in"]),
+        (
+            DO + "--optimizer came --came-main-params remainder",
+            "CAME fp32 + rem. *",
+            ["int8", "--recompute"],
+            ["remainder"],
+        ),
+    ],
+)
+def test_what_would_help_where_nothing_fits(flags, own, hints, no_hints, capsys):
+    words = [*(SMALL + BF16 + flags).split(), "--gpus", "4", "--fit"]
+    assert memory.main([*words, "0.1MiB"]) == 0
+    what_fits, helps = capsys.readouterr().out.split("This launch does not fit: it needs ")
+    assert own in what_fits
+    assert "none" in what_fits.split(own)[1].splitlines()[0]
+    assert "more than there are" in helps
+    assert all(hint in helps for hint in hints)
+    assert not any(hint in helps for hint in no_hints)
+    assert memory.main([*words, "1GiB"]) == 0
+    printed = capsys.readouterr().out
+    assert "does not fit" not in printed
+    assert "1 (data 1)" in printed.split(own)[1].splitlines()[0]
 
 
 def test_json_alone_goes_to_stdout(capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_came.quickstart import __main__ as command_line
+from megatron_came.quickstart import command as command_line
 from megatron_came.quickstart.meter import Measured, Meter, count_bytes
 from megatron_came.quickstart.plot import plot_losses
 from megatron_came.quickstart.report import check_same_start, summary
@@ -137,8 +137,9 @@ class TestMakeVenv:
         fake_python(tmp_path / "bin" / "df", "disk\nsize 1 1 99999999 1 /")
         return tmp_path
 
-    def make(self, tree: Path) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PATH": f"{tree / 'bin'}:{os.environ['PATH']}"}
+    def make(self, tree: Path, torch: str = "") -> subprocess.CompletedProcess[str]:
+        path = f"{tree / 'bin'}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "TORCH": torch}
         return subprocess.run(
             [tree / "scripts" / "make_venv.sh"],
             env=environment,
@@ -160,6 +161,29 @@ class TestMakeVenv:
         os.utime(tree / "constraints.txt", (4e9, 4e9))
         self.make(tree)
         assert self.installs(tree) == 2
+
+    def test_another_pytorch_is_installed(self, tree: Path) -> None:
+        (tree / "constraints.txt").write_text("numpy==2\ntorch==2.13.0\ntriton==3.7.1\n")
+        os.utime(tree / "constraints.txt", (1e9, 1e9))
+        used = tree / ".venv" / "constraints.txt"
+        for number, (version, constraints) in enumerate(
+            {
+                "": "numpy==2\ntorch==2.13.0\ntriton==3.7.1\n",
+                "newest": "numpy==2\n",
+                "2.14.1": "numpy==2\ntorch==2.14.1\n",
+                "pinned": "numpy==2\ntorch==2.13.0\ntriton==3.7.1\n",
+            }.items(),
+            start=1,
+        ):
+            assert self.make(tree, version).returncode == 0
+            assert self.make(tree, version).stdout == ""
+            assert self.installs(tree) == number
+            assert used.read_text() == constraints
+
+    def test_no_other_word_names_a_pytorch(self, tree: Path) -> None:
+        failed = self.make(tree, "nightly")
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("TORCH=nightly is not allowed: use newest, a version")
 
     def test_a_failed_build_does_not_count(self, tree: Path) -> None:
         (tree / "offline").touch()

@@ -1,6 +1,5 @@
 """What older releases of Megatron are refused with; tests/hosts runs them."""
 
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -89,18 +88,6 @@ def test_other_models_are_not_refused(monkeypatch, layer):
     refusals.check_model(model(layer))
     refusals.check_model(model(torch.nn.Linear, **CUT))
     refusals.check_model(model(layer, num_moe_experts=None, **CUT))
-
-
-def test_learning_rates_that_an_older_release_mixes_up_are_refused(monkeypatch):
-    args = {"load": "x", "finetune": False, "no_load_optim": None, "decoupled_lr": 1e-3}
-    choose(monkeypatch, OLDER)
-    assert "--decoupled-lr and --load on Megatron 0.17" in refusals.flag_problem(Namespace(**args))
-    mup = {**args, "decoupled_lr": None, "use_mup": True}
-    assert "--use-mup and --load" in refusals.flag_problem(Namespace(**mup))
-    for way_out in ({"load": None}, {"finetune": True}, {"no_load_optim": True}):
-        assert refusals.flag_problem(Namespace(**{**args, **way_out})) is None
-    choose(monkeypatch, NEWEST)
-    assert refusals.flag_problem(Namespace(**args)) is None
 
 
 def test_a_method_that_does_not_name_adams_state_is_refused():

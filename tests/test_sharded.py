@@ -297,12 +297,61 @@ def test_a_group_of_one_rank_costs_no_collective():
     assert group.calls == 0
 
 
-def test_a_missing_gradient_of_a_slice_is_an_error():
-    group = SimulatedGroup([0, 1])
-    param = torch.nn.Parameter(torch.randn(12))
-    optimizer = CAME([param], lr=1e-3, shards={param: Shard((4, 6), 0, 12, dp_group=group)})
-    with pytest.raises(ValueError, match="has no gradient on this rank"):
+@with_all_kernels
+@pytest.mark.parametrize(
+    ("part", "held"),
+    [
+        ({"stop": 12, "dp_group": SimulatedGroup([0, 1])}, "the rest"),
+        ({"tp_dim": 0, "tp_group": SimulatedGroup([0, 1])}, "the rest"),
+        ({"tp_dim": 1, "tp_group": SimulatedGroup([0, 1])}, "the rest"),
+        ({"copies_group": SimulatedGroup([0, 1])}, "a copy"),
+        (
+            {"tp_dim": 0, "tp_group": SimulatedGroup([0]), "copies_group": SimulatedGroup([0, 1])},
+            "a copy",
+        ),
+    ],
+    ids=["dp", "tp-rows", "tp-columns", "copies", "copies-of-a-shard"],
+)
+def test_a_missing_gradient_of_what_others_share_is_an_error(part, held, kernels):
+    device = DEVICES[kernels]
+    shard = Shard(**{"shape": (4, 6), "start": 0, "stop": 24, **part})
+    param = torch.nn.Parameter(torch.randn(shard.numel, device=device))
+    other = torch.nn.Parameter(torch.ones(3, device=device))
+    other.grad = torch.ones(3, device=device)
+    optimizer = CAME([param, other], lr=1e-3, kernels=kernels, shards={param: shard})
+    with pytest.raises(ValueError, match=f"no gradient on this rank, but other .* hold {held} of"):
         optimizer.step()
+    assert torch.equal(other, torch.ones_like(other))  # nothing has been updated
+    assert not optimizer.state[param]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"tp_dim": 0, "tp_group": SimulatedGroup([0])},
+        {"tp_group": SimulatedGroup([0, 1])},  # whole on every rank: no one sums
+        {"stop": 0, "tp_dim": 0, "tp_group": None, "dp_group": SimulatedGroup([0])},
+    ],
+    ids=["one-rank", "replicated", "empty"],
+)
+def test_what_no_one_shares_may_have_no_gradient(part):
+    shard = Shard(**{"shape": (4, 6), "start": 0, "stop": 24, **part})
+    param = torch.nn.Parameter(torch.ones(shard.numel))
+    CAME([param], lr=1e-3, shards={param: shard}).step()
+    assert torch.equal(param, torch.ones_like(param))
+
+
+def test_ranks_that_share_do_not_go_on_without_a_missing_gradient():
+    group = SimulatedGroup([0, 1])
+
+    def program(rank):
+        param = torch.nn.Parameter(torch.ones(2, 6))
+        param.grad = torch.ones(2, 6) if rank else None
+        shard = Shard((2, 6), 0, 12, tp_dim=0, tp_group=group)
+        CAME([param], lr=1e-3, shards={param: shard}).step()
+
+    with pytest.raises(ValueError, match="has no gradient on this rank"):
+        run_ranks(2, program, [group])
 
 
 @with_all_kernels

@@ -50,12 +50,8 @@ ADAM_ARGS=(
     --adam-beta2 0.999
 )
 
-# CAME's authors advise 0.5 to 0.9 times AdamW's rate: two thirds here, of both ends of the decay.
-# The betas are theirs for a beta2 of 0.999, where they advise a beta3 from 0.9995 to 0.99995. Such a
-# beta3 wants a warm-up: CAME has no bias correction, so iteration t's updates are up to
-# 1/sqrt(1 - beta3^t) times too large, which is 11 times measured at the first iteration, 7 at the
-# tenth, 2.5 at the hundredth, and gone by the thousandth. Megatron's warm-up of 3200 covers that:
-# its rate grows faster than this factor falls, so no update is larger than those after it.
+# Two thirds of AdamW's rate, at both ends of the decay, and the authors' betas for a beta2 of 0.999, which want a
+# warm-up: Megatron's of 3200 is long enough. The reasons are in docs/tuning.md.
 CAME_ARGS=(
     --lr 1e-4
     --min-lr 6.7e-6

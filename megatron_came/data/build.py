@@ -24,7 +24,7 @@ def write_datasets(
         corpus: The documents; its ``skipped`` is complete afterwards.
         encoder: What is done to each.
         files: What ``dataset_files`` gives of one prefix, or of two with a validation share.
-        workers: How many processes encode.
+        workers: How many processes encode; see ``encode``.
         advance: Called with the bytes of the corpus that are done, again and again.
 
     Returns:

@@ -1,9 +1,7 @@
 """Documents of text, from text files, folders and JSON Lines."""
 
 import json
-import os
 import sysconfig
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,48 +9,11 @@ from typing import BinaryIO
 
 from megatron_came.data.errors import DataError, UnusableError
 from megatron_came.data.files import whole_files
-from megatron_came.data.records import Document, Layout, Record, cannot_be_read, read_records
+from megatron_came.data.folders import Skipped, cannot_be_read, file_size, is_folder, walk
+from megatron_came.data.records import Document, Layout, Record, read_records
 
 _LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
 _LIBRARY_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "encodings"}
-
-
-@dataclass
-class Skipped:
-    """What was left out.
-
-    Attributes:
-        counts: How many files and lines, by reason.
-        examples: The first of them, by reason.
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def add(self, place: str, error: UnusableError, *, required: bool) -> None:
-        """Counts a file or a line that cannot be used.
-
-        Raises:
-            DataError: If it is required.
-        """
-        if required:
-            raise DataError(f"{place} {error.reason}: {error.remedy}.") from error
-        self.counts[error.reason] += 1
-        self.examples.setdefault(error.reason, place.rstrip(","))
-
-    def update(self, other: "Skipped") -> None:
-        """Adds what was left out elsewhere, later."""
-        self.counts.update(other.counts)
-        self.examples = {**other.examples, **self.examples}
-
-    def lines(self) -> list[str]:
-        """A sentence for each reason."""
-        return [
-            f"Left out {self.examples[reason]}, which {reason}."
-            if count == 1
-            else f"Left out {count:,}, each of which {reason}; the first: {self.examples[reason]}."
-            for reason, count in self.counts.items()
-        ]
 
 
 @dataclass
@@ -65,6 +26,7 @@ class Corpus:
             are skipped and counted. A faulty line of JSON Lines is an error in any file.
         layout: How documents lie in the files.
         tolerant: Whether nothing is an error, and all that is faulty is skipped and counted.
+        left_out: What the folders hold that is no file to read.
 
     Attributes:
         skipped: What was skipped; complete once iterated over.
@@ -75,6 +37,7 @@ class Corpus:
     named: frozenset[Path] = frozenset()
     layout: Layout = field(default_factory=Layout)
     tolerant: bool = False
+    left_out: Skipped = field(default_factory=Skipped)
     skipped: Skipped = field(default_factory=Skipped)
     separated: bool = False
     _bytes_before: int = field(default=0, repr=False)
@@ -86,30 +49,34 @@ class Corpus:
     ) -> "Corpus":
         """Takes files as they are and folders with everything below them.
 
-        Hidden files and folders below a folder are left out.
+        Hidden files and folders below a folder are left out; links are followed.
 
         Raises:
-            DataError: If a path does not exist, or there is no file at all.
+            DataError: If a path cannot be read, or there is no file at all.
         """
         files: list[Path] = []
         named: set[Path] = set()
+        left_out = Skipped()
         for path in paths:
-            if path.is_dir():
-                files.extend(_walk(path))
-            elif path.exists():
-                files.append(path)
-                named.add(path)
-            else:
-                raise DataError(f"{path} does not exist: name a text file or a folder of them.")
+            try:
+                if is_folder(path, pipes=True):
+                    files.extend(walk(path, left_out, required=not tolerant))
+                else:
+                    files.append(path)
+                    named.add(path)
+            except UnusableError as error:
+                left_out.add(str(path), error, required=not tolerant)
         if not files:
-            raise DataError("There is no file in the folders named: name some that hold text.")
-        return cls(files, frozenset(named), layout or Layout(), tolerant)
+            said = "".join(f" {line}" for line in left_out.lines())
+            raise DataError(f"There is no file in what was named: name some that hold text.{said}")
+        return cls(files, frozenset(named), layout or Layout(), tolerant, left_out)
 
     @classmethod
     def python_library(cls) -> "Corpus":
         """The sources and texts of the Python library, without tests and character tables."""
         root = Path(sysconfig.get_path("stdlib"))
-        files = [path for path in _walk(root, _LIBRARY_SKIPPED) if path.suffix in _LIBRARY_SUFFIXES]
+        below = walk(root, Skipped(), ignored=_LIBRARY_SKIPPED)
+        files = [path for path in below if path.suffix in _LIBRARY_SUFFIXES]
         if not files:
             raise DataError(f"{root} holds no Python sources: name files of your own instead.")
         return cls(files)
@@ -117,7 +84,12 @@ class Corpus:
     @property
     def size(self) -> int:
         """Bytes in all files, as they lie on the disk."""
-        return sum(path.stat().st_size for path in self.files if path.is_file())
+        return sum(file_size(path) or 0 for path in self.files)
+
+    @property
+    def pipes(self) -> list[Path]:
+        """Files of unknown size that can be read once only."""
+        return [path for path in self.files if file_size(path) is None]
 
     @property
     def position(self) -> int:
@@ -133,6 +105,7 @@ class Corpus:
             DataError: If a file that must be usable is not.
         """
         self.skipped = Skipped()
+        self.skipped.update(self.left_out)
         self._bytes_before = 0
         for path in self.files:
             count = 0
@@ -144,7 +117,7 @@ class Corpus:
                 required = not self.tolerant and (path in self.named or count > 0)
                 self.skipped.add(str(path), error, required=required)
             self.separated |= count > 1
-            self._bytes_before += path.stat().st_size if path.is_file() else 0
+            self._bytes_before += file_size(path) or 0
 
     def _read(self, path: Path) -> Iterator[Record]:
         try:
@@ -167,13 +140,6 @@ class Corpus:
                 yield record.document()
             except UnusableError as error:
                 self.skipped.add(record.place, error, required=record.required)
-
-
-def _walk(root: Path, skipped: Iterable[str] = ()) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name[0] != "." and name not in skipped)
-        paths = (Path(folder, name) for name in sorted(names) if name[0] != ".")
-        yield from (path for path in paths if path.is_file())  # reading a pipe would wait
 
 
 def write_json_lines(documents: Iterable[Document], path: Path) -> int:

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_came.data.corpus import Corpus, Skipped
+from megatron_came.data.corpus import Corpus
 from megatron_came.data.errors import DataError, UnusableError
+from megatron_came.data.folders import Skipped
 from megatron_came.data.records import Record
 from megatron_came.data.tokenizer import TokenizerFiles
 from megatron_came.data.workers import ordered_map
 
 _BATCH_BYTES = 1 << 20
+_SMALL = 1 << 22  # bytes of text that are encoded in a moment
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,11 @@ def encode(corpus: Corpus, encoder: Encoder, *, workers: int) -> Iterator[Encode
     Args:
         corpus: The documents.
         encoder: What is done to each.
-        workers: How many processes encode; 1 is this one.
+        workers: How many processes encode; with 1, little text is encoded in this one.
 
     Raises:
         DataError: If a document that must be usable is not, or a worker dies.
     """
+    if workers == 1 and corpus.size <= _SMALL and not corpus.pipes:
+        workers = 0
     return ordered_map(encoder.encode, batches(corpus), workers=workers)

@@ -2,8 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from megatron_came.children import signals_held_back
+from megatron_came.data.locks import locked
+
+
+class LateInterrupt(KeyboardInterrupt):
+    """Ctrl-C, or its like, when everything was written already."""
 
 
 @contextmanager
@@ -13,29 +20,44 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     Whatever interrupts the body, Ctrl-C included, the temporary files are removed and what stood
     under ``paths`` before stays as it was. Several files that belong together are as good as one
     if readers ask for the later ones: of the old files, all but the first are removed before any
-    new one appears.
+    new one appears. No other process can write any of them meanwhile.
 
     Raises:
+        DataError: If another process is writing one of them.
+        LateInterrupt: If a signal came while the files got their names.
         OSError: If a file cannot be made, its folder included, or the disk is full.
     """
     temporary = tuple(path.with_name(f"{path.name}.partial") for path in paths)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        for path in sorted(paths):  # in this order everywhere: of two processes one gets them all
+            stack.enter_context(locked(path))
+        try:
+            for made in temporary:
+                # A folder that takes no files is found before the work, not after.
+                made.write_bytes(b"")
+            yield temporary
+            for made in temporary:
+                _to_disk(made)
+            _give_names(temporary, paths)
+        finally:
+            with signals_held_back():
+                for made in temporary:
+                    made.unlink(missing_ok=True)
+
+
+def _give_names(temporary: tuple[Path, ...], paths: tuple[Path, ...]) -> None:
+    whole = False
     try:
-        for made in temporary:
-            made.write_bytes(
-                b""
-            )  # a folder that takes no files is found before the work, not after
-        yield temporary
-        for made in temporary:
-            _to_disk(made)
-        for path in reversed(paths[1:]):
-            path.unlink(missing_ok=True)
-        for made, path in zip(temporary, paths, strict=True):
-            os.replace(made, path)
-    finally:
-        for made in temporary:
-            made.unlink(missing_ok=True)
+        with signals_held_back():
+            for path in reversed(paths[1:]):
+                path.unlink(missing_ok=True)
+            for made, path in zip(temporary, paths, strict=True):
+                os.replace(made, path)
+            whole = True
+    except KeyboardInterrupt as interrupt:
+        raise (LateInterrupt() if whole else interrupt) from None
 
 
 def _to_disk(path: Path) -> None:

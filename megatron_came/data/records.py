@@ -1,17 +1,31 @@
-"""Documents as they lie in files: text and JSON Lines, gzip of both."""
+"""Documents as they lie in files: text and JSON Lines, compressed or not."""
 
+import bz2
 import gzip
 import json
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from megatron_came.data.errors import UnusableError
+from megatron_came.data.folders import cannot_be_read
 
 _CHUNK = 1 << 24  # bytes read at a time where a separator is looked for
 _LONGEST_PROBE = 1 << 26  # bytes of a first line that decides what a .json file is
+
+# What is unpacked on the way, by the last suffix in small letters. Such a file reads as any other,
+# but its type does not say so.
+_UNPACK: dict[str, tuple[str, Callable[[BinaryIO], BinaryIO]]] = {
+    ".gz": ("gzip", lambda raw: cast(BinaryIO, gzip.GzipFile(fileobj=raw))),
+    ".bz2": ("bzip2", lambda raw: cast(BinaryIO, bz2.BZ2File(raw))),
+    ".xz": ("xz", lambda raw: cast(BinaryIO, lzma.LZMAFile(raw))),  # noqa: SIM115
+}
+_PACKED_OTHERWISE = frozenset(
+    (".zst", ".zstd", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +34,7 @@ class Layout:
 
     Attributes:
         format: What files hold; "auto" is "jsonl" for names that end in .jsonl, .ndjson or .json,
-            before a .gz if there is one, and "text" for others.
+            before a .gz, .bz2 or .xz if there is one, and "text" for others.
         json_key: Under which key a JSON object has the text.
         separator: What stands between the documents of a text file; None if a file is a document.
     """
@@ -72,14 +86,6 @@ class Record:
         return _decode_line(self.path, self.raw, self.json_key)
 
 
-def cannot_be_read(error: OSError) -> UnusableError:
-    """What the system says of a file."""
-    reason = (error.strerror or "unknown error").lower()
-    return UnusableError(
-        f"cannot be read ({reason})", "make it a file you may read, or name another one"
-    )
-
-
 def _empty() -> UnusableError:
     return UnusableError("is empty", "put some text in, or name another file")
 
@@ -121,24 +127,27 @@ def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
     """Cuts an open file into its documents.
 
     Args:
-        path: The file's name; gzip is told by its suffix.
+        path: The file's name, whose suffix tells whether it is compressed.
         raw: The file, as it lies on the disk.
         layout: How the documents lie in it.
 
     Raises:
         UnusableError: If the file cannot be read, or holds nothing.
     """
-    # A gzip file reads as any other; its type does not say so.
-    file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
+    suffix = path.suffix.lower()
+    if suffix in _PACKED_OTHERWISE or path.stem.lower().endswith(".tar"):
+        raise UnusableError("is packed in a way that is not read here", "unpack it first")
+    kind, unpack = _UNPACK.get(suffix, ("", lambda raw: raw))
+    file = unpack(raw)
     count = 0
     try:
         records = _lines if _holds_json_lines(path, file, layout) else _texts
         for count, record in enumerate(records(path, file, layout), start=1):  # noqa: B007
             yield record
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UnusableError("is no whole gzip file", "compress it again") from error
-    except OSError as error:
-        raise cannot_be_read(error) from error
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise cannot_be_read(error) from error
+        raise UnusableError(f"is no whole {kind} file", "compress it again") from error
     if not count:
         raise _empty()
 
@@ -146,7 +155,8 @@ def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
 def _holds_json_lines(path: Path, file: BinaryIO, layout: Layout) -> bool:
     if layout.format != "auto":
         return layout.format == "jsonl"
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    name = Path(path.stem) if path.suffix.lower() in _UNPACK else path
+    suffix = name.suffix.lower()
     if suffix != ".json":
         return suffix in (".jsonl", ".ndjson")
     # Others' .json files hold one value over many lines; the first line tells.

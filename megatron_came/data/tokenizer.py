@@ -54,8 +54,15 @@ class SentencePiece:
             DataError: If the file is no model.
         """
         try:
+            if not self.model.read_bytes():
+                raise RuntimeError("empty")  # which SentencePiece would take for a model
             processor = sentencepiece.SentencePieceProcessor(model_file=str(self.model))
-        except (RuntimeError, OSError) as error:
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise DataError(
+                f"{self.model} cannot be read ({reason}): name a SentencePiece model that can."
+            ) from error
+        except RuntimeError as error:
             raise DataError(
                 f"{self.model} is not a SentencePiece model: name one that is."
             ) from error

@@ -4,12 +4,14 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 
 from megatron_came.data.errors import DataError
 from megatron_came.data.files import whole_files
+from megatron_came.data.workers import ordered_map
 
 _SAMPLED_LINES = 100_000
 _THREADS = 2  # fixed, as the result depends on it
@@ -29,12 +31,23 @@ def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> No
             end of document 2, padding 3) included.
 
     Raises:
-        DataError: If the texts are too small for that many tokens.
+        DataError: If so many tokens are too many for the texts, or too few.
     """
+    # SentencePiece hears no signal while it trains; another process can be killed.
+    train = partial(_train, _sample(_lines(texts)))
+    (content,) = ordered_map(
+        train, [vocab_size], workers=1, remedy="train on less text", afresh=True
+    )
+    with whole_files(model) as (temporary,):
+        temporary.write_bytes(content)
+
+
+def _train(lines: list[str], vocab_size: int) -> bytes:
+    """The model, as it is to lie in its file."""
     trained = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(_lines(texts))),
+            sentence_iterator=iter(lines),
             model_writer=trained,
             vocab_size=vocab_size,
             num_threads=_THREADS,
@@ -48,13 +61,28 @@ def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> No
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        possible = re.search(r"a value <= (\d+)", str(error))
-        raise DataError(
+        raise DataError(_explain(str(error), vocab_size)) from error
+    return trained.getvalue()
+
+
+def _explain(error: str, vocab_size: int) -> str:
+    """What SentencePiece means, as a sentence."""
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"The text has too many different characters for {vocab_size} tokens: choose at least"
+            f" {needed[1]}."
+        )
+    if "insert_id" in error:
+        return f"{vocab_size} tokens are fewer than the special ones: choose at least 300."
+    if "sentences_" in error:
+        return "There is no text to train a tokenizer on: name files that hold some."
+    if possible := re.search(r"a value <= (\d+)", error):
+        return (
             f"The text is too small or too uniform for {vocab_size} tokens: give more text or"
-            f" choose {f'at most {possible[1]}' if possible else 'fewer'}."
-        ) from error
-    with whole_files(model) as (partial,):
-        partial.write_bytes(trained.getvalue())
+            f" choose at most {possible[1]}."
+        )
+    reason = " ".join(error.split()).removesuffix(".")
+    return f"SentencePiece cannot train {vocab_size} tokens ({reason}): choose another number."
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_came.host import warmup
 from megatron_came.host.checkpoint_refusals import notice
 from megatron_came.host.memory import report as memory_report
 from megatron_came.host.patching import Function, wrap
-from megatron_came.host.releases.refusals import flag_problem
 from megatron_came.kernels.choice import CHOICES
 from megatron_came.maths.hyperparameters import HyperparameterError, Hyperparameters
 from megatron_came.state import MOMENTUM_DTYPES
@@ -34,9 +34,7 @@ _CHOICES = {
 }
 
 # Settings of another optimizer that shared argument lists often hold: said to be ignored.
-_IGNORED = ("--adam-beta1", "--adam-beta2", "--adam-eps", "--sgd-momentum")
-# Settings that only make sense if the user believes another optimizer to be at work: refused.
-_FOREIGN = ("--muon-", "--adaptive-muon-", "--lion-", "--soap-")
+_IGNORED = ("--adam-", "--sgd-", "--muon-", "--adaptive-muon-", "--lion-", "--soap-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +166,6 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
             )
     if args.came_main_params == "remainder":
         _check_remainders(args)
-    foreign = [flag for flag in flags if flag.startswith(_FOREIGN)]
-    if foreign:
-        raise ValueError(
-            f"{foreign[0]} is a setting of another optimizer than --optimizer came: leave it out."
-        )
 
 
 def _check_remainders(args: argparse.Namespace) -> None:
@@ -197,11 +190,13 @@ def _check_remainders(args: argparse.Namespace) -> None:
 
 def install() -> None:
     """Let Megatron's parser know ``came`` and its flags, and its validation their limits."""
-    wrap("megatron.training.arguments", "add_megatron_arguments", _with_flags)
+    wrap("megatron.training.arguments", "add_megatron_arguments", with_flags)
     wrap("megatron.training.arguments", "validate_args", _with_checks)
 
 
-def _with_flags(original: Function) -> Function:
+def with_flags(original: Function) -> Function:
+    """Let a function that adds Megatron's flags to a parser add CAME's as well."""
+
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         parser = original(parser, *args, **kwargs)
         choice = next(action for action in parser._actions if action.dest == "optimizer")
@@ -235,10 +230,25 @@ def _with_flags(original: Function) -> Function:
             help="main weights of a bf16 model: remainder keeps of each the 16 bits that the bf16 "
             "weight lacks, half the memory and the same fp32 value (default: fp32)",
         )
+        group.add_argument(
+            "--came-no-verify",
+            action="store_true",
+            help="load a checkpoint without comparing it with the digests that were saved with it",
+        )
         memory_report.add_flags(group)
+        _escape_percent_signs(parser)
         return parser
 
     return add_megatron_arguments
+
+
+def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
+    """Mend help texts of Megatron's with which ``--help`` would end in a stack trace."""
+    for action in parser._actions:
+        try:
+            str(action.help) % {**vars(action), "prog": parser.prog}
+        except (KeyError, TypeError, ValueError):
+            action.help = str(action.help).replace("%", "%%")
 
 
 def _with_checks(original: Function) -> Function:
@@ -247,7 +257,7 @@ def _with_checks(original: Function) -> Function:
         _stop_if_refused(args, flags)
         if args.optimizer != "came":
             return original(args, *rest, **kwargs)
-        ignored = [flag for flag in flags if flag in _IGNORED]
+        ignored = [flag for flag in flags if flag.startswith(_IGNORED)]
         if ignored:
             _say(f"--optimizer came ignores {', '.join(ignored)}.")
         # Megatron turns the distributed optimizer into a layer-wise one for every name that it
@@ -258,9 +268,9 @@ def _with_checks(original: Function) -> Function:
         finally:
             args.optimizer = "came"
         _stop_if_refused(args, flags)
-        problem = flag_problem(args)
-        if problem:
-            raise SystemExit(f"megatron_came: {problem}")
+        young = warmup.warning(args, hyperparameters(args))
+        if young:
+            _say(young)
         reshardable = notice(args)
         if reshardable:
             _say(reshardable)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from megatron_came.host.agreement import agree, tell_other_optimizer
 from megatron_came.host.arguments import say_once
 from megatron_came.host.config import CameOptimizerConfig
 from megatron_came.host.distributed import CameDistributedOptimizer
 from megatron_came.host.errors import UnsupportedError
 from megatron_came.host.patching import Function, wrap
 from megatron_came.host.places import places
+from megatron_came.host.rank_settings import arguments
 from megatron_came.host.releases.refusals import check_model
 from megatron_came.host.sharding import ModelGroups, check_replicas
 from megatron_came.host.wrappers import CameFloat16Optimizer, CameFP32Optimizer
@@ -32,17 +35,23 @@ def install() -> None:
 
 
 def _with_came(original: Function) -> Function:
+    signature = inspect.signature(original)
+
     def get_megatron_optimizer(
         config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
+        given = signature.bind(config, model_chunks, *args, **kwargs).arguments
+        collection = given.get("pg_collection")
         if isinstance(config, CameOptimizerConfig):
             _check_model(config, model_chunks)
-            config = config.as_standard()
+            config = agree(config, model_chunks, collection).as_standard()
         elif getattr(config, "optimizer", None) == "came":
             raise UnsupportedError(
                 "OptimizerConfig(optimizer='came') holds no settings of CAME: use "
                 "megatron_came.host.config.CameOptimizerConfig."
             )
+        elif arguments() and collection is None:
+            tell_other_optimizer(config)
         return original(config, model_chunks, *args, **kwargs)
 
     return get_megatron_optimizer
@@ -52,7 +61,10 @@ def _check_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> None:
     """Refuse models and settings that reach the builder without passing the command line."""
     from megatron.core.models.mimo.model.base import MimoModel
 
-    if isinstance(model_chunks[0], MimoModel):
+    model = model_chunks[0]
+    while not isinstance(model, MimoModel) and hasattr(model, "module"):
+        model = model.module  # out of its wrappers
+    if isinstance(model, MimoModel):
         raise UnsupportedError(
             "--optimizer came does not support MiMo models, which build their own optimizers: "
             "use --optimizer adam."
@@ -163,7 +175,7 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
         remainders=config.main_params == "remainder",
         seed=config.seed,
     )
-    for reason in came.kernel_choices:
+    for reason in [config.why_plain] if config.why_plain else came.kernel_choices:
         say_once(reason)
     return came
 

@@ -42,6 +42,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
         main_params: "fp32", or "remainder" for the lower halves alone; see
             :mod:`megatron_came.maths.remainders`.
         seed: of the rounding of momentum.
+        why_plain: why all ranks compute in plain PyTorch, where some could do otherwise.
 
     Attributes:
         as_asked: on the copy of :meth:`as_standard`, the configuration it was made from.
@@ -53,6 +54,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     momentum_dtype: str = "fp32"
     main_params: str = "fp32"
     seed: int = 0
+    why_plain: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_megatron(cls, config: Any, args: Any) -> Self:
@@ -81,7 +83,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         """As ``OptimizerConfig``, which Megatron logs, with the name that was asked for."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        values = ((f.name, getattr(self, f.name)) for f in fields(self) if f.repr)
         return "CameOptimizerConfig({})".format(
             ", ".join(
                 f"{name}={'came' if name == 'optimizer' else value!r}" for name, value in values

@@ -9,12 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_came.host.factor_checkpoints import (
-    FORMAT,
-    load_factors,
-    sharded_factors,
-    unknown_format,
+from megatron_came.host.buckets import (
+    arrange,
+    arrangement_problem,
+    offsets_as_gathered,
+    spans_of,
+    with_padding,
 )
+from megatron_came.host.checkpoint_contents import damaged, factors_problem
+from megatron_came.host.digests.loading import note_slice, watched
+from megatron_came.host.factor_checkpoints import FORMAT, load_factors, sharded_factors
 from megatron_came.host.places import Place, place_of
 from megatron_came.host.releases.distributed_optimizer import DistributedOptimizer
 from megatron_came.host.resumed_settings import own_settings_kept
@@ -192,9 +196,13 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
         part = self._owned[model_param]
         state = self.optimizer.state[part]
-        momentum = momentum_of(state)
+        momentum, weights = momentum_of(state), part
+        if REMAINDER in state:
+            weights = join(part.detach(), state[REMAINDER])
+        elif self._is_loading and model_param.dtype == torch.float32:
+            weights = part.detach().clone()  # the model's own are read there, and looked at
         return {
-            "param": join(part.detach(), state[REMAINDER]) if REMAINDER in state else part,
+            "param": weights,
             # Asked for in fp32 when it is loaded, whatever it was saved in.
             "exp_avg": momentum.float() if self._is_loading else momentum,
         }
@@ -202,6 +210,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def _set_main_param_and_optimizer_states(
         self, model_param: Tensor, tensors: dict[str, Tensor]
     ) -> None:
+        note_slice(self, model_param, tensors)
         part = self._owned[model_param]
         state, weights = self.optimizer.state[part], tensors["param"]
         if REMAINDER in state:
@@ -243,34 +252,31 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Megatron's, with the factors."""
         factors = state_dict.pop("came", None)
-        with own_settings_kept(self.optimizer):
-            super().load_state_dict(state_dict)
+        inner = state_dict["optimizer"]
+        kept = own_settings_kept(self.optimizer, inner["param_groups"])
+        with kept as groups, watched(self.optimizer):
+            super().load_state_dict({**state_dict, "optimizer": {**inner, "param_groups": groups}})
         if factors is not None:
             load_factors(self.optimizer, self._parts, factors)
 
+    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, which before 0.20 reads behind padded buckets at the wrong places."""
+        with offsets_as_gathered(self.buffers):
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
+
     def get_parameter_state_dp_reshardable(self) -> dict[Any, Any]:
-        """As Megatron's, which stops at a bucket of which this rank holds padding alone."""
+        """As Megatron's, with the padding that belongs to the file."""
         state: dict[Any, Any] = super().get_parameter_state_dp_reshardable()
+        group, device = self.data_parallel_group, self._parts[0][0].device
+        dtypes = {"param": torch.float32, "exp_avg": self._saved_dtype}
         for index, ranges in enumerate(self.gbuf_ranges):
             for dtype in ranges:
-                for bucket, pieces in enumerate(state[index][dtype]):
-                    if not pieces:
-                        pieces.append(self._padding_piece(self.buffers[index].buckets[bucket]))
+                buckets = zip(state[index][dtype], self.buffers[index].buckets, strict=True)
+                state[index][dtype] = [
+                    with_padding(pieces, bucket, (group.rank(), group.size()), dtypes, device)
+                    for pieces, bucket in buckets
+                ]
         return state
-
-    def _padding_piece(self, bucket: Any) -> dict[str, Any]:
-        """Stand for what of the checkpoint lies in this rank's padding of a bucket, if any does."""
-        local = bucket.grad_data.numel() // self.data_parallel_group.size()
-        first = self.data_parallel_group.rank() * local
-        # Negative where all of this rank's part lies beyond the end.
-        inside = min(local, bucket.numel_unpadded - first)
-        start = min(0, inside)
-        size = inside - start
-        zeros = {
-            "param": torch.zeros(size, dtype=torch.float32),
-            "exp_avg": torch.zeros(size, dtype=self._saved_dtype),
-        }
-        return {**zeros, "gbuf_local_start": start, "gbuf_local_end": inside, "padding": True}
 
     @property
     def _saved_dtype(self) -> torch.dtype:
@@ -286,7 +292,11 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         state = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is not None:
             _cast_momentum(state, self._saved_dtype)
-            state["came"] = {"format": FORMAT, "parameters": self._legacy_factors()}
+            state["came"] = {
+                "format": FORMAT,
+                "parameters": self._legacy_factors(),
+                "spans": spans_of(self.buffers),
+            }
         return state
 
     def load_parameter_state_from_dp_zero(self, state_dict: Any, **kwargs: Any) -> None:
@@ -301,6 +311,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         if problem[0]:
             raise SystemExit(f"megatron_came: {problem[0]}")
         if state_dict is not None:
+            arrange(state_dict, self.buffers)
             _cast_momentum(state_dict, torch.float32)
         super().load_parameter_state_from_dp_zero(state_dict, **kwargs)
         for position, factors in enumerate(self._legacy_factors()):
@@ -319,16 +330,16 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     def _legacy_problem(self, state_dict: Any) -> str | None:
         """Say in one sentence why the factors of a legacy file do not fit, or None."""
-        saved = state_dict.get("came")
+        saved = state_dict.get("came") if isinstance(state_dict, dict) else None
         if saved is None:
             return (
                 "the checkpoint holds no factors of CAME: another optimizer has written it. Give "
                 "--no-load-optim or --finetune to start CAME afresh from its weights."
             )
-        if saved.get("format") != FORMAT:
-            return unknown_format(saved.get("format"))
+        if problem := factors_problem(saved):
+            return damaged(problem)
         shapes = [
-            [{key: tuple(value.shape) for key, value in factors.items()} for factors in parameters]
+            [{key: _shape_of(value) for key, value in factors.items()} for factors in parameters]
             for parameters in (saved["parameters"], self._legacy_factors())
         ]
         if shapes[0] != shapes[1]:
@@ -336,7 +347,15 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 "the checkpoint's factors of CAME belong to another model or tensor-parallel size: "
                 "load it with the flags it was saved with, or give --no-load-optim."
             )
-        return None
+        for factors in saved["parameters"]:
+            for key, value in factors.items():
+                if value.dtype != torch.float32:
+                    return damaged(f"its distrib_optim.pt has {key} in {value.dtype}, not in fp32")
+        return arrangement_problem(state_dict, self.buffers)
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _cast_momentum(gathered: dict[Any, Any], dtype: torch.dtype) -> None:

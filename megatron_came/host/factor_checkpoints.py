@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensorFactory
@@ -83,7 +82,7 @@ def sharded_factors(
         parameters[str(position)] = {
             key: [
                 {"values": values, "place": LocalNonpersistentObject(place)}
-                for values, place in _pieces(key, state[key], entry, param)
+                for values, place in pieces_of(key, state[key], entry, param)
             ]
             for key in FACTORS
             if key in state
@@ -114,12 +113,12 @@ def load_factors(came: CAME, parts: Iterable[Part], loaded: Mapping[str, Any]) -
 def unknown_format(found: object) -> str:
     """Say that factors are of a format that this version does not know, and what to do."""
     return (
-        f"the checkpoint holds CAME's factors in format {found}, and this megatron_came reads "
+        f"the checkpoint holds CAME's factors in format {found!r}, and this megatron_came reads "
         f"format {FORMAT}: install the version that wrote it, or give --no-load-optim."
     )
 
 
-def _pieces(
+def pieces_of(
     key: str, factor: Tensor, entry: ShardedTensor | ShardedTensorFactory, param: Tensor
 ) -> Iterator[tuple[ShardedTensor, Place]]:
     """Cut a factor as the parameter is cut in the checkpoint (SwiGLU's halves, experts)."""
@@ -127,7 +126,7 @@ def _pieces(
     seen: set[tuple[tuple[int, int], ...]] = set()
     leaves = [entry] if isinstance(entry, ShardedTensor) else nested_values(entry.build())
     for leaf in leaves:
-        place = _without(_place_in(leaf.data, param), axis)
+        place = _without(place_in(leaf.data, param), axis)
         bounds = tuple((span.start, span.stop) for span in place)
         if bounds in seen:  # halves of the rows have all of the columns: one copy will do
             continue
@@ -172,7 +171,7 @@ def _without(values: tuple[Any, ...], axis: int | None) -> tuple[Any, ...]:
     return values[:place] + values[place + 1 :]
 
 
-def _place_in(leaf: Tensor, param: Tensor) -> Place:
+def place_in(leaf: Tensor, param: Tensor) -> Place:
     """Find which box of a parameter a view of it is.
 
     Raises:
@@ -185,9 +184,9 @@ def _place_in(leaf: Tensor, param: Tensor) -> Place:
             "checkpoint in a way that its factors cannot follow; save with --no-save-optim, or "
             "use --optimizer adam."
         )
-    starts = torch.unravel_index(
-        torch.tensor(leaf.storage_offset() - param.storage_offset()), param.shape
-    )
-    return tuple(
-        slice(int(start), int(start) + size) for start, size in zip(starts, leaf.shape, strict=True)
-    )
+    rest = int(leaf.storage_offset()) - int(param.storage_offset())
+    place: list[slice] = []
+    for total, size in zip(reversed(param.shape), reversed(leaf.shape), strict=True):
+        rest, start = divmod(rest, total)
+        place.insert(0, slice(start, start + size))
+    return tuple(place)

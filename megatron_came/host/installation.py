@@ -13,15 +13,30 @@ def install() -> None:
             be replaced.
     """
     check_version()
-    from megatron_came.host import building, gradient_norms
+    from megatron_came.host import building, checkpoint_workers, gradient_norms
 
     building.install()
     gradient_norms.install()
+    checkpoint_workers.install()
     if not has_training_loop():
         return
-    from megatron_came.host import arguments, checkpoint_refusals, config, memory
+    from megatron_came.host import (
+        arguments,
+        bad_numbers,
+        config,
+        memory,
+        resumed_buckets,
+        resuming,
+        shifted_checkpoints,
+    )
+    from megatron_came.host.digests import loading, saving
 
     config.install()
     arguments.install()
-    checkpoint_refusals.install()
+    resumed_buckets.install()  # its sentence is the better one, so it goes first
+    shifted_checkpoints.install()
+    saving.install()
     memory.install()
+    resuming.install()
+    loading.install()
+    bad_numbers.install()

@@ -43,3 +43,26 @@ def wrap(module_name: str, name: str, make: Callable[[Function], Function]) -> N
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if value is original:
                 setattr(module, key, replacement)
+
+
+def wrap_method(
+    module_name: str, class_name: str, name: str, make: Callable[[Function], Function]
+) -> None:
+    """Replace a method of a class by ``make(original)``, once only; see :func:`wrap`.
+
+    Raises:
+        HostError: the module has no such class, or the class no such method.
+    """
+    owner = getattr(importlib.import_module(module_name), class_name, None)
+    original = getattr(owner, name, None)
+    if not callable(original):
+        raise HostError(
+            f"--optimizer came does not fit this Megatron: {module_name} has no "
+            f"{class_name}.{name}."
+        )
+    makers, name_of_make = getattr(original, _MARK, ()), f"{make.__module__}.{make.__qualname__}"
+    if name_of_make in makers:
+        return
+    replacement = functools.wraps(original)(make(original))
+    setattr(replacement, _MARK, (*makers, name_of_make))
+    setattr(owner, name, replacement)

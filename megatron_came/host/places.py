@@ -16,7 +16,6 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from torch import Tensor
 
 from megatron_came.host.errors import UnsupportedError
-from megatron_came.layout import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +31,32 @@ class Place:
     name: str
     offsets: tuple[tuple[int, ...], ...]
 
-    def check(self, shard: Shard) -> None:
-        """Make sure that a shard, cut by tensor parallelism, describes these places.
+    def check(self, shape: tuple[int, ...], tp_dim: int, tp_size: int, tp_rank: int) -> None:
+        """Make sure that tensor parallelism cuts the parameter into these places.
+
+        Args:
+            shape: of the local tensor.
+            tp_dim: dimension along which it is cut.
+            tp_size: into how many local tensors.
+            tp_rank: which of them this is.
 
         Raises:
-            UnsupportedError: tensor parallelism cuts the parameter otherwise.
+            UnsupportedError: it cuts otherwise, such as a Mamba layer's projections, which are
+                stacked and of unlike sizes.
         """
-        dim, parts = shard.tp_dim, len(self.offsets)
-        if dim is None or shard.shape[dim] % parts:
-            raise self._refusal(shard)
-        size = shard.shape[dim] // parts
+        parts, rows = len(self.offsets), max(len(shape) - 2, 0)
+        if shape[tp_dim] % parts or (parts > 1 and tp_dim != rows):
+            raise self._refusal(shape)
+        size = shape[tp_dim] // parts
         for part, offsets in enumerate(self.offsets):
-            expected = [0] * len(shard.shape)
-            expected[dim] = (part * shard.tp_size + shard.tp_rank) * size
+            expected = [0] * len(shape)
+            expected[tp_dim] = (part * tp_size + tp_rank) * size
             if list(offsets) != expected:
-                raise self._refusal(shard)
+                raise self._refusal(shape)
 
-    def _refusal(self, shard: Shard) -> UnsupportedError:
+    def _refusal(self, shape: tuple[int, ...]) -> UnsupportedError:
         return UnsupportedError(
-            f"--came-momentum-dtype: {self.name} of shape {shard.shape} is cut by tensor "
+            f"--came-momentum-dtype: {self.name} of shape {shape} is cut by tensor "
             "parallelism in a way that the random bits of its rounding cannot follow: use "
             "--came-momentum-dtype fp32, or --tensor-model-parallel-size 1."
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_came.host.resumed_groups import settings_to_load
 from megatron_came.optimizer import CAME
 
 _FLAGS = {
@@ -19,23 +20,42 @@ _FLAGS = {
 
 
 @contextlib.contextmanager
-def own_settings_kept(came: CAME) -> Iterator[None]:
-    """Keep hyperparameters over the loading of a state dictionary, and say what differs."""
-    before = [{key: group[key] for key in _FLAGS} for group in came.param_groups]
-    yield
+def own_settings_kept(came: CAME, saved: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Keep hyperparameters over the loading of a state dictionary, and say what differs.
+
+    Args:
+        came: the optimizer.
+        saved: the parameter groups of the state dictionary.
+
+    Yields:
+        Groups to load in place of those that were saved.
+    """
+    wanted = settings_to_load(came.param_groups, saved)
+    groups = []
+    for index, (own, settings) in enumerate(zip(came.param_groups, wanted, strict=True)):
+        # Megatron finds a group by its own settings, rates included.
+        groups.append({**own, "step": settings["step"], "params": []})
+        if index < len(saved) and "params" in saved[index]:
+            groups[-1]["params"] = saved[index]["params"]
+    yield groups
+    for group, settings in zip(came.param_groups, wanted, strict=True):
+        group.update(settings)
+    _say_changes(came.param_groups, saved)
+
+
+def _say_changes(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
     changes: dict[str, None] = {}
-    for group, mine in zip(came.param_groups, before, strict=True):
+    for group, match in zip(own, saved, strict=False):
         for key, flags in _FLAGS.items():
-            values = [
+            now, before = (
                 value if isinstance(value, tuple | list) else (value,)
-                for value in (group.get(key, mine[key]), mine[key])
-            ]
-            for flag, saved, own in zip(flags, *values, strict=True):
-                if saved != own:
-                    changes[f"{flag} {own:g} (the checkpoint's run had {saved:g})"] = None
-        group.update(mine)
+                for value in (group[key], match.get(key, group[key]))
+            )
+            for flag, mine, its in zip(flags, now, before, strict=True):
+                if mine != its:
+                    changes[f"{flag} {mine:g} (the checkpoint's run had {its:g})"] = None
     if changes:
-        _say_once(f"megatron_came: training goes on with {', '.join(changes)}.")
+        say_once(f"training goes on with {', '.join(changes)}.")
 
 
 # How far an element of the momentum is from what was saved, at most.
@@ -56,19 +76,18 @@ def say_conversions(saved: Any, args: Any) -> None:
     if before != now:
         exact = now == "fp32" or (before, now) == ("int8", "bf16")
         how = "taken over exactly" if exact else f"rounded {_ROUNDED[now]}"
-        _say_once(
-            f"megatron_came: --came-momentum-dtype {now} (the checkpoint's run had {before}): "
-            f"momentum is {how}."
+        say_once(
+            f"--came-momentum-dtype {now} (the checkpoint's run had {before}): momentum is {how}."
         )
     elif now == "int8" and _layout(saved) != _layout(args):
-        _say_once(
-            "megatron_came: --came-momentum-dtype int8 at another layout than the checkpoint's: "
+        say_once(
+            "--came-momentum-dtype int8 at another layout than the checkpoint's: "
             f"blocks differ, so momentum is rounded {_ROUNDED[now]}."
         )
     before, now = getattr(saved, "came_main_params", "fp32"), args.came_main_params
     if before != now:
-        _say_once(
-            f"megatron_came: --came-main-params {now} (the checkpoint's run had {before}): the "
+        say_once(
+            f"--came-main-params {now} (the checkpoint's run had {before}): the "
             "main weights are taken over bit for bit."
         )
 
@@ -85,7 +104,7 @@ def _layout(args: Any) -> tuple[object, ...]:
 
 
 @functools.cache
-def _say_once(sentence: str) -> None:
-    """Once, though dense and expert parameters have an optimizer each; on one rank."""
+def say_once(sentence: str) -> None:
+    """Say a sentence once, though dense and expert parameters have an optimizer each; on a rank."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(sentence, flush=True)
+        print(f"megatron_came: {sentence}", flush=True)

@@ -95,22 +95,22 @@ def shard_of(
             "--tensor-model-parallel-size 1."
         )
     tp_group = groups.tp_of(param)
-    cut = tp_dim is not None and tp_group.size() > 1
-    shard = Shard(
+    tp_rank, tp_parts = 0, 1
+    if place is not None and tp_dim is not None and tp_group.size() > 1:
+        tp_rank, tp_parts = tp_group.rank(), len(place.offsets)
+        place.check(tuple(param.shape), tp_dim, tp_group.size(), tp_rank)
+    return Shard(
         shape=tuple(param.shape),
         start=start,
         stop=param.numel() if stop is None else stop,
         tp_dim=tp_dim,
         tp_group=tp_group,
-        tp_rank=tp_group.rank() if cut and place is not None else 0,
-        tp_parts=len(place.offsets) if cut and place is not None else 1,
+        tp_rank=tp_rank,
+        tp_parts=tp_parts,
         dp_group=dp_group,
         tp_dp_group=groups.tp_dp_of(param, dp_group),
         copies_group=groups.embedding if getattr(param, "shared_embedding", False) else None,
     )
-    if cut and place is not None:
-        place.check(shard)
-    return shard
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
+from megatron_came.host.digests.loading import watched
 from megatron_came.host.factor_checkpoints import load_factors, sharded_factors
 from megatron_came.host.places import Place, place_of
 from megatron_came.host.resumed_settings import own_settings_kept
@@ -24,6 +25,13 @@ class _WholeTensors:
     """
 
     optimizer: CAME | None
+
+    @staticmethod
+    def _filter_and_reorder_param_groups(
+        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Take the groups as they are: :meth:`load_state_dict` has paired them."""
+        return state_dict_groups
 
     def adopt(
         self,
@@ -72,7 +80,10 @@ class _WholeTensors:
         if self.optimizer is None:
             super().load_state_dict(state_dict)  # type: ignore[misc]
             return
-        with own_settings_kept(self.optimizer):
+        inner = state_dict.get("optimizer", state_dict)
+        kept = own_settings_kept(self.optimizer, inner["param_groups"])
+        with kept as groups, watched(self.optimizer):
+            inner["param_groups"] = groups
             super().load_state_dict(state_dict)  # type: ignore[misc]
         if factors is not None:
             self.optimizer.init_state()

@@ -1,12 +1,14 @@
 """Who computes a step: Triton on GPUs, Numba on CPUs, plain PyTorch for all else.
 
-:func:`choose` picks the kernels of a device, and :func:`are_for` is the one predicate that decides
+:func:`choose` picks the kernels of a device, and :func:`obstacle` is the one place that decides
 whether they or plain PyTorch update a parameter.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,10 @@ from megatron_came.work import ParameterWork
 
 CHOICES = ("auto", "plain", "numba", "triton")
 
+_INSTALL = {"numba": "pip install 'megatron-came[cpu]'", "triton": "pip install triton"}
+# How packages fail to be imported: llvmlite without its library, for one, in OSError.
+_UNUSABLE = (ImportError, RuntimeError, OSError, AttributeError, SystemError)
+
 
 class Choice(NamedTuple):
     """Who computes a step on one device.
@@ -24,7 +30,8 @@ class Choice(NamedTuple):
     Attributes:
         kernels: None for plain PyTorch.
         reason: one sentence.
-        is_lesser: whether there could be kernels that are faster, but they cannot be used.
+        is_lesser: whether there could be kernels that are faster, or sooner there, but they cannot
+            be used.
     """
 
     kernels: Kernels | None
@@ -32,17 +39,31 @@ class Choice(NamedTuple):
     is_lesser: bool = False
 
 
-def are_for(kernels: Kernels | None, work: ParameterWork) -> bool:
-    """Decide whether kernels update a parameter; otherwise plain PyTorch does.
+def obstacle(kernels: Kernels | None, work: ParameterWork) -> str | None:
+    """Return why kernels do not update a parameter, so that plain PyTorch does; None if they do.
 
-    They do fp32 weights, in one piece or two, in tensors that :meth:`Kernels.bears`; and vectors
-    only where no other rank holds copies.
+    They do fp32 weights, in one piece or two; and vectors only where no other rank holds copies.
     """
+    if kernels is None:
+        return "there are no kernels"
+    if not work.has_fp32_weights:
+        return f"with {str(work.param.dtype).removeprefix('torch.')} weights"
+    if work.shard.is_vector and work.copies_group is not None:
+        return "with copies on other ranks, of vectors"
+    return kernels.obstacle(work.param, work.shard)
+
+
+def left_to_plain(reasons: Sequence[str], total: int) -> str:
+    """Return a sentence about parameters that kernels leave to plain PyTorch.
+
+    Args:
+        reasons: of each of them, see :func:`obstacle`.
+        total: number of all parameters.
+    """
+    counts = [f"{count} {reason}" for reason, count in Counter(reasons).most_common()]
     return (
-        kernels is not None
-        and work.has_fp32_weights
-        and kernels.bears(work.param, work.shard)
-        and not (work.shard.is_vector and work.copies_group is not None)
+        f"CAME's step runs in plain PyTorch, which is slower, for {len(reasons)} of {total} "
+        f"parameters: {', '.join(counts)}."
     )
 
 
@@ -74,18 +95,27 @@ def choose(wanted: str, device: torch.device) -> Choice:
         )
     try:
         return _kernels(str(name), device)
-    except (ImportError, RuntimeError) as error:  # not installed, or not working here
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except _UNUSABLE as error:  # not installed, or not working here
+        reason, command = _why_not(error), _INSTALL[str(name)]
         if wanted != "auto":
             raise ValueError(
-                f"CAME: kernels {wanted!r} need {name} (pip install {name}): {reason}."
+                f"CAME: kernels {wanted!r} need {name}, which cannot be used ({reason}): {command}."
             ) from error
         return Choice(
             None,
             f"CAME's step runs in plain PyTorch, which is slower: {name} cannot be used ({reason});"
-            f" pip install {name}.",
+            f" {command}.",
             is_lesser=True,
         )
+
+
+def _why_not(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if package != "megatron_came":
+            return f"the package {package} is missing"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [f"its import ends in {type(error).__name__}"])[0].rstrip(".")
 
 
 def _kernels(name: str, device: torch.device) -> Choice:
@@ -95,7 +125,11 @@ def _kernels(name: str, device: torch.device) -> Choice:
         obstacle = threads.obstacle()
         limit = "" if obstacle is None else f", on one thread: {obstacle}"
         why = "the weights are on a CPU, and Numba is installed"
-        return Choice(NumbaKernels(), f"CAME's step runs in Numba's kernels ({why}){limit}.")
+        kernels = NumbaKernels()
+        note = f" {kernels.note}" if kernels.note else ""
+        return Choice(
+            kernels, f"CAME's step runs in Numba's kernels ({why}){limit}.{note}", bool(note)
+        )
     from megatron_came.kernels.triton.launch import TritonKernels
 
     why = f"the weights are on {device}, and Triton is installed"

@@ -72,8 +72,8 @@ class Kernels(Protocol):
         """Whether all rows of a table of matrices allow vector loads."""
         ...
 
-    def bears(self, param: Tensor, shard: Shard) -> bool:
-        """Whether they can, and should, update this parameter."""
+    def obstacle(self, param: Tensor, shard: Shard) -> str | None:
+        """Return why they cannot, or should not, update this parameter, in words; None if not."""
         ...
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -101,12 +101,13 @@ class Kernels(Protocol):
         ...
 
 
-def is_ordinary(param: Tensor) -> bool:
-    """Whether a parameter is a tensor in one piece, which an address describes."""
-    return type(param) in (Tensor, torch.nn.Parameter) and param.is_contiguous()
-
-
-def is_batch_of_small(shard: Shard) -> bool:
-    """Whether tiles would be mostly empty: many small matrices, as of convolutions."""
+def usual_obstacle(param: Tensor, shard: Shard) -> str | None:
+    """Return what hinders all kernels: not one piece that an address describes; small matrices."""
+    if type(param) not in (Tensor, torch.nn.Parameter):
+        return f"in tensors of type {type(param).__name__}"
+    if not param.is_contiguous():
+        return "in tensors that are not contiguous"
     batch, rows, columns = shard.local_matrix
-    return batch > 64 and rows * columns < 1024
+    if batch > 64 and rows * columns < 1024:  # tiles would be mostly empty
+        return "with batches of many small matrices, as convolutions are (see flat_convolutions)"
+    return None

@@ -14,6 +14,8 @@ from torch import Tensor
 # Squares are summed of g * 2^-10: a row of gradients of 1e18 would overflow fp32, while a square
 # so small that it loses bits to the scale is far below eps1.
 _SQUARE_SCALE = 2.0**-10
+# Squares of u and e likewise: a gradient of 1e38, or a single one, makes them larger than 1e19.
+_UPDATE_SCALE = 2.0**-16
 
 
 def add_squared_sums(grad: Tensor, row_sums: Tensor, column_sums: Tensor | None) -> None:
@@ -56,18 +58,19 @@ def add_instability_sums(
         row_sums: (3, batch, rows), float64.
         column_sums: (3, batch, columns), float64.
     """
-    update = normalized(grad, row_scale, column_scale)
-    error = torch.sub(update / guess, exp_avg)
+    update = normalized(grad, row_scale * _UPDATE_SCALE, column_scale)
+    error = torch.sub(update / guess, exp_avg, alpha=_UPDATE_SCALE)
     product = torch.empty_like(error)
     for index, (left, right) in enumerate(((error, error), (update, error), (update, update))):
         torch.mul(left, right, out=product)
-        row_sums[index].add_(product.sum(-1))
-        column_sums[index].add_(product.sum(-2))
+        row_sums[index].add_(product.sum(-1), alpha=_UPDATE_SCALE**-2)
+        column_sums[index].add_(product.sum(-2), alpha=_UPDATE_SCALE**-2)
 
 
 def add_squared_update(grad: Tensor, row_scale: Tensor, total: Tensor) -> None:
     """Pass 2 of a vector: add the sum of u^2 to the float64 scalar ``total``, in place."""
-    total.add_(normalized(grad, row_scale, None).square_().sum())
+    update = normalized(grad, row_scale * _UPDATE_SCALE, None)
+    total.add_(update.square_().sum(), alpha=_UPDATE_SCALE**-2)
 
 
 def apply_update(
@@ -101,8 +104,8 @@ def apply_update(
         lr: learning rate.
         weight_decay: decoupled weight decay.
     """
-    update = normalized(grad, row_scale, column_scale)
-    exp_avg.mul_(beta1).add_(update.div_(divisor), alpha=1.0 - beta1)
+    update = normalized(grad, row_scale * _UPDATE_SCALE, column_scale)
+    exp_avg.mul_(beta1).add_(update.div_(divisor * _UPDATE_SCALE), alpha=1.0 - beta1)
     step = exp_avg
     if row_confidence is not None and column_confidence is not None:
         step = torch.mul(exp_avg, row_confidence.unsqueeze(-1), out=update)

@@ -4,45 +4,80 @@ from __future__ import annotations
 
 import sys
 
-_USAGE = """\
-usage: megatron-came COMMAND ...
+from megatron_came._version import __version__
 
-commands:
-  bench                time a step of CAME beside a step of other optimizers
-  data INPUT ...       make a dataset for Megatron of text
-  inspect CHECKPOINT   list what a checkpoint of Megatron holds
-  memory FLAGS...      predict the memory of every GPU from the flags of a launch
-  patch CHECKOUT       make --optimizer came work in a Megatron-LM checkout's own pretrain_gpt.py"""
+# Whatever else is needed is imported in functions, where Ctrl-C is looked after already.
+
+# Each command's module, which has a main(arguments), what it takes, and what it does.
+_COMMANDS = {
+    "bench": ("bench.command", "", "time a step of CAME beside other optimizers"),
+    "data": ("prepare_data", "INPUT ...", "make a dataset for Megatron of text"),
+    "flags": ("flags", "", "list the flags of --optimizer came, and variables"),
+    "help": ("", "[COMMAND]", "say how to use a command"),
+    "inspect": ("inspect_checkpoint", "CHECKPOINT", "list what a checkpoint of Megatron holds"),
+    "memory": ("memory", "FLAGS...", "predict the memory of every GPU of a launch"),
+    "patch": ("patch_checkout", "CHECKOUT", "let a checkout's own script know --optimizer came"),
+    "repair": ("repair_checkpoint", "FROM TO", "copy a checkpoint, its main weights made anew"),
+}
+# Seconds to clean up after Ctrl-C, for commands that write files; None is as long as it takes.
+_GRACE = {"data": None, "patch": 0.7, "repair": None}
+
+
+def _usage() -> str:
+    rows = [(f"{name} {takes}", does) for name, (_, takes, does) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: megatron-came COMMAND ...",
+            "       megatron-came --version",
+            "",
+            "commands:",
+            *(f"  {left:<20}{does}" for left, does in rows),
+            "",
+            "megatron-came help COMMAND says more of one. To train: torchrun ... -m",
+            "megatron_came.launch SCRIPT FLAGS, or -m megatron_came.pretrain_gpt FLAGS.",
+        ]
+    )
+
+
+def _run(command: str, rest: list[str]) -> int:
+    import importlib
+    import os
+
+    module = importlib.import_module(f"megatron_came.tools.{_COMMANDS[command][0]}")
+    try:
+        status: int = module.main(rest)
+    except BrokenPipeError:  # nobody reads on, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
 
 
 def main() -> int:
     """Run the command that the command line names; return its exit status."""
+    try:
+        return _main()
+    except KeyboardInterrupt:
+        print("megatron-came: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _main() -> int:
     command, rest = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
-    if command in ("-h", "--help"):
-        print(_USAGE)
+    if command == "help":
+        command, rest = (rest[0], ["--help"]) if rest else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(_usage())
         return 0
-    if command == "bench":
-        from megatron_came.tools.bench import command as bench
+    if command in ("-V", "--version"):
+        print(f"megatron-came {__version__}")
+        return 0
+    if command not in _COMMANDS:
+        print(f"megatron-came: there is no command {command}.\n{_usage()}", file=sys.stderr)
+        return 2
+    from megatron_came.tools.interrupts import in_one_line
 
-        return bench.main(rest)
-    if command == "data":
-        from megatron_came.tools import prepare_data
-
-        return prepare_data.main(rest)
-    if command == "inspect":
-        from megatron_came.tools import inspect_checkpoint
-
-        return inspect_checkpoint.main(rest)
-    if command == "memory":
-        from megatron_came.tools import memory
-
-        return memory.main(rest)
-    if command == "patch":
-        from megatron_came.tools import patch_checkout
-
-        return patch_checkout.main(rest)
-    print(f"megatron-came: there is no command {command}.\n{_USAGE}", file=sys.stderr)
-    return 2
+    line = f"megatron-came {command}: interrupted."
+    return in_one_line(lambda: _run(command, rest), line, grace=_GRACE.get(command, 0.0))
 
 
 if __name__ == "__main__":

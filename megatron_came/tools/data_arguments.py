@@ -4,9 +4,47 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from megatron_came.data.errors import DataError
+from megatron_came.data.errors import DataError, UnusableError
+from megatron_came.data.folders import is_folder
 from megatron_came.data.tokenizer import Gpt2Bpe, HuggingFace, SentencePiece, TokenizerFiles
+
+# Flags of Megatron's tools/preprocess_data.py that have no meaning here, or another.
+_MEGATRONS = {
+    "--split-sentences": "documents are not cut into sentences: leave it out",
+    "--keep-newlines": "texts are taken as they are, and not cut into sentences: leave it out",
+    "--lang": "documents are not cut into sentences: leave it out",
+    "--partitions": "the input is not cut: leave it out, and give --workers N",
+    "--log-interval": "progress is shown in any case: leave it out",
+    "--vocab-size": "the tokenizer says it: leave it out, or give --train-tokenizer SIZE",
+    "--find-optimal-num-workers": "all cores are used: leave it out, or give --workers N",
+    "--tiktoken-pattern": "tiktoken's files are not read: give --tokenizer-model FILE_OR_FOLDER",
+}
+
+
+def read(argv: list[str]) -> argparse.Namespace:
+    """Read the arguments.
+
+    Raises:
+        SystemExit: They cannot be understood, or only help was asked for.
+    """
+    made = parser()
+    options = made.parse_args(argv)
+    for flag, instead in _MEGATRONS.items():
+        value = getattr(options, flag[2:].replace("-", "_"))
+        if value is not None and (flag, value) != ("--partitions", ["1"]):
+            made.error(f"{flag} is of Megatron's tools/preprocess_data.py, and here {instead}")
+    if len(options.json_keys or ()) > 1:
+        made.error(
+            f"--json-keys {' '.join(options.json_keys)}: a dataset is made of one key, so run this"
+            " once for each, with --json-key KEY and an --output-prefix of its own"
+        )
+    options.json_key = (options.json_keys or [options.json_key])[0]
+    options.inputs = [*options.named, *options.input]
+    if not options.inputs:
+        made.error("name the input: text files, JSON Lines, or folders of them")
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add(
-        "input",
-        nargs="+",
+        "named",
+        nargs="*",
         type=Path,
         metavar="INPUT",
-        help="text files, JSON Lines, either with .gz, or folders of them",
+        help="text files, JSON Lines, either with .gz, .bz2 or .xz, or folders of them",
     )
     add(
         "--output-prefix",
@@ -66,7 +104,8 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=["auto", "text", "jsonl"],
         default="auto",
-        help="auto: JSON Lines if the name ends in .jsonl, .ndjson or .json, else text; .gz aside",
+        help="auto: JSON Lines if the name ends in .jsonl, .ndjson or .json, a .gz, .bz2 or .xz"
+        " aside, else text",
     )
     add("--json-key", default="text", metavar="KEY", help="where JSON has the text (%(default)s)")
     add(
@@ -89,7 +128,21 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out and count what cannot be used, instead of stopping at it",
     )
+    _add_megatrons(made)
     return made
+
+
+def _add_megatrons(made: argparse.ArgumentParser) -> None:
+    """Add what Megatron's own script has and this command names otherwise, or does anyway."""
+
+    def add(flag: str, **more: Any) -> None:
+        made.add_argument(flag, help=argparse.SUPPRESS, **more)
+
+    add("--input", nargs="+", action="extend", type=Path, default=[])
+    add("--json-keys", nargs="+")
+    add("--keep-sequential-samples", action="store_true")  # as here in any case
+    for flag in _MEGATRONS:
+        add(flag, nargs="*")
 
 
 def _prefix(value: str) -> Path:
@@ -153,12 +206,13 @@ def named_tokenizer(options: argparse.Namespace) -> TokenizerFiles | None:
             raise DataError("GPT-2's BPE has two files: give both --vocab-file and --merge-file.")
         tokenizer = Gpt2Bpe(options.vocab_file.absolute(), options.merge_file.absolute())
     elif options.tokenizer_model:
-        if not options.tokenizer_model.exists():
+        try:
+            kind = HuggingFace if is_folder(options.tokenizer_model) else SentencePiece
+        except UnusableError as error:
             raise DataError(
-                f"--tokenizer-model {options.tokenizer_model} does not exist: name a SentencePiece"
+                f"--tokenizer-model {options.tokenizer_model} {error.reason}: name a SentencePiece"
                 " model, or a folder with a Hugging Face tokenizer."
-            )
-        kind = HuggingFace if options.tokenizer_model.is_dir() else SentencePiece
+            ) from error
         tokenizer = kind(options.tokenizer_model.absolute())
     implied = (tokenizer or SentencePiece).megatron_type
     if options.tokenizer_type not in (None, implied):

@@ -22,8 +22,8 @@ PATCHES = Path(str(resources.files("megatron_came"))) / "patches"
 
 _VERSION = Path("megatron/core/package_info.py")
 _HELP = """\
-exit status: 0 if done, or with --check if the patch is applied; 1 if with --check it is not, but
-could be; 2 if the tree is refused"""
+exit status: 0 if done, or with --check if the patch is applied; 1 if with
+--check it is not, but could be; 2 if the tree is refused"""
 
 
 class RefusedError(Exception):

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from megatron_came.data.corpus import Corpus
 from megatron_came.data.encoding import Encoder, Job
 from megatron_came.data.errors import DataError
-from megatron_came.data.files import whole_files
+from megatron_came.data.files import LateInterrupt, whole_files
 from megatron_came.data.quiet import quiet
 from megatron_came.data.records import Layout
 from megatron_came.data.tokenizer import SentencePiece, TokenizerFiles
 from megatron_came.data.tokenizer_training import train_tokenizer
-from megatron_came.tools.data_arguments import named_tokenizer, parser
+from megatron_came.tools.data_arguments import named_tokenizer, read
 from megatron_came.tools.launch_flags import launch_flags
 from megatron_came.tools.progress import Progress
 
@@ -54,10 +54,11 @@ def run(options: argparse.Namespace) -> str:
     # A new model is one of the files that appear together, as an old one would not fit the tokens.
     models = [] if given else [Path(f"{prefix}.model")]
     outputs = [*models, *dataset_files(prefixes)]
-    if not options.overwrite:
-        _refuse_existing(outputs)
+    _refuse_inputs(outputs, corpus)
 
     with whole_files(*outputs) as partial:
+        if not options.overwrite:
+            _refuse_existing(outputs)  # now that nobody else can be writing them
         if not encoder:
             train_tokenizer(
                 _texts(corpus, options.train_tokenizer),
@@ -91,12 +92,11 @@ def run(options: argparse.Namespace) -> str:
 
 def _corpus(options: argparse.Namespace) -> Corpus:
     layout = Layout(options.format, options.json_key, options.separator)
-    corpus = Corpus.from_paths(options.input, layout, tolerant=options.skip_faulty)
-    once = [path for path in corpus.files if not path.is_file()]
-    if once and options.train_tokenizer:
+    corpus = Corpus.from_paths(options.inputs, layout, tolerant=options.skip_faulty)
+    if corpus.pipes and options.train_tokenizer:
         raise DataError(
-            f"{once[0]} is no regular file and can be read only once, which is not enough to train"
-            " a tokenizer: write it to a file first, or give --tokenizer-model."
+            f"{corpus.pipes[0]} is no regular file and can be read only once, which is not enough"
+            " to train a tokenizer: write it to a file first, or give --tokenizer-model."
         )
     return corpus
 
@@ -116,6 +116,16 @@ def _refuse_existing(outputs: Iterable[Path]) -> None:
             raise DataError(
                 f"{path} is there already: give another --output-prefix, or --overwrite to replace"
                 " it."
+            )
+
+
+def _refuse_inputs(outputs: Iterable[Path], corpus: Corpus) -> None:
+    inputs = {os.path.realpath(path) for path in corpus.files}
+    for path in outputs:
+        if os.path.realpath(path) in inputs:
+            raise DataError(
+                f"{path} is among the input and would be replaced: give another --output-prefix,"
+                " or move it."
             )
 
 
@@ -153,15 +163,23 @@ def _say(lines: Sequence[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    options = parser().parse_args(argv)
     # A batch system's signal ends it as Ctrl-C does: without files left behind.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _main(argv)
+    except KeyboardInterrupt as interrupt:
+        late = isinstance(interrupt, LateInterrupt)
+        return _fail(f"Interrupted: {'everything' if late else 'nothing'} was written.", 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _main(argv: list[str]) -> int:
+    options = read(argv)
     try:
         report = run(options)
     except DataError as error:
         return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("Interrupted: nothing was written.", 130)
     except OSError as error:
         path = str(error.filename or f"{options.output_prefix}.bin").removesuffix(".partial")
         reason = (error.strerror or "unknown error").lower()
@@ -171,8 +189,6 @@ def main(argv: list[str]) -> int:
             " written.",
             1,
         )
-    finally:
-        signal.signal(signal.SIGTERM, before)
     try:
         print(report, flush=True)
     except BrokenPipeError:  # nobody reads on, as in "| head"

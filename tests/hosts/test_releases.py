@@ -17,6 +17,7 @@ DO = "--use-distributed-optimizer "
 FULL = DO + "--dist-ckpt-optim-fully-reshardable "
 TP, PP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 2 "
 EP = "--expert-model-parallel-size 2 "
+RATES = "--decoupled-lr 1e-3 --decoupled-min-lr 1e-4 "
 CAME = "--optimizer came --ckpt-format torch_dist "
 
 LAYOUTS = {
@@ -38,6 +39,10 @@ SAVED = {
     "legacy": ("gpt2", DO + "--ckpt-format torch "),
     "legacy-moe": ("moe", EP + DO + "--ckpt-format torch "),
     "dp-moe": ("moe", EP + DO),
+    # Before 0.19 Megatron gives groups of parameters each other's rates.
+    "rates": ("gpt2", FULL + RATES),
+    "rates-whole": ("gpt2", RATES),
+    "rates-legacy": ("gpt2", DO + "--ckpt-format torch " + RATES),
 }
 # What releases before 0.19 are not exact with.
 REFUSED = {
@@ -45,12 +50,6 @@ REFUSED = {
         MODELS["moe"] + TP + "--sequence-parallel --expert-tensor-parallel-size 1 " + CAME,
         "--expert-tensor-parallel-size 1 at --tensor-model-parallel-size 2 and "
         "--expert-model-parallel-size 1",
-    ),
-    "learning-rates": (
-        "--decoupled-lr 1e-3 --decoupled-min-lr 1e-4 --untie-embeddings-and-output-weights "
-        + CAME
-        + "--load {folder}/nothing ",
-        "--decoupled-lr and --load",
     ),
 }
 
@@ -83,6 +82,9 @@ def _cases(folder, older):
             Case(f"{name}-first", begin + CAME + flags + place),
             Case(f"{name}-second", CAME + flags + again),
         ]
+    for name, flags in (("full", FULL), ("fp32", "")):
+        faster = f"--lr 1e-3 --override-opt_param-scheduler --load {folder / name} {CAME}{flags}"
+        two.append(Case(f"{name}-faster", faster))
     two.append(Case("full-at-tp2", f"{CAME}{FULL}{TP}--load {folder / 'full'} "))
     if older:
         two += [
@@ -132,6 +134,13 @@ def test_resuming_is_bit_identical(seen, name):
 def test_resuming_at_another_layout_differs_by_rounding(seen):
     straight = losses(seen["full-straight"])[10:]
     assert worst_difference(losses(seen["full-at-tp2"]), straight) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["full", "fp32"])
+def test_resuming_at_another_learning_rate(seen, name):
+    straight, faster = losses(seen[f"{name}-straight"])[10:], losses(seen[f"{name}-faster"])
+    assert faster[0] == straight[0]
+    assert worst_difference(faster[1:], straight[1:]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -29,9 +29,11 @@ def _share_one_device() -> None:
     device = ProcessGroupGloo.create_device(hostname="127.0.0.1")
 
     class Group(ProcessGroupGloo):
-        def __init__(self, store, rank, size, timeout):
+        def __init__(self, store, rank, size, timeout, **settings):
             options = ProcessGroupGloo._Options()
             options._devices, options._timeout = [device], timeout
+            for name, value in settings.items():  # from torch 2.14 on, enable_reconfigure
+                setattr(options, name, value)
             super().__init__(store, rank, size, options)
 
     distributed_c10d.ProcessGroupGloo = Group

@@ -33,19 +33,23 @@ MODEL = """
 
 @dataclass
 class Case:
-    """One training: flags beyond the model's, and what runs in CAME's place (see variants)."""
+    """One training: flags beyond the model's, and what runs in CAME's place (see variants).
+
+    The last rank alone has the flags in ``last`` as well.
+    """
 
     name: str
     flags: str
     variant: str = "came"
     fails: bool = False
     model: str = MODEL
+    last: str = ""
 
     def as_json(self, ranks: int) -> dict:
         # Two micro-batches an iteration: enough to accumulate gradients and to fill a pipeline.
         size = max(8 // data_parallel_size(self.flags, ranks) // 2, 2)
         flags = f"{self.model} --micro-batch-size {size} {self.flags}".split()
-        return {**asdict(self), "flags": flags}
+        return {**asdict(self), "flags": flags, "last": self.last.split()}
 
 
 def parallel_size(flags: str, kind: str) -> int:

@@ -55,6 +55,7 @@ LAYOUTS = {
             "dp4-do": DO,
             "dp4-do-overlap": OVERLAP,
             "dp4-two-instances": TWO_INSTANCES,
+            "dp4-two-instances-overlap": TWO_INSTANCES + "--overlap-grad-reduce ",
             "tp2-dp2-do-overlap": tp(2) + OVERLAP,
             "pp2-vpp2-tp2-do": pp(2, 1) + tp(2) + DO,
             "tp2-sp-cp2-do": tp(2) + SP + CP + DO + WHOLE[1],

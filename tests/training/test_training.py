@@ -28,6 +28,7 @@ SETTINGS = {
     "decoupled-lr": "--untie-embeddings-and-output-weights --decoupled-lr 1e-3 "
     "--decoupled-min-lr 1e-4",
     "frozen-layer": "",
+    "layernorm-1p": "--apply-layernorm-1p ",
 }
 ADAM = [(1, "dp1"), (2, "dp2-do"), (2, "tp2-do"), (2, "pp2")]
 FAULTS = {"dp2-do": "no_dp_sum", "tp2": "no_tp_sum"}

@@ -4,12 +4,16 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import came_pytorch
+import torch.distributed as dist
 
 from megatron_came import comm
+from tests.training.damaged_settings import DAMAGE, damaged
 
 
 class Oracle(came_pytorch.CAME):
@@ -117,6 +121,90 @@ def _exploding():
     return mock.patch.object(pretrain_gpt, "loss_func", explode)
 
 
+def _is_last():
+    return int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+
+
+def _without_numba_on_last():
+    """The last rank cannot import Numba."""
+    return mock.patch.dict(
+        sys.modules, {"megatron_came.kernels.numba.launch": None} if _is_last() else {}
+    )
+
+
+def _frozen_on_last(name):
+    """One parameter is frozen on the last rank alone."""
+    is_last = _is_last()
+    return _trainable(lambda full_name: not (is_last and full_name == name))
+
+
+def _bad_gradient(value, first):
+    """From iteration ``first`` on, the last rank's gradient of one weight has three bad elements.
+
+    An iteration is two micro-batches.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    original, calls = GPTModel.__init__, []
+
+    def spoil(grad):
+        calls.append(grad)
+        if len(calls) <= 2 * (first - 1):
+            return grad
+        grad = grad.clone()
+        grad.view(-1)[[1, 5, 7]] = value
+        return grad
+
+    def spoiled(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            self.decoder.layers[0].mlp.linear_fc1.weight.register_hook(spoil)
+
+    return mock.patch.object(GPTModel, "__init__", spoiled)
+
+
+def _bad_loss(first):
+    """From iteration ``first`` on, the last rank's loss is NaN."""
+    from megatron_came import pretrain_gpt
+
+    original, calls = pretrain_gpt.loss_func, []
+
+    def spoiled(mask, output):
+        calls.append(mask)
+        bad = len(calls) > 2 * (first - 1) and dist.get_rank() == dist.get_world_size() - 1
+        return original(mask, output * float("nan") if bad else output)
+
+    return mock.patch.object(pretrain_gpt, "loss_func", spoiled)
+
+
+def _released():
+    """A checkpoint is made a release once it is saved."""
+    from megatron.training import checkpointing, training
+
+    original = checkpointing.save_checkpoint
+
+    def release(*args, **kwargs):
+        original(*args, **kwargs)
+        folder = Path(checkpointing.get_args().save)
+        next(folder.glob("iter_*")).rename(folder / "release")
+        (folder / "latest_checkpointed_iteration.txt").write_text("release")
+
+    return mock.patch.object(training, "save_checkpoint", release)
+
+
+def _spiky():
+    """The loss of the third iteration is a hundred times as large."""
+    from megatron_came import pretrain_gpt
+
+    original, calls = pretrain_gpt.loss_func, []
+
+    def spoiled(mask, output):
+        calls.append(mask)
+        return original(mask, output * (100.0 if len(calls) in (5, 6) else 1.0))
+
+    return mock.patch.object(pretrain_gpt, "loss_func", spoiled)
+
+
 def apply(name: str, stack: contextlib.ExitStack) -> None:
     """Enter the patches of a variant."""
     from megatron_came.host import building
@@ -126,6 +214,16 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "oracle": lambda: mock.patch.object(building, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         "exploding": _exploding,
+        "no-numba-on-last": _without_numba_on_last,
+        "frozen-on-last": lambda: _frozen_on_last("decoder.layers.1.mlp.linear_fc1.weight"),
+        "tied-frozen-on-last": lambda: _frozen_on_last("output_layer.weight"),
+        "nan-gradient": lambda: _bad_gradient(float("nan"), 3),
+        "nan-gradient-at-first": lambda: _bad_gradient(float("nan"), 1),
+        "inf-gradient": lambda: _bad_gradient(float("inf"), 3),
+        "nan-loss": lambda: _bad_loss(3),
+        "released": _released,
+        "spiky": _spiky,
+        **{f"damaged-{name}": functools.partial(damaged, name) for name in DAMAGE},
         "silent": _silent_weights,
         "killed": _killed_while_saving,
         "no_dp_sum": lambda: without_sums_over("dp_group"),

@@ -20,6 +20,7 @@ from megatron_came.launch import prepare
 prepare()  # before anything imports Megatron
 
 from megatron_came import pretrain_gpt  # noqa: E402
+from megatron_came.host import resumed_settings  # noqa: E402
 from tests.training import variants  # noqa: E402
 from tests.training.groups import connect, meet  # noqa: E402
 from tests.training.recording import Recorder  # noqa: E402
@@ -28,7 +29,8 @@ from tests.training.recording import Recorder  # noqa: E402
 def run_case(case: dict) -> dict:
     """Train as one case says, and return what was seen on this rank."""
     recorder = Recorder()
-    sys.argv = ["pretrain_gpt", *case["flags"]]
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    sys.argv = ["pretrain_gpt", *case["flags"], *(case["last"] if is_last else [])]
     with contextlib.ExitStack() as stack:
         recorder.install(stack)
         for variant in case["variant"].split("+"):
@@ -54,6 +56,7 @@ def forget() -> None:
     global_vars.destroy_global_vars()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
+    resumed_settings.say_once.cache_clear()
     dist.destroy_process_group()  # their threads would slow down all later cases
     gc.collect()
 

@@ -54,7 +54,10 @@ class Refusal:
         value = getattr(arguments, self.destination, None)
         if not value or getattr(value, "name", value) in self.works:
             return None
-        given = self.flag if value is True else f"{self.flag} {_as_typed(value)}"
+        return self.sentence(self.flag if value is True else f"{self.flag} {_as_typed(value)}")
+
+    def sentence(self, given: str) -> str:
+        """The sentence that refuses what was given."""
         return f"{given} needs {self.needs}, and this run is on the CPU: {self.instead}."
 
 
@@ -74,6 +77,8 @@ def _leave_out(flag: str, needs: str, destination: str | None = None) -> Refusal
     )
 
 
+# What Megatron recomputes in a way of its own, which asks Transformer Engine about its numbers.
+_RECOMPUTED_BY_ENGINE = ("layernorm", "moe_act", "mla_up_proj", "gdn_norm_out")
 _GRAPHS = "CUDA graphs"
 _ENGINE = "Transformer Engine, whose kernels run on a GPU"
 _NCCL = "NCCL, which moves data between GPUs"
@@ -114,6 +119,8 @@ REFUSALS: tuple[Refusal, ...] = (
     _leave_out("--moe-router-fusion", _ENGINE),
     _leave_out("--experimental-attention-variant", _ENGINE),
     _leave_out("--multi-latent-attention", _ENGINE),
+    _leave_out("--moe-latent-size", _ENGINE),
+    _leave_out("--fp32-residual-connection", _ENGINE),
     _leave_out("--enable-cuda-graph", _GRAPHS),
     _leave_out("--external-cuda-graph", _GRAPHS),
     _leave_out("--optimizer-cuda-graph", _GRAPHS),
@@ -166,14 +173,11 @@ def _refused_together(arguments: argparse.Namespace) -> str | None:
             "--profile needs the CUDA profiler, and this run is on the CPU: add "
             "--use-pytorch-profiler."
         )
+    for module in getattr(arguments, "recompute_modules", None) or ():
+        if module in _RECOMPUTED_BY_ENGINE:
+            rule = _leave_out("--recompute-modules", _ENGINE)
+            return rule.sentence(f"{rule.flag} {module}")
     return None
-
-
-def default_flags() -> str:
-    """The defaults that are set, as flags on one line."""
-    return " ".join(
-        flag for flag, (destination, _) in _DEFAULTS.items() if not releases.lacks(destination)
-    )
 
 
 def set_defaults(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -105,10 +105,10 @@ class Event:
         """Nothing to wait for."""
 
 
-class Device:
-    """``torch.cuda.device``: a context in which nothing changes, there being one device."""
+class Context(contextlib.ContextDecorator):
+    """A context in which nothing changes; like ``torch.cuda.stream``'s, to be entered again."""
 
-    def __init__(self, device: object) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     def __enter__(self) -> None:
@@ -212,11 +212,6 @@ def _properties(device: object = None) -> types.SimpleNamespace:
     )
 
 
-@contextlib.contextmanager
-def _context(*args: object, **kwargs: object) -> Iterator[None]:
-    yield
-
-
 def _constant(value: object) -> Callable[..., Any]:
     def answer(*args: object, **kwargs: object) -> object:
         return value
@@ -259,8 +254,8 @@ def _cuda_functions() -> dict[str, Any]:
         "get_device_properties": _properties,
         "Stream": Stream,
         "Event": Event,
-        "device": Device,
-        "stream": _context,
+        "device": Context,
+        "stream": Context,
         "current_stream": _constant(stream),
         "default_stream": _constant(stream),
         "memory_allocated": lambda device=None: _resident(),
@@ -314,7 +309,7 @@ def install() -> None:
         setattr(torch.cuda, name, stand_in)
     for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):
         setattr(torch.cuda.nvtx, name, _constant(None))
-    torch.cuda.nvtx.range = _context
+    torch.cuda.nvtx.range = Context  # type: ignore[assignment]
     torch.compile = _compile
     # Not a torch function, so no mode sees it.
     torch.Tensor.record_stream = _nothing  # type: ignore[method-assign]

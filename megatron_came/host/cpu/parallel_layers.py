@@ -1,8 +1,8 @@
 """Stand-ins for parts of Megatron's local layers, so that more layouts run on a CPU.
 
-Sequence parallelism and context parallelism need a norm and an attention that only Transformer
-Engine and apex have, and experts a gather that gloo lacks.  These are written for debugging and
-tests: right, not fast.
+Sequence parallelism, context parallelism and ``--apply-layernorm-1p`` need a norm and an attention
+that only Transformer Engine and apex have, and experts a gather that gloo lacks.  These are written
+for debugging and tests: right, not fast.
 """
 
 import copy
@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 def install() -> None:
     """Put the stand-ins in place, for good."""
-    _norms_for_sequence_parallelism()
+    _norms_of_all_kinds()
     _attention_for_context_parallelism()
     _uneven_splits_for_experts()
 
 
-def _norms_for_sequence_parallelism() -> None:
-    """Let torch's norms run on a part of the sequence.
+def _norms_of_all_kinds() -> None:
+    """Let torch's norms run on a part of the sequence, and with weights around zero.
 
     A norm treats every token alone.  All that sequence parallelism asks of it is a mark on its
     weights: their gradients are partial sums, which Megatron adds up over tensor-parallel ranks.
@@ -33,13 +33,40 @@ def _norms_for_sequence_parallelism() -> None:
     @functools.wraps(build)
     def build_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         whole = copy.copy(config)
-        whole.sequence_parallel = False
+        whole.sequence_parallel = whole.layernorm_zero_centered_gamma = False
         norm: torch.nn.Module = build(cls, whole, *args, **kwargs)
+        if config.layernorm_zero_centered_gamma:
+            _center_at_zero(norm)
         for param in norm.parameters():
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
     WrappedTorchNorm.__new__ = staticmethod(build_marked)
+
+
+def _center_at_zero(norm: torch.nn.Module) -> None:
+    """Let a norm multiply by its weights + 1 (``--apply-layernorm-1p``)."""
+    if isinstance(norm, torch.nn.LayerNorm):
+        norm.__class__ = _ZeroCenteredLayerNorm
+    elif isinstance(norm, torch.nn.RMSNorm):
+        norm.__class__ = _ZeroCenteredRMSNorm
+    else:  # it has no weights
+        return
+    torch.nn.init.zeros_(norm.weight)
+
+
+class _ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(
+            tokens, self.normalized_shape, self.weight + 1, self.bias, self.eps
+        )
+
+
+class _ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(
+            tokens, self.normalized_shape, self.weight + 1, self.eps
+        )
 
 
 def _attention_for_context_parallelism() -> None:
@@ -123,7 +150,7 @@ def _uneven_splits_for_experts() -> None:
 
 
 def _whole_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    whole: torch.Tensor = _WholeSequence.apply(part, group)  # type: ignore[no-untyped-call]
+    whole: torch.Tensor = _WholeSequence.apply(part, group)  # type: ignore[no-untyped-call, unused-ignore]
     return whole
 
 

@@ -111,7 +111,7 @@ def build_stage(args: argparse.Namespace, grid: Grid, stage: int) -> list[Chunk]
                 args.virtual_pipeline_model_parallel_size,
             )
         except Exception as error:
-            said = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+            said = " ".join(str(error).split()).removesuffix(".") or "it does not say why"
             raise UnsupportedError(
                 "Megatron does not build this model of its local layers, which memory is "
                 f"predicted with: {said}."

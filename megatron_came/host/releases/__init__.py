@@ -4,7 +4,7 @@ All other code of the host room, and the launchers, are written for the newest r
 version conditional. What an older one has otherwise, or lacks, is here, by the room that needs it:
 
 * ``distributed_optimizer``: a ``DistributedOptimizer`` that takes other optimizers than Adam;
-* ``refusals``: models and flags that an older release is not exact with;
+* ``refusals``: models that an older release is not exact with;
 * ``cpu``: what the CPU host stands in for;
 * ``pretraining``: how ``megatron_came.pretrain_gpt`` builds a model and starts the training loop.
 """

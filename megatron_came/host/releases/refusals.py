@@ -1,4 +1,4 @@
-"""Models and flags that a release before 0.19 is not exact with: refused before training starts."""
+"""Models that a release before 0.19 is not exact with: refused before training starts."""
 
 from __future__ import annotations
 
@@ -8,32 +8,6 @@ from megatron_came.host.errors import UnsupportedError
 from megatron_came.host.versions import release
 
 _NEWER = "or Megatron 0.19"
-
-
-def flag_problem(args: Any) -> str | None:
-    """Say in one sentence which of Megatron's arguments this release cannot do with CAME, or None.
-
-    Args:
-        args: Megatron's arguments, validated.
-    """
-    if release() >= (0, 19):
-        return None
-    per_group = [
-        flag
-        for flag, given in (
-            ("--decoupled-lr", getattr(args, "decoupled_lr", None) is not None),
-            ("--use-mup", getattr(args, "use_mup", False)),
-        )
-        if given
-    ]
-    resumes = args.load is not None and not (args.finetune or args.no_load_optim)
-    if per_group and resumes:
-        return (
-            f"--optimizer came does not go with {per_group[0]} and --load on Megatron "
-            f"{_series()}, which gives groups of parameters each other's learning rates when it "
-            f"loads an optimizer: give --no-load-optim, leave {per_group[0]} out, {_NEWER}."
-        )
-    return None
 
 
 def check_model(model_chunks: list[Any]) -> None:

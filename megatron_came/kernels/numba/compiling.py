@@ -7,8 +7,11 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import torch
 from numba import carray, njit, types
 from numba.extending import intrinsic
+
+from megatron_came.maths import factors
 
 # What ``task.compiled``'s function calls becomes part of it. A function of its own is found by name
 # in whatever machine code was loaded first, and is not the same compiled anew and from the cache:
@@ -22,6 +25,12 @@ elementwise = _inlined(fastmath={"contract"})
 ONE = np.float32(1.0)
 SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.maths.passes
 SQUARE_UNSCALE = 2.0**20
+UPDATE_SCALE = np.float32(2.0**-16)
+UPDATE_UNSCALE = 2.0**32
+# See megatron_came.maths.factors.
+LARGEST_MEAN = factors.largest_mean(torch.float32)
+LEAST_RATIO = np.float32(factors.LEAST_RATIO)
+BAD_GUESS = factors.BAD_GUESS
 
 
 def _pointer(dtype):
@@ -42,6 +51,7 @@ to_float64 = _pointer(types.float64)
 to_int64 = _pointer(types.int64)
 to_uint16 = _pointer(types.uint16)
 to_int16 = _pointer(types.int16)
+to_int32 = _pointer(types.int32)
 to_int8 = _pointer(types.int8)
 
 
@@ -61,6 +71,12 @@ def doubles(address, count):
 def shorts(address, count):
     """View 16-bit numbers at an address."""
     return carray(to_uint16(address), (count,))
+
+
+@inline
+def at_most(value, high):
+    """``torch.clamp(max=high)``: NaN stays NaN."""
+    return high if value > high else value
 
 
 @inline

@@ -9,8 +9,12 @@ import math
 import numpy as np
 
 from megatron_came.kernels.numba.compiling import (
+    BAD_GUESS,
+    LARGEST_MEAN,
+    LEAST_RATIO,
     ONE,
     at_least,
+    at_most,
     doubles,
     elementwise,
     fast,
@@ -27,7 +31,7 @@ def update_moment(moment, sums, count, eps, beta):
     total, ratio = 0.0, 0.0
     keep, add = np.float32(beta), np.float32(1.0 - beta)
     for i in range(moment.size):
-        mean = sums[i] / count + eps
+        mean = at_most(sums[i] / count + eps, LARGEST_MEAN)
         moment[i] = keep * moment[i] + add * np.float32(mean)
         total += moment[i]
         ratio += mean / np.float64(moment[i])
@@ -35,9 +39,15 @@ def update_moment(moment, sums, count, eps, beta):
 
 
 @elementwise
-def _inverse_roots(moment, mean, out):
+def _inverse_roots(moment, out):
     for i in range(moment.size):
-        out[i] = ONE / math.sqrt(moment[i] / mean)
+        out[i] = ONE / math.sqrt(moment[i])
+
+
+@elementwise
+def _inverse_root_ratios(moment, mean, out):
+    for i in range(moment.size):
+        out[i] = ONE / math.sqrt(at_least(moment[i] / mean, LEAST_RATIO))
 
 
 @inline
@@ -82,12 +92,8 @@ def update_second_moments(first, stop, matrices, factors, groups, divisors):
             beta,
         )
         mean = _mean(param, row_total, column_total)
-        _inverse_roots(row, mean, floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows))
-        _inverse_roots(
-            column,
-            ONE,
-            floats(param[Matrix.COLUMN_SCALE] + 4 * matrix * columns, columns),
-        )
+        _inverse_root_ratios(row, mean, floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows))
+        _inverse_roots(column, floats(param[Matrix.COLUMN_SCALE] + 4 * matrix * columns, columns))
         squared = 0.0
         if param[Matrix.ROWS_ARE_WHOLE]:
             squared = at_least(row_ratio / rows, squared)
@@ -118,19 +124,26 @@ def sum_squared_updates(first, stop, matrices):
 @inline
 def inverse_divisor(total, numel, clip_threshold):
     """Twin of ``factors.clip_divisor``, of which it returns the inverse."""
-    return 1.0 / at_least(math.sqrt(total / numel) / clip_threshold, 1.0)
+    return 1.0 / at_least(math.sqrt(total / numel) / clip_threshold, 1.0) + 0.0 * total
 
 
 @fast
-def _update_residual(moment, sums, stride, delta, beta1, count, eps, beta):
+def _update_residual(moment, sums, stride, inverses, beta1, count, eps, beta):
     """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's sum."""
+    inverse_guess, inverse = inverses
+    delta = inverse - inverse_guess
+    is_bad = inverse_guess > BAD_GUESS * inverse
     total = 0.0
     keep, add = np.float32(beta), np.float32(1.0 - beta)
     for i in range(moment.size):
         error, cross, square = sums[i], sums[i + stride], sums[i + 2 * stride]
         residual = error + delta * (2.0 * cross + delta * square)
         residual = at_least(residual, 0.0) * beta1 * beta1
-        moment[i] = keep * moment[i] + add * np.float32(residual / count + eps)
+        if is_bad:
+            residual = square * inverse * inverse * beta1 * beta1
+        moment[i] = keep * moment[i] + add * np.float32(
+            at_most(residual / count + eps, LARGEST_MEAN)
+        )
         total += moment[i]
     return total
 
@@ -152,28 +165,28 @@ def update_instabilities(first, stop, matrices, factors, groups, divisors):
             param[Matrix.FULL_NUMEL],
             group[Group.CLIP_THRESHOLD],
         )
-        delta = inverse - np.float64(divisors[index, 0])
+        inverses = np.float64(divisors[index, 0]), inverse
         divisors[index, 1] = np.float32(inverse)
         eps, beta, beta1 = group[Group.EPS2], group[Group.BETA3], group[Group.BETA1]
         row_sums = doubles(param[Matrix.RESIDUAL_ROWS], 3 * batch * rows)[matrix * rows :]
         column_sums = doubles(param[Matrix.RESIDUAL_COLUMNS], 3 * batch * columns)
         row_total = _update_residual(
-            row, row_sums, batch * rows, delta, beta1, param[Matrix.FULL_COLUMNS], eps, beta
+            row, row_sums, batch * rows, inverses, beta1, param[Matrix.FULL_COLUMNS], eps, beta
         )
         column_total = _update_residual(
             column,
             column_sums[matrix * columns :],
             batch * columns,
-            delta,
+            inverses,
             beta1,
             param[Matrix.FULL_ROWS],
             eps,
             beta,
         )
         mean = _mean(param, row_total, column_total)
-        _inverse_roots(row, mean, floats(param[Matrix.ROW_CONFIDENCE] + 4 * matrix * rows, rows))
+        _inverse_root_ratios(
+            row, mean, floats(param[Matrix.ROW_CONFIDENCE] + 4 * matrix * rows, rows)
+        )
         _inverse_roots(
-            column,
-            ONE,
-            floats(param[Matrix.COLUMN_CONFIDENCE] + 4 * matrix * columns, columns),
+            column, floats(param[Matrix.COLUMN_CONFIDENCE] + 4 * matrix * columns, columns)
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_came.kernels import threads
 from megatron_came.kernels.cutting import Tiling
-from megatron_came.kernels.interface import Tables, is_batch_of_small, is_ordinary
+from megatron_came.kernels.interface import Tables, usual_obstacle
 from megatron_came.kernels.numba.task import TaskField, compiled
 from megatron_came.kernels.numba.tiles import room_elements
 from megatron_came.kernels.schedule import LaunchField, Schedule
@@ -30,6 +30,9 @@ class NumbaKernels:
 
     PyTorch's threads (``torch.get_num_threads``) share every schedule. Making one compiles the
     kernels, or loads them from Numba's cache.
+
+    Attributes:
+        note: what of that did not go as it should, in a sentence; empty if all did.
     """
 
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
@@ -38,7 +41,8 @@ class NumbaKernels:
     tiling = Tiling(rows=64, columns=4096, slots=256, strip=64, stretch=4)
 
     def __init__(self) -> None:
-        address = compiled().address  # of what ``compiled`` keeps
+        function, self.note = compiled()
+        address = function.address  # of what ``compiled`` keeps
         assert address is not None
         self._take_part = address
         self._scratch = np.empty(0, np.float32)
@@ -51,9 +55,9 @@ class NumbaKernels:
         """What the last-level caches hold of gradient and momentum."""
         return _last_caches(threads.usable()) // 8
 
-    def bears(self, param: Tensor, shard: Shard) -> bool:
-        """Tensors in one piece."""
-        return is_ordinary(param) and not is_batch_of_small(shard)
+    def obstacle(self, param: Tensor, shard: Shard) -> str | None:
+        """None beyond the usual ones."""
+        return usual_obstacle(param, shard)
 
     def place(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return a copy: the original may change."""

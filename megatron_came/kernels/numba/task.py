@@ -18,13 +18,13 @@ from functools import cache
 from pathlib import Path
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import carray, cfunc, types
-from numba.core.ccallback import CFunc
+from numba import carray, types
 from numba.extending import intrinsic
 
 from megatron_came.kernels import tables
 from megatron_came.kernels.numba import compiling, factors, storage, tiles, updates, vectors
 from megatron_came.kernels.numba.compiling import inline, to_float32, to_float64, to_int64
+from megatron_came.kernels.numba.keeping import Compiled, compile_and_keep
 from megatron_came.kernels.schedule import Kernel
 from megatron_came.kernels.schedule import LaunchField as Launch
 from megatron_came.maths import int8
@@ -66,7 +66,8 @@ _TABLES = (*tables.TABLES, Kernel, Launch)
 _FIELDS = repr([(table.__name__, list(table.__members__.items())) for table in _TABLES])
 _SOURCES = (compiling, storage, tiles, factors, updates, vectors)
 _FILES = [Path(str(source.__file__)).read_bytes() for source in _SOURCES]
-_FINGERPRINT = zlib.crc32(b"".join([*_FILES, _FIELDS.encode(), str(int8.BLOCK).encode()]))
+_LIMITS = (compiling.LARGEST_MEAN, compiling.LEAST_RATIO, compiling.BAD_GUESS, int8.BLOCK)
+_FINGERPRINT = zlib.crc32(b"".join([*_FILES, _FIELDS.encode(), repr(_LIMITS).encode()]))
 
 
 @intrinsic
@@ -223,8 +224,6 @@ _take_part.__qualname__ += f"_{_FINGERPRINT}"
 
 
 @cache
-def compiled() -> CFunc:
-    """Compile :func:`_take_part`, or load it from Numba's cache; what C and ``ctypes`` can call."""
-    # As in PyTorch, a division by zero gives infinity or NaN.
-    function: CFunc = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(_take_part)
-    return function
+def compiled() -> Compiled:
+    """Compile :func:`_take_part`, or load it from Numba's cache."""
+    return compile_and_keep(_take_part, types.void(types.voidptr))

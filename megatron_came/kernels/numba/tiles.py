@@ -17,6 +17,8 @@ from megatron_came.kernels.numba import storage
 from megatron_came.kernels.numba.compiling import (
     SQUARE_SCALE,
     SQUARE_UNSCALE,
+    UPDATE_SCALE,
+    UPDATE_UNSCALE,
     doubles,
     elementwise,
     fast,
@@ -163,11 +165,14 @@ def _instability_rows(rows):
     ):
         """Rows that lie so many apart; ``row_sums`` is (3, rows), zeros."""
         _assume_no_overlap()
+        unscaled_guess = inverse_guess / UPDATE_SCALE
         for i in range(count):
             errors, crosses, updates = column_errors[i], column_crosses[i], column_updates[i]
             for row in range(rows):
-                update = grad[row * grad_stride + i] * row_scale[row * apart] * column_scale[i]
-                error = update * inverse_guess - exp_avg[row * exp_avg_stride + i]
+                scale = row_scale[row * apart] * UPDATE_SCALE
+                update = grad[row * grad_stride + i] * scale * column_scale[i]
+                error = update * unscaled_guess - exp_avg[row * exp_avg_stride + i]
+                error *= UPDATE_SCALE
                 square, cross, update_square = error * error, update * error, update * update
                 row_sums[row] += square
                 row_sums[rows + row] += cross
@@ -288,4 +293,5 @@ def add_instability_strips(first, stop, strips, scratch):
         strip = strips[index]
         for kind in range(3):
             address = strip[Strip.RESIDUALS] + 8 * kind * strip[Strip.RESIDUALS_STRIDE]
-            _add_strip(strip, scratch, kind, 1.0, doubles(address, strip[Strip.COUNT]))
+            out = doubles(address, strip[Strip.COUNT])
+            _add_strip(strip, scratch, kind, UPDATE_UNSCALE, out)

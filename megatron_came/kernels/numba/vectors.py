@@ -13,6 +13,8 @@ from megatron_came.kernels.numba.compiling import (
     ONE,
     SQUARE_SCALE,
     SQUARE_UNSCALE,
+    UPDATE_SCALE,
+    UPDATE_UNSCALE,
     doubles,
     floats,
     inline,
@@ -97,9 +99,10 @@ def update_vector_moments(first, stop, vectors, groups, buffers):
         for offset in range(0, numel, _block(buffer)):
             grad = _gradient(vector, offset, min(_block(buffer), numel - offset), buffer)
             for i in range(grad.size):
-                update = grad[i] * (ONE / math.sqrt(moment[start + offset + i]))
+                scale = ONE / math.sqrt(moment[start + offset + i]) * UPDATE_SCALE
+                update = grad[i] * scale
                 total += np.float64(update * update)
-        doubles(vector[Vector.TOTAL], 1)[0] = total
+        doubles(vector[Vector.TOTAL], 1)[0] = total * UPDATE_UNSCALE
 
 
 @inline

@@ -6,15 +6,22 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import triton
 import triton.language as tl
 
 from megatron_came.kernels import tables
-from megatron_came.maths import int8
+from megatron_came.maths import factors, int8
 
 # To be imported by name: Triton does not notice a change of what it reaches through a module.
 SQUARE_SCALE = tl.constexpr(2.0**-10)  # see megatron_came.maths.passes
 SQUARE_UNSCALE = tl.constexpr(2.0**20)
+UPDATE_SCALE = tl.constexpr(2.0**-16)
+UPDATE_UNSCALE = tl.constexpr(2.0**32)
+# See megatron_came.maths.factors.
+LARGEST_MEAN = tl.constexpr(factors.largest_mean(torch.float32))
+LEAST_RATIO = tl.constexpr(factors.LEAST_RATIO)
+BAD_GUESS = tl.constexpr(factors.BAD_GUESS)
 INT8_BLOCK = tl.constexpr(int8.BLOCK)
 MATRIX_FIELDS = tl.constexpr(len(tables.MatrixField))
 VECTOR_FIELDS = tl.constexpr(len(tables.VectorField))
@@ -50,6 +57,12 @@ def aligned_floats(address, ALIGNED: tl.constexpr):
     if ALIGNED:  # here, because a hint on the result of a call is lost
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def at_most(value, high):
+    """``torch.clamp(max=high)``: NaN stays NaN."""
+    return tl.where(value > high, high, value)
 
 
 @triton.jit

@@ -9,9 +9,13 @@ import triton.language as tl
 
 from megatron_came.kernels import tables
 from megatron_came.kernels.triton.compiling import (
+    BAD_GUESS,
     GROUP_FIELDS,
+    LARGEST_MEAN,
+    LEAST_RATIO,
     MATRIX_FIELDS,
     at_least,
+    at_most,
     doubles,
     floats,
     kernel,
@@ -28,7 +32,7 @@ def update_moment(moment, sums, size, count, eps, beta, BLOCK: tl.constexpr):
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
-        mean = tl.load(sums + index, mask=mask, other=0.0) / count + eps
+        mean = at_most(tl.load(sums + index, mask=mask, other=0.0) / count + eps, LARGEST_MEAN)
         old = tl.load(moment + index, mask=mask, other=0.0)
         new = keep * old + add * mean.to(tl.float32)
         tl.store(moment + index, new, mask=mask)
@@ -39,12 +43,22 @@ def update_moment(moment, sums, size, count, eps, beta, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _inverse_roots(moment, mean, out, size, BLOCK: tl.constexpr):
+def _inverse_root_ratios(moment, mean, out, size, BLOCK: tl.constexpr):
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
         values = tl.load(moment + index, mask=mask, other=1.0)
-        tl.store(out + index, 1.0 / tl.sqrt_rn(values / mean), mask=mask)
+        ratio = at_least(values / mean, LEAST_RATIO)
+        tl.store(out + index, 1.0 / tl.sqrt_rn(ratio), mask=mask)
+
+
+@triton.jit
+def _inverse_roots(moment, out, size, BLOCK: tl.constexpr):
+    for first in range(0, size, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < size
+        values = tl.load(moment + index, mask=mask, other=1.0)
+        tl.store(out + index, 1.0 / tl.sqrt_rn(values), mask=mask)
 
 
 @triton.jit
@@ -107,8 +121,8 @@ def update_second_moments(from_row, matrices, factors, groups, divisors, BLOCK: 
     mean = _mean(param, row_total, column_total)
     row_scale = floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + matrix * rows
     column_scale = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * columns
-    _inverse_roots(row, mean, row_scale, rows, BLOCK)
-    _inverse_roots(column, 1.0, column_scale, columns, BLOCK)
+    _inverse_root_ratios(row, mean, row_scale, rows, BLOCK)
+    _inverse_roots(column, column_scale, columns, BLOCK)
     from_rows = tl.where(
         tl.load(param + tables.MatrixField.ROWS_ARE_WHOLE) != 0, row_ratio / rows, 0.0
     )
@@ -137,14 +151,16 @@ def sum_squared_updates(from_row, matrices, BLOCK: tl.constexpr):
 @triton.jit
 def inverse_divisor(total, numel, clip_threshold):
     """Twin of ``factors.clip_divisor``, of which it returns the inverse, in float64."""
-    return 1.0 / at_least(tl.sqrt(total / numel) / clip_threshold, 1.0)
+    return 1.0 / at_least(tl.sqrt(total / numel) / clip_threshold, 1.0) + 0.0 * total
 
 
 @triton.jit
 def _update_residual(
-    moment, sums, stride, size, delta, beta1, count, eps, beta, BLOCK: tl.constexpr
+    moment, sums, stride, size, inverse_guess, inverse, beta1, count, eps, beta, BLOCK: tl.constexpr
 ):
     """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's sum."""
+    delta = inverse - inverse_guess
+    is_bad = inverse_guess > inverse * BAD_GUESS
     total = tl.zeros((BLOCK,), tl.float64)
     keep = beta.to(tl.float32)
     add = (1.0 - beta).to(tl.float32)
@@ -155,9 +171,10 @@ def _update_residual(
         cross = tl.load(sums + stride + index, mask=mask, other=0.0)
         square = tl.load(sums + 2 * stride + index, mask=mask, other=0.0)
         residual = error + delta * (2.0 * cross + delta * square)
-        residual = at_least(residual, 0.0) * beta1 * beta1
+        residual = tl.where(is_bad, square * inverse * inverse, at_least(residual, 0.0))
+        residual = residual * beta1 * beta1
         old = tl.load(moment + index, mask=mask, other=0.0)
-        new = keep * old + add * (residual / count + eps).to(tl.float32)
+        new = keep * old + add * at_most(residual / count + eps, LARGEST_MEAN).to(tl.float32)
         tl.store(moment + index, new, mask=mask)
         total += tl.where(mask, new.to(tl.float64), 0.0)
     return tl.sum(total, 0)
@@ -183,7 +200,7 @@ def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: t
         tl.load(param + tables.MatrixField.FULL_NUMEL),
         tl.load(group + tables.GroupField.CLIP_THRESHOLD),
     )
-    delta = inverse - tl.load(divisors + 2 * index).to(tl.float64)
+    inverse_guess = tl.load(divisors + 2 * index).to(tl.float64)
     tl.store(divisors + 2 * index + 1, inverse.to(tl.float32))
     row = floats(tl.load(param + tables.MatrixField.RESIDUAL_ROW)) + matrix * rows
     column = floats(tl.load(param + tables.MatrixField.RESIDUAL_COLUMN)) + matrix * columns
@@ -192,7 +209,8 @@ def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: t
         doubles(tl.load(param + tables.MatrixField.RESIDUAL_ROWS)) + matrix * rows,
         batch * rows,
         rows,
-        delta,
+        inverse_guess,
+        inverse,
         beta1,
         tl.load(param + tables.MatrixField.FULL_COLUMNS),
         eps,
@@ -204,7 +222,8 @@ def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: t
         doubles(tl.load(param + tables.MatrixField.RESIDUAL_COLUMNS)) + matrix * columns,
         batch * columns,
         columns,
-        delta,
+        inverse_guess,
+        inverse,
         beta1,
         tl.load(param + tables.MatrixField.FULL_ROWS),
         eps,
@@ -215,5 +234,5 @@ def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: t
     mean = _mean(param, row_total, column_total)
     row_confidence = floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)) + matrix * rows
     column_confidence = floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
-    _inverse_roots(row, mean, row_confidence, rows, BLOCK)
-    _inverse_roots(column, 1.0, column_confidence + matrix * columns, columns, BLOCK)
+    _inverse_root_ratios(row, mean, row_confidence, rows, BLOCK)
+    _inverse_roots(column, column_confidence + matrix * columns, columns, BLOCK)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.kernels.cutting import PLACES, Tiling
-from megatron_came.kernels.interface import Tables, is_batch_of_small, is_ordinary
+from megatron_came.kernels.interface import Tables, usual_obstacle
 from megatron_came.kernels.schedule import Kernel, Schedule
 from megatron_came.kernels.tables import GroupField, MatrixField
 from megatron_came.kernels.triton import factors, tiles, vectors
@@ -72,10 +72,11 @@ class TritonKernels:
         elements = device.L2_cache_size // 8
         return elements if blocks_save_time(elements, 2e3 * kilohertz * bits / 8) else None
 
-    def bears(self, param: Tensor, shard: Shard) -> bool:
-        """Tensors in one piece, with places in a tile that fit 32 bits."""
-        narrow = shard.local_matrix[2] * self.tiling.slot_rows < PLACES
-        return is_ordinary(param) and narrow and not is_batch_of_small(shard)
+    def obstacle(self, param: Tensor, shard: Shard) -> str | None:
+        """Beyond the usual ones, places in a tile that do not fit 32 bits."""
+        if shard.local_matrix[2] * self.tiling.slot_rows >= PLACES:
+            return "with rows of more than 16 million elements"
+        return usual_obstacle(param, shard)
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Make the parameters' device the current one, on which Triton launches."""

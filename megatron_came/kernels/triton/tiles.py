@@ -22,6 +22,8 @@ from megatron_came.kernels.triton.compiling import (
     SQUARE_UNSCALE,
     STRIP_FIELDS,
     TILE_FIELDS,
+    UPDATE_SCALE,
+    UPDATE_UNSCALE,
     doubles,
     floats,
     kernel,
@@ -156,13 +158,13 @@ def instability_tiles(
         in_rows = down < height
         offset = down[:, None] * width + across[None, :]
         mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
-        row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0)
+        row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0) * UPDATE_SCALE
         grad = storage.read(grads, is_bf16, place + offset, mask, ALIGNED)
         momentum = storage.momenta(
             momenta, momenta_are_bf16, momentum_scales, place + offset, mask, ALIGNED
         )
         update = grad * row_scale[:, None] * column_scale[None, :]
-        error = update * inverse_guess - momentum
+        error = (update * (inverse_guess / UPDATE_SCALE) - momentum) * UPDATE_SCALE
         square, cross, update_square = error * error, update * error, update * update
         tl.store(sums + down, tl.sum(square, 1))
         tl.store(sums + (ROWS + COLUMNS) + down, tl.sum(cross, 1))
@@ -220,6 +222,7 @@ def add_strips(
     else:
         out = doubles(tl.load(strip + tables.StripField.RESIDUALS))
         out += which * tl.load(strip + tables.StripField.RESIDUALS_STRIDE)
+        sums = sums * UPDATE_UNSCALE
     before = tl.load(out + index, mask=inside, other=0.0)
     tl.store(out + index, before + sums, mask=inside)
 

@@ -14,6 +14,8 @@ from megatron_came.kernels.triton.compiling import (
     INT8_BLOCK,
     SQUARE_SCALE,
     SQUARE_UNSCALE,
+    UPDATE_SCALE,
+    UPDATE_UNSCALE,
     VECTOR_FIELDS,
     doubles,
     floats,
@@ -74,9 +76,10 @@ def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
         mask = index < size
         grad = storage.read(address, is_bf16, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + start + index, mask=mask, other=1.0))
-        update = grad * (1.0 / root)
+        update = grad * (1.0 / root * UPDATE_SCALE)
         total += (update * update).to(tl.float64)
-    tl.store(doubles(tl.load(vector + tables.VectorField.TOTAL)), tl.sum(total, 0))
+    total_address = doubles(tl.load(vector + tables.VectorField.TOTAL))
+    tl.store(total_address, tl.sum(total, 0) * UPDATE_UNSCALE)
 
 
 @kernel

@@ -18,6 +18,7 @@ from megatron_came.tools.bench.iteration import measure_iterations
 from megatron_came.tools.bench.machine import describe
 from megatron_came.tools.bench.measure import Result, copy_bandwidth, measure, parameters
 from megatron_came.tools.bench.shapes import MODELS, shapes_of
+from megatron_came.tools.console import show, table, wrapped
 
 
 def _positive(text: str) -> int:
@@ -32,7 +33,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="megatron-came bench",
         description="Time a step of CAME beside a step of other optimizers, fp32, same gradients.",
     )
-    parser.add_argument("--model", choices=MODELS, default="gpt2-small")
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default="gpt2-small",
+        metavar="MODEL",
+        help=f"one of {', '.join(MODELS)} (default: gpt2-small)",
+    )
     parser.add_argument("--layers", type=_positive, help="instead of the model's own number")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
@@ -109,14 +116,19 @@ def _iterations(options: argparse.Namespace, device: torch.device) -> dict[str, 
         iterations=options.steps,
         flags=options.flags,
     )
-    for result in results:
-        print(
-            f"{result.optimizer}: {result.milliseconds:.0f} ms an iteration, of which "
-            f"{result.forward_milliseconds:.0f} ms in the forward pass, "
-            f"{result.backward_milliseconds:.0f} ms in the backward pass and "
-            f"{result.step_milliseconds:.1f} ms "
-            f"({result.step_milliseconds / result.milliseconds:.0%}) in the optimizer's step"
-        )
+    heads = ["ms an iteration", "whole", "forward", "backward", "optimizer's step", "of whole"]
+    rows = [
+        [
+            result.optimizer,
+            f"{result.milliseconds:.0f}",
+            f"{result.forward_milliseconds:.0f}",
+            f"{result.backward_milliseconds:.0f}",
+            f"{result.step_milliseconds:.1f}",
+            f"{result.step_milliseconds / result.milliseconds:.0%}",
+        ]
+        for result in results
+    ]
+    show(table([heads, *rows]))
     return {
         **_circumstances(options, device),
         "flags": options.flags,
@@ -164,29 +176,18 @@ def _fake_process_group(ranks: int) -> None:
 
 def _print(report: dict[str, Any], results: list[Result]) -> None:
     machine = report["machine"]
-    print(
-        f"{report['model']}, {report['parameters'] / 1e6:.1f} M parameters, fp32, rank of "
-        f"{report['ranks']}, on {machine['device']} ({machine['threads']} threads), PyTorch "
-        f"{machine['torch']}; copy bandwidth {report['copy_gigabytes_per_second']:.0f} GB/s"
-    )
-    print(
-        f"\n{'':22}{'ms':>9}{'fastest':>9}{'ns/param':>10}{'floor, B':>10}{'GB/s':>7}"
-        f"{'of floor':>10}"
-        f"{'extra MiB':>11}{'collectives':>13}{'MiB sent':>10}"
-    )
-    for result in results:
-        bandwidth = result.gigabytes_per_second
-        floor = result.fraction_of_floor
-        least = result.floor_bytes_per_parameter
-        print(
-            f"{result.name:22}{result.milliseconds:9.2f}{result.fastest:9.2f}"
-            f"{result.ns_per_parameter:10.3f}"
-            f"{'-' if least is None else format(least, '.1f'):>10}"
-            f"{'-' if bandwidth is None else format(bandwidth, '.0f'):>7}"
-            f"{'-' if floor is None else format(floor, '.0%'):>10}"
-            f"{result.extra_mebibytes:11.1f}"
-            f"{result.collectives:13}{result.mebibytes_sent:10.2f}"
+    show(
+        wrapped(
+            f"{report['model']}, {report['parameters'] / 1e6:.1f} M parameters, fp32, rank of "
+            f"{report['ranks']}, on {machine['device']} ({machine['threads']} threads), PyTorch "
+            f"{machine['torch']}; copy bandwidth {report['copy_gigabytes_per_second']:.0f} GB/s"
         )
+    )
+    heads = ["", "ms", "fastest", "ns/param", "floor, B", "GB/s", "of floor"]
+    heads += ["extra MiB", "collectives", "MiB sent"]
+    shown = None if report["ranks"] > 1 else -2  # one rank sends nothing
+    rows = [heads, *(_cells(result) for result in results)]
+    show(["", *table([row[:shown] for row in rows])])
     ours = next((one for one in results if one.name == "CAME, fused"), None)
     if ours is not None:
         print()
@@ -194,3 +195,21 @@ def _print(report: dict[str, Any], results: list[Result]) -> None:
             if other is not ours:
                 ratio = other.milliseconds / ours.milliseconds
                 print(f"{other.name} takes {ratio:.2f} times as long as CAME, fused.")
+
+
+def _cells(result: Result) -> list[str]:
+    def known(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return [
+        result.name,
+        f"{result.milliseconds:.2f}",
+        f"{result.fastest:.2f}",
+        f"{result.ns_per_parameter:.3f}",
+        known(result.floor_bytes_per_parameter, ".1f"),
+        known(result.gigabytes_per_second, ".0f"),
+        known(result.fraction_of_floor, ".0%"),
+        f"{result.extra_mebibytes:.1f}",
+        str(result.collectives),
+        f"{result.mebibytes_sent:.2f}",
+    ]

@@ -14,6 +14,7 @@ import torch
 
 from megatron_came.host.cpu.switch import VARIABLE
 from megatron_came.tools.bench.shapes import MODELS
+from megatron_came.tools.progress import Progress
 
 # layers, hidden size, attention heads
 _SIZES = {
@@ -99,19 +100,32 @@ def measure_iterations(
         *flags,
     ]
     environment = {**os.environ, VARIABLE: "1" if device.type == "cpu" else "0"}
-    return [_measure(optimizer, command, environment) for optimizer in ("came", "adam")]
+    runs = [(optimizer, [*command, "--optimizer", optimizer]) for optimizer in ("came", "adam")]
+    total = len(runs) * (iterations + _WARM_UP)
+    with Progress("Training", total, sys.stderr) as progress:
+        return [_measure(optimizer, words, environment, progress) for optimizer, words in runs]
 
 
-def _measure(optimizer: str, command: Sequence[str], environment: Mapping[str, str]) -> Iteration:
-    done = subprocess.run(
-        [*command, "--optimizer", optimizer], capture_output=True, text=True, env=environment
+def _measure(
+    optimizer: str, command: Sequence[str], environment: Mapping[str, str], progress: Progress
+) -> Iteration:
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
-    output = done.stdout + done.stderr
+    output = ""
+    try:
+        for line in process.stdout or ():
+            output += line
+            if _WHOLE.search(line):
+                progress.advance(1, f", {optimizer}")
+    finally:
+        process.terminate()  # if this was interrupted; nothing happens to one that has ended
+        status = process.wait()
     times = [
         [float(number) for number in pattern.findall(output)][_WARM_UP:]
         for pattern in (_WHOLE, *_PARTS)
     ]
-    if done.returncode or not all(times):
+    if status or not all(times):
         raise RuntimeError(f"The run with --optimizer {optimizer} failed:\n{output[-2000:]}")
     whole, forward, backward, step = (statistics.median(each) for each in times)
     return Iteration(optimizer, whole, forward, backward, step, len(times[0]))

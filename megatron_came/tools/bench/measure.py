@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from megatron_came.layout import Shard
 from megatron_came.tools.bench.contenders import Contender
 from megatron_came.tools.bench.peak import peak_of
 from megatron_came.tools.bench.shapes import Shape
+from megatron_came.tools.progress import Progress
 
 _COPY_ELEMENTS = 64 * 1024 * 1024
 _WARM_UP = 3  # steps of each contender
@@ -162,12 +164,15 @@ def measure(
     device = params[0].device
     optimizers = [contender.build(params, shards) for contender in contenders]
     times: list[list[float]] = [[] for _ in contenders]
-    for _ in range(_WARM_UP + steps):
-        for optimizer, taken in zip(optimizers, times, strict=True):
-            start = time.perf_counter()
-            optimizer.step()
-            synchronize(device)
-            taken.append((time.perf_counter() - start) * 1e3)
+    rounds = _WARM_UP + steps
+    with Progress("Timing", rounds * len(optimizers), sys.stderr) as progress:
+        for _ in range(rounds):
+            for optimizer, taken in zip(optimizers, times, strict=True):
+                start = time.perf_counter()
+                optimizer.step()
+                synchronize(device)
+                taken.append((time.perf_counter() - start) * 1e3)
+                progress.advance(1)
     return [
         _result(contender, optimizer, params, shards, taken[_WARM_UP:], bandwidth)
         for contender, optimizer, taken in zip(contenders, optimizers, times, strict=True)

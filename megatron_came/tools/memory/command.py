@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_came.tools.console import show
 from megatron_came.tools.memory.launch_command import (
     LaunchCommand,
     LaunchError,
@@ -42,9 +43,16 @@ def main(argv: list[str]) -> int:
                 install()
                 _predict(options, words)
         except (HostError, LaunchError, OSError, UnsupportedError, ValueError) as error:
-            print(f"megatron-came memory: {error}", file=sys.stderr)
+            print(f"megatron-came memory: {_sentence(error)}", file=sys.stderr)
             return 2
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    reason = (error.strerror or "unknown error").lower()
+    return f"{error.filename or 'a file'} cannot be used ({reason}): name another file."
 
 
 @contextlib.contextmanager
@@ -126,13 +134,16 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
         plot.check_installed()
     args = megatron_flags.parse(command.flags, command.ranks or 1)
     launch = Launch(args)
-    optimizers, trained = compared(args), of_launch(args) or compared(args)[0]
+    optimizers = compared(args)
+    trained = of_launch(args) or optimizers[0]
+    if trained not in optimizers:
+        optimizers.insert(0, trained)
     result: dict[str, Any] = pages.as_json(launch, optimizers, trained)
     lines = pages.text(launch, optimizers, trained)
     if budget is not None:
         fits = [fit.fit(launch, optimizer, budget) for optimizer in optimizers]
         result["fit"] = {"bytes": budget, "optimizers": [asdict(each) for each in fits]}
-        lines += ["", *fit.text(launch, fits, budget)]
+        lines += ["", *fit.text(launch, fits, budget, trained)]
     if options.plot:
         plot.draw(fullest(launch.stages, trained), optimizers, options.plot)
         lines += ["", f"Plot: {options.plot}"]
@@ -142,7 +153,7 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
         lines += ["", f"JSON: {options.json}"]
-    print("\n".join(lines))
+    show(lines)
 
 
 def _compare(paths: list[Path], words: list[str]) -> None:

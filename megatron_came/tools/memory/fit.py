@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megatron_came.host.memory.precisions import Optimizer
 from megatron_came.host.memory.prediction import Launch
-from megatron_came.host.memory.text import human, table
+from megatron_came.host.memory.text import human
+from megatron_came.tools.console import table
 from megatron_came.tools.memory.pages import gpus
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
@@ -23,11 +24,13 @@ class Fit:
 
     Attributes:
         optimizer: its name.
+        total: bytes of the fullest rank of the launch as it is.
         micro_batch: largest micro-batch size at the launch's number of GPUs; None where none fits.
         gpus: fewest GPUs at the launch's micro-batch size; None likewise.
     """
 
     optimizer: str
+    total: int
     micro_batch: int | None
     gpus: int | None
 
@@ -78,6 +81,7 @@ def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
     smallest = _first(datas, lambda size: fits(size, micro_batch))
     return Fit(
         optimizer=optimizer.name,
+        total=max(stage.total(optimizer) for stage in launch.stages),
         micro_batch=_first(micro_batches, lambda size: fits(data, size)),
         gpus=None if smallest is None else smallest * launch.grid.world // data,
     )
@@ -103,17 +107,73 @@ def _first(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[place] if place < len(sizes) else None
 
 
-def text(launch: Launch, fits: Sequence[Fit], budget: int) -> list[str]:
-    """Describe what fits, a column for each optimizer."""
-    rows = [
-        ["", *(each.optimizer for each in fits)],
-        [
-            f"largest --micro-batch-size on {gpus(launch.grid.world)}",
-            *(str(each.micro_batch or "none") for each in fits),
-        ],
-        [
-            f"fewest GPUs at --micro-batch-size {launch.args.micro_batch_size}",
-            *(str(each.gpus or "none") for each in fits),
-        ],
+def text(launch: Launch, fits: Sequence[Fit], budget: int, trained: Optimizer) -> list[str]:
+    """Describe what fits, a line for each optimizer, and what would help where nothing does.
+
+    Args:
+        launch: the run.
+        fits: what fits, of each optimizer.
+        budget: bytes of a GPU.
+        trained: the optimizer of the launch; its line is marked.
+    """
+    size = launch.args.micro_batch_size
+    rows = [["", "it needs", "left", "micro-batch", "GPUs"]]
+    for each in fits:
+        rows.append(
+            [
+                each.optimizer + (" *" if each.optimizer == trained.name else ""),
+                human(each.total),
+                human(budget - each.total),
+                str(each.micro_batch or "none"),
+                "none" if each.gpus is None else f"{each.gpus} ({_layout(launch, each.gpus)})",
+            ]
+        )
+    lines = [
+        f"What fits into {human(budget)} of each GPU:",
+        "",
+        *table(rows),
+        "",
+        f"it needs, left: --micro-batch-size {size} on {gpus(launch.grid.world)}",
+        f"micro-batch: the largest --micro-batch-size on {gpus(launch.grid.world)}",
+        f"GPUs: the fewest at --micro-batch-size {size}, only data parallelism changed",
+        "*: as in this launch",
     ]
-    return [f"What fits into {human(budget)}:", "", *table(rows)]
+    needs = max(stage.total(trained) for stage in launch.stages)
+    if needs > budget:
+        what = f"{human(needs - budget)} more than there are"
+        lines += ["", f"This launch does not fit: it needs {what}. What would help:"]
+        lines += [f"  {hint}" for hint in _hints(launch, trained)]
+    return lines
+
+
+def _layout(launch: Launch, world: int) -> str:
+    """The parallel sizes of so many GPUs, such as "tensor 2 x data 4"."""
+    grid = launch.grid
+    sizes = {"tensor": grid.tensor, "context": grid.context, "pipeline": grid.pipeline}
+    sizes["data"] = world // (grid.tensor * grid.context * grid.pipeline)
+    said = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    return " x ".join(said) or "data 1"
+
+
+def _hints(launch: Launch, trained: Optimizer) -> list[str]:
+    """Flags that make this launch smaller, those that cost least first."""
+    args, grid = launch.args, launch.grid
+    sixteen_bits = args.bf16 or args.fp16
+    could_shard = grid.data * grid.context > 1 and not grid.sharded
+    remainders = args.bf16 and (grid.sharded or could_shard)
+    hints = {
+        "--bf16": not sixteen_bits,
+        "--use-distributed-optimizer": could_shard,
+        "--optimizer came": not trained.name.startswith("CAME"),
+        "--came-momentum-dtype int8, with --optimizer came": "int8" not in trained.name,
+        "--came-main-params remainder, with --optimizer came": remainders
+        and "rem." not in trained.name,
+        "--grad-reduce-in-bf16": args.bf16 and args.accumulate_allreduce_grads_in_fp32,
+        f"a --micro-batch-size below {args.micro_batch_size}": args.micro_batch_size > 1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
+            args.recompute_granularity != "full"
+        ),
+        "more GPUs, with data parallelism": grid.sharded or could_shard,
+        "a larger --tensor-model-parallel-size or --pipeline-model-parallel-size": True,
+    }
+    return [hint for hint, helps in hints.items() if helps]

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_came.children import run_alone
+
 _MODULES = ("torch.distributed.run", "torch.distributed.launch")
 _SECONDS = 60
 
@@ -43,18 +45,16 @@ def from_script(script: Path, words: list[str]) -> LaunchCommand:
     Raises:
         LaunchError: it is missing, fails, or prints no torchrun command.
     """
-    if not script.is_file():
+    if script.is_dir():
+        raise LaunchError(f"--script {script} is a folder: name the launch script in it.")
+    if not script.exists():
         raise LaunchError(f"--script {script} does not exist: name a launch script.")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     try:
-        result = subprocess.run(
+        result = run_alone(
             ["bash", str(script), *words],
-            env={**os.environ, "DRY_RUN": "1", "PATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
+            environment={**os.environ, "DRY_RUN": "1", "PATH": path},
+            seconds=_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
         raise LaunchError(

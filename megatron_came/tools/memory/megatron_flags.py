@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,7 +53,10 @@ def _sentence(error: BaseException) -> str:
         return said.removeprefix(_OURS)
     if not said:  # a bare assertion: its source says what should hold
         frames = traceback.extract_tb(error.__traceback__)
-        said = f"Megatron stops at {frames[-1].line!r}" if frames else type(error).__name__
+        line = frames[-1].line if frames else ""
+        if missing := re.match(r"assert args\.(\w+) is not None", line or ""):
+            return f"Megatron needs --{missing[1].replace('_', '-')}: add it to the flags."
+        said = f"Megatron stops at {line!r}" if line else "Megatron stops without a word"
     return f"these flags are not a launch of Megatron: {said.removesuffix('.')}."
 
 
@@ -85,13 +89,15 @@ def _refuse(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name, None):
             raise LaunchError(f"memory cannot be predicted with {flag}: {instead}.")
+    if args.optimizer not in ("came", "adam", "sgd"):
+        raise LaunchError(
+            f"memory cannot be predicted with --optimizer {args.optimizer}: give came, adam or sgd."
+        )
 
 
 def _validate(args: argparse.Namespace) -> None:
     from megatron.training import arguments
 
-    if args.optimizer not in ("came", "adam", "sgd"):
-        args.optimizer = "adam"  # the others lay their buffers out in their own way
     arguments.validate_args(args, {})
 
 
@@ -107,7 +113,7 @@ def _pad_vocabulary(args: argparse.Namespace) -> None:
     files = [file for file in (args.tokenizer_model, args.vocab_file) if file]
     here = all(Path(file).exists() for file in files)
     if (files and here) or args.tokenizer_type == "NullTokenizer":
-        build_tokenizer(args)
+        _build(build_tokenizer, args, files)
     if args.padded_vocab_size is None and args.vocab_size:
         args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args)
     if args.padded_vocab_size is None:
@@ -116,6 +122,21 @@ def _pad_vocabulary(args: argparse.Namespace) -> None:
             f"the size of the vocabulary is not known, since the tokenizer {tokenizer} is not on "
             "this machine: add --vocab-size N."
         )
+
+
+def _build(
+    build_tokenizer: Callable[[argparse.Namespace], object],
+    args: argparse.Namespace,
+    files: list[str],
+) -> None:
+    try:
+        build_tokenizer(args)
+    except Exception as error:
+        named = " and ".join(files) or f"--tokenizer-type {args.tokenizer_type}"
+        raise LaunchError(
+            f"{named} cannot be loaded as a tokenizer of --tokenizer-type {args.tokenizer_type}: "
+            "name another, or give --tokenizer-type NullTokenizer --vocab-size N."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from megatron_came.host.memory.components import LABELS
 from megatron_came.host.memory.grid import Grid
 from megatron_came.host.memory.precisions import ADAMW, Optimizer
 from megatron_came.host.memory.prediction import Launch, Stage, fullest
-from megatron_came.host.memory.text import table, unit_of
+from megatron_came.host.memory.text import unit_of
+from megatron_came.tools.console import table, wrapped
 
 # Of the JSON; to be raised by whoever changes its keys.
 FORMAT = 1
@@ -33,10 +34,12 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     worst = fullest(launch.stages, trained)
     lines = [
         f"{launch.parameters:,} parameters, {_precision(launch.args)}",
-        _sizes(launch.grid),
+        *wrapped(_sizes(launch.grid)),
         "",
-        f"The fullest rank: pipeline stage {worst.layout.stage}, {worst.layers} layers, "
-        f"{worst.layout.parameters:,} parameters",
+        *wrapped(
+            f"The fullest rank: pipeline stage {worst.layout.stage}, {worst.layers} layers, "
+            f"{worst.layout.parameters:,} parameters"
+        ),
         "",
         *_columns(worst, optimizers),
         "",
@@ -44,7 +47,7 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     if len(launch.stages) > 1:
         lines += [f"The fullest rank of each pipeline stage, {trained.name}:", ""]
         lines += [*_stages(launch.stages, trained), ""]
-    return [*lines, *_NOTES]
+    return [*lines, *(line for note in _NOTES for line in wrapped(note))]
 
 
 def _precision(args: Any) -> str:

@@ -57,7 +57,10 @@ def draw(stage: Stage, optimizers: Sequence[Optimizer], path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise LaunchError(f"--plot {path} cannot be written: {error}") from error
+        reason = str(getattr(error, "strerror", None) or error).lower()
+        raise LaunchError(
+            f"--plot {path} cannot be written ({reason}): name another file."
+        ) from error
 
 
 def _label(optimizer: Optimizer) -> str:

@@ -1,0 +1,18 @@
+"""What is wrong with a checkpoint, in sentences for the user."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint, or a file of one, cannot be read; the message says which and what to do."""
+
+
+class ForeignClassError(CheckpointError):
+    """A pickle names a class or function that Megatron does not write."""
+
+
+def cannot_be_read(path: object, reason: object) -> CheckpointError:
+    """The error for a file that is truncated, damaged or something else altogether."""
+    said = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
+    return CheckpointError(
+        f"{path} cannot be read ({said}): it is truncated, damaged or not a checkpoint's; take the "
+        "file from a copy, or another iteration's folder."
+    )

@@ -1,0 +1,179 @@
+"""A restricted unpickler: what a pickle names is never imported, called or given a state.
+
+A pickle is a program that may call whatever can be imported. Here each name that it may use stands
+in :mod:`megatron_came.checkpoint_files.names`, and leads to an inert stand-in of this package, not
+to the class of that name. So there is nothing to abuse, whichever arguments or states a file gives
+to which name; all other names are refused.
+
+Python's own unpickler in Python is the base, since the one in C lets a file of ten bytes take
+gigabytes of memory.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from megatron_came.checkpoint_files import names
+from megatron_came.checkpoint_files.errors import CheckpointError, ForeignClassError, cannot_be_read
+from megatron_came.checkpoint_files.records import Dictionary, Maker, Record
+
+# Of tuples within tuples as a key: hashing goes down them without asking how deep they are.
+_KEY_DEPTH = 8
+_FLAT = (str, bytes, int, float, complex, type(None), torch.dtype, Record)
+
+PersistentLoad = Callable[[Any], Any]
+
+
+def load(data: bytes, source: str, persistent_load: PersistentLoad | None = None) -> Any:
+    """Read a pickle as data.
+
+    Args:
+        data: the pickle.
+        source: its file, for messages.
+        persistent_load: makes of a persistent id what stands for it; none may be there without.
+
+    Returns:
+        Python's own containers, numbers and strings, ``torch.dtype`` and, for everything else,
+        :class:`~megatron_came.checkpoint_files.records.Record`.
+
+    Raises:
+        ForeignClassError: it names what Megatron does not write.
+        CheckpointError: it is no pickle, is truncated, or does what no pickle of Megatron's does.
+    """
+    try:
+        return _Unpickler(data, source, persistent_load).load()
+    except CheckpointError:
+        raise
+    except (Exception, RecursionError, MemoryError) as error:
+        raise cannot_be_read(source, f"{type(error).__name__}: {error}") from error
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's, with each step that could run something replaced."""
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    metastack: list[list[Any]]
+    proto: int = 0
+
+    def __init__(self, data: bytes, source: str, persistent_load: PersistentLoad | None) -> None:
+        super().__init__(io.BytesIO(data))
+        self._source = source
+        self._persistent = persistent_load
+        self._budget = len(data)
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._persistent is None:
+            raise pickle.UnpicklingError("it refers to storages outside of itself")
+        return self._persistent(pid)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if self.proto < 3:  # such pickles have Python 2's names
+            module, name = NAME_MAPPING.get((module, name), (module, name))
+            module = IMPORT_MAPPING.get(module, module)
+        found = names.stand_in(module, name)
+        if found is None:
+            raise ForeignClassError(
+                f"{self._source} names {_printable(f'{module}.{name}')}, which Megatron does not "
+                "write into checkpoints and which may run code where the file is loaded (it was "
+                "not run here): do not load this checkpoint, unless you know who wrote it and why "
+                "that is in it."
+            )
+        return found
+
+    def _call(self, function: Any, arguments: Any, named: dict[str, Any] | None = None) -> Any:
+        """Make what a stand-in makes; what it copies is paid for with the file's bytes."""
+        if not isinstance(function, Maker) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("it calls what is no class or function")
+        self._budget -= sum(len(each) for each in arguments if hasattr(each, "__len__"))
+        if self._budget < 0:
+            raise pickle.UnpicklingError("it multiplies what is in it")
+        return function.make(*arguments, **(named or {}))
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], arguments)
+
+    def load_newobj(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], arguments)
+
+    def load_newobj_ex(self) -> None:
+        named = self.stack.pop()
+        arguments = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], arguments, named)
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        thing = self.stack[-1]
+        if isinstance(thing, Record):
+            thing.set_state(state)
+        elif not isinstance(thing, Dictionary):  # whose attributes are of no use here
+            raise pickle.UnpicklingError("it sets the state of what is no object")
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        self._in_a_dictionary(self.stack[-3])
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        self._in_a_dictionary(self.metastack[-1][-1])
+        super().load_setitems()  # type: ignore[misc]
+
+    def load_additems(self) -> None:
+        _check_keys(self.stack)
+        super().load_additems()  # type: ignore[misc]
+
+    def load_frozenset(self) -> None:
+        _check_keys(self.stack)
+        super().load_frozenset()  # type: ignore[misc]
+
+    @staticmethod
+    def _in_a_dictionary(thing: Any) -> None:
+        if not isinstance(thing, dict):
+            raise pickle.UnpicklingError("it sets items of what is no dictionary")
+
+
+def _printable(name: str) -> str:
+    """A name that stands in a file, without anything that a terminal would obey."""
+    return "".join(each if each.isprintable() else "?" for each in name[:100])
+
+
+def _check_keys(keys: list[Any], depth: int = 0) -> None:
+    """Refuse keys whose hash or comparison could take more than a moment."""
+    for key in keys:
+        if isinstance(key, tuple) and depth < _KEY_DEPTH and len(key) <= _KEY_DEPTH:
+            _check_keys(list(key), depth + 1)
+        elif not isinstance(key, _FLAT):
+            raise pickle.UnpicklingError(f"a {type(key).__name__} is a key in it")
+
+
+for _opcode, _function in (
+    (pickle.REDUCE, _Unpickler.load_reduce),
+    (pickle.NEWOBJ, _Unpickler.load_newobj),
+    (pickle.NEWOBJ_EX, _Unpickler.load_newobj_ex),
+    (pickle.BUILD, _Unpickler.load_build),
+    (pickle.SETITEM, _Unpickler.load_setitem),
+    (pickle.SETITEMS, _Unpickler.load_setitems),
+    (pickle.ADDITEMS, _Unpickler.load_additems),
+    (pickle.FROZENSET, _Unpickler.load_frozenset),
+):
+    _Unpickler.dispatch[_opcode[0]] = _function
+# What Megatron never writes: classes of Python 1 and 2, the process's registry, outside buffers.
+for _opcode in (
+    pickle.INST,
+    pickle.OBJ,
+    pickle.EXT1,
+    pickle.EXT2,
+    pickle.EXT4,
+    pickle.NEXT_BUFFER,
+    pickle.READONLY_BUFFER,
+):
+    del _Unpickler.dispatch[_opcode[0]]

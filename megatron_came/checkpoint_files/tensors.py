@@ -1,0 +1,166 @@
+"""Tensors that are still in their file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.records import Maker, Record
+
+# Of what is read at once where a tensor need not be whole.
+PIECE_BYTES = 64 << 20
+
+
+class Source(Protocol):
+    """Where the bytes of storages lie."""
+
+    name: str
+
+    def read(self, key: str, start: int, count: int) -> bytearray:
+        """Bytes of a storage.
+
+        Raises:
+            CheckpointError: they are not there.
+        """
+
+    def is_wrong(self, record: str) -> bool:
+        """Whether a record's checksum is another one than was written."""
+
+
+class StorageKind(Maker):
+    """What stands for a class of storages; a pickle refers to one, and never calls it."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(lambda *_: Record("torch.storage"))
+        self.dtype = dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """Elements one after the other, in a file.
+
+    Attributes:
+        source: has the bytes.
+        key: the storage's name there.
+        dtype: of its elements.
+        numel: how many it has.
+    """
+
+    source: Source
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """A view of a storage.
+
+    Attributes:
+        storage: has the elements.
+        dtype: of the elements.
+        start: of the first element.
+        shape: of the tensor.
+        strides: from element to element.
+
+    Raises:
+        ValueError: it is not within its storage.
+    """
+
+    storage: Storage
+    dtype: torch.dtype
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        numbers = (self.start, *self.shape, *self.strides)
+        if not isinstance(self.storage, Storage) or not isinstance(self.dtype, torch.dtype):
+            raise ValueError("a tensor in it has no storage")
+        if len(self.shape) != len(self.strides) or len(self.shape) > 64:
+            raise ValueError("a tensor in it has another number of strides than of dimensions")
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise ValueError("a tensor in it has a shape or strides that are no numbers")
+        # A stride of 0 would make many elements of few.
+        if self.numel and self.start * self.dtype.itemsize + self._bytes > self._available:
+            raise ValueError(f"a tensor of shape {self.shape} in it goes beyond its storage")
+        if self.numel * self.dtype.itemsize > self._available:
+            raise ValueError(f"a tensor of shape {self.shape} in it has more elements than stored")
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie one after the other in the order of the indices."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size > 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
+    def _available(self) -> int:
+        return self.storage.numel * self.storage.dtype.itemsize
+
+    @property
+    def _bytes(self) -> int:
+        """From the first element to the end of the last."""
+        last = sum(
+            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+        )
+        return (last + 1) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """Read all of it.
+
+        Raises:
+            CheckpointError: the file has less.
+        """
+        if not self.numel:
+            return torch.empty(self.shape, dtype=self.dtype)
+        flat = self._elements(self.start, self._bytes // self.dtype.itemsize)
+        return flat.as_strided(self.shape, self.strides)
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Read some of what the first dimension counts, of a tensor that is contiguous."""
+        row = math.prod(self.shape[1:])
+        return self._elements(self.start + first * row, count * row).view(count, *self.shape[1:])
+
+    def boxes(self, limit: int = PIECE_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """Read it a few rows at a time, if they lie in order; else at once.
+
+        Args:
+            limit: bytes that are read at once, if a row has no more.
+
+        Yields:
+            The index of the first row in the tensor, and the rows.
+        """
+        if not self.is_contiguous or not self.numel or not self.shape:
+            yield 0, self.read()
+            return
+        step = max(limit // (math.prod(self.shape[1:]) * self.dtype.itemsize), 1)
+        for first in range(0, self.shape[0], step):
+            yield first, self.rows(first, min(step, self.shape[0] - first))
+
+    def _elements(self, start: int, count: int) -> Tensor:
+        size = self.dtype.itemsize
+        data = self.storage.source.read(self.storage.key, start * size, count * size)
+        try:
+            return torch.frombuffer(data, dtype=self.dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.storage.source.name} has a tensor of {self.dtype}, which cannot be read "
+                "here and which CAME does not write: take the file from a copy."
+            ) from error

@@ -1,0 +1,93 @@
+"""Processes that end with the one that started them, and signals that wait."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+_ENDS = (signal.SIGINT, signal.SIGTERM)
+_PR_SET_PDEATHSIG = 1
+_GRACE_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """What ends a command, as Ctrl-C does, ends it when the body is done.
+
+    Processes that are started within never see those signals.
+    """
+    held: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        # A signal that this thread blocks may reach another one, and Python's handler runs here.
+        for number in _ENDS:
+            if signal.getsignal(number) is not None:  # else it is a handler of C's
+                handlers[number] = signal.signal(number, lambda number, _: held.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system kill this process when its parent dies, even of SIGKILL.
+
+    Only Linux can. The thread that started this process counts as its parent.
+
+    Args:
+        parent: its process id; it may be dead already.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_alone(
+    command: Sequence[str], *, environment: Mapping[str, str], seconds: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, and kill what it leaves running, or all of it if this is interrupted.
+
+    Args:
+        command: the program and its arguments; it reads nothing.
+        environment: all of its environment.
+        seconds: how long it may take.
+
+    Raises:
+        subprocess.TimeoutExpired: it takes longer.
+    """
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    finally:
+        with signals_held_back():
+            kill_group(process)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """Kill a process that leads a session, with all that is in its process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,143 @@
+"""The files in folders, and what is there that is no file."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_came.data.errors import DataError, UnusableError
+
+_KINDS = (
+    (stat.S_ISFIFO, "is a pipe"),
+    (stat.S_ISSOCK, "is a socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "is a device"),
+)
+
+
+@dataclass
+class Skipped:
+    """What was left out.
+
+    Attributes:
+        counts: How many files, folders and lines, by reason.
+        examples: The first of them, by reason.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, place: str, error: UnusableError, *, required: bool) -> None:
+        """Counts a file, a folder or a line that cannot be used.
+
+        Raises:
+            DataError: If it is required.
+        """
+        if required:
+            raise DataError(f"{place} {error.reason}: {error.remedy}.") from error
+        self.counts[error.reason] += 1
+        self.examples.setdefault(error.reason, place.rstrip(","))
+
+    def update(self, other: "Skipped") -> None:
+        """Adds what was left out elsewhere, later."""
+        self.counts.update(other.counts)
+        self.examples = {**other.examples, **self.examples}
+
+    def lines(self) -> list[str]:
+        """A sentence for each reason."""
+        return [
+            f"Left out {self.examples[reason]}, which {reason}."
+            if count == 1
+            else f"Left out {count:,}, each of which {reason}; the first: {self.examples[reason]}."
+            for reason, count in self.counts.items()
+        ]
+
+
+def cannot_be_read(error: OSError) -> UnusableError:
+    """What the system says of a file or a folder."""
+    reason = (error.strerror or "unknown error").lower()
+    return UnusableError(
+        f"cannot be read ({reason})", "make it one that you may read, or name another one"
+    )
+
+
+def walk(
+    root: Path, left_out: Skipped, *, required: bool = False, ignored: Collection[str] = ()
+) -> Iterator[Path]:
+    """Yields the files of a folder, then those of the folders in it, by name.
+
+    Links to folders are followed; each folder is read once, so that links cannot lead in circles.
+    Names that begin with a dot are left out.
+
+    Args:
+        root: The folder.
+        left_out: Where to count what is there and cannot be read.
+        required: Whether the folder itself must be readable.
+        ignored: Names to leave out as well.
+
+    Raises:
+        DataError: If a required folder cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            status = folder.stat()
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            left_out.add(str(folder), cannot_be_read(error), required=required and folder is root)
+            continue
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            left_out.add(
+                str(folder),
+                UnusableError("is a folder read under another name", ""),
+                required=False,
+            )
+            continue
+        seen.add(identity)
+        folders = []
+        for path in (folder / name for name in names if name[0] != "." and name not in ignored):
+            try:
+                if is_folder(path):
+                    folders.append(path)
+                else:
+                    yield path
+            except UnusableError as error:
+                left_out.add(str(path), error, required=False)
+        waiting.extend(reversed(folders))
+
+
+def is_folder(path: Path, *, pipes: bool = False) -> bool:
+    """Whether a path is a folder, not a file.
+
+    Args:
+        path: What is there.
+        pipes: Whether a pipe will do as a file: reading one waits for whoever writes into it.
+
+    Raises:
+        UnusableError: If it is neither, or the system does not say.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise UnusableError("is a link to nothing", "mend it, or name a file") from error
+        raise UnusableError("does not exist", "name a text file or a folder of them") from error
+    except OSError as error:
+        raise cannot_be_read(error) from error
+    for is_kind, reason in _KINDS:
+        if is_kind(mode) and not (pipes and stat.S_ISFIFO(mode)):
+            raise UnusableError(reason, "name a text file or a folder of them")
+    return stat.S_ISDIR(mode)
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a regular file; 0 of one that cannot be read, None of a pipe."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

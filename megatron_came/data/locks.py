@@ -1,0 +1,101 @@
+"""A lock on a file that is being written: one process at a time, on one machine or on several."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_came.children import signals_held_back
+from megatron_came.data.errors import DataError
+
+# What a file system says that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, ``.NAME.lock`` beside it, which says who holds it.
+
+    The system lets go of the lock when its process dies, so what a killed one leaves behind is
+    taken over. Where two machines share the folder they share the lock too, if their file system
+    has locks; if it has none, or none between machines, what is written in the lock decides.
+
+    Raises:
+        DataError: If another process holds it.
+        OSError: If it cannot be made.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    file = _acquire(lock, path)
+    try:
+        yield
+    finally:
+        with signals_held_back():
+            lock.unlink(missing_ok=True)  # first: nobody else may hold what has no name any more
+            os.close(file)
+
+
+def _acquire(lock: Path, path: Path) -> int:
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            free = _try(file)
+            holder = os.pread(file, 200, 0).decode(errors="replace").split()
+            if free is False or _is_at_work(holder, died=free is True):
+                pid, host = holder if len(holder) == 2 else ("unknown", "unknown")
+                raise DataError(
+                    f"{path} is being written by process {pid} on {host}: wait until it ends, or"
+                    f" give another name; if there is no such process, remove {lock}."
+                )
+            if _is_named(file, lock):
+                os.ftruncate(file, 0)
+                os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # whoever held it has removed it since it was opened
+
+
+def _try(file: int) -> bool | None:
+    """Whether the lock is ours now; None where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _is_at_work(holder: list[str], *, died: bool) -> bool:
+    """Whether whoever is named in a lock may still be at work.
+
+    Args:
+        holder: Process and host.
+        died: Whether it is not if it was on this machine.
+    """
+    if len(holder) != 2 or not holder[0].isdecimal():
+        return False
+    if holder[1] != socket.gethostname():
+        return True  # nobody can tell from here
+    if died:
+        return False
+    try:
+        os.kill(int(holder[0]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(holder[0]) != os.getpid()
+
+
+def _is_named(file: int, lock: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), lock.stat())
+    except FileNotFoundError:
+        return False

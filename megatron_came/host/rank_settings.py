@@ -1,0 +1,166 @@
+"""What every rank must have been given alike: settings by the flag that sets them, and parameters.
+
+Ranks are started by one command, but not always: a launch script reads a variable that one node
+lacks, or a node has other packages. Replicas then drift apart, and nothing says so.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_came import __version__
+
+Settings = dict[str, str]
+
+# Arguments that may differ: places on a rank's own disk, what it reports, and who it is.
+_OWN_PLACE = re.compile(
+    r"(^|_)(path|paths|dir|file|files|prefix|name|id|host|load|save|url|model)(_|$)"
+)
+_OWN_BUSINESS = re.compile(
+    r"(^|_)(rank|ranks|logger|logging|tensorboard|wandb|profile|profiler|nsys|workers|port"
+    r"|timeout|gc|verbose|debug|snapshot)(_|$)"
+)
+# Parts of the environment that decide how the same numbers are computed.
+_ENVIRONMENT = (
+    "TRITON_INTERPRET",
+    "NUMBA_DISABLE_JIT",
+    "NUMBA_CPU_NAME",
+    "NUMBA_CPU_FEATURES",
+    "NUMBA_ENABLE_AVX",
+    "NUMBA_OPT",
+    "NUMBA_LOOP_VECTORIZE",
+    "NUMBA_SLP_VECTORIZE",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+)
+
+
+def settings_of(config: Any) -> Settings:
+    """Return what decides a run's numbers on this rank: as flags, their values as text.
+
+    Args:
+        config: an ``OptimizerConfig``; Megatron's arguments are added where its training loop has
+            read some.
+    """
+    found = {
+        **_versions(),
+        **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+    }
+    args = arguments()
+    plain = {f.name: getattr(config, f.name) for f in fields(config)}
+    hyperparameters = plain.pop("came", None)
+    if hyperparameters is not None:
+        came = {f.name: getattr(hyperparameters, f.name) for f in fields(hyperparameters)}
+        came |= {name: plain.pop(name) for name in ("kernels", "momentum_dtype", "main_params")}
+        plain |= {f"came_{name}": value for name, value in came.items()}
+    # Those of the command line first: others are made of them.
+    for name, value in {**args, **plain, **args}.items():
+        if _is_common(name, value):
+            found["--" + name.replace("_", "-")] = _text(value)
+    return found
+
+
+def optimizer_of(config: Any) -> Settings:
+    """Return the one setting that ranks with another optimizer have to tell those with CAME."""
+    return {"--optimizer": str(config.optimizer)}
+
+
+def _versions() -> Settings:
+    versions = {"PyTorch": torch.__version__, "megatron_came": __version__}
+    from megatron.core import __version__ as megatron
+
+    return {**versions, "Megatron": str(megatron)}
+
+
+def arguments() -> Mapping[str, Any]:
+    """Return Megatron's arguments by name; none outside its training loop."""
+    try:
+        from megatron.training.global_vars import get_args
+
+        return dict(vars(get_args()))
+    except (ImportError, AssertionError):  # core alone, or a loop of someone's own
+        return {}
+
+
+def _is_common(name: str, value: object) -> bool:
+    if _OWN_BUSINESS.search(name):
+        return False
+    if isinstance(value, list | tuple):
+        return all(_is_common(name, item) for item in value)
+    if value is None or isinstance(value, str):
+        return not _OWN_PLACE.search(name) and os.sep not in (value or "")
+    return isinstance(value, bool | int | float | torch.dtype | enum.Enum)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, enum.Enum):
+        return value.name
+    return str(value).removeprefix("torch.")
+
+
+def parameters_of(named: Iterable[tuple[str, Tensor]]) -> Settings:
+    """Return parameters by name: their shape, dtype, and how tensor parallelism cuts them."""
+    return dict(_described(named))
+
+
+def _described(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+    for name, param in named:
+        shape = "x".join(map(str, param.shape)) or "scalar"
+        words = [*([] if param.requires_grad else ["frozen"]), shape, _text(param.dtype)]
+        if getattr(param, "tensor_model_parallel", False):
+            words.append(f"cut along dimension {getattr(param, 'partition_dim', -1)}")
+        yield name, " ".join(words)
+
+
+def difference(found: Mapping[int, Settings]) -> str | None:
+    """Say in one clause where the ranks' settings differ, or return None.
+
+    Args:
+        found: by rank.
+    """
+    names = dict.fromkeys(name for settings in found.values() for name in settings)
+    clauses = []
+    for name in names:
+        ranks: dict[str | None, list[int]] = {}
+        for rank, settings in found.items():
+            ranks.setdefault(settings.get(name), []).append(rank)
+        if len(ranks) > 1:
+            clauses.append(_clause(name, ranks))
+    if not clauses:
+        return None
+    more = f" ({len(clauses) - 1} more differ)" if len(clauses) > 1 else ""
+    return clauses[0] + more
+
+
+def _clause(name: str, ranks: Mapping[str | None, list[int]]) -> str:
+    """As ``rank 1 has --lr 0.1, rank 0 0.2``: first what the fewest have."""
+    order = sorted(ranks.items(), key=lambda item: (len(item[1]), -item[1][0]))
+    parts = []
+    for value, those in order:
+        have = "has" if len(those) == 1 else "have"
+        if value is None:
+            parts.append(f"{names_of(those)} {have} no {name}")
+        elif not parts or None in ranks:
+            parts.append(f"{names_of(those)} {have} {name} {value}")
+        else:
+            parts.append(f"{names_of(those)} {value}")
+    return ", ".join(parts[:4])
+
+
+def names_of(ranks: list[int]) -> str:
+    """As ``rank 3`` or ``ranks 0, 1 and 2``; of many, the first few and how many more."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 8:
+        return f"ranks {', '.join(map(str, ranks[:4]))} and {len(ranks) - 4} more"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"

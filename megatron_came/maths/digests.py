@@ -1,0 +1,390 @@
+"""Digests of a checkpoint's tensors that do not depend on who holds which part of them.
+
+A tensor is seen as a matrix: its columns are the last dimension, its rows all others, flattened; a
+vector is one row. Its digest is a sum over its elements, modulo 2^64:
+
+    sum of row_key(row) * column_key(column) * bits(element)
+
+with odd keys that are hashes of the indices in the *whole* tensor. A sum may be added up in any
+order and from any parts, so each rank adds what it holds, and a reader of the files does the same.
+One changed bit of one element always changes the digest, since the keys are odd; any other change
+does but for a chance of about 2^-30. Bits are those of the stored number, as a signed integer,
+so -0 is not 0 and a NaN is a number like any other.
+
+**The record** that a checkpoint holds, under :data:`KEY` of its common state (``torch_dist``) or of
+every ``model_optim_rng.pt`` (``torch``), is one string, JSON as :func:`pack` writes it::
+
+    {"format": 1,
+     "iteration": 4, "optimizer": "came",
+     "step": 4,                       # steps of the optimizer; null without its state
+     "tensors": {kind: {name: [[shape], dtype, "digest, 16 hexadecimal digits"]}},
+     "buckets": {key: [[start, [shape], [[name, [place], [size], [offset]], ...]], ...]},
+     "checksum": "of all that, without this entry"}
+
+- ``kind`` is ``weights`` (in their own dtype), ``main weights``, ``momentum`` (both as fp32 bits,
+  also where the file has bf16) or the key of a factor, such as ``exp_avg_sq_row`` (fp32).
+- ``name`` is the parameter's key in the model's sharded state, followed by its indices along the
+  axes that Megatron has put before it: ``decoder.layers.mlp.linear_fc1.weight[3]`` is
+  ``[3]`` of the tensor ``decoder.layers.mlp.linear_fc1.weight`` in the file (see
+  :func:`split_name`). Of the optimizer's tensors the file has ``optimizer.state.exp_avg.<key>``,
+  ``optimizer.state.param.<key>`` or ``optimizer.state.fp32_param.<key>`` and
+  ``optimizer.state.<factor>.<key>``, with the same axes before them; where Megatron has several
+  optimizers (mixtures of experts), these may begin with ``chained_0.`` or another number.
+- ``shape`` is that of the whole tensor without these axes; ``dtype`` is ``float32``, but of
+  ``weights`` the model's own, such as ``bfloat16``.
+- ``buckets`` is there for Megatron's default format of the distributed optimizer
+  (``dp_reshardable``) alone, whose files hold flat buckets ``<key>.param`` and ``<key>.exp_avg``:
+  a parameter begins at ``start``, is a flat tensor of ``shape``, and the box of it at ``place`` of
+  size ``size`` stands at ``offset`` of the tensor ``name``. :class:`Box` takes just these.
+  A bucket names a parameter also where another bucket holds a copy of it (tensor-parallel ranks,
+  tied embeddings): copies are equal, and each is the whole part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEY = "came_digests"
+FORMAT = 1
+WEIGHTS, MAIN_WEIGHTS, MOMENTUM = "weights", "main weights", "momentum"
+
+Shape = tuple[int, ...]
+# Adds up the bits of a (rows, columns) matrix of integers, times row keys, times column keys.
+Adder = Callable[[Tensor, Tensor, Tensor], Tensor | int]
+
+_MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
+# Elements that are looked at in one piece: on a CPU their products, in 64 bits, stay in the cache;
+# a GPU would wait for so many small launches.
+_PIECE, _PIECE_OF_GPU = 1 << 16, 1 << 24
+# Keys of so many rows and columns are kept.
+_TABLE = 1 << 18
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def row_keys(rows: Tensor) -> Tensor:
+    """Return an odd 64-bit number for each row (SplitMix64's finalizer); 0 for negative rows."""
+    value = rows * _signed(0x9E3779B97F4A7C15) + _signed(0xD1B54A32D192ED03)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = (value ^ _shifted(value, shift)) * _signed(factor)
+    return torch.where(rows < 0, 0, (value ^ _shifted(value, 31)) | 1)
+
+
+def column_keys(start: int, stop: int, device: torch.device | None = None) -> Tensor:
+    """Return an odd 32-bit number for each column (MurmurHash3's finalizer), as int32."""
+    if stop <= _TABLE:
+        return _column_table(_power_of_two(stop), device)[start:stop]
+    return _column_keys(start, stop, device)
+
+
+def _column_keys(start: int, stop: int, device: torch.device | None) -> Tensor:
+    value = (torch.arange(start, stop, device=device) * 0x9E3779B1 + 0x7F4A7C15) & _MASK32
+    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK32
+    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK32
+    return ((value ^ (value >> 16)) | 1).to(torch.int32)
+
+
+@cache
+def _column_table(size: int, device: torch.device | None) -> Tensor:
+    return _column_keys(0, size, device)
+
+
+@cache
+def _row_table(size: int, device: torch.device) -> Tensor:
+    return row_keys(torch.arange(size, device=device))
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that is not below."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def add_up(bits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the sum of ``bits * rows * columns``, modulo 2^64, in plain PyTorch.
+
+    Args:
+        bits: (rows, columns), of any integer dtype.
+        rows: keys, (rows,), int64.
+        columns: keys, (columns,), int32.
+
+    Returns:
+        a scalar, int64.
+    """
+    height, width = bits.shape
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    limit = _PIECE if bits.device.type == "cpu" else _PIECE_OF_GPU
+    for left in range(0, width, limit):
+        keys = columns[left : left + limit].to(torch.int64, copy=True)
+        step = max(1, limit // keys.numel())
+        for top in range(0, height, step):
+            piece = bits[top : top + step, left : left + limit].to(torch.int64, copy=True)
+            total += (piece.mul_(keys).sum(1) * rows[top : top + step]).sum()
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box of a local tensor, and where it stands in the whole tensor.
+
+    Attributes:
+        place: where it begins in the local tensor, along each dimension.
+        size: of it, along each dimension.
+        offset: where it begins in the whole tensor.
+        shape: of the whole tensor.
+    """
+
+    place: Shape
+    size: Shape
+    offset: Shape
+    shape: Shape
+
+    @classmethod
+    def whole(cls, shape: Shape) -> Box:
+        """Return the box of a reader who has all of a tensor."""
+        zeros = (0,) * len(shape)
+        return cls(zeros, shape, zeros, shape)
+
+    def row_keys(self, first: int, last: int, local: Shape, device: torch.device) -> Tensor:
+        """Return the keys of rows [first, last) of the local tensor; 0 for those not in the box.
+
+        Args:
+            first: row of the local tensor.
+            last: one past the last.
+            local: shape of the local tensor.
+            device: of the result.
+
+        Returns:
+            (last - first,), int64.
+        """
+        if len(local) <= 2:  # one range of rows, which is that of a table
+            place, size, offset = (self.place[0], self.size[0], self.offset[0])
+            if len(local) == 1:
+                place, size, offset = 0, 1, 0
+            stop = last - place + offset
+            if place <= first and last <= place + size and stop <= _TABLE:
+                return _row_table(_power_of_two(stop), device)[stop - (last - first) : stop]
+        rest = torch.arange(first, last, device=device)
+        rows, inside = torch.zeros_like(rest), torch.ones_like(rest, dtype=torch.bool)
+        stride = 1
+        for dim in reversed(range(len(local) - 1)):
+            at = rest % local[dim] - self.place[dim]
+            rest = rest // local[dim]
+            inside &= (at >= 0) & (at < self.size[dim])
+            rows += (at + self.offset[dim]) * stride
+            stride *= self.shape[dim]
+        return row_keys(torch.where(inside, rows, -1))
+
+
+def digest(
+    values: Tensor, local: Shape, box: Box, *, start: int = 0, add: Adder = add_up
+) -> Tensor | int:
+    """Return what a slice of a local tensor adds to the digest of a whole tensor.
+
+    Args:
+        values: the slice, contiguous.
+        local: shape of the local tensor.
+        box: the part of the local tensor that belongs to the whole tensor.
+        start: first flat element of the local tensor that the slice holds.
+        add: adds up a matrix; see :func:`add_up`.
+
+    Returns:
+        an int64 scalar or a number, to be added modulo 2^64.
+    """
+    local, box = local or (1,), box if local else Box.whole((1,))
+    bits = values.detach().reshape(-1)
+    bits = bits.view(_INTEGERS[bits.element_size()])
+    total: Tensor | int = 0
+    left, right = box.place[-1], box.place[-1] + box.size[-1]
+    for first, last, low, high in _matrices(start, start + bits.numel(), local[-1]):
+        begin, end = max(low, left), min(high, right)
+        if begin >= end:
+            continue
+        position = first * local[-1] + low - start
+        matrix = bits[position : position + (last - first) * (high - low)]
+        matrix = matrix.view(last - first, high - low)[:, begin - low : end - low]
+        rows = box.row_keys(first, last, local, bits.device)
+        shift = box.offset[-1] - left
+        total = total + add(matrix, rows, column_keys(begin + shift, end + shift, bits.device))
+    return total
+
+
+def digest_fp32(
+    values: Tensor, local: Shape, box: Box, *, start: int = 0, add: Adder = add_up
+) -> Tensor | int:
+    """Return the :func:`digest` of values as fp32 numbers: they are fp32, or bf16."""
+    total = digest(values, local, box, start=start, add=add)
+    if values.dtype == torch.bfloat16:  # the upper halves of the fp32 bits
+        return total << 16
+    if values.dtype != torch.float32:
+        raise TypeError(f"digests of optimizer state are of fp32 or bf16, not {values.dtype}")
+    return total
+
+
+def digest_whole(values: Tensor, *, as_fp32: bool = False, add: Adder = add_up) -> int:
+    """Return the digest of a whole tensor, in [0, 2^64)."""
+    function = digest_fp32 if as_fp32 else digest
+    shape = tuple(values.shape)
+    return unsigned(int(function(values.contiguous(), shape, Box.whole(shape), add=add)))
+
+
+def _matrices(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a flat range into (first row, last row, first column, last column), ends exclusive."""
+    while start < stop:
+        row, column = divmod(start, columns)
+        if column or stop - start < columns:
+            size = min(columns - column, stop - start)
+            yield row, row + 1, column, column + size
+        else:
+            rows = (stop - start) // columns
+            size = rows * columns
+            yield row, row + rows, 0, columns
+        start += size
+
+
+def unsigned(total: int) -> int:
+    """Return a sum of digests modulo 2^64."""
+    return total & _MASK64
+
+
+def name_of(key: str, axes: tuple[int, ...]) -> str:
+    """Return the name of a tensor: its key and its indices along the axes before it."""
+    return key + "".join(f"[{index}]" for index in axes)
+
+
+def split_name(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return the key and the indices that :func:`name_of` was given."""
+    key, axes = re.fullmatch(r"(.*?)((?:\[\d+\])*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    return key, tuple(int(index) for index in re.findall(r"\d+", axes))
+
+
+class RecordError(ValueError):
+    """A checkpoint's record of digests is damaged; the message says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a record says of a tensor: shape and dtype of the whole, and its digest."""
+
+    shape: Shape
+    dtype: str
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class InBucket:
+    """A parameter in a bucket: its first element, its local shape, and its named boxes."""
+
+    start: int
+    shape: Shape
+    boxes: tuple[tuple[str, Box], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a checkpoint says of itself; the module's docstring has its form on disk."""
+
+    iteration: int
+    optimizer: str
+    step: int | None
+    tensors: Mapping[str, Mapping[str, Saved]]
+    buckets: Mapping[str, tuple[InBucket, ...]]
+
+
+def pack(record: Record) -> str:
+    """Return the string that is saved."""
+    content = {
+        "format": FORMAT,
+        "iteration": record.iteration,
+        "optimizer": record.optimizer,
+        "step": record.step,
+        "tensors": {
+            kind: {
+                name: [list(one.shape), one.dtype, f"{one.digest:016x}"]
+                for name, one in named.items()
+            }
+            for kind, named in record.tensors.items()
+        },
+        "buckets": {
+            key: [
+                [
+                    one.start,
+                    list(one.shape),
+                    [[name, *map(list, (b.place, b.size, b.offset))] for name, b in one.boxes],
+                ]
+                for one in inside
+            ]
+            for key, inside in record.buckets.items()
+        },
+    }
+    return _canonical({**content, "checksum": _checksum(content)})
+
+
+def unpack(text: object) -> Record:
+    """Read what :func:`pack` has written.
+
+    Raises:
+        RecordError: it is damaged, or of a format that this version does not know.
+    """
+    try:
+        content = json.loads(text)  # type: ignore[arg-type]
+        checksum = content.pop("checksum")
+        if content["format"] != FORMAT:
+            raise RecordError(
+                f"its digests are of format {content['format']}, and this megatron_came reads "
+                f"format {FORMAT}"
+            )
+        if checksum != _checksum(content):
+            raise RecordError("its record of digests is damaged")
+        tensors = {
+            kind: {
+                name: Saved(tuple(shape), dtype, int(digits, 16))
+                for name, (shape, dtype, digits) in named.items()
+            }
+            for kind, named in content["tensors"].items()
+        }
+        weights = tensors.get(WEIGHTS, {})
+        buckets = {
+            key: tuple(
+                InBucket(
+                    start,
+                    tuple(shape),
+                    tuple(
+                        (name, Box(tuple(place), tuple(size), tuple(offset), weights[name].shape))
+                        for name, place, size, offset in boxes
+                    ),
+                )
+                for start, shape, boxes in inside
+            )
+            for key, inside in content["buckets"].items()
+        }
+        return Record(content["iteration"], content["optimizer"], content["step"], tensors, buckets)
+    except RecordError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise RecordError("its record of digests cannot be read") from error
+
+
+def _canonical(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.blake2b(_canonical(content).encode(), digest_size=16).hexdigest()
+
+
+def _signed(value: int) -> int:
+    """The int64 with these 64 bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted(value: Tensor, by: int) -> Tensor:
+    """Shift to the right as if unsigned."""
+    return (value >> by) & ((1 << (64 - by)) - 1)

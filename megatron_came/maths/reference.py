@@ -1,0 +1,71 @@
+"""CAME on whole tensors, in the letters of the paper (Luo et al., ACL 2023, algorithm 2).
+
+Read this first. Whoever knows Adam needs nothing else to follow it, and everything else in this
+package computes the same numbers: of slices of a matrix, on many ranks, in kernels, in fewer bytes.
+It is slow, takes copies of the matrix, and is used by tests alone.
+
+Three things stand otherwise than in the paper, as in the authors' own code: statistics are means
+where the paper has sums, which cancels; weight decay is decoupled; and vectors have a full second
+moment and no confidence, since a vector has no second axis to factor over. There is no bias
+correction.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def update(theta: Tensor, g: Tensor, state: dict[str, Tensor], **settings: float) -> None:
+    """Take one step: update the weights and the state, both in place.
+
+    Args:
+        theta: weights, (n, m), (..., n, m) for a batch of matrices, or (n,) for a vector.
+        g: gradient, of the same shape.
+        state: empty before the first step; then ``m`` and, of a matrix, ``r``, ``c``, ``R`` and
+            ``C``, of a vector ``v``.
+        settings: eta (learning rate), b1, b2, b3, eps1, eps2, d (clip threshold) and weight_decay.
+    """
+    eta, b1, b2, b3 = (settings[name] for name in ("eta", "b1", "b2", "b3"))
+    eps1, eps2, d = (settings[name] for name in ("eps1", "eps2", "d"))
+
+    # Second moment: of a matrix its row and column means, whose product stands for all of it.
+    if g.dim() < 2:
+        v = average(state, "v", g**2 + eps1, b2)
+    else:
+        r = average(state, "r", (g**2 + eps1).mean(-1), b2)
+        c = average(state, "c", (g**2 + eps1).mean(-2), b2)
+        v = outer(r, c)
+
+    # Clipped update: its root mean square, over the whole tensor, is at most d.
+    u = g / v.sqrt()
+    u_hat = u / max(1.0, rms(u) / d)
+    m = average(state, "m", u_hat, b1)
+
+    # Confidence: where the update keeps away from its average, the step is smaller.
+    step = m
+    if g.dim() >= 2:
+        instability = (u_hat - m) ** 2
+        R = average(state, "R", (instability + eps2).mean(-1), b3)
+        C = average(state, "C", (instability + eps2).mean(-2), b3)
+        step = m / outer(R, C).sqrt()
+
+    theta -= eta * settings["weight_decay"] * theta
+    theta -= eta * step
+
+
+def average(state: dict[str, Tensor], name: str, value: Tensor, decay: float) -> Tensor:
+    """Return the exponential moving average of a value, which begins at zero."""
+    state[name] = decay * state.get(name, torch.zeros_like(value)) + (1 - decay) * value
+    return state[name]
+
+
+def outer(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the matrix that row and column means stand for: ``rows columns / mean(rows)``."""
+    normalized = rows / rows.mean(-1, keepdim=True)
+    return normalized.unsqueeze(-1) * columns.unsqueeze(-2)
+
+
+def rms(values: Tensor) -> float:
+    """Return the root mean square of all elements."""
+    return float(values.square().mean().sqrt())

@@ -1,0 +1,1 @@
+"""What ``megatron-came inspect`` and ``repair`` do with a checkpoint."""

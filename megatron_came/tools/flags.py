@@ -1,0 +1,90 @@
+"""``megatron-came flags``: what CAME adds to a launch of Megatron, flags and variables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from megatron_came.tools.console import Head, show, width, wrapped
+
+# Name, default and meaning of each variable that the launchers and the optimizer read.
+_LAUNCH = (
+    ("MEGATRON_CAME_CPU", "unset", "1 trains on the CPU, 0 never does; unset: where no GPU is"),
+    ("OMP_NUM_THREADS", "PyTorch's", "threads of a step on a CPU; torchrun sets 1 for each rank"),
+    ("TRITON_INTERPRET", "0", "1 runs Triton's kernels in its interpreter: slow, without a GPU"),
+    ("NO_COLOR", "unset", "anything: no bold letters and no colours of megatron-came's commands"),
+    ("COLUMNS", "the terminal's", "how wide the commands' tables and lines may be"),
+)
+_EXAMPLES = (
+    ("OPTIMIZER", "came", "adam trains the baseline"),
+    ("DATA_PATH", "made-up tokens", "dataset, as megatron-came data --output-prefix named it"),
+    ("TOKENIZER_MODEL", "DATA_PATH.model", "SentencePiece model or Hugging Face folder"),
+    ("VOCAB_FILE", "unset", "GPT-2's vocab.json"),
+    ("MERGE_FILE", "unset", "GPT-2's merges.txt"),
+    ("OUTPUT", "output/NAME-OPTIMIZER", "folder of checkpoints, logs and the index of the data"),
+    ("CHECKPOINTS", "OUTPUT/checkpoints", "checkpoints elsewhere"),
+    ("TENSORBOARD", "OUTPUT/tensorboard", "TensorBoard's logs elsewhere"),
+    ("TRAIN_ITERS", "the recipe's", "iterations; decay and warm-up shrink with a shorter run"),
+    ("MICRO_BATCH_SIZE", "the recipe's", "sequences that a GPU takes at a time"),
+    ("GLOBAL_BATCH_SIZE", "the recipe's", "sequences of a step, over all GPUs"),
+    ("MEGATRON_LM", "unset", "checkout of Megatron-LM whose pretrain_gpt.py is to run"),
+    ("GPUS_PER_NODE", "8", "ranks on a machine, of the data-parallel scripts"),
+    ("MASTER_PORT", "29500", "port on which the machines of a SLURM job meet"),
+    ("DRY_RUN", "0", "1 prints the command and does nothing"),
+    ("SMOKE", "0", "1 runs a few iterations of a shrunken model on whatever is there"),
+)
+
+
+def came_flags() -> list[argparse.Action]:
+    """The flags that CAME adds to Megatron's parser, from the code that adds them."""
+    from megatron_came.host.arguments import with_flags
+
+    parser = argparse.ArgumentParser(add_help=False)
+    optimizer = parser.add_argument("--optimizer", choices=["adam", "sgd"])
+    with_flags(lambda parser: parser)(parser)
+    return [action for action in parser._actions if action is not optimizer]
+
+
+def _entry(name: str, default: str, meaning: str, columns: int) -> Iterator[str]:
+    yield f"  {name}  ({default})" if default else f"  {name}"
+    yield from wrapped(f"      {meaning}", columns)
+
+
+def text(columns: int) -> list[str]:
+    """Everything, line by line.
+
+    Args:
+        columns: that a line may have.
+    """
+    lines: list[str] = [Head("Flags of --optimizer came, with their defaults")]
+    for action in came_flags():
+        name = action.option_strings[0]
+        values = "|".join(map(str, action.choices)) if action.choices else action.metavar
+        name += f" {values}" if values else ""
+        default = "" if action.default is None else str(action.default)
+        default = "off" if action.nargs == 0 else default
+        meaning = (action.help or "").replace("%%", "%").removesuffix(f" (default: {default})")
+        if isinstance(action.default, float):
+            meaning = meaning.removesuffix(f" (default: {action.default:g})")
+        lines += _entry(name, default, meaning, columns)
+    titles: Sequence[tuple[str, Sequence[tuple[str, str, str]]]] = (
+        ("Environment variables of launches and commands", _LAUNCH),
+        ("Environment variables of the scripts in examples/", _EXAMPLES),
+    )
+    for title, variables in titles:
+        lines += ["", Head(title)]
+        for variable in variables:
+            lines += _entry(*variable, columns)
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-came flags",
+        description="List the flags that --optimizer came adds to a launch of Megatron, and the "
+        "environment variables that launches, commands and examples read.",
+    )
+    parser.parse_args(argv)
+    show(text(width()))
+    return 0

@@ -1,0 +1,188 @@
+"""State dictionaries that are not this optimizer's are refused before anything is changed."""
+
+import copy
+import re
+
+import came_pytorch
+import pytest
+import torch
+
+from megatron_came import CAME
+
+
+def parameters():
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (5,))]
+
+
+def step(optimizer):
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+def snapshot(optimizer):
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def assert_refused(optimizer, state_dict, message):
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=re.compile(rf"^CAME: .*{message}", re.DOTALL)):
+        optimizer.load_state_dict(state_dict)
+    after = snapshot(optimizer)
+    assert repr(before) == repr(after)
+    step(optimizer)
+
+
+OTHERS = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
+    "SGD without momentum": lambda params: torch.optim.SGD(params, lr=1e-3),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3),
+    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-3),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=1e-3),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-3),
+    "LBFGS": lambda params: torch.optim.SGD(params, lr=1e-3, nesterov=True, momentum=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_other_optimizers(name, steps):
+    other = OTHERS[name](parameters())
+    for _ in range(steps):
+        step(other)
+    optimizer = step(CAME(parameters(), lr=1e-2))
+    assert_refused(
+        optimizer, other.state_dict(), "belongs to another optimizer; start CAME without"
+    )
+
+
+def test_another_optimizers_state_in_our_groups():
+    other = step(torch.optim.AdamW(parameters(), lr=1e-3)).state_dict()
+    optimizer = step(CAME(parameters(), lr=1e-2))
+    mixed = {"state": other["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+    assert_refused(optimizer, mixed, "has the keys .* belongs to another optimizer")
+    for state in mixed["state"].values():
+        state["max_exp_avg_sq"] = state["exp_avg"]
+    assert_refused(optimizer, mixed, "'max_exp_avg_sq', which CAME has not")
+    lion = {"state": {0: {"exp_avg": torch.ones(4, 3)}}, "param_groups": mixed["param_groups"]}
+    assert_refused(optimizer, lion, "has the keys 'exp_avg' where CAME has")
+
+
+@pytest.mark.parametrize("thing", [None, [], "x", 3, {}, {"state": {}}], ids=repr)
+def test_what_is_no_state_dictionary(thing):
+    assert_refused(CAME(parameters(), lr=1e-2), thing, "has the keys 'state' and 'param_groups'")
+
+
+def damage(path, value):
+    def change(state):
+        *way, last = path
+        for key in way:
+            state = state[key]
+        state[last] = value
+
+    return change
+
+
+def remove(*path):
+    def change(state):
+        *way, last = path
+        for key in way:
+            state = state[key]
+        del state[last]
+
+    return change
+
+
+DAMAGES = {
+    "betas of two": (damage(("param_groups", 0, "betas"), (0.9, 0.9)), "tuple of 3 numbers"),
+    "betas of text": (damage(("param_groups", 0, "betas"), "x"), "tuple of 3 numbers"),
+    "a beta of text": (damage(("param_groups", 0, "betas"), ("0.9", 0.9, 0.9)), "beta1 of"),
+    "eps": (damage(("param_groups", 0, "eps"), 1e-8), "eps of , in|eps of"),
+    "lr of text": (damage(("param_groups", 0, "lr"), "1e-3"), "lr of"),
+    "lr NaN": (damage(("param_groups", 0, "lr"), float("nan")), "lr of"),
+    "no lr": (remove("param_groups", 0, "lr"), "has no 'lr'"),
+    "step of text": (damage(("param_groups", 0, "step"), "8"), "'step' .* is '8'"),
+    "no step": (damage(("param_groups", 0, "step"), None), "'step' .* is None"),
+    "negative step": (damage(("param_groups", 0, "step"), -3), "'step' .* is -3"),
+    "half a step": (damage(("param_groups", 0, "step"), 1.5), "'step' .* is 1.5"),
+    "groups": (damage(("param_groups",), {}), "must be a list of dictionaries"),
+    "a group": (damage(("param_groups", 0), []), "must be a dictionary with a list 'params'"),
+    "params": (damage(("param_groups", 0, "params"), None), "must be a dictionary with a list"),
+    "fewer params": (damage(("param_groups", 0, "params"), [0]), r"\[1\] parameters, .* \[2\]"),
+    "more groups": (lambda s: s["param_groups"].append(s["param_groups"][0]), r"\[2, 2\]"),
+    "state": (damage(("state",), []), "'state' of the state dictionary must be a dictionary"),
+    "a state": (damage(("state", 0), [1, 2]), "of parameter 0 must be a dictionary"),
+    "a state of nobody": (damage(("state", 9), {}), "of a parameter 9 that its"),
+    "a list": (damage(("state", 0, "exp_avg"), [0.0]), "must be a tensor, not this list"),
+    "no momentum": (remove("state", 0, "exp_avg"), "has the keys"),
+    "no factor": (remove("state", 0, "exp_avg_res_col"), "has the keys"),
+    "a vector's": (lambda s: s["state"].update({0: s["state"][1]}), "has the keys"),
+    "another shape": (
+        damage(("state", 0, "exp_avg_sq_row"), torch.zeros(3)),
+        r"has the shape \(3,\) in the state dictionary, not \(4,\)",
+    ),
+    "turned": (damage(("state", 0, "exp_avg"), torch.zeros(3, 4)), r"has the shape \(3, 4\)"),
+    "integers": (
+        damage(("state", 0, "exp_avg_sq_row"), torch.zeros(4, dtype=torch.int64)),
+        "which CAME does not write",
+    ),
+    "int8 without scale": (
+        damage(("state", 0, "exp_avg"), torch.zeros(4, 3, dtype=torch.int8)),
+        "which CAME does not write",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_ones(name):
+    change, message = DAMAGES[name]
+    optimizer = step(CAME(parameters(), lr=1e-2))
+    state = snapshot(optimizer)
+    change(state)
+    assert_refused(optimizer, state, message)
+
+
+def test_another_way_to_see_convolutions_is_refused():
+    def convolution(**settings):
+        return step(CAME([torch.nn.Parameter(torch.ones(6, 4, 3, 3))], lr=1e-2, **settings))
+
+    flat, authors = convolution(flat_convolutions=True), convolution()
+    assert_refused(flat, snapshot(authors), "another flat_convolutions")
+    assert_refused(authors, snapshot(flat), "another flat_convolutions")
+    flat.load_state_dict(snapshot(flat))
+
+
+def test_hooks_see_and_change_what_is_loaded():
+    optimizer, other = step(CAME(parameters(), lr=1e-2)), step(CAME(parameters(), lr=3e-2))
+
+    def unwrap(_, state_dict):
+        return state_dict["wrapped"]
+
+    handle = optimizer.register_load_state_dict_pre_hook(unwrap)
+    optimizer.load_state_dict({"wrapped": other.state_dict()})
+    handle.remove()
+    assert optimizer.param_groups[0]["lr"] == 3e-2
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+def test_the_authors_state_with_its_own_keys_is_taken():
+    theirs = step(came_pytorch.CAME(parameters(), lr=1e-2))
+    optimizer = CAME(parameters(), lr=1e-3)
+    optimizer.load_state_dict(theirs.state_dict())
+    for state in optimizer.state.values():
+        assert not {"step", "RMS"} & state.keys()
+    step(optimizer)
+
+
+@pytest.mark.parametrize("momentum", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_every_dtype_goes_through_a_file(momentum, tmp_path):
+    optimizer = step(CAME(parameters(), lr=1e-2, momentum_dtype=momentum))
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    for wanted in (torch.float32, torch.bfloat16, torch.int8):
+        other = CAME(parameters(), lr=1e-2, momentum_dtype=wanted)
+        other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        assert {s["exp_avg"].dtype for s in other.state.values()} == {wanted}
+        step(other)
