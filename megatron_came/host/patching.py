@@ -34,11 +34,9 @@ def wrap(module_name: str, name: str, make: Callable[[Function], Function]) -> N
         raise HostError(
             f"--optimizer came does not fit this Megatron: {module_name} has no function {name}."
         )
-    makers, name_of_make = getattr(original, _MARK, ()), f"{make.__module__}.{make.__qualname__}"
-    if name_of_make in makers:
+    replacement = _stand_in(original, make)
+    if replacement is original:
         return
-    replacement = functools.wraps(original)(make(original))
-    setattr(replacement, _MARK, (*makers, name_of_make))
     for module in list(sys.modules.values()):
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if value is original:
@@ -60,9 +58,14 @@ def wrap_method(
             f"--optimizer came does not fit this Megatron: {module_name} has no "
             f"{class_name}.{name}."
         )
+    setattr(owner, name, _stand_in(original, make))
+
+
+def _stand_in(original: Function, make: Callable[[Function], Function]) -> Function:
+    """Return ``make(original)``, or the original where ``make`` has made it already."""
     makers, name_of_make = getattr(original, _MARK, ()), f"{make.__module__}.{make.__qualname__}"
     if name_of_make in makers:
-        return
+        return original
     replacement = functools.wraps(original)(make(original))
     setattr(replacement, _MARK, (*makers, name_of_make))
-    setattr(owner, name, replacement)
+    return replacement
