@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from megatron_came.maths.digests import Adder, add_up, column_keys, row_keys
+from megatron_came.core.digests import Adder, add_up, column_keys, row_keys
 
 
 @cache
@@ -15,7 +15,7 @@ def adder(device: torch.device) -> Adder:
     if device.type != "cpu":
         return add_up
     try:
-        from megatron_came.kernels.numba.digests import add_up_fast
+        from megatron_came.kernels.cpu.digests import add_up_fast
 
         bits, keys = torch.arange(-4, 5, dtype=torch.int32).view(3, 3), column_keys(0, 3)
         add_up_fast(bits, row_keys(torch.arange(3)), keys)  # compiles, or cannot
