@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from megatron_came.compiling import outside_compiler
-from megatron_came.core import state as state_of
 from megatron_came.core.hyperparameters import Hyperparameters, check_group, with_plain_numbers
+from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs, gradient_of
 from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard, check_shards
+from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.parameter_checks import Guard
 from megatron_came.state_dicts import states_in
@@ -119,7 +120,7 @@ class CAME(torch.optim.Optimizer):
         names: Mapping[Tensor, str] | None = None,
         flat_convolutions: bool = False,
     ) -> None:
-        state_of.check_momentum_dtype(momentum_dtype)
+        check_momentum_dtype(momentum_dtype)
         self._momentum_dtype, self._seed, self._remainders = momentum_dtype, seed, remainders
         self._flat_convolutions = flat_convolutions
         self._guard = Guard()
@@ -338,9 +339,7 @@ class CAME(torch.optim.Optimizer):
         return state
 
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
-        return state_of.new_state(
-            param, self.shard_of(param), self._momentum_dtype, self._remainders
-        )
+        return new_state(param, self.shard_of(param), self._momentum_dtype, self._remainders)
 
     def _current_plan(self) -> Plan:
         """Return the plan, made anew where the host has replaced or moved something."""

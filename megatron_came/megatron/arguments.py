@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_came.core.hyperparameters import HyperparameterError, Hyperparameters
-from megatron_came.core.state import MOMENTUM_DTYPES
+from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.kernels.dispatch import CHOICES
 from megatron_came.megatron import warmup
 from megatron_came.megatron.checkpoints.refusals import notice

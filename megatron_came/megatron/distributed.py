@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_came.core.momentum import momentum_of, set_momentum
 from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.remainders import join, split
 from megatron_came.core.shard import Shard
-from megatron_came.core.state import FACTORS, REMAINDER, momentum_of, set_momentum
+from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.megatron.checkpoints.buckets import (
     arrange,
     arrangement_problem,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,17 +11,16 @@ import torch
 from torch import Tensor
 
 from megatron_came.core import int8
+from megatron_came.core.momentum import MOMENTUM, MOMENTUM_DTYPES, SCALE, State
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs
-from megatron_came.core.state import MOMENTUM, REMAINDER, SCALE
+from megatron_came.core.state import REMAINDER, without_averaged_axis
 from megatron_came.kernels.triton.tables import IntTable
 
 if TYPE_CHECKING:
     from megatron_came.kernels.triton.fused import Kernels
 
-State = Mapping[str, Tensor]
-
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
-_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+_MOMENTUM_DTYPES = tuple(MOMENTUM_DTYPES.values())
 
 
 class Seen(NamedTuple):
@@ -173,7 +173,6 @@ def _wanted_state(
     slice_: ParameterSlice, factors: Sequence[str], is_int8: bool
 ) -> dict[str, _Wanted]:
     """All that kernels touch of a parameter's state."""
-    batch, rows, columns = slice_.shard.local_matrix
     numel = slice_.shard.numel
     wanted = {MOMENTUM: _Wanted(numel, _MOMENTUM_DTYPES)}
     if is_int8:
@@ -181,6 +180,6 @@ def _wanted_state(
     if _has_remainder(slice_):
         wanted[REMAINDER] = _Wanted(numel, (torch.int16,))
     for key in factors:
-        size = batch * (columns if key.endswith("_col") else rows)
+        size = math.prod(without_averaged_axis(key, slice_.shard.shape))
         wanted[key] = _Wanted(size, (torch.float32,))
     return wanted

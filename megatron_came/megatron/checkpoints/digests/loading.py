@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
-from megatron_came.core.state import FACTORS, momentum_of
-from megatron_came.core.state import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.momentum import momentum_of
+from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints.digests.damage import Found, Source, judge
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
 from megatron_came.megatron.checkpoints.digests.saving import (

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megatron_came.core import int8
 from megatron_came.core.digests import WEIGHTS, Box, Saved, digest, digest_fp32, name_of, unsigned
+from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.momentum import SCALE
 from megatron_came.core.remainders import join
-from megatron_came.core.state import FACTORS, REMAINDER, SCALE
-from megatron_came.core.state import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.kernels.digests import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry
 from megatron_came.megatron.checkpoints.factors import pieces_of
