@@ -74,7 +74,7 @@ class CAME(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups.
         lr: learning rate, a number or a scalar tensor; the authors advise 0.5 to 0.9 times AdamW's.
-        eps: added to squared gradient and squared residual, both above 0.
+        eps: added to squared gradient and instability, both above 0.
         clip_threshold: largest RMS of an update before momentum, above 0.
         betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1). No
             bias correction: with the default beta3 the first updates are up to 11 lr in RMS, so
@@ -287,7 +287,7 @@ class CAME(torch.optim.Optimizer):
         states: dict[Tensor, dict[str, Tensor]] = {}
 
         def take(_: torch.optim.Optimizer, final: Any) -> None:
-            # Of sharded parameters, hosts load the factors by other means.
+            # Of sharded parameters, Megatron's wrappers load the factors themselves.
             is_partial = bool(self._shards)
             states.update(states_in(final, self.param_groups, self._new_state, is_partial))
 
@@ -328,7 +328,7 @@ class CAME(torch.optim.Optimizer):
     def _settings_of(
         self, group: Mapping[str, Any]
     ) -> tuple[Hyperparameters, float | Tensor, float, int]:
-        """Read a group as it is now: schedules and hosts change it."""
+        """Read a group as it is now: schedules change it."""
         hyper = Hyperparameters.at_step(group)
         return hyper, group["lr"], float(group["weight_decay"]), group.get("step", 0)
 
@@ -342,7 +342,7 @@ class CAME(torch.optim.Optimizer):
         return new_state(param, self.shard_of(param), self._momentum_dtype, self._remainders)
 
     def _current_plan(self) -> Plan:
-        """Return the plan, made anew where the host has replaced or moved something."""
+        """Return the plan, made anew where others have replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
             self._guard.check(self.param_groups, self._shards)
             group_of = {
@@ -388,7 +388,7 @@ class CAME(torch.optim.Optimizer):
                 if choice.should_warn:
                     warn_once(choice.reason)
                 else:
-                    _logger.debug(choice.reason)  # hosts have their own line, on one rank
+                    _logger.debug(choice.reason)  # Megatron's builder says it on one rank
 
 
 @functools.cache

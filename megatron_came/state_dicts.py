@@ -32,7 +32,7 @@ def states_in(
         state_dict: what was given to ``load_state_dict``.
         groups: the optimizer's own parameter groups.
         new_state: returns a parameter's state before the first step.
-        is_partial: whether a host loads the rest by other means, as Megatron does.
+        is_partial: whether Megatron's wrappers load the rest.
 
     Returns:
         By parameter, in the dtypes that CAME gives them.

@@ -58,7 +58,7 @@ class Codec:
 
         Args:
             state: of the parameter.
-            start: of their place in the flat slice, at the beginning of a block.
+            start: of the first in the flat slice, at the beginning of a block.
             values: flat, floating; up to the end of a block, or of the slice.
             bits: random ones, of each element, for stochastic rounding; None rounds to nearest.
         """
@@ -175,7 +175,7 @@ def is_complete(state: State) -> bool:
 
 
 class RoundedWriter:
-    """Rounds momentum that comes in pieces of any length, from the first element to the last.
+    """Rounds momentum that comes box by box, from the first element to the last.
 
     Args:
         state: of the parameter; its codec rounds.
@@ -184,7 +184,7 @@ class RoundedWriter:
     def __init__(self, state: State) -> None:
         self._state, self._codec = state, codec_of(state[MOMENTUM].dtype)
         self._written = 0
-        self._rest: list[tuple[Tensor, Tensor]] = []  # of a block that the next piece goes on with
+        self._rest: list[tuple[Tensor, Tensor]] = []  # of a block that the next box goes on with
 
     def write(self, values: Tensor, bits: Tensor) -> None:
         """Round the next elements, with random bits of each; both flat."""

@@ -122,8 +122,10 @@ def _matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]
         sums.total, numel=shard.full_numel, clip_threshold=hyper.clip_threshold
     )
     for moment, three, count in zip((R, C), sums.instability, counts, strict=True):
-        residuals = factors.true_residuals(three, guess=guess, divisor=divisor, beta1=hyper.beta1)
-        factors.update_moment(moment, residuals, count=count, eps=hyper.eps2, beta=hyper.beta3)
+        instability = factors.true_instability(
+            three, guess=guess, divisor=divisor, beta1=hyper.beta1
+        )
+        factors.update_moment(moment, instability, count=count, eps=hyper.eps2, beta=hyper.beta3)
     row_confidence, column_confidence = factors.scales(R, C, _mean(shard, R, C))
     for box in boxes:
         boxes.apply_update(
@@ -243,7 +245,7 @@ class _Boxes:
         )
         if self._codec.is_rounded:
             key = step_key(self._slice.key, self._given.step)
-            bits = random_bits(self.shard.full_places(box, momentum.device), key)
+            bits = random_bits(self.shard.full_offsets(box, momentum.device), key)
             self._rounded.write(momentum.view(-1), bits.view(-1))
         if has_remainder:
             self._weights[box.flat], remainder[:] = remainders.split(weights)

@@ -74,19 +74,19 @@ def update_second_moments(first, stop, matrices, factors, groups, divisors):
         param, matrix = matrices[factors[index, 0]], factors[index, 1]
         group = groups[param[Matrix.GROUP]]
         rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
-        row = floats(param[Matrix.ROW] + 4 * matrix * rows, rows)
-        column = floats(param[Matrix.COLUMN] + 4 * matrix * columns, columns)
+        row = floats(param[Matrix.SQUARE_ROW_FACTOR] + 4 * matrix * rows, rows)
+        column = floats(param[Matrix.SQUARE_COLUMN_FACTOR] + 4 * matrix * columns, columns)
         eps, beta = group[Group.EPS1], group[Group.BETA2]
         row_total, row_ratio = update_moment(
             row,
-            doubles(param[Matrix.SQUARE_ROWS] + 8 * matrix * rows, rows),
+            doubles(param[Matrix.SQUARE_ROW_SUMS] + 8 * matrix * rows, rows),
             param[Matrix.FULL_COLUMNS],
             eps,
             beta,
         )
         column_total, column_ratio = update_moment(
             column,
-            doubles(param[Matrix.SQUARE_COLUMNS] + 8 * matrix * columns, columns),
+            doubles(param[Matrix.SQUARE_COLUMN_SUMS] + 8 * matrix * columns, columns),
             param[Matrix.FULL_ROWS],
             eps,
             beta,
@@ -117,7 +117,7 @@ def sum_squared_updates(first, stop, matrices):
     for index in range(first, stop):
         param = matrices[index]
         count = param[Matrix.BATCH] * param[Matrix.ROWS]
-        sums = doubles(param[Matrix.RESIDUAL_ROWS] + 16 * count, count)
+        sums = doubles(param[Matrix.INSTABILITY_ROW_SUMS] + 16 * count, count)
         doubles(param[Matrix.TOTAL], 1)[0] = _sum(sums)
 
 
@@ -129,7 +129,7 @@ def inverse_divisor(total, numel, clip_threshold):
 
 @fast
 def _update_residual(moment, sums, stride, inverses, beta1, count, eps, beta):
-    """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's sum."""
+    """Twin of ``factors.true_instability`` and ``update_moment``; returns the moment's sum."""
     inverse_guess, inverse = inverses
     delta = inverse - inverse_guess
     is_bad = inverse_guess > BAD_GUESS * inverse
@@ -150,7 +150,7 @@ def _update_residual(moment, sums, stride, inverses, beta1, count, eps, beta):
 
 @inline
 def update_instabilities(first, stop, matrices, factors, groups, divisors):
-    """Twin of ``factors.clip_divisor``, ``true_residuals``, ``update_moment`` and ``scales``.
+    """Twin of ``factors.clip_divisor``, ``true_instability``, ``update_moment`` and ``scales``.
 
     Args as those of :func:`update_second_moments`; 1/d is written to ``divisors``.
     """
@@ -158,8 +158,8 @@ def update_instabilities(first, stop, matrices, factors, groups, divisors):
         param, matrix = matrices[factors[index, 0]], factors[index, 1]
         group = groups[param[Matrix.GROUP]]
         batch, rows, columns = param[Matrix.BATCH], param[Matrix.ROWS], param[Matrix.COLUMNS]
-        row = floats(param[Matrix.RESIDUAL_ROW] + 4 * matrix * rows, rows)
-        column = floats(param[Matrix.RESIDUAL_COLUMN] + 4 * matrix * columns, columns)
+        row = floats(param[Matrix.INSTABILITY_ROW_FACTOR] + 4 * matrix * rows, rows)
+        column = floats(param[Matrix.INSTABILITY_COLUMN_FACTOR] + 4 * matrix * columns, columns)
         inverse = inverse_divisor(
             doubles(param[Matrix.TOTAL], 1)[0],
             param[Matrix.FULL_NUMEL],
@@ -168,8 +168,8 @@ def update_instabilities(first, stop, matrices, factors, groups, divisors):
         inverses = np.float64(divisors[index, 0]), inverse
         divisors[index, 1] = np.float32(inverse)
         eps, beta, beta1 = group[Group.EPS2], group[Group.BETA3], group[Group.BETA1]
-        row_sums = doubles(param[Matrix.RESIDUAL_ROWS], 3 * batch * rows)[matrix * rows :]
-        column_sums = doubles(param[Matrix.RESIDUAL_COLUMNS], 3 * batch * columns)
+        row_sums = doubles(param[Matrix.INSTABILITY_ROW_SUMS], 3 * batch * rows)[matrix * rows :]
+        column_sums = doubles(param[Matrix.INSTABILITY_COLUMN_SUMS], 3 * batch * columns)
         row_total = _update_residual(
             row, row_sums, batch * rows, inverses, beta1, param[Matrix.FULL_COLUMNS], eps, beta
         )

@@ -41,7 +41,7 @@ class NumbaBackend:
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     # Rows are read whole where they are no longer than this: memory read in pieces, with gaps
     # between them, is read at half the speed.
-    tiling = Tiling(rows=64, columns=4096, slots=256, strip=64, stretch=4)
+    tiling = Tiling(rows=64, columns=4096, scratch_tiles=256, addition=64, stretch=4)
 
     def __init__(self) -> None:
         function, self.note = compiled()
@@ -50,7 +50,7 @@ class NumbaBackend:
         self._take_part = address
         self._scratch = np.empty(0, np.float32)
         self._room = np.empty(
-            (0, 4, room_elements(self.tiling.columns, self.tiling.span)), np.float32
+            (0, 4, room_elements(self.tiling.columns, self.tiling.block_elements)), np.float32
         )
 
     @property
@@ -66,7 +66,7 @@ class NumbaBackend:
         """Make the passes, with tables of these parameters."""
         return FusedPasses(sums, self, is_local)
 
-    def place(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def upload(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return a copy: the original may change."""
         return table.copy()
 
@@ -108,8 +108,8 @@ class NumbaBackend:
             TaskField.MATRICES: tables.matrices,
             TaskField.VECTORS: tables.vectors,
             TaskField.TILES: tables.tiles,
-            TaskField.SPANS: tables.spans,
-            TaskField.STRIPS: tables.strips,
+            TaskField.BLOCKS: tables.blocks,
+            TaskField.ADDITIONS: tables.additions,
             TaskField.FACTORS: tables.factors,
             TaskField.GROUPS: tables.groups,
             TaskField.DIVISORS: tables.divisors,
@@ -117,7 +117,7 @@ class NumbaBackend:
         }
         fields = {
             TaskField.THREADS: (0, count),
-            TaskField.TILE: (tables.tiling.slot_rows, tables.tiling.columns),
+            TaskField.TILE: (tables.tiling.most_rows, tables.tiling.columns),
             TaskField.ROOM: (self._room.ctypes.data, self._room.shape[2]),
             **{field: (array.ctypes.data, len(array)) for field, array in arrays.items()},
         }

@@ -49,8 +49,8 @@ class TaskField(IntEnum):
     MATRICES = auto()
     VECTORS = auto()
     TILES = auto()
-    SPANS = auto()
-    STRIPS = auto()
+    BLOCKS = auto()
+    ADDITIONS = auto()
     FACTORS = auto()
     GROUPS = auto()
     DIVISORS = auto()
@@ -128,8 +128,8 @@ _launches_of = _array(TaskField.LAUNCHES, to_int64, len(Launch))
 _matrices_of = _array(TaskField.MATRICES, to_int64, len(tables.MatrixField))
 _vectors_of = _array(TaskField.VECTORS, to_int64, len(tables.VectorField))
 _tiles_of = _array(TaskField.TILES, to_int64, len(tables.TileField))
-_spans_of = _array(TaskField.SPANS, to_int64, len(tables.SpanField))
-_strips_of = _array(TaskField.STRIPS, to_int64, len(tables.StripField))
+_spans_of = _array(TaskField.BLOCKS, to_int64, len(tables.BlocksField))
+_additions_of = _array(TaskField.ADDITIONS, to_int64, len(tables.AdditionField))
 _factors_of = _array(TaskField.FACTORS, to_int64, 2)
 _groups_of = _array(TaskField.GROUPS, to_float64, len(tables.GroupField))
 _divisors_of = _array(TaskField.DIVISORS, to_float32, 2)
@@ -154,7 +154,7 @@ def _take_part(address):
     vector_table = _vectors_of(task)
     tile_table = _tiles_of(task)
     spans = _spans_of(task)
-    strips = _strips_of(task)
+    additions = _additions_of(task)
     factor_table = _factors_of(task)
     groups = _groups_of(task)
     divisors = _divisors_of(task)
@@ -185,8 +185,8 @@ def _take_part(address):
                         first, stop, origin, matrices, tile_table, scratch, tile_rows, tile_columns,
                         buffers,
                     )  # fmt: skip
-                elif kernel == Kernel.ADD_SQUARE_STRIPS:
-                    tiles.add_square_strips(first, stop, strips, scratch)
+                elif kernel == Kernel.ADD_SQUARE_SUMS:
+                    tiles.add_square_sums(first, stop, additions, scratch)
                 elif kernel == Kernel.UPDATE_SECOND_MOMENTS:
                     factors.update_second_moments(
                         first, stop, matrices, factor_table, groups, divisors
@@ -196,8 +196,8 @@ def _take_part(address):
                         first, stop, origin, matrices, tile_table, divisors, scratch, tile_rows,
                         tile_columns, buffers,
                     )  # fmt: skip
-                elif kernel == Kernel.ADD_INSTABILITY_STRIPS:
-                    tiles.add_instability_strips(first, stop, strips, scratch)
+                elif kernel == Kernel.ADD_INSTABILITY_SUMS:
+                    tiles.add_instability_sums(first, stop, additions, scratch)
                 elif kernel == Kernel.SUM_SQUARED_UPDATES:
                     factors.sum_squared_updates(first, stop, matrices)
                 elif kernel == Kernel.UPDATE_INSTABILITIES:
@@ -208,8 +208,8 @@ def _take_part(address):
                     updates.apply_tiles(
                         first, stop, matrices, tile_table, groups, divisors, tile_columns, buffers
                     )
-                elif kernel == Kernel.APPLY_SPANS:
-                    updates.apply_spans(first, stop, matrices, spans, groups, divisors, buffers)
+                elif kernel == Kernel.APPLY_BLOCKS:
+                    updates.apply_blocks(first, stop, matrices, spans, groups, divisors, buffers)
                 elif kernel == Kernel.SQUARE_VECTORS:
                     vectors.square_vectors(first, stop, vector_table, buffers)
                 elif kernel == Kernel.UPDATE_VECTOR_MOMENTS:

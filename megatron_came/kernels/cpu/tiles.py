@@ -1,4 +1,4 @@
-"""Passes 1 and 2 over tiles of matrices, and over the strips that add up the tiles' sums.
+"""Passes 1 and 2 over tiles of matrices, and over the additions that add up the tiles' sums.
 
 Every function takes the rows [first, stop) of one table, so that threads can share the work; what
 is summed, and in which order, does not depend on their number.
@@ -27,8 +27,8 @@ from megatron_came.kernels.cpu.compiling import (
     shorts,
     to_float32,
 )
+from megatron_came.kernels.triton.tables import AdditionField as Addition
 from megatron_came.kernels.triton.tables import MatrixField as Matrix
-from megatron_came.kernels.triton.tables import StripField as Strip
 from megatron_came.kernels.triton.tables import TileField as Tile
 
 # In pass 2 several rows are taken at once, to add less often to the sums of columns: more of them
@@ -269,29 +269,31 @@ def _add_sums(sums, factor, out):
 
 
 @inline
-def _add_strip(strip, scratch, kind, factor, out):
+def _add_tile_sums(addition, scratch, kind, factor, out):
     width = scratch.shape[2]
-    for tile in range(strip[Strip.TILES]):
-        slot = _slot(scratch, strip[Strip.SLOT] + tile * strip[Strip.STRIDE])
-        sums = floats(slot + 4 * (kind * width + strip[Strip.WITHIN]), out.size)
+    for tile in range(addition[Addition.TILES]):
+        slot = _slot(scratch, addition[Addition.TILE] + tile * addition[Addition.STRIDE])
+        sums = floats(slot + 4 * (kind * width + addition[Addition.WITHIN]), out.size)
         _add_sums(sums, factor, out)
 
 
 @inline
-def add_square_strips(first, stop, strips, scratch):
+def add_square_sums(first, stop, additions, scratch):
     """Add the tiles' sums of g^2 to the buffer of sums."""
     for index in range(first, stop):
-        strip = strips[index]
-        out = doubles(strip[Strip.SQUARES], strip[Strip.COUNT])
-        _add_strip(strip, scratch, 0, SQUARE_UNSCALE, out)
+        addition = additions[index]
+        out = doubles(addition[Addition.SQUARES], addition[Addition.COUNT])
+        _add_tile_sums(addition, scratch, 0, SQUARE_UNSCALE, out)
 
 
 @inline
-def add_instability_strips(first, stop, strips, scratch):
+def add_instability_sums(first, stop, additions, scratch):
     """Add the tiles' sums of e^2, u e and u^2 to the buffer of sums."""
     for index in range(first, stop):
-        strip = strips[index]
+        addition = additions[index]
         for kind in range(3):
-            address = strip[Strip.RESIDUALS] + 8 * kind * strip[Strip.RESIDUALS_STRIDE]
-            out = doubles(address, strip[Strip.COUNT])
-            _add_strip(strip, scratch, kind, UPDATE_UNSCALE, out)
+            address = (
+                addition[Addition.INSTABILITY] + 8 * kind * addition[Addition.INSTABILITY_STRIDE]
+            )
+            out = doubles(address, addition[Addition.COUNT])
+            _add_tile_sums(addition, scratch, kind, UPDATE_UNSCALE, out)

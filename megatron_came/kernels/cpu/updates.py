@@ -9,9 +9,9 @@ import numpy as np
 from megatron_came.kernels.cpu import storage
 from megatron_came.kernels.cpu.compiling import elementwise, floats, inline
 from megatron_came.kernels.cpu.tiles import row_in_slice
+from megatron_came.kernels.triton.tables import BlocksField as Blocks
 from megatron_came.kernels.triton.tables import GroupField as Group
 from megatron_came.kernels.triton.tables import MatrixField as Matrix
-from megatron_came.kernels.triton.tables import SpanField as Span
 from megatron_came.kernels.triton.tables import TileField as Tile
 
 
@@ -124,23 +124,23 @@ def apply_tiles(first, stop, matrices, tiles, groups, divisors, tile_columns, bu
 
 
 @inline
-def apply_spans(first, stop, matrices, spans, groups, divisors, buffers):
+def apply_blocks(first, stop, matrices, spans, groups, divisors, buffers):
     """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
 
     Args:
         first: row of the table of spans.
         stop: one past the last row.
         matrices: table of ``MatrixField``.
-        spans: table of ``SpanField``.
+        spans: table of ``BlocksField``.
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
         buffers: this thread's, see ``tiles.buffers_in``.
     """
     grads, momenta, weights, bits = buffers
     for index in range(first, stop):
-        param = matrices[spans[index, Span.PARAM]]
+        param = matrices[spans[index, Blocks.PARAM]]
         rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
-        low, high = spans[index, Span.FIRST], spans[index, Span.STOP]
+        low, high = spans[index, Blocks.FIRST], spans[index, Blocks.STOP]
         momentum, drawn = momenta[: high - low], bits[: high - low]
         address, scales = param[Matrix.EXP_AVG], param[Matrix.EXP_AVG_SCALE]
         rates = _rates(param, groups)

@@ -40,7 +40,7 @@ class Seen(NamedTuple):
 
 
 class Addresses:
-    """Writes the first columns of a table: what the host may change between steps.
+    """Writes the first columns of a table: what others may change between steps.
 
     Args:
         slices: the parameters in the order of the table.
@@ -65,7 +65,7 @@ class Addresses:
             itemgetter(*wanted) for wanted in self._wanted
         ]
         self._rows: list[tuple[Any, ...]] = [()] * len(slices)
-        self._placed: Any = None  # none, or not that of this table
+        self._uploaded: Any = None  # none, or not that of this table
 
     def refresh(self, inputs: Mapping[ParameterSlice, StepInputs]) -> Seen:
         """Look where the tensors lie in this step.
@@ -100,13 +100,13 @@ class Addresses:
             rounds = rounds or state[MOMENTUM].dtype != torch.float32
             if row != self._rows[index]:
                 self._check(index, state)
-                self._rows[index], self._placed = (), None  # until all is written
+                self._rows[index], self._uploaded = (), None  # until all is written
                 columns = self._columns(slice_, state, grad, weight)
                 self._table[index, : len(columns)] = columns
                 self._rows[index] = row
-        if self._placed is None:
-            self._placed = self._kernels.place(self._table)
-        return Seen(self._placed, rounds, copied, grads)
+        if self._uploaded is None:
+            self._uploaded = self._kernels.upload(self._table)
+        return Seen(self._uploaded, rounds, copied, grads)
 
     def _columns(
         self, slice_: ParameterSlice, state: State, grad: Tensor, weight: Tensor | None
