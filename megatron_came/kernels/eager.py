@@ -6,6 +6,7 @@ The slice of a matrix is taken in boxes, so that temporaries stay within a few M
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class EagerPasses:
         """Take up a step's gradients."""
         return EagerStep(
             [
-                (_vector if slice_.shard.is_vector else _matrix)(
+                (_update_vector if slice_.shard.is_vector else _update_matrix)(
                     _Boxes(slice_, given), given, self._sums[slice_]
                 )
                 for slice_, given in inputs.items()
@@ -76,9 +77,10 @@ class EagerStep:
         self._go_on()
 
     def run(self) -> None:
-        """All passes."""
-        for _ in range(3):
-            self._go_on()
+        """All passes, parameter by parameter."""
+        for update in self._updates:
+            for _ in update:
+                pass
 
     def _go_on(self) -> None:
         for update in self._updates:
@@ -88,7 +90,7 @@ class EagerStep:
 # An update goes on from yield to yield: there it waits for the sums that all ranks complete.
 
 
-def _matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
+def _update_matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
     """Update a matrix, or a batch of them: r, c, R, C, m and p of the paper's algorithm 2."""
     shard, hyper = boxes.shard, given.hyper
     counts = (shard.full_columns, shard.full_rows)
@@ -139,7 +141,7 @@ def _matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]
     boxes.finish()
 
 
-def _vector(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
+def _update_vector(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
     """Update a vector: v, clipped update, m and p; no confidence."""
     shard, hyper = boxes.shard, given.hyper
     (squares,) = sums.squares
@@ -193,12 +195,15 @@ class _Boxes:
         self._codec = codec_of(self._state[MOMENTUM].dtype)
         self._rounded = RoundedWriter(self._state)
         self._grad = given.grad.reshape(-1)
-        param = slice_.param.detach()
-        self._weights = param.contiguous().view(-1)
-        limit = _BOX_ELEMENTS.get(param.device.type, _BOX_ELEMENTS["cuda"])
+        limit = _BOX_ELEMENTS.get(slice_.param.device.type, _BOX_ELEMENTS["cuda"])
         if self._codec.is_rounded or REMAINDER in self._state:
             limit = max(limit // _MORE_TEMPORARIES, 1)
         self._boxes = list(boxes(slice_.shard, limit))
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """The flat weights, or a copy of those that are not contiguous."""
+        return self._slice.param.detach().contiguous().view(-1)
 
     def __iter__(self) -> Iterator[Box]:
         return iter(self._boxes)
