@@ -1,4 +1,4 @@
-"""The table of layouts in docs/support.md says what the tests compare with the authors' optimizer."""
+"""The table of layouts in docs/support.md says what the tests compare with the authors."""
 
 import re
 from pathlib import Path
