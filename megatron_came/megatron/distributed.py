@@ -28,6 +28,7 @@ from megatron_came.megatron.compat.distributed_optimizer import DistributedOptim
 from megatron_came.megatron.parameter_names import Place, place_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
+from megatron_came.voice import stop
 
 
 class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
@@ -309,7 +310,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         problem = [self._legacy_problem(state_dict) if group.rank() == 0 else None]
         dist.broadcast_object_list(problem, group=group, group_src=0)
         if problem[0]:
-            raise SystemExit(f"megatron_came: {problem[0]}")
+            stop(problem[0])
         if state_dict is not None:
             arrange(state_dict, self.buffers)
             _cast_momentum(state_dict, torch.float32)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from megatron.core.models.mimo.model.base import MimoModel
 
-from megatron_came.megatron.builder import _check_model
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import Place
+from megatron_came.megatron.rules import refuse, settings_of_model
 from megatron_came.megatron.sharding import ModelGroups, check_replicas, shard_of
 from tests.support.simulated_ranks import SimulatedGroup, run_ranks
 
@@ -76,7 +76,7 @@ def test_mimo_models_are_refused_inside_their_wrappers(wrappers):
     for _ in range(wrappers):
         model = Namespace(module=model)
     with pytest.raises(UnsupportedError, match="does not support MiMo models"):
-        _check_model(CameOptimizerConfig(lr=1e-3), [model])
+        refuse(settings_of_model(CameOptimizerConfig(lr=1e-3), [model]))
 
 
 def _check_on_two_ranks(**attributes):

@@ -17,7 +17,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer import multi_token_prediction
 from megatron.training import get_args, inprocess_restart, pretrain, print_rank_0
 
-from megatron_came.megatron.versions import release
+from megatron_came.versions import release
 
 Batch = dict[str, Any]  # tensors, or None for what the rank has no use of
 
