@@ -81,7 +81,7 @@ def _replace(row: Replacement, version: str) -> None:
             "have not been tested together."
         )
     stand_in = pkgutil.resolve_name(row.by)(original)
-    if stand_in is original:
+    if stand_in is original and not row.adds:
         return
     if stand_in is not None:
         if "<locals>" in stand_in.__qualname__:  # others are found by their own name when pickled

@@ -162,8 +162,8 @@ def test_another_release_is_left_alone(fake):
 
 
 def test_a_name_that_a_release_lacks_is_added(fake):
-    put_in_place([row("missing", "left_alone", adds=True)])
-    assert not hasattr(fake[0], "missing")
+    put_in_place([row("missing", "left_alone", adds=True)] * 2)
+    assert fake[0].missing is None
     put_in_place([row("missing", "as_itself", adds=True)])
     assert fake[0].missing is stand_in
 
