@@ -12,7 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -53,6 +53,23 @@ class Replacement:
         here = any(version.startswith(f"{series}.") for series in self.releases)
         in_core = self.target.startswith("megatron.core")
         return here and (in_core or training_loop)
+
+
+def table(room: str, rows: Mapping[str, Iterable[tuple[Any, ...]]]) -> tuple[Replacement, ...]:
+    """Return the rows of a room.
+
+    Args:
+        room: in which the functions are that make what stands in; a full name is of another one.
+        rows: by module of Megatron's, what :class:`Replacement` has: the name there, by, why, and
+            perhaps releases and adds.
+    """
+    return tuple(
+        Replacement(
+            f"{module}:{name}", by if by.startswith("megatron_came.") else f"{room}.{by}", *more
+        )
+        for module, names in rows.items()
+        for name, by, *more in names
+    )
 
 
 def put_in_place(rows: Iterable[Replacement]) -> None:

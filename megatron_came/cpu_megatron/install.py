@@ -5,124 +5,68 @@ What stands in for parts of PyTorch is in ``devices.py`` and ``randomness.py``.
 
 from __future__ import annotations
 
-from megatron_came.patching import Replacement, put_in_place
+from megatron_came.patching import put_in_place, table
 from megatron_came.versions import since
 
-_HERE = "megatron_came.cpu_megatron"
-_ARGUMENTS = "megatron.training.arguments"
-_SCHEDULES = "megatron.core.pipeline_parallel.schedules"
-_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
-_EXPERTS = "megatron.core.transformer.moe.moe_utils"
-_ATTENTION = "megatron.core.transformer.dot_product_attention:DotProductAttention"
-_MAPPINGS = "megatron.core.tensor_parallel.mappings"
-_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_HELPERS = "megatron_came.versions:with_compiled_helpers"
 
-REPLACEMENTS = (
-    # The command line.
-    Replacement(
-        f"{_ARGUMENTS}:add_megatron_arguments",
-        f"{_HERE}.arguments:with_defaults",
-        "flags have defaults that work on a CPU",
+# fmt: off
+REPLACEMENTS = table("megatron_came.cpu_megatron", {
+    "megatron.training.arguments": (
+        ("add_megatron_arguments", "arguments:with_defaults", "defaults are a CPU's"),
+        ("parse_args", "arguments:with_check", "what cannot work is refused"),
+        ("validate_args", "arguments:with_check_and_attention", "also of a checkpoint's arguments"),
     ),
-    Replacement(
-        f"{_ARGUMENTS}:parse_args",
-        f"{_HERE}.arguments:with_check",
-        "what cannot work on a CPU is refused",
+    "megatron.core.datasets.utils": (
+        ("compile_helpers", _HELPERS, "the wheel has compiled helpers and no Makefile"),
     ),
-    Replacement(
-        f"{_ARGUMENTS}:validate_args",
-        f"{_HERE}.arguments:with_check_and_attention",
-        "so is what a checkpoint's arguments ask for, and all attention is the unfused one",
+    "megatron.legacy.fused_kernels": (
+        ("load", "functions:nothing", "it compiles CUDA kernels of legacy models", ("0.16",)),
     ),
-    # The training loop.
-    Replacement(
-        "megatron.core.datasets.utils:compile_helpers",
-        "megatron_came.versions:with_compiled_helpers",
-        "megatron-core's wheel has compiled helpers and no Makefile",
+    "megatron.core.pipeline_parallel.schedules": (
+        ("deallocate_output_tensor", "functions:nothing", "gloo may still read what was sent"),
+        ("custom_backward", "functions:backward_of_kept", "so it is there in the backward pass"),
     ),
-    Replacement(
-        "megatron.legacy.fused_kernels:load",
-        f"{_HERE}.functions:nothing",
-        "it compiles CUDA kernels that legacy models alone use",
-        releases=("0.16",),
+    "megatron.core.transformer.torch_norm": (
+        ("WrappedTorchNorm.__new__", "parallel_layers:norms_of_all_kinds",
+         "torch's norms do for sequence parallelism and --apply-layernorm-1p"),
     ),
-    Replacement(
-        f"{_SCHEDULES}:deallocate_output_tensor",
-        f"{_HERE}.functions:nothing",
-        "gloo may still be reading what a pipeline stage has sent",
+    "megatron.core.transformer.dot_product_attention": (
+        ("DotProductAttention.__init__", "parallel_layers:starting_alone",
+         "unfused attention does for context parallelism"),
+        ("DotProductAttention.forward", "parallel_layers:attending_to_all",
+         "it sees the keys and values of all ranks"),
     ),
-    Replacement(
-        f"{_SCHEDULES}:custom_backward",
-        f"{_HERE}.functions:backward_of_kept",
-        "so what was sent is kept until the backward pass",
+    "megatron.core.tensor_parallel.mappings": (
+        ("_gather_along_first_dim", "parallel_layers:gathering_unlike",
+         "gloo gathers no unlike sizes, which experts have"),
+        ("_reduce_scatter_along_first_dim", "parallel_layers:scattering_unlike",
+         "nor does it scatter them"),
     ),
-    # Layers.
-    Replacement(
-        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
-        f"{_HERE}.parallel_layers:norms_of_all_kinds",
-        "torch's norms do for sequence parallelism and --apply-layernorm-1p",
+    "megatron.core.transformer.moe.moe_utils": (
+        ("maybe_move_tensor_to_cpu", "functions:to_numbers", "sizes become numbers here, too"),
+        ("te_general_gemm", "functions:absent", "it is asked for, though it was not imported",
+         ("0.16",), True),
     ),
-    Replacement(
-        f"{_ATTENTION}.__init__",
-        f"{_HERE}.parallel_layers:starting_alone",
-        "the unfused attention does for context parallelism",
+    "megatron.core.dist_checkpointing.strategies.async_utils": (
+        ("PersistentAsyncCaller._get_process", "functions:forking",
+         "the process that writes checkpoints has the stand-ins", since("0.17")),
     ),
-    Replacement(
-        f"{_ATTENTION}.forward",
-        f"{_HERE}.parallel_layers:attending_to_all",
-        "it sees the keys and values of all context-parallel ranks",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+        ("FileSystemWriterAsync.prepare_write_data", "functions:copying",
+         "training does not change what is being written"),
     ),
-    Replacement(
-        f"{_MAPPINGS}:_gather_along_first_dim",
-        f"{_HERE}.parallel_layers:gathering_unlike",
-        "gloo gathers no tensors of unlike sizes, as tensor-parallel ranks of an expert hold them",
+    # torch's Adam, in place of Transformer Engine's and apex's.
+    "megatron.core.optimizer.distrib_optimizer": (
+        ("DistributedOptimizer.sharded_state_dict", "torch_adam:with_state",
+         "there is a state to be loaded"),
+        ("DistributedOptimizer.load_state_dict", "torch_adam:with_steps",
+         "each parameter has its step count"),
+        ("DistributedOptimizer._set_main_param_and_optimizer_states", "torch_adam:without_step",
+         "formats with and without a step are read"),
     ),
-    Replacement(
-        f"{_MAPPINGS}:_reduce_scatter_along_first_dim",
-        f"{_HERE}.parallel_layers:scattering_unlike",
-        "nor does it scatter them",
-    ),
-    Replacement(
-        f"{_EXPERTS}:maybe_move_tensor_to_cpu",
-        f"{_HERE}.functions:to_numbers",
-        "sizes of an all-to-all become numbers only on the way from a GPU",
-    ),
-    Replacement(
-        f"{_EXPERTS}:te_general_gemm",
-        f"{_HERE}.functions:absent",
-        "the router asks for a function that could not be imported",
-        releases=("0.16",),
-        adds=True,
-    ),
-    # Checkpoints.
-    Replacement(
-        f"{_STRATEGIES}.async_utils:PersistentAsyncCaller._get_process",
-        f"{_HERE}.functions:forking",
-        "the process that writes checkpoints has the stand-ins",
-        releases=since("0.17"),
-    ),
-    Replacement(
-        f"{_STRATEGIES}.filesystem_async:FileSystemWriterAsync.prepare_write_data",
-        f"{_HERE}.functions:copying",
-        "training does not change what is being written",
-    ),
-    # torch's Adam, which stands for Transformer Engine's and apex's.
-    Replacement(
-        f"{_OPTIMIZER}.sharded_state_dict",
-        f"{_HERE}.torch_adam:with_state",
-        "torch's Adam has the state that is to be loaded",
-    ),
-    Replacement(
-        f"{_OPTIMIZER}.load_state_dict",
-        f"{_HERE}.torch_adam:with_steps",
-        "each parameter has a step count of its own",
-    ),
-    Replacement(
-        f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
-        f"{_HERE}.torch_adam:without_step",
-        "formats with and without a step are read",
-    ),
-)
+})
+# fmt: on
 
 
 def install() -> None:

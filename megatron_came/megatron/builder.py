@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -10,13 +11,13 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.state import MOMENTUM_DTYPES
-from megatron_came.megatron.agreement import agree, tell_other_optimizer
-from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.agreement import agree, tell_optimizer
+from megatron_came.megatron.config import OWN, CameOptimizerConfig
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import places
 from megatron_came.megatron.rank_settings import arguments
-from megatron_came.megatron.rules import refuse, settings_of_model
+from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas
 from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
@@ -42,10 +43,24 @@ def with_came(original: Function) -> Function:
                 "megatron_came.megatron.config.CameOptimizerConfig."
             )
         elif arguments() and collection is None:
-            tell_other_optimizer(config)
+            tell_optimizer(config)
         return original(config, model_chunks, *args, **kwargs)
 
     return get_megatron_optimizer
+
+
+def settings_of_model(config: Any, model_chunks: list[Any]) -> SimpleNamespace:
+    """Return what is known where CAME is built, perhaps without a command line.
+
+    Args:
+        config: see :class:`megatron_came.megatron.config.CameOptimizerConfig`.
+        model_chunks: the model.
+    """
+    configs = [getattr(model_chunks[0], name, None) for name in ("config", "ddp_config")]
+    settings = {key: value for each in configs if each for key, value in vars(each).items()}
+    settings |= vars(config)
+    own = {f"came_{name}": getattr(config, name) for name in OWN}
+    return SimpleNamespace(**settings, **own, model_chunks=model_chunks)
 
 
 def with_came_for_groups(original: Function) -> Function:

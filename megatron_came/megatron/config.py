@@ -12,6 +12,9 @@ from megatron_came.core.hyperparameters import Hyperparameters
 from megatron_came.megatron.arguments import hyperparameters
 from megatron_came.patching import Function
 
+# What CAME's flags say beyond its hyperparameters: ``--came-`` and the name.
+OWN = ("kernels", "momentum_dtype", "main_params")
+
 
 def with_came(original: Function) -> Function:
     """Let Megatron's reading of the arguments make a configuration of CAME's type."""
@@ -60,9 +63,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
         return cls(
             **{**values, "optimizer": "came"},
             came=hyperparameters(args),
-            kernels=args.came_kernels,
-            momentum_dtype=args.came_momentum_dtype,
-            main_params=args.came_main_params,
+            **{name: getattr(args, f"came_{name}") for name in OWN},
             seed=args.seed,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from megatron_came.core.state import MOMENTUM_DTYPES
@@ -206,7 +205,7 @@ def refuse(settings: Any) -> None:
     """Refuse what does not go with CAME.
 
     Args:
-        settings: Megatron's arguments, or what :func:`settings_of_model` returns.
+        settings: Megatron's arguments, or what :func:`.builder.settings_of_model` returns.
 
     Raises:
         UnsupportedError: one sentence with flag, value and remedy.
@@ -214,17 +213,3 @@ def refuse(settings: Any) -> None:
     problem = refusal(RULES, settings)
     if problem is not None:
         raise UnsupportedError(problem)
-
-
-def settings_of_model(config: Any, model_chunks: list[Any]) -> SimpleNamespace:
-    """Return what is known where CAME is built, perhaps without a command line.
-
-    Args:
-        config: see :class:`megatron_came.megatron.config.CameOptimizerConfig`.
-        model_chunks: the model.
-    """
-    configs = [getattr(model_chunks[0], name, None) for name in ("config", "ddp_config")]
-    settings = {key: value for each in configs if each for key, value in vars(each).items()}
-    settings |= vars(config)
-    own = {f"came_{name}": getattr(config, name) for name in ("momentum_dtype", "main_params")}
-    return SimpleNamespace(**settings, **own, model_chunks=model_chunks)

@@ -6,26 +6,22 @@
 
 from __future__ import annotations
 
-from megatron_came.patching import Replacement, put_in_place
+from megatron_came.patching import put_in_place, table
 
 # Every name of Megatron's that is replaced for memory.
-REPLACEMENTS = (
-    Replacement(
-        "megatron.training.theoretical_memory_usage:compute_weight_and_optimizer_memory",
-        "megatron_came.memory.footprint:for_came",
-        "what Megatron logs at the first iteration knows CAME",
+# fmt: off
+REPLACEMENTS = table("megatron_came.memory", {
+    "megatron.training.theoretical_memory_usage": (
+        ("compute_weight_and_optimizer_memory", "footprint:for_came", "it knows Adam alone"),
     ),
-    Replacement(
-        "megatron.training.arguments:add_megatron_arguments",
-        "megatron_came.memory.report:with_flags",
-        "Megatron has the flags of the report",
+    "megatron.training.arguments": (
+        ("add_megatron_arguments", "report:with_flags", "the report has its flags"),
     ),
-    Replacement(
-        "megatron.training.training:train_step",
-        "megatron_came.memory.report:with_report",
-        "memory is measured around the first optimizer step, where --came-report-memory asks",
+    "megatron.training.training": (
+        ("train_step", "report:with_report", "memory is measured around the first step"),
     ),
-)
+})
+# fmt: on
 
 
 def install() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from megatron.core.models.mimo.model.base import MimoModel
 
+from megatron_came.megatron.builder import settings_of_model
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import Place
-from megatron_came.megatron.rules import refuse, settings_of_model
+from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas, shard_of
 from tests.support.simulated_ranks import SimulatedGroup, run_ranks
 

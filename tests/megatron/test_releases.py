@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_came import rules
+from megatron_came.megatron.builder import settings_of_model
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.rules import refuse, settings_of_model
+from megatron_came.megatron.rules import refuse
 from megatron_came.versions import MegatronError
 
 OLDER, NEWEST = (0, 17), (0, 19)
