@@ -140,17 +140,15 @@ def _kernels_here(wanted: str, model_chunks: list[Any]) -> Kernels | None:
         return Kernels(None, str(error).removeprefix("CAME: "))
     if not choices:
         return None
-    names = dict.fromkeys(_name(choice.kernels) for choice in choices)
+    names = dict.fromkeys(_name(choice.backend.name) for choice in choices)
     return Kernels(" and ".join(names), " ".join(choice.reason for choice in choices))
 
 
-def _name(kernels: object) -> str:
-    """Return whose kernels these are, with the version, on which the last bits depend."""
-    if kernels is None:
-        return "plain"
-    device = type(kernels).__module__.split(".")[-2]  # megatron_came.kernels.DEVICE.launch
-    package = "numba" if device == "cpu" else device
-    return f"{package} {importlib.import_module(package).__version__}"
+def _name(backend: str) -> str:
+    """Return a back end with the version of what compiles it, on which the last bits depend."""
+    if backend == "plain":
+        return backend
+    return f"{backend} {importlib.import_module(backend).__version__}"
 
 
 def _refuse_other_parameters(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
-from megatron_came.core.hyperparameters import HyperparameterError, Hyperparameters
+from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyperparameters
 from megatron_came.kernels.dispatch import CHOICES as KERNELS
 from megatron_came.megatron import rules, warmup
 from megatron_came.megatron.checkpoints.refusals import notice
@@ -16,25 +15,15 @@ from megatron_came.patching import Function
 from megatron_came.rules import flag_of
 from megatron_came.voice import say, stop
 
-_HELP = {
-    "beta1": "decay of CAME's momentum",
-    "beta2": "decay of CAME's squared-gradient statistics",
-    "beta3": "decay of CAME's instability statistics; there is no bias correction, so with the "
-    "default the first updates are up to 11 times the learning rate in RMS: warm up",
-    "eps1": "added to the squared gradient",
-    "eps2": "added to the squared residual",
-    "clip_threshold": "largest root mean square of an update before momentum",
-}
-
 # CAME's flags, with what argparse is told of them.
 FLAGS: dict[str, dict[str, Any]] = {
     **{
-        flag_of(f"came_{field.name}"): {
-            "type": float,
-            "default": field.default,
-            "help": f"{_HELP[field.name]} (default: {field.default:g})",
+        flag_of(f"came_{row.name}"): {
+            "type": row.type,
+            "default": row.default,
+            "help": f"{row.help} (default: {row.default:g})",
         }
-        for field in fields(Hyperparameters)
+        for row in TABLE
     },
     "--came-kernels": {
         "choices": KERNELS,
@@ -76,9 +65,7 @@ def hyperparameters(args: argparse.Namespace) -> Hyperparameters:
         ValueError: one is out of range; the message names the flag.
     """
     try:
-        return Hyperparameters(
-            **{f.name: getattr(args, f"came_{f.name}") for f in fields(Hyperparameters)}
-        )
+        return Hyperparameters(**{row.name: getattr(args, f"came_{row.name}") for row in TABLE})
     except HyperparameterError as error:
         raise ValueError(
             f"{flag_of(f'came_{error.name}')} {error.value} is not allowed: it must be "

@@ -138,9 +138,7 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
     came = CAME(
         param_groups,
         lr=config.lr,
-        betas=config.came.betas,
-        eps=config.came.eps,
-        clip_threshold=config.came.clip_threshold,
+        **config.came.as_group(),
         weight_decay=config.weight_decay,
         kernels=config.kernels,
         momentum_dtype=MOMENTUM_DTYPES[config.momentum_dtype],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.state import FACTORS, REMAINDER
-from megatron_came.core.sums import CopyBuffer, SumBuffer
+from megatron_came.core.sums import SumBuffer
 from megatron_came.memory.components import Components
 
 # Of what torch's, apex's and Transformer Engine's optimizers call their momentum.
@@ -143,7 +143,7 @@ class _Storages:
         return sum(self._sizes.values())
 
 
-def _buffers_of_sums(root: Any) -> Iterator[SumBuffer | CopyBuffer]:
+def _buffers_of_sums(root: Any) -> Iterator[SumBuffer]:
     """Find the buffers of sums over ranks among all that optimizers refer to."""
     seen: set[int] = set()
     found = [root]
@@ -152,7 +152,7 @@ def _buffers_of_sums(root: Any) -> Iterator[SumBuffer | CopyBuffer]:
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if isinstance(each, SumBuffer | CopyBuffer):
+        if isinstance(each, SumBuffer):
             yield each
         elif isinstance(each, list | tuple | set):
             found.extend(each)
