@@ -15,7 +15,7 @@ from megatron_came.megatron.agreement import agree, tell_optimizer
 from megatron_came.megatron.config import OWN, CameOptimizerConfig
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.parameter_names import places
+from megatron_came.megatron.parameter_names import identities
 from megatron_came.megatron.rank_settings import arguments
 from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas
@@ -101,7 +101,7 @@ def build(
     if model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
         check_replicas([param for params in model_params for param in params], model_groups)
     came = _came(config, param_groups)
-    known = None if config.momentum_dtype == "fp32" else places(model_chunks)
+    known = None if config.momentum_dtype == "fp32" else identities(model_chunks)
 
     wrapper: Any
     if config.use_distributed_optimizer:
@@ -117,7 +117,7 @@ def build(
             data_parallel_group_idx=data_parallel_group_idx,
             distributed_optimizer_instance_id=distributed_optimizer_instance_id,
             model_groups=model_groups,
-            places=known,
+            identities=known,
         )
         wrapper.grad_stats_parallel_group = intra_dist_opt_group
     else:
