@@ -11,12 +11,12 @@ from scripts.architecture import PACKAGE, ROOT, arrows, draw_floors, draw_step, 
 KNOWS_ONLY = {
     "core": {"core"},
     "kernels": {"core", "kernels", "voice"},
-    "cpu_megatron": {"cpu_megatron", "patching", "voice"},
+    "cpu_megatron": {"cpu_megatron", "patching", "rules", "versions", "voice"},
     "terminal": {"terminal"},
     "checkpoint_files": {"checkpoint_files", "core"},
 }
 NEVER_BELOW = {
-    "megatron": {"memory", "bench", "tools", "data", "quickstart", "checkpoint_files", "launch"},
+    "megatron": {"memory", "bench", "tools", "data", "quickstart", "launch"},
     "optimizer": {"megatron", "cpu_megatron"},
     "memory": {"bench", "tools", "data", "quickstart"},
 }
