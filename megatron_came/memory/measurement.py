@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.core.sums import SumBuffer
+from megatron_came.megatron.sharding import chain_of
 from megatron_came.memory.components import Components
 
 # Of what torch's, apex's and Transformer Engine's optimizers call their momentum.
@@ -78,8 +79,8 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
         model: the model chunks, in Megatron's ``DistributedDataParallel``.
         optimizer: Megatron's, after a step.
     """
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [part.optimizer for part in chain if getattr(part, "optimizer", None) is not None]
+    chain = chain_of(optimizer)
+    inner = [each.optimizer for each in chain if getattr(each, "optimizer", None) is not None]
     weights = _Storages(param for chunk in model for param in chunk.parameters())
     buffers = [
         buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,17 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_came.core import int8
 from megatron_came.core.momentum import MOMENTUM, MOMENTUM_DTYPES, SCALE, State
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs
-from megatron_came.core.state import REMAINDER, without_averaged_axis
+from megatron_came.core.state import REMAINDER
+from megatron_came.kernels.state_checks import (
+    check_state,
+    has_remainder,
+    is_int8_momentum,
+    wanted_state,
+)
 from megatron_came.kernels.triton.tables import IntTable
 
 if TYPE_CHECKING:
     from megatron_came.kernels.triton.fused import Kernels
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
-_MOMENTUM_DTYPES = tuple(MOMENTUM_DTYPES.values())
 
 
 class Seen(NamedTuple):
@@ -60,7 +63,7 @@ class Addresses:
     ) -> None:
         self._slices, self._table, self._factors = slices, table, factors
         self._kernels, self._is_int8 = kernels, is_int8
-        self._wanted = [_wanted_state(slice_, factors, is_int8) for slice_ in slices]
+        self._wanted = [wanted_state(slice_, is_int8) for slice_ in slices]
         self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [
             itemgetter(*wanted) for wanted in self._wanted
         ]
@@ -117,7 +120,7 @@ class Addresses:
             grad.data_ptr(),
             momentum.data_ptr(),
             state[SCALE].data_ptr() if self._is_int8 else 0,
-            state[REMAINDER].data_ptr() if _has_remainder(slice_) else 0,
+            state[REMAINDER].data_ptr() if has_remainder(slice_) else 0,
             0 if weight is None else weight.data_ptr(),
             *(state[key].data_ptr() for key in self._factors),
             grad.dtype == torch.bfloat16,
@@ -131,55 +134,8 @@ class Addresses:
         Raises:
             ValueError: another size, dtype, device or layout, or none.
         """
-        slice_ = self._slices[index]
         momentum = state.get(MOMENTUM)
-        known = momentum is not None and momentum.dtype in _MOMENTUM_DTYPES
+        known = momentum is not None and momentum.dtype in MOMENTUM_DTYPES.values()
         if known and is_int8_momentum(state) != self._is_int8:
             raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
-        for key, wanted in self._wanted[index].items():
-            if key not in state:
-                raise ValueError(
-                    f"CAME: a parameter of shape {slice_.shard.shape} has no state {key!r}: it "
-                    "belongs to another model, or something has taken it away."
-                )
-            value = state[key]
-            fits = value.numel() == wanted.numel and value.dtype in wanted.dtypes
-            if not fits or not value.is_contiguous() or value.device != slice_.param.device:
-                raise ValueError(
-                    f"CAME: state {key!r} of a parameter of shape {slice_.shard.shape} has the "
-                    f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to "
-                    "another model, or something has changed it."
-                )
-
-
-def is_int8_momentum(state: State) -> bool:
-    """Whether a parameter's momentum is."""
-    return MOMENTUM in state and state[MOMENTUM].dtype == torch.int8
-
-
-class _Wanted(NamedTuple):
-    """What a tensor of the state must be: kernels would write beyond the end of a smaller one."""
-
-    numel: int
-    dtypes: tuple[torch.dtype, ...]
-
-
-def _has_remainder(slice_: ParameterSlice) -> bool:
-    """Kernels take a bf16 parameter only where it is the upper half of fp32 weights."""
-    return slice_.param.dtype == torch.bfloat16
-
-
-def _wanted_state(
-    slice_: ParameterSlice, factors: Sequence[str], is_int8: bool
-) -> dict[str, _Wanted]:
-    """All that kernels touch of a parameter's state."""
-    numel = slice_.shard.numel
-    wanted = {MOMENTUM: _Wanted(numel, _MOMENTUM_DTYPES)}
-    if is_int8:
-        wanted[SCALE] = _Wanted(int8.blocks(numel), (torch.float32,))
-    if _has_remainder(slice_):
-        wanted[REMAINDER] = _Wanted(numel, (torch.int16,))
-    for key in factors:
-        size = math.prod(without_averaged_axis(key, slice_.shard.shape))
-        wanted[key] = _Wanted(size, (torch.float32,))
-    return wanted
+        check_state(self._slices[index], state, self._wanted[index])

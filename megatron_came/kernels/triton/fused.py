@@ -14,7 +14,8 @@ from torch import Tensor
 from megatron_came.core.hyperparameters import TABLE
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
-from megatron_came.kernels.triton.addresses import Addresses, Seen, is_int8_momentum
+from megatron_came.kernels.state_checks import is_int8_momentum
+from megatron_came.kernels.triton.addresses import Addresses, Seen
 from megatron_came.kernels.triton.schedule import Schedule, Schedules
 from megatron_came.kernels.triton.tables import (
     BlocksField,

@@ -31,23 +31,18 @@ from megatron_came.megatron.checkpoints.digests.saving import (
 from megatron_came.megatron.checkpoints.digests.sums import (
     Sums,
     as_it_is,
-    gathered,
     main_pieces,
-    rank,
 )
-from megatron_came.megatron.patching import Function, wrap
 from megatron_came.optimizer import CAME
+from megatron_came.patching import Function
+from megatron_came.voice import of_all_ranks, rank, say, stop
 
 _current: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
 
-def install() -> None:
-    """Let Megatron verify the checkpoints that it loads."""
-    wrap("megatron.training.checkpointing", "load_checkpoint", _verified)
-    wrap("megatron.training.checkpointing", "_load_base_checkpoint", _noted)
+def verified(original: Function) -> Function:
+    """Compare what was loaded with the digests that were saved with it."""
 
-
-def _verified(original: Function) -> Function:
     def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training.global_vars import get_args
 
@@ -66,7 +61,9 @@ def _verified(original: Function) -> Function:
     return load_checkpoint
 
 
-def _noted(original: Function) -> Function:
+def noted(original: Function) -> Function:
+    """Add up what is read."""
+
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         result = original(load_dir, args, *rest, **kwargs)
         loading, first_look = _current.get(), kwargs.get("rank0", rest[0] if rest else False)
@@ -118,8 +115,9 @@ class Loading:
             reads_metadata=rank() == 0,
             with_optimizer=not (afresh or self._settings.no_load_optim),
         )
-        seen = gathered((problem, source.file, source.identity))
-        stop(next((problem for problem, _, _ in seen if problem), None))
+        seen = of_all_ranks((problem, source.file, source.identity))
+        if found := next((problem for problem, _, _ in seen if problem), None):
+            stop(found)
         self._files = [file for _, file, _ in seen]
         other = next((file for _, file, identity in seen if identity != seen[0][2]), None)
         if other is not None:
@@ -205,21 +203,22 @@ class Loading:
         if self._source is None:
             return  # there was no checkpoint
         self.note_weights()
-        has_optimizer = any(gathered(self._has_optimizer))
+        has_optimizer = any(of_all_ranks(self._has_optimizer))
         for wrapper in self._wrappers if has_optimizer else ():
             self._add_rest(wrapper)
         found = Found(
             sums=self._sums.over_all_ranks(),
             has_optimizer=has_optimizer,
-            steps=set().union(*gathered(steps_of(self._wrappers))),
-            differing=_added(gathered(self._differing)),
-            cast=list(dict.fromkeys(chain.from_iterable(gathered(self._cast)))),
+            steps=set().union(*of_all_ranks(steps_of(self._wrappers))),
+            differing=_added(of_all_ranks(self._differing)),
+            cast=list(dict.fromkeys(chain.from_iterable(of_all_ranks(self._cast)))),
             files=self._files,
         )
         problem, remarks = judge(self._source, found)
-        for remark in remarks if rank() == 0 else ():
-            print(f"megatron_came: {remark}", flush=True)
-        stop(problem)
+        for remark in remarks:
+            say(remark)
+        if problem:
+            stop(problem)
 
     def _add_rest(self, wrapper: Any) -> None:
         """Add factors, and the main weights of an optimizer of whole tensors."""
@@ -268,12 +267,6 @@ def _under_way() -> Loading | None:
     """
     loading = _current.get()
     return loading if loading is not None and loading.has_begun else None
-
-
-def stop(problem: str | None) -> None:
-    """End the program with a sentence, if there is one."""
-    if problem:
-        raise SystemExit(f"megatron_came: {problem}")
 
 
 def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.kernels.digests import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry
 from megatron_came.megatron.checkpoints.factors import pieces_of
+from megatron_came.voice import rank
 
 # Elements that are converted in one piece, whole blocks of int8.
 _PIECE = 1 << 18
@@ -149,11 +150,6 @@ class Sums:
         return found[0]
 
 
-def rank() -> int:
-    """Return the rank of this process among all."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _on_first_rank(value: Any) -> list[Any]:
     """Return a value of every rank on the first, nothing on the others."""
     if not dist.is_initialized():
@@ -161,15 +157,6 @@ def _on_first_rank(value: Any) -> list[Any]:
     values: list[Any] | None = [None] * dist.get_world_size() if rank() == 0 else None
     dist.gather_object(value, values, 0)
     return values or []
-
-
-def gathered(value: Any) -> list[Any]:
-    """Return a value of every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def as_it_is(values: Tensor) -> Pieces:
