@@ -13,8 +13,8 @@ import torch
 from numba import njit, types
 from numba.extending import intrinsic
 
-from megatron_came.kernels.cpu.keeping import keep
 from megatron_came.core import factors
+from megatron_came.kernels.cpu.keeping import keep
 
 _OPTIONS = {"error_model": "numpy"}  # as in PyTorch, a division by zero gives infinity or NaN
 # What a kernel calls becomes part of it. A function of its own would be found by name in whatever

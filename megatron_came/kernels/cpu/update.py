@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
+from megatron_came.core.int8 import BLOCK
 from megatron_came.kernels.cpu.compiling import ONE, Kernel, elementwise, fast, inline
 from megatron_came.kernels.cpu.precision import (
     NOT_FINITE,
@@ -21,7 +22,6 @@ from megatron_came.kernels.cpu.precision import (
     widen,
     write_weight,
 )
-from megatron_came.core.int8 import BLOCK
 
 # Elements that are taken at once where momentum is not int8; rows are not cut.
 _SPAN = 4096
@@ -170,8 +170,8 @@ def update(grad, arrays, geometry, row_places, scales, rates, threads):
                 _update(
                     weights[low:high], remainders[low:high], grad[low:high], momentum[low:high],
                     column_scale[matrix, column:], column_confidence[matrix, column:],
-                    rest * row_scale[row], lr * row_confidence[row], beta1, decay, scale, inverse_scale,
-                    first_bits(place, key),
+                    rest * row_scale[row], lr * row_confidence[row], beta1, decay, scale,
+                    inverse_scale, first_bits(place, key),
                 )  # fmt: skip
                 _copy(weights[low:high], remainders[low:high], model_weights[low:high])
                 low = high
