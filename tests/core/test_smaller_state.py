@@ -10,11 +10,10 @@ import torch
 from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core import int8, remainders
+from megatron_came.core.momentum import momentum_of
 from megatron_came.core.rounding import random_bits
 from megatron_came.core.shard import boxes
-from megatron_came.core.state import momentum_of
-from tests.kernels.test_kernels import LAUNCHERS, ON_REAL_DEVICES
-from tests.support.oracle import DEVICES
+from tests.support.oracle import COMPILED, DEVICES, ON_REAL_DEVICES
 
 # Even numbers can be halved; of rows of 1100 pass 2 takes several at once.
 SHAPES = ((20, 150), (334,), (34000,), (2, 5, 61), (10, 1100))
@@ -157,7 +156,7 @@ def test_remainders_train_as_fp32_weights_do(kernels, momentum):
         assert torch.equal(fp32, two_halves)
 
 
-@pytest.mark.parametrize("kernels", LAUNCHERS)
+@pytest.mark.parametrize("kernels", COMPILED)
 @pytest.mark.parametrize("momentum", SMALL, ids=str)
 @pytest.mark.parametrize("cut", ["whole", "sliced", "stacked projections"])
 def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatch):
