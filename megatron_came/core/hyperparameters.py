@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 
@@ -177,7 +177,7 @@ TABLE = tuple(
     Row(
         each.name,
         type(each.default),
-        each.default,
+        cast(float, each.default),
         each.metadata["allowed"],
         each.metadata["help"],
         each.metadata["key"] or each.name,
