@@ -8,7 +8,7 @@ optimizer's step with one sentence, and nothing is saved. Where the check is off
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_came.megatron.parameter_names import named_parameters
 from megatron_came.patching import Function
 from megatron_came.voice import end_if, rank
 
@@ -46,12 +47,17 @@ class _Watch:
         bucket = _BUCKET.search(message)
         if bucket and self.buckets is not None:
             params = self.buckets.buckets[int(bucket[1])].params
-            self.gradient = self.gradient or _gradient_clause(params, _names(self.model))
+            self.gradient = self.gradient or _gradient_clause(params, self.names)
         elif bucket:
             self.gradient = self.gradient or message
         else:
             what = "NaN" if result.isnan().any() else "infinite"
-            self.loss = self.loss or f"{_LOSS} {what}, {_weights_clause(self.model)}"
+            self.loss = self.loss or f"{_LOSS} {what}, {_weights_clause(self.names)}"
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Names of the parameters of this rank."""
+        return {param: name for name, param in named_parameters(self.model)}
 
     @property
     def sentence(self) -> str | None:
@@ -141,31 +147,22 @@ def _first(problems: list[str]) -> str:
     return next((each for each in problems if _LOSS in each), problems[0])
 
 
-def _names(model: Iterable[Any]) -> dict[Tensor, str]:
-    """Names of the parameters, without those of Megatron's wrappers."""
-    return {
-        param: re.sub(r"^(module\.)+", "", name)
-        for chunk in model
-        for name, param in chunk.named_parameters()
-    }
-
-
-def _gradient_clause(params: Iterable[Any], names: dict[Tensor, str]) -> str:
-    grads = [(names.get(param, "a parameter"), param.main_grad) for param in params]
-    bad = list(_bad(grads))
+def _gradient_clause(params: Iterable[Any], names: Mapping[Tensor, str]) -> str:
+    grads = {names.get(param, "a parameter"): param.main_grad for param in params}
+    bad = _bad(grads)
     if bad:
         name, what = bad[0]
         more = f" (as do those of {len(bad) - 1} more parameters)" if len(bad) > 1 else ""
         return f"the gradient of {name} holds {what}{more}"
-    name, grad = max(grads, key=lambda pair: float(pair[1].abs().max()))
+    largest = {name: float(grad.abs().max()) for name, grad in grads.items()}
+    name = max(largest, key=lambda name: largest[name])
     return (
-        f"the norm of the gradients is Inf, since that of {name} has elements of "
-        f"{float(grad.abs().max()):g}"
+        f"the norm of the gradients is Inf, since that of {name} has elements of {largest[name]:g}"
     )
 
 
-def _weights_clause(model: Iterable[Any]) -> str:
-    bad = list(_bad((name, param.detach()) for param, name in _names(model).items()))
+def _weights_clause(names: Mapping[Tensor, str]) -> str:
+    bad = _bad({name: param.detach() for param, name in names.items()})
     if not bad:
         return "though all weights of this rank are finite"
     name, what = bad[0]
@@ -173,14 +170,12 @@ def _weights_clause(model: Iterable[Any]) -> str:
     return f"and the weight {name} holds {what}{more}"
 
 
-def _bad(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+def _bad(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """Count what is not finite in each tensor that has such."""
-    for name, tensor in tensors:
-        counts = (int(tensor.isnan().sum()), int(tensor.isinf().sum()))
-        if any(counts):
-            kinds = zip(counts, ("NaN", "Inf"), strict=True)
-            yield (
-                name,
-                " and ".join(f"{count} {kind}" for count, kind in kinds if count)
-                + f" among {tensor.numel()} elements",
-            )
+    found = []
+    for name, tensor in tensors.items():
+        counts = {"NaN": int(tensor.isnan().sum()), "Inf": int(tensor.isinf().sum())}
+        if any(counts.values()):
+            said = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+            found.append((name, f"{said} among {tensor.numel()} elements"))
+    return found

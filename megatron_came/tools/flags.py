@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from megatron_came.terminal.console import Head, show, width, wrapped
+from megatron_came.versions import SUPPORTED
 
 # Name, default and meaning of each variable that the launchers and the optimizer read.
 _LAUNCH = (
@@ -79,6 +80,29 @@ def text(columns: int) -> list[str]:
     return lines
 
 
+def replaced(columns: int) -> list[str]:
+    """The names of Megatron's that are replaced, line by line.
+
+    Args:
+        columns: that a line may have.
+    """
+    from megatron_came import memory
+    from megatron_came.cpu_megatron.install import REPLACEMENTS as OF_CPU
+    from megatron_came.megatron.install import REPLACEMENTS
+
+    lines: list[str] = []
+    for title, rows in (
+        ("Replaced for --optimizer came", REPLACEMENTS),
+        ("Replaced on a machine without a GPU", OF_CPU),
+        ("Replaced for memory", memory.REPLACEMENTS),
+    ):
+        lines += ["", Head(title)] if lines else [Head(title)]
+        for row in rows:
+            releases = "" if row.releases == SUPPORTED else ", ".join(row.releases)
+            lines += _entry(row.target, releases, f"by {row.by}: {row.why}", columns)
+    return lines
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
@@ -86,6 +110,12 @@ def main(argv: Sequence[str]) -> int:
         description="List the flags that --optimizer came adds to a launch of Megatron, and the "
         "environment variables that launches, commands and examples read.",
     )
-    parser.parse_args(argv)
-    show(text(width()))
+    parser.add_argument(
+        "--replaced",
+        action="store_true",
+        help="list instead the names of Megatron's that are replaced: by what and why, and in "
+        "which releases",
+    )
+    options = parser.parse_args(argv)
+    show(replaced(width()) if options.replaced else text(width()))
     return 0

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 import megatron_came
+from megatron_came import memory
+from megatron_came.cpu_megatron.install import REPLACEMENTS as OF_CPU
+from megatron_came.megatron.install import REPLACEMENTS as OF_CAME
 from megatron_came.terminal.console import Head, table, wrapped
 from megatron_came.tools import cli, flags
 
@@ -118,6 +121,13 @@ class TestMegatronsHelp:
 
 
 class TestFlags:
+    def test_all_that_is_replaced_of_megatron_is_listed(self, capsys):
+        assert flags.main(["--replaced"]) == 0
+        printed = capsys.readouterr().out.split()
+        for row in (*OF_CAME, *OF_CPU, *memory.REPLACEMENTS):
+            assert row.target in printed
+            assert f"{row.by}:" in printed
+
     def test_all_of_them_are_listed_with_default_and_meaning(self):
         text = "\n".join(flags.text(1000))
         for action in flags.came_flags():
