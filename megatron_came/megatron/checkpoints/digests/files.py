@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_came.checkpoint_files.torch_dist import Chunk, DistributedTensor, read_layout
+from megatron_came.checkpoint_files.stored import CheckpointTensor as DistributedTensor
+from megatron_came.checkpoint_files.stored import Chunk
+from megatron_came.checkpoint_files.torch_dist import read_layout
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Record, split_name
 from megatron_came.core.state import FACTORS
 
