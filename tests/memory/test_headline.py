@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_came import memory
+from megatron_came.memory import command as memory
 
 ROOT = Path(__file__).parents[2]
 ROWS = re.findall(

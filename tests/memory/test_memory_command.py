@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_came import memory
+from megatron_came.memory import command as memory
 from megatron_came.memory import measurement, plot, report
 from megatron_came.memory.components import Components
 from megatron_came.memory.launch_command import LaunchError, from_script, from_words
