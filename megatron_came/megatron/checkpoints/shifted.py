@@ -7,27 +7,24 @@ optimizers are Megatron's, which is not changed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_came.megatron.patching import Function, wrap
-from megatron_came.megatron.versions import check_version, release
+from megatron_came.megatron.versions import check_version
+from megatron_came.voice import say
+
+Function = Callable[..., Any]
 
 # Folders of checkpoints that were read, and may be shifted.
 _suspects: list[str] = []
 
 
-def install() -> None:
+def with_warning(original: Function) -> Function:
     """Look, when model and optimizer stand, whether this run's checkpoints get shifted."""
-    if release() < (0, 20):
-        wrap("megatron.training.training", "setup_model_and_optimizer", _with_warning)
-        wrap("megatron.training.checkpointing", "_load_base_checkpoint", _with_note)
 
-
-def _with_warning(original: Function) -> Function:
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         from megatron.training.global_vars import get_args
 
@@ -35,28 +32,23 @@ def _with_warning(original: Function) -> Function:
         result = original(*args, **kwargs)
         settings = get_args()
         warning = _warning(settings, writes(settings) and padded_anywhere(result[0]))
-        if warning and dist.get_rank() == 0:
-            print(f"megatron_came: {warning}", flush=True)
+        if warning:
+            say(warning)
         return result
 
     return setup_model_and_optimizer
 
 
-def _with_note(original: Function) -> Function:
-    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        result = original(load_dir, args, *rest, **kwargs)
-        state = result[0] or {}
-        sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-        if sharding == "fully_reshardable" and _may_shift(state.get("args"), args):
-            _suspects.append(str(load_dir))
-        return result
-
-    return _load_base_checkpoint
+def note(load_dir: Any, state: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Remember a checkpoint of another optimizer that was read and may be shifted."""
+    sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    if sharding == "fully_reshardable" and _may_shift(state.get("args"), args):
+        _suspects.append(str(load_dir))
 
 
 def _may_shift(saved: Any, args: argparse.Namespace) -> bool:
     """Whether a run takes another optimizer's state, saved by one with several buckets."""
-    if args.optimizer == "came" or args.finetune or args.no_load_optim:
+    if args.finetune or args.no_load_optim:
         return False
     tied = not getattr(saved, "untie_embeddings_and_output_weights", False)
     stages = getattr(saved, "pipeline_model_parallel_size", 1) > 1
