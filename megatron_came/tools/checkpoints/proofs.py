@@ -162,7 +162,7 @@ def _flaw(proof: Proof, saved: Saved) -> str | None:
 
 
 def _sum(kind: str, values: torch.Tensor, shape: Shape, box: digests.Box, start: int = 0) -> int:
-    function = digests.digest if kind == WEIGHTS else digests.digest_fp32
     if kind not in (WEIGHTS, MOMENTUM, MAIN_WEIGHTS) and values.dtype != torch.float32:
         return 0  # a factor of another dtype: said by its dtype
-    return int(function(values.contiguous(), shape, box, start=start))
+    as_fp32 = kind != WEIGHTS
+    return digests.digest(values.contiguous(), shape, box, start=start, as_fp32=as_fp32)
