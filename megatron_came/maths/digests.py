@@ -71,9 +71,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def row_keys(rows: Tensor) -> Tensor:
     """Return an odd 64-bit number for each row (SplitMix64's finalizer)."""
-    value = rows * _signed(0x9E3779B97F4A7C15) + _signed(0xD1B54A32D192ED03)
+    value = rows * signed(0x9E3779B97F4A7C15) + signed(0xD1B54A32D192ED03)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = (value ^ _shifted(value, shift)) * _signed(factor)
+        value = (value ^ _shifted(value, shift)) * signed(factor)
     return (value ^ _shifted(value, 31)) | 1
 
 
@@ -411,8 +411,8 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.blake2b(_canonical(content).encode(), digest_size=16).hexdigest()
 
 
-def _signed(value: int) -> int:
-    """The int64 with these 64 bits."""
+def signed(value: int) -> int:
+    """Return the int64 with these 64 bits."""
     return value - (1 << 64) if value >> 63 else value
 
 

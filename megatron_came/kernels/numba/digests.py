@@ -18,8 +18,8 @@ from megatron_came.kernels.numba.keeping import compile_and_keep
 from megatron_came.maths.digests import Term, add_up
 
 _Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
-# Columns of a task: width of an element in bytes, rows, columns, elements from row to row, addresses
-# of the first element and of the keys of rows and columns; and the sum.
+# Columns of a task: bytes of an element, rows, columns, elements from row to row, addresses of the
+# first element and of the keys of rows and columns; and the sum.
 _COLUMNS = 8
 # Elements that a thread takes at once, if there are several: about as long as starting it takes.
 _TAKEN = 1 << 20
