@@ -132,6 +132,27 @@ def test_the_kernel_adds_up_as_plain_pytorch_does(dtype: torch.dtype) -> None:
     )
 
 
+def test_threads_add_up_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    from megatron_came.kernels.numba import digests as kernel
+
+    add, threads = adder(torch.device("cpu")), torch.get_num_threads()
+    terms = [
+        term
+        for shape in ((37, 53), (7,), (3, 4, 5))
+        for dtype in (torch.float32, torch.bfloat16, torch.int8)
+        for term in digests.terms(torch.randn(shape).mul(9).to(dtype), shape, Box.whole(shape))
+    ]
+    expected = [digests.unsigned(total) for total in digests.add_up(terms)]
+    try:
+        for count, taken in ((1, 1 << 20), (3, 1), (3, 100), (2, 1 << 10)):
+            monkeypatch.setattr(kernel, "_TAKEN", taken)
+            torch.set_num_threads(count)
+            assert [digests.unsigned(total) for total in add(terms)] == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _record() -> Record:
     return Record(
         iteration=4,
