@@ -86,8 +86,8 @@ def column_keys(columns: Tensor) -> Tensor:
 
 
 @cache
-def _table(keys: Callable[[Tensor], Tensor], size: int, device: torch.device) -> Tensor:
-    return keys(torch.arange(size, device=device))
+def _table(keys: Callable[[Tensor], Tensor], log2: int, device: torch.device) -> Tensor:
+    return keys(torch.arange(1 << log2, device=device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +138,10 @@ class Matrix(NamedTuple):
 
     def keys(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the keys of its rows and columns, views of tables that are kept."""
-        ends = (self.row, self.rows, row_keys), (self.column, self.columns, column_keys)
-        rows, columns = (
-            # a power of two, so that there are few tables
-            _table(keys, 1 << (start + count - 1).bit_length(), device)[start : start + count]
-            for start, count, keys in ends
-        )
-        return rows, columns
+        row, column = self.row + self.rows, self.column + self.columns
+        rows = _table(row_keys, (row - 1).bit_length(), device)
+        columns = _table(column_keys, (column - 1).bit_length(), device)
+        return rows[self.row : row], columns[self.column : column]
 
 
 class Term(NamedTuple):
@@ -161,23 +158,22 @@ Adder = Callable[[Sequence[Term]], list[int]]
 
 def add_up(terms: Sequence[Term]) -> list[int]:
     """Return the sums of terms that are on one device, in plain PyTorch."""
-    return torch.stack([_sum(term) for term in terms]).tolist() if terms else []
+    return torch.stack([_sum(*term) for term in terms]).tolist() if terms else []
 
 
-def _sum(term: Term) -> Tensor:
-    (position, height, width, stride, _, _), device = term.matrix, term.bits.device
-    rows, columns = term.matrix.keys(device)
-    begin = term.bits.storage_offset() + position
-    bits = term.bits.as_strided((height, width), (stride, 1), begin)
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    limit = _PIECE if device.type == "cpu" else _PIECE_OF_GPU
-    for left in range(0, width, limit):
+def _sum(bits: Tensor, matrix: Matrix, shift: int) -> Tensor:
+    rows, columns = matrix.keys(bits.device)
+    begin = bits.storage_offset() + matrix.position
+    bits = bits.as_strided((matrix.rows, matrix.columns), (matrix.stride, 1), begin)
+    total = rows.new_zeros(())
+    limit = _PIECE if bits.device.type == "cpu" else _PIECE_OF_GPU
+    for left in range(0, matrix.columns, limit):
         keys = columns[left : left + limit].to(torch.int64)
         step = max(1, limit // keys.numel())
-        for top in range(0, height, step):
+        for top in range(0, matrix.rows, step):
             piece = bits[top : top + step, left : left + limit].to(torch.int64, copy=True)
             total += (piece.mul_(keys).sum(1) * rows[top : top + step]).sum()
-    return total << term.shift
+    return total << shift
 
 
 def terms(
@@ -186,9 +182,9 @@ def terms(
     """Return what a slice of a local tensor adds to the digest of a whole tensor.
 
     Args:
-        values: the slice, contiguous.
+        values: the slice.
         local: shape of the local tensor.
-        box: the part of the local tensor that belongs to the whole tensor.
+        box: of it, which belongs to the whole tensor.
         start: first flat element of the local tensor that the slice holds.
         as_fp32: count the bits that the values, fp32 or bf16, have as fp32 numbers.
 
@@ -204,23 +200,15 @@ def terms(
     return [Term(bits, matrix, shift) for matrix in _matrices(start, bits.numel(), local, box)]
 
 
-def digest(
-    values: Tensor,
-    local: Shape,
-    box: Box,
-    *,
-    start: int = 0,
-    as_fp32: bool = False,
-    add: Adder = add_up,
-) -> int:
+def digest(added: Sequence[Term], add: Adder = add_up) -> int:
     """Return the sum of :func:`terms`, in [0, 2^64)."""
-    return unsigned(sum(add(terms(values, local, box, start=start, as_fp32=as_fp32))))
+    return unsigned(sum(add(added)))
 
 
 def digest_whole(values: Tensor, *, as_fp32: bool = False, add: Adder = add_up) -> int:
     """Return the digest of a whole tensor, in [0, 2^64)."""
     shape = tuple(values.shape)
-    return digest(values.contiguous(), shape, Box.whole(shape), as_fp32=as_fp32, add=add)
+    return digest(terms(values, shape, Box.whole(shape), as_fp32=as_fp32), add)
 
 
 @lru_cache(_REMEMBERED)
@@ -251,32 +239,20 @@ def _rows(local: Shape, box: Box) -> Iterator[tuple[int, int, int]]:
             break
     for index in product(*map(range, box.size[:inner])):
         at = (*index, *(0,) * (len(local) - 1 - inner))
-        first, row = (
-            _flat([i + start for i, start in zip(at, starts, strict=False)], shape)
-            for starts, shape in ((box.place, local), (box.offset, box.shape))
-        )
+        first = row = 0
+        for dim, i in enumerate(at):
+            first = first * local[dim] + box.place[dim] + i
+            row = row * box.shape[dim] + box.offset[dim] + i
         yield first, rows, row
-
-
-def _flat(index: Sequence[int], shape: Shape) -> int:
-    """The position of an index along the first dimensions of a shape."""
-    position = 0
-    for i, size in zip(index, shape, strict=False):
-        position = position * size + i
-    return position
 
 
 def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
     """Cut a flat range into (first row, last row, first column, last column), ends exclusive."""
     while start < stop:
         row, column = divmod(start, columns)
-        if column or stop - start < columns:
-            size = min(columns - column, stop - start)
-            yield row, row + 1, column, column + size
-        else:
-            rows = (stop - start) // columns
-            size = rows * columns
-            yield row, row + rows, 0, columns
+        rows = 0 if column else (stop - start) // columns
+        size = rows * columns or min(columns - column, stop - start)
+        yield row, row + max(rows, 1), column, columns if rows else column + size
         start += size
 
 

@@ -109,7 +109,7 @@ class Proofs:
             values = box.values[place]
             size = tuple(values.shape)
             offset = box.offsets[depth:]
-            where = digests.Box((0,) * len(size), size, offset, every[axes].shape)
+            where = digests.Box.alone(size, offset, every[axes].shape)
             proof.add((offset, size), 0, _sum(kind, values, size, where))
 
     def _add_bucket(self, kind: str, key: str, box: StoredBox) -> None:
@@ -165,4 +165,4 @@ def _sum(kind: str, values: torch.Tensor, shape: Shape, box: digests.Box, start:
     if kind not in (WEIGHTS, MOMENTUM, MAIN_WEIGHTS) and values.dtype != torch.float32:
         return 0  # a factor of another dtype: said by its dtype
     as_fp32 = kind != WEIGHTS
-    return digests.digest(values.contiguous(), shape, box, start=start, as_fp32=as_fp32)
+    return digests.digest(digests.terms(values, shape, box, start=start, as_fp32=as_fp32))
