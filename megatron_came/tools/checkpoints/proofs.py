@@ -71,7 +71,7 @@ class Proofs:
             values = box.values[at]
             size, offset = tuple(values.shape), box.offsets[depth:]
             whole = self._record.tensors[tensor.kind][name].shape
-            where = digests.Box((0,) * len(size), size, offset, whole)
+            where = digests.Box.alone(size, offset, whole)
             self._sums[tensor.kind, name][offset][0] += _sum(tensor.kind, values, size, where)
 
     def _add_bucket(self, kind: str, key: str, box: Box) -> None:
@@ -121,8 +121,8 @@ class Proofs:
 def _sum(kind: str, values: torch.Tensor, shape: Shape, box: digests.Box, start: int = 0) -> int:
     if kind != WEIGHTS and values.dtype not in _DTYPES:
         return 0
-    function = digests.digest if kind == WEIGHTS else digests.digest_fp32
-    return int(function(values.contiguous(), shape, box, start=start))
+    terms = digests.terms(values, shape, box, start=start, as_fp32=kind != WEIGHTS)
+    return digests.digest(terms)
 
 
 def legacy_digests(

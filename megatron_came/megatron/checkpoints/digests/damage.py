@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.core.digests import (
     KEY,
     MAIN_WEIGHTS,
-    MOMENTUM,
     WEIGHTS,
     Record,
     RecordError,
     unpack,
 )
-from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints.digests import files
-from megatron_came.megatron.checkpoints.digests.sums import Sum
+from megatron_came.megatron.checkpoints.digests.sums import KINDS, Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +141,18 @@ class Found:
     """What this run has loaded.
 
     Attributes:
-        sums: by kind and name.
+        totals: of all ranks.
         has_optimizer: whether the optimizer's state was loaded.
         steps: of its parameter groups.
-        differing: by name, how many weights are not their main weights, rounded.
         cast: factors that were saved in another dtype than fp32.
-        files: by rank, what it has read.
+        holders: collective; files that ranks have read, each with kind and name of what came of it.
     """
 
-    sums: Mapping[str, Mapping[str, Sum]]
+    totals: Totals
     has_optimizer: bool
     steps: set[int]
-    differing: Mapping[str, int]
     cast: Sequence[str]
-    files: Sequence[str]
+    holders: Callable[[], list[tuple[str, list[tuple[str, str]]]]]
 
 
 def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
@@ -188,12 +184,7 @@ def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
             f"{start}: its parameter groups have taken {steps} steps, its digests say {step}: "
             f"{source.remedy}"
         ), remarks
-    flaws = [
-        (kind, name, one.flaw)
-        for kind, named in found.sums.items()
-        for name, one in named.items()
-        if one.flaw
-    ]
+    flaws = found.totals.flaws
     if flaws:
         kind, name, flaw = flaws[0]
         where = _where([(kind, name)], source, found)
@@ -202,7 +193,7 @@ def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
             f"the checkpoint in {source.place} cannot be trained on: {kind} of {name}{more}"
             f"{where} holds {flaw}: {source.remedy}"
         ), remarks
-    if found.differing:
+    if found.totals.differing:
         return _differing(source, found), remarks
     return None, remarks
 
@@ -211,9 +202,9 @@ def _compared(record: Record, found: Found) -> tuple[list[tuple[str, str]], list
     """Return kind and name of what differs, and in words what could not be compared."""
     damaged: list[tuple[str, str]] = []
     unlike: list[str] = []
-    kinds = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS) if found.has_optimizer else (WEIGHTS,)
+    kinds = KINDS if found.has_optimizer else (WEIGHTS,)
     for kind in kinds:
-        saved, loaded = record.tensors.get(kind, {}), found.sums.get(kind, {})
+        saved, loaded = record.tensors.get(kind, {}), found.totals.tensors.get(kind, {})
         for name in sorted(saved.keys() | loaded.keys()):
             one, other = saved.get(name), loaded.get(name)
             if one is None or other is None:
@@ -223,7 +214,7 @@ def _compared(record: Record, found: Found) -> tuple[list[tuple[str, str]], list
                 unlike.append(f"{kind} of {name}, of shape {one.shape} there, {other.shape} here")
             elif one.dtype != other.dtype:
                 unlike.append(f"{kind} of {name}, in {one.dtype} there, in {other.dtype} here")
-            elif one != other.saved:
+            elif one != other:
                 damaged.append((kind, name))
     return damaged, unlike
 
@@ -236,14 +227,15 @@ def _described(damaged: Sequence[tuple[str, str]], source: Source, found: Found)
 
 def _where(damaged: Sequence[tuple[str, str]], source: Source, found: Found) -> str:
     """Name the files that hold all of some tensors, or else those that hold the first."""
-    held: list[set[str]] = []
-    tensors = {} if source.is_legacy else files.tensors_of(source.file)
-    for kind, name in damaged:
-        if source.is_legacy:
-            ranks = found.sums[kind][name].ranks
-            held.append(files.legacy(kind, [found.files[rank] for rank in ranks]))
-        else:
-            held.append(files.holding(tensors, source.record, kind, name))
+    if source.is_legacy:
+        holders = found.holders()
+        held = [
+            files.legacy(kind, [file for file, named in holders if (kind, name) in named])
+            for kind, name in damaged
+        ]
+    else:
+        tensors = files.tensors_of(source.file)
+        held = [files.holding(tensors, source.record, kind, name) for kind, name in damaged]
     common = set.intersection(*held) or held[0]
     return f" in {_some(sorted(common), 4)}" if common else ""
 
@@ -258,10 +250,11 @@ def _remedy(damaged: Sequence[tuple[str, str]], source: Source) -> str:
 
 
 def _differing(source: Source, found: Found) -> str:
-    name = next(iter(found.differing))
+    differing = found.totals.differing
+    name = next(iter(differing))
     return (
-        f"in the checkpoint in {source.place} the main weights of {_some(list(found.differing))} "
-        f"are not the model's weights ({found.differing[name]} elements of {name} differ): either "
+        f"in the checkpoint in {source.place} the main weights of {_some(list(differing))} "
+        f"are not the model's weights ({differing[name]} elements of {name} differ): either "
         "is damaged, or it was saved with --dist-ckpt-optim-fully-reshardable and several buckets, "
         "where Megatron 0.16 to 0.19 shifts the optimizer's state (Megatron-LM#5077): rebuild it "
         f"with megatron-came repair {source.folder} OUT, start the optimizer afresh with "

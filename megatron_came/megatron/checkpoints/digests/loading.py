@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_came.megatron.checkpoints.digests.saving import (
 from megatron_came.megatron.checkpoints.digests.sums import (
     Sums,
     as_it_is,
-    gathered,
+    distinct,
     main_pieces,
     rank,
 )
@@ -94,13 +95,9 @@ class Loading:
     def __init__(self, model_chunks: Sequence[Any], optimizer: Any, settings: Any) -> None:
         self._chunks, self._settings = model_chunks, settings
         self._wrappers = list(wrappers_of(optimizer))
-        self._sums = Sums(looks=True)
-        self._entries: dict[int, Entry] | None = None
         self._has_weights = self._has_optimizer = False
-        self._files: list[str] = []
         self._source: Source | None = None
         self.has_begun = False
-        self._differing: dict[str, int] = {}
         self._cast: list[str] = []
 
     def check(self, source: Source, *, is_release: bool) -> None:
@@ -117,9 +114,8 @@ class Loading:
             reads_metadata=rank() == 0,
             with_optimizer=not (afresh or self._settings.no_load_optim),
         )
-        seen = gathered((problem, source.file, source.identity))
+        seen = distinct((problem, source.file, source.identity))
         stop(next((problem for problem, _, _ in seen if problem), None))
-        self._files = [file for _, file, _ in seen]
         other = next((file for _, file, identity in seen if identity != seen[0][2]), None)
         if other is not None:
             stop(
@@ -127,12 +123,13 @@ class Loading:
                 f"are not of one and the same save: {source.remedy}"
             )
 
-    @property
-    def entries(self) -> dict[int, Entry]:
-        """The tensors of the model."""
-        if self._entries is None:
-            self._entries = entries_of(self._chunks)
-        return self._entries
+    @cached_property
+    def _entries(self) -> dict[int, Entry]:
+        return entries_of(self._chunks)
+
+    @cached_property
+    def _sums(self) -> Sums:
+        return Sums(self._entries, looks=True)
 
     def note_optimizer(self) -> None:
         """The optimizer is about to be loaded."""
@@ -144,19 +141,21 @@ class Loading:
         """Add up the model's weights, the first time that this is called."""
         if not self._has_weights:
             self._has_weights = True
-            for entry in self.entries.values():
+            for entry in self._entries.values():
                 self._sums.add_weights(entry)
+            self._sums.flush()
 
     @torch.no_grad()
     def note_slice(self, wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Add up what a distributed optimizer has read of a parameter."""
-        entry = self.entries.get(id(param))
+        entry = self._entries.get(id(param))
         if entry is None or not counts(wrapper):
             return
         start, stop = wrapper._span_of(param)
         main, momentum = tensors["param"], tensors[MOMENTUM_KEY]
         for kind, values in ((MAIN_WEIGHTS, main), (MOMENTUM, momentum)):
-            self._sums.add_slice(kind, entry, as_it_is(values), start)
+            self._sums.add_slice((kind,), entry, as_it_is(values), start)
+        self._sums.flush()
         self._compare(entry, param.detach().view(-1)[start:stop], main)
 
     @torch.no_grad()
@@ -169,10 +168,11 @@ class Loading:
         params = {id(part): id(param) for param, part in wrapper._parts}
         mine = chain.from_iterable(group["params"] for group in came.param_groups)
         for key, part in zip(saved, mine, strict=False):  # what does not fit is said by CAME
-            state, entry = state_dict["state"].get(key, {}), self.entries.get(params[id(part)])
+            state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(part)])
             if entry is not None and MOMENTUM_KEY in state:
-                self._sums.add_slice(MOMENTUM, entry, as_it_is(momentum_of(state)), None)
+                self._sums.add_slice((MOMENTUM,), entry, as_it_is(momentum_of(state)), None)
                 self._note_dtypes(entry, state)
+        self._sums.flush()
 
     def _note_dtypes(self, entry: Entry, state: Mapping[str, Tensor]) -> None:
         for key in FACTORS:
@@ -191,8 +191,7 @@ class Loading:
         off = (main - weights.float()).abs() > (main - main.to(rounded).float()).abs()
         count = int(off.sum())
         if count:
-            name = entry.leaves[0].name
-            self._differing[name] = self._differing.get(name, 0) + count
+            self._sums.add_differing(entry, count)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -201,21 +200,23 @@ class Loading:
         Raises:
             SystemExit: on all ranks, where something differs.
         """
-        if self._source is None:
+        source = self._source
+        if source is None:
             return  # there was no checkpoint
         self.note_weights()
-        has_optimizer = any(gathered(self._has_optimizer))
+        mine = self._has_optimizer, steps_of(self._wrappers), self._cast, self._sums.names
+        flags, steps, cast, names = zip(*distinct(mine), strict=True)
+        has_optimizer = any(flags)
         for wrapper in self._wrappers if has_optimizer else ():
             self._add_rest(wrapper)
         found = Found(
-            sums=self._sums.over_all_ranks(),
+            totals=self._sums.over_all_ranks(tuple(chain(*names))),
             has_optimizer=has_optimizer,
-            steps=set().union(*gathered(steps_of(self._wrappers))),
-            differing=_added(gathered(self._differing)),
-            cast=list(dict.fromkeys(chain.from_iterable(gathered(self._cast)))),
-            files=self._files,
+            steps=set(chain(*steps)),
+            cast=list(dict.fromkeys(chain(*cast))),
+            holders=lambda: distinct((source.file, self._sums.held)),
         )
-        problem, remarks = judge(self._source, found)
+        problem, remarks = judge(source, found)
         for remark in remarks if rank() == 0 else ():
             print(f"megatron_came: {remark}", flush=True)
         stop(problem)
@@ -223,13 +224,13 @@ class Loading:
     def _add_rest(self, wrapper: Any) -> None:
         """Add factors, and the main weights of an optimizer of whole tensors."""
         for param, part in wrapper._parts:
-            entry = self.entries.get(id(param))
+            entry = self._entries.get(id(param))
             if entry is None:
                 continue
             state = wrapper.optimizer.state[part]
-            self._sums.add_factors(entry, param, state)
+            self._sums.add_factors(entry, state)
             if not is_sliced(wrapper) and part is not param:
-                self._sums.add_slice(MAIN_WEIGHTS, entry, main_pieces(part, state), None)
+                self._sums.add_slice((MAIN_WEIGHTS,), entry, main_pieces(part, state), None)
                 self._compare(entry, param.detach(), part.detach())
 
 
@@ -273,11 +274,3 @@ def stop(problem: str | None) -> None:
     """End the program with a sentence, if there is one."""
     if problem:
         raise SystemExit(f"megatron_came: {problem}")
-
-
-def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for each in counts:
-        for name, count in each.items():
-            total[name] = total.get(name, 0) + count
-    return total
