@@ -6,6 +6,7 @@ missing one for a first start. Here only names and sizes of files are looked at.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from megatron_came.checkpoint_files.folder import (
     ends_as_pickle,
     says_distributed,
 )
-from megatron_came.checkpoint_files.torch_dist import METADATA
+from megatron_came.checkpoint_files.stored import CheckpointTensor
+from megatron_came.checkpoint_files.torch_dist import METADATA, read_layout
 
 _REMOVE = "or remove the folder's contents to start from scratch"
 
@@ -95,6 +97,19 @@ def _iteration_problem(folder: Path, name: str, named_by: str) -> str | None:
     if not metadata.is_file():
         return _damaged(folder, metadata, "is missing")
     return None if ends_as_pickle(metadata) else _damaged(folder, metadata, "is truncated")
+
+
+@functools.lru_cache(1)
+def tensors_in(folder: str) -> list[CheckpointTensor]:
+    """Return what a distributed checkpoint says of its tensors; nothing, of files of one rank each.
+
+    Its metadata, which may be large, are kept until the load ends.
+
+    Raises:
+        CheckpointError: it cannot be read, or names what Megatron does not write.
+    """
+    path = Path(folder)
+    return list(read_layout(path).tensors.values()) if path.is_dir() else []
 
 
 def missing_files(load_dir: Any, args: Any) -> str | None:

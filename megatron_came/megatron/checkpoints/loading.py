@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_came.checkpoint_files.errors import CheckpointError
-from megatron_came.checkpoint_files.torch_dist import read_layout
 from megatron_came.megatron.checkpoints import contents, flags, folders, shifted, tensors
 from megatron_came.megatron.checkpoints.contents import AFRESH
+from megatron_came.megatron.checkpoints.digests.loading import note_files
 from megatron_came.megatron.checkpoints.groups import Groups, own_rates, same_order
 from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
 from megatron_came.megatron.errors import UnsupportedError
@@ -89,6 +88,7 @@ def with_sentences(original: Function) -> Function:
         finally:
             _current.reset(tokens[0])
             own_rates.reset(tokens[1])
+            folders.tensors_in.cache_clear()
         if run.optimizer == "came":
             _after(opt_param_scheduler, result[0], run)
         return result
@@ -111,6 +111,12 @@ def with_checks(original: Function) -> Function:
     """Check what Megatron is going to read, and what it has read."""
 
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        of_rank_0 = bool(kwargs.get("rank0", rest and rest[0]))
+        result = checked(load_dir, args, *rest, of_rank_0=of_rank_0, **kwargs)
+        note_files(result, str(load_dir), first_look=of_rank_0)
+        return result
+
+    def checked(load_dir: Any, args: Any, *rest: Any, of_rank_0: bool, **kwargs: Any) -> Any:
         load = _current.get()
         if args.optimizer != "came":
             result = original(load_dir, args, *rest, **kwargs)
@@ -135,7 +141,6 @@ def with_checks(original: Function) -> Function:
         except (Exception, CheckpointException) as error:
             stop(_reason(load, error, args, asked), error)
         if _current.get() is not None and result[0] is not None:
-            of_rank_0 = bool(kwargs.get("rank0", rest and rest[0]))
             _check(load, result, asked, args, of_rank_0)
         return result
 
@@ -253,11 +258,11 @@ def _groups(optimizer: Any, saved: Any) -> Iterator[tuple[Groups, Groups]]:
 
 def _saved_shapes(path: str) -> tensors.Shapes:
     """Which tensors a distributed checkpoint holds, as the first rank reads it; a collective."""
-    folder = Path(path if os.path.isdir(path) else os.path.dirname(path))
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
     found: list[Any] = [None, None]
     if rank() == 0:
         try:
-            found[0] = {name: each.shape for name, each in read_layout(folder).tensors.items()}
+            found[0] = {each.name: each.shape for each in folders.tensors_in(folder)}
         except (CheckpointError, OSError) as error:  # all ranks are to hear of it
             found[1] = str(error)
     if dist.is_initialized():
@@ -277,8 +282,8 @@ def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | 
     misfit = None
     if asked is not None:
         try:
-            folder = Path(folders.name_of(load.folder, args, return_base_dir=True))
-            saved = {name: each.shape for name, each in read_layout(folder).tensors.items()}
+            folder = folders.name_of(load.folder, args, return_base_dir=True)
+            saved = {each.name: each.shape for each in folders.tensors_in(folder)}
             misfit = tensors.misfit(asked, saved, load.differing)
         except (CheckpointError, OSError, TypeError, ValueError):
             pass  # that it is unreadable is said below

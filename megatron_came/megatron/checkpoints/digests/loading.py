@@ -8,7 +8,7 @@ of this run; factors where they have come to lie.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import chain
@@ -33,21 +33,18 @@ from megatron_came.megatron.checkpoints.digests.sums import (
     as_it_is,
     distinct,
     main_pieces,
-    rank,
 )
-from megatron_came.megatron.patching import Function, wrap
 from megatron_came.optimizer import CAME
+from megatron_came.voice import rank, say, stop
+
+Function = Callable[..., Any]
 
 _current: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
 
-def install() -> None:
-    """Let Megatron verify the checkpoints that it loads."""
-    wrap("megatron.training.checkpointing", "load_checkpoint", _verified)
-    wrap("megatron.training.checkpointing", "_load_base_checkpoint", _noted)
+def verified(original: Function) -> Function:
+    """Compare what was loaded with the digests that were saved with it."""
 
-
-def _verified(original: Function) -> Function:
     def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training.global_vars import get_args
 
@@ -66,18 +63,20 @@ def _verified(original: Function) -> Function:
     return load_checkpoint
 
 
-def _noted(original: Function) -> Function:
-    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        result = original(load_dir, args, *rest, **kwargs)
-        loading, first_look = _current.get(), kwargs.get("rank0", rest[0] if rest else False)
-        if loading is not None and result[0] is not None:
-            source = Source.of(result, str(load_dir))
-            if not (first_look and source.is_legacy):
-                loading.check(source, is_release=bool(result[2]))
-            loading.has_begun = not first_look
-        return result
+def note_files(loaded: Sequence[Any], folder: str, *, first_look: bool) -> None:
+    """Tell the loading under way, if any, what Megatron has read.
 
-    return _load_base_checkpoint
+    Args:
+        loaded: what ``_load_base_checkpoint`` has returned.
+        folder: what ``--load`` names.
+        first_look: whether it has read the settings alone.
+    """
+    loading = _current.get()
+    if loading is not None and loaded[0] is not None:
+        source = Source.of(loaded, folder)
+        if not (first_look and source.is_legacy):
+            loading.check(source, is_release=bool(loaded[2]))
+        loading.has_begun = not first_look
 
 
 class Loading:
@@ -115,13 +114,12 @@ class Loading:
             with_optimizer=not (afresh or self._settings.no_load_optim),
         )
         seen = distinct((problem, source.file, source.identity))
-        stop(next((problem for problem, _, _ in seen if problem), None))
+        for found in filter(None, (problem for problem, _, _ in seen)):
+            stop(found)
         other = next((file for _, file, identity in seen if identity != seen[0][2]), None)
         if other is not None:
-            stop(
-                f"the checkpoint in {source.place} is damaged: its files {seen[0][1]} and {other} "
-                f"are not of one and the same save: {source.remedy}"
-            )
+            files = f"its files {seen[0][1]} and {other}"
+            stop(source.damaged(f"{files} are not of one and the same save"))
 
     @cached_property
     def _entries(self) -> dict[int, Entry]:
@@ -217,9 +215,10 @@ class Loading:
             holders=lambda: distinct((source.file, self._sums.held)),
         )
         problem, remarks = judge(source, found)
-        for remark in remarks if rank() == 0 else ():
-            print(f"megatron_came: {remark}", flush=True)
-        stop(problem)
+        for remark in remarks:
+            say(remark)
+        if problem:
+            stop(problem)
 
     def _add_rest(self, wrapper: Any) -> None:
         """Add factors, and the main weights of an optimizer of whole tensors."""
@@ -268,9 +267,3 @@ def _under_way() -> Loading | None:
     """
     loading = _current.get()
     return loading if loading is not None and loading.has_begun else None
-
-
-def stop(problem: str | None) -> None:
-    """End the program with a sentence, if there is one."""
-    if problem:
-        raise SystemExit(f"megatron_came: {problem}")

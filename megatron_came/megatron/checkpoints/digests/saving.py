@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any
@@ -25,19 +25,16 @@ from megatron_came.megatron.checkpoints.digests.sums import (
     main_pieces,
     momentum_pieces,
 )
-from megatron_came.megatron.patching import Function, wrap
+
+Function = Callable[..., Any]
 
 # What goes into the checkpoint that is being saved.
 _record: ContextVar[str | None] = ContextVar("record", default=None)
 
 
-def install() -> None:
-    """Let Megatron's checkpoints hold a record of digests."""
-    wrap("megatron.training.checkpointing", "save_checkpoint", _with_digests)
-    wrap("megatron.training.checkpointing", "generate_state_dict", _with_record)
+def with_digests(original: Function) -> Function:
+    """Compute the digests of what is about to be saved."""
 
-
-def _with_digests(original: Function) -> Function:
     def save_checkpoint(
         iteration: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -57,7 +54,9 @@ def _with_digests(original: Function) -> Function:
     return save_checkpoint
 
 
-def _with_record(original: Function) -> Function:
+def with_record(original: Function) -> Function:
+    """Add them to what is saved."""
+
     def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
         state = original(*args, **kwargs)
         record = _record.get()
