@@ -8,7 +8,7 @@ ranks agree whether one of them has found a problem, so that they end together.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,8 @@ from megatron_came.megatron.checkpoints.digests.loading import note_files
 from megatron_came.megatron.checkpoints.groups import Groups, own_rates, same_order
 from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.patching import Function
 from megatron_came.voice import end_if, rank, say_once, stop
-
-Function = Callable[..., Any]
 
 
 @dataclass

@@ -7,16 +7,15 @@ optimizers are Megatron's, which is not changed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_came.megatron.versions import check_version
+from megatron_came.patching import Function
+from megatron_came.versions import check_version
 from megatron_came.voice import say
-
-Function = Callable[..., Any]
 
 # Folders of checkpoints that were read, and may be shifted.
 _suspects: list[str] = []

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
+from megatron_came.patching import Function
 from megatron_came.terminal.children import end_with_parent
-
-Function = Callable[..., Any]
 
 # A process that is no fork has no replacements: there this is Megatron's own.
 _loop: Function = async_utils.PersistentAsyncCaller.async_loop

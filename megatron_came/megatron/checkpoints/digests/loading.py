@@ -8,7 +8,7 @@ of this run; factors where they have come to lie.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import chain
@@ -35,9 +35,8 @@ from megatron_came.megatron.checkpoints.digests.sums import (
     main_pieces,
 )
 from megatron_came.optimizer import CAME
+from megatron_came.patching import Function
 from megatron_came.voice import rank, say, stop
-
-Function = Callable[..., Any]
 
 _current: ContextVar[Loading | None] = ContextVar("loading", default=None)
 

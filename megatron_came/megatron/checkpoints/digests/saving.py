@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any
@@ -25,8 +25,7 @@ from megatron_came.megatron.checkpoints.digests.sums import (
     main_pieces,
     momentum_pieces,
 )
-
-Function = Callable[..., Any]
+from megatron_came.patching import Function
 
 # What goes into the checkpoint that is being saved.
 _record: ContextVar[str | None] = ContextVar("record", default=None)
