@@ -56,8 +56,7 @@ REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.training.checkpointing": (
         ("save_checkpoint", "checkpoints.digests.saving:with_digests", "digests are computed"),
         ("generate_state_dict", "checkpoints.digests.saving:with_record", "and saved"),
-        ("load_checkpoint", "checkpoints.loading:with_sentences", "a failure is a sentence"),
-        ("load_checkpoint", "checkpoints.digests.loading:verified", "digests are compared"),
+        ("load_checkpoint", "checkpoints.loading:with_sentences", "all is verified"),
         ("_load_base_checkpoint", "checkpoints.loading:with_checks",
          "a run that cannot resume as its flags say ends before it loads"),
     ),

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.megatron.checkpoints import contents, flags, folders, shifted, tensors
 from megatron_came.megatron.checkpoints.contents import AFRESH
-from megatron_came.megatron.checkpoints.digests.loading import note_files
+from megatron_came.megatron.checkpoints.digests.verifying import note_files, verified
 from megatron_came.megatron.checkpoints.groups import Groups, own_rates, same_order
 from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
 from megatron_came.megatron.errors import UnsupportedError
@@ -56,15 +56,20 @@ _current: ContextVar[Load | None] = ContextVar("load", default=None)
 
 
 def with_sentences(original: Function) -> Function:
-    """End all ranks with one sentence where a load fails."""
+    """Verify what is loaded, and end all ranks with one sentence where a load fails."""
 
-    def load_checkpoint(
+    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        with verified(ddp_model, optimizer, get_args()):
+            load = original if optimizer is None else checked
+            return load(ddp_model, optimizer, *args, **kwargs)
+
+    def checked(
         ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
     ) -> Any:
         from megatron.training import get_args
 
-        if optimizer is None:
-            return original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
         run = get_args()
         load = Load(ddp_model, optimizer, opt_param_scheduler)
         tokens = _current.set(load), own_rates.set(bool(run.override_opt_param_scheduler))

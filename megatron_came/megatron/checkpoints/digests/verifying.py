@@ -35,50 +35,52 @@ from megatron_came.megatron.checkpoints.digests.sums import (
     main_pieces,
 )
 from megatron_came.optimizer import CAME
-from megatron_came.patching import Function
 from megatron_came.voice import rank, say, stop
 
-_current: ContextVar[Loading | None] = ContextVar("loading", default=None)
+_current: ContextVar[Verification | None] = ContextVar("verification", default=None)
 
 
-def verified(original: Function) -> Function:
-    """Compare what was loaded with the digests that were saved with it."""
+@contextlib.contextmanager
+def verified(model: Any, optimizer: Any, args: Any) -> Iterator[None]:
+    """Compare what is loaded meanwhile with the digests that were saved with it.
 
-    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training.global_vars import get_args
+    Args:
+        model: that is loaded.
+        optimizer: Megatron's, or None.
+        args: Megatron's arguments.
 
-        settings = get_args()
-        if settings.optimizer != "came" or getattr(settings, "came_no_verify", False):
-            return original(ddp_model, optimizer, *args, **kwargs)
-        loading = Loading(unwrapped(ddp_model), optimizer, settings)
-        token = _current.set(loading)
-        try:
-            result = original(ddp_model, optimizer, *args, **kwargs)
-        finally:
-            _current.reset(token)
-        loading.finish()
-        return result
-
-    return load_checkpoint
+    Raises:
+        SystemExit: on all ranks, where something differs.
+    """
+    if args.optimizer != "came" or getattr(args, "came_no_verify", False):
+        yield
+        return
+    verification = Verification(unwrapped(model), optimizer, args)
+    token = _current.set(verification)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+    verification.finish()
 
 
 def note_files(loaded: Sequence[Any], folder: str, *, first_look: bool) -> None:
-    """Tell the loading under way, if any, what Megatron has read.
+    """Tell the verification under way, if any, what Megatron has read.
 
     Args:
         loaded: what ``_load_base_checkpoint`` has returned.
         folder: what ``--load`` names.
         first_look: whether it has read the settings alone.
     """
-    loading = _current.get()
-    if loading is not None and loaded[0] is not None:
+    verification = _current.get()
+    if verification is not None and loaded[0] is not None:
         source = Source.of(loaded, folder)
         if not (first_look and source.is_legacy):
-            loading.check(source, is_release=bool(loaded[2]))
-        loading.has_begun = not first_look
+            verification.check(source, is_release=bool(loaded[2]))
+        verification.has_begun = not first_look
 
 
-class Loading:
+class Verification:
     """A checkpoint that is being loaded, and the sums of what was read of it.
 
     Attributes:
@@ -233,23 +235,23 @@ class Loading:
 
 
 def note_slice(wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
-    """Tell the loading under way, if any, what a distributed optimizer has read of a parameter."""
-    loading = _under_way()
-    if loading is not None:
-        loading.note_slice(wrapper, param, tensors)
+    """Tell the verification under way, if any, what a distributed optimizer has read."""
+    verification = _under_way()
+    if verification is not None:
+        verification.note_slice(wrapper, param, tensors)
 
 
 @contextlib.contextmanager
 def watched(came: CAME) -> Iterator[None]:
-    """Tell the loading under way, if any, what is read while an optimizer is loaded."""
-    loading = _under_way()
-    if loading is None:
+    """Tell the verification under way, if any, what is read while an optimizer is loaded."""
+    verification = _under_way()
+    if verification is None:
         yield
         return
-    loading.note_optimizer()
+    verification.note_optimizer()
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        loading.note_whole(came, state_dict)
+        verification.note_whole(came, state_dict)
         CAME.load_state_dict(came, state_dict)
 
     came.load_state_dict = load_state_dict  # type: ignore[method-assign]
@@ -259,10 +261,10 @@ def watched(came: CAME) -> Iterator[None]:
         del came.load_state_dict
 
 
-def _under_way() -> Loading | None:
-    """The current loading, once the files have been read.
+def _under_way() -> Verification | None:
+    """The current verification, once the files have been read.
 
     Before, Megatron loads an optimizer from itself, to create its state.
     """
-    loading = _current.get()
-    return loading if loading is not None and loading.has_begun else None
+    current = _current.get()
+    return current if current is not None and current.has_begun else None
