@@ -12,7 +12,8 @@ from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item
 from megatron_came.checkpoint_files.tensors import StoredTensor
 from megatron_came.core.digests import MAIN_WEIGHTS, WEIGHTS
 from megatron_came.core.digests import MOMENTUM as MOMENTUM_KIND
-from megatron_came.core.state import FACTORS, MOMENTUM
+from megatron_came.core.momentum import MOMENTUM
+from megatron_came.core.state import FACTORS
 
 OPTIMIZER_FILE = "distrib_optim.pt"
 
