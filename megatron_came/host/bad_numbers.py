@@ -2,11 +2,15 @@
 
 Megatron's rerun machine does not look at the first iteration of a run, computes a later one again,
 and then saves what it has, to ``--save`` or, without it, to None. Here all ranks end before the
-optimizer's step with one sentence, and nothing is saved. Where the check is off, so is this.
+optimizer's step with one sentence, and nothing is saved. Who keeps the file that tracks what the
+rerun machine rejects, and has a folder to save to, gets the sentence and then what the machine
+decides: a checkpoint to compute from on another device, and its exit status. Where the check is
+off, so is this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -17,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_came.host.arguments import say_once
 from megatron_came.host.patching import Function, wrap, wrap_method
 
 _LOSS = "the loss is"
@@ -33,6 +38,8 @@ class _Watch:
         buckets: whose gradients are being looked at.
         loss: what is wrong with the loss, in a clause.
         gradient: what is wrong with the first gradient that is.
+        turns: how often the iteration has been computed.
+        last: the last of them in which something was wrong.
     """
 
     model: list[Any]
@@ -40,9 +47,12 @@ class _Watch:
     buckets: Any = None
     loss: str | None = None
     gradient: str | None = None
+    turns: int = 0
+    last: int = 0
 
     def note(self, message: str, result: Tensor) -> None:
         """Remember what is wrong, the first time that something is."""
+        self.last = self.turns
         bucket = _BUCKET.search(message)
         if bucket and self.buckets is not None:
             params = self.buckets.buckets[int(bucket[1])].params
@@ -54,16 +64,14 @@ class _Watch:
             self.loss = self.loss or f"{_LOSS} {what}, {_weights_clause(self.model)}"
 
     @property
-    def sentence(self) -> str | None:
+    def finding(self) -> str | None:
         """All of it, or None."""
         found = ", and ".join(filter(None, (self.loss, self.gradient)))
         if not found:
             return None
-        return (
-            f"{self.where}: {found}; nothing of this iteration was taken or saved: resume from the "
-            "last checkpoint with other data, a lower learning rate or stronger clipping, or give "
-            "--no-check-for-nan-in-loss-and-grad to go on as Megatron then does."
-        )
+        if self.turns > self.last:
+            found += " (but not when computed again, which speaks for a fault of the device)"
+        return f"{self.where}: {found}"
 
 
 _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
@@ -73,6 +81,7 @@ def install() -> None:
     """Look at what Megatron checks, and end all ranks before it would save."""
     machine = ("megatron.core.rerun_state_machine", "RerunStateMachine")
     wrap("megatron.training.training", "train_step", _watched)
+    wrap_method(*machine, "should_run_forward_backward", _counted)
     wrap_method(*machine, "validate_result", _noted)
     wrap_method(*machine, "should_checkpoint_and_exit", _ended)
     wrap_method(
@@ -104,6 +113,17 @@ def _watched(original: Function) -> Function:
     return train_step
 
 
+def _counted(original: Function) -> Function:
+    def should_run_forward_backward(self: Any, *args: Any, **kwargs: Any) -> bool:
+        will_run = bool(original(self, *args, **kwargs))
+        watch = _watch.get()
+        if watch is not None:
+            watch.turns += will_run
+        return will_run
+
+    return should_run_forward_backward
+
+
 def _with_buckets(original: Function) -> Function:
     def check_grads(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = _watch.get()
@@ -126,7 +146,9 @@ def _noted(original: Function) -> Function:
         if is_bad:
             watch.note(message, result)
             if self.mode == type(self.mode).DISABLED:
-                return  # Megatron would end this rank alone
+                with contextlib.suppress(RuntimeError):  # it would end this rank alone
+                    original(self, result, lambda _: True, message, *args, **kwargs)
+                return
         original(self, result, lambda _: is_bad, message, *args, **kwargs)
 
     return validate_result
@@ -134,27 +156,48 @@ def _noted(original: Function) -> Function:
 
 def _ended(original: Function) -> Function:
     def should_checkpoint_and_exit(self: Any) -> Any:
-        result = original(self)
         watch = _watch.get()
-        if watch is not None and (sentence := _first(watch.sentence)):
-            raise SystemExit(f"megatron_came: {sentence}")
-        return result
+        judges = self.mode == type(self.mode).VALIDATE_RESULTS and self.first_iteration_complete
+        result = original(self)
+        # Had Megatron rejected anything on any rank, all would have computed it again.
+        if watch is None or (judges and watch.turns == 1):
+            return result
+        finding = _first(watch.finding)
+        if finding is None:
+            return result
+        _, will_exit, _ = result
+        if will_exit and _is_tracked():
+            say_once(f"{finding}; what follows is up to Megatron's rerun machine.")
+            return result
+        raise SystemExit(
+            f"megatron_came: {finding}; nothing of this iteration was taken or saved: resume from "
+            "the last checkpoint with other data, a lower learning rate or stronger clipping, or "
+            "give --no-check-for-nan-in-loss-and-grad to go on as Megatron then does."
+        )
 
     return should_checkpoint_and_exit
 
 
-def _first(sentence: str | None) -> str | None:
-    """The sentence of the first rank that has one, on all ranks."""
+def _is_tracked() -> bool:
+    """Whether someone follows what the rerun machine rejects, and it can save."""
+    from megatron.training import get_args
+
+    args = get_args()
+    return bool(args.save and getattr(args, "result_rejected_tracker_filename", None))
+
+
+def _first(finding: str | None) -> str | None:
+    """The finding of the first rank that has one, on all ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return sentence
+        return finding
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.tensor(sentence is not None, dtype=torch.int32, device=device)
+    found = torch.tensor(finding is not None, dtype=torch.int32, device=device)
     dist.all_reduce(found)
     if not found.item():
         return None
-    sentences: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, sentence)
-    given = [each for each in sentences if each]
+    findings: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(findings, finding)
+    given = [each for each in findings if each]
     # A loss comes before the gradients that it spoils on other pipeline stages.
     return next((each for each in given if _LOSS in each), given[0])
 
