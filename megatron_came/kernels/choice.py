@@ -6,6 +6,7 @@ whether they or plain PyTorch update a parameter.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -120,6 +121,7 @@ def _why_not(error: Exception) -> str:
 
 def _kernels(name: str, device: torch.device) -> Choice:
     if name == "numba":
+        importlib.import_module("numba")  # first: otherwise its llvmlite would be named as missing
         from megatron_came.kernels.numba.launch import NumbaKernels
 
         obstacle = threads.obstacle()
