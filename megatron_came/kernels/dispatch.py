@@ -111,7 +111,7 @@ def _compiled(name: str, device: torch.device) -> Choice:
         return Choice(
             NumbaBackend(), f"CAME's step runs in Numba's kernels ({why}).{note and ' ' + note}"
         )
-    from megatron_came.kernels.triton.launch import TritonBackend
+    from megatron_came.kernels.triton.backend import TritonBackend
 
     why = f"the weights are on {device}, and Triton is installed"
     return Choice(TritonBackend(device), f"CAME's step runs in Triton's kernels ({why}).")
