@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.training.harness import Case, run
-from tests.training.test_resumes import MODEL
+from tests.training.harness import SMALL, Case, run
 
 DO = "--use-distributed-optimizer "
 WEIGHT = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -53,7 +52,7 @@ def seen(request, tmp_path_factory):
         Case(f"on-{name}", flags, f"came+{variant}") for name, (variant, flags) in GOES_ON.items()
     ]
     for case in cases:
-        case.model = MODEL
+        case.model = SMALL
     cases = [case for case in cases if case.name.removeprefix("on-") in asked]
     return run(2, cases, folder / "run") | {"folder": folder, "log": (folder / "run" / "log")}
 
