@@ -100,7 +100,7 @@ class Hyperparameters:
         key="betas",
     )
     eps1: float = _hyperparameter(1e-30, _POSITIVE, "added to the squared gradient", key="eps")
-    eps2: float = _hyperparameter(1e-16, _POSITIVE, "added to the squared residual", key="eps")
+    eps2: float = _hyperparameter(1e-16, _POSITIVE, "added to the instability", key="eps")
     clip_threshold: float = _hyperparameter(
         1.0, _POSITIVE, "largest root mean square of an update before momentum"
     )
@@ -142,7 +142,7 @@ class Hyperparameters:
 
     @classmethod
     def at_step(cls, group: Mapping[str, Any]) -> Self:
-        """Read a group as it is now: schedules and hosts change it. Rates in tensors are not read.
+        """Read a group as it is now: schedules change it. Rates in tensors are not read.
 
         Raises:
             HyperparameterError: a value that is no number, or out of range.

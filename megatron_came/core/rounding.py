@@ -1,6 +1,6 @@
 """Stochastic rounding to bf16, by random bits that depend on nothing but what is rounded.
 
-The bits are a function of a key (of seed, parameter and step) and of the element's place in the
+The bits are a function of a key (of seed, parameter and step) and of the element's offset in the
 full tensor. So every layout, and every run that resumes, draws the same bits.
 """
 
@@ -38,15 +38,15 @@ def step_key(key: int, step: int) -> int:
     return mix(key + 0x9E3779B1 * (step + 1))
 
 
-def random_bits(places: Tensor, key: int) -> Tensor:
-    """Return 16 random bits for each place: int64, in [0, 65536).
+def random_bits(offsets: Tensor, key: int) -> Tensor:
+    """Return 16 random bits for each offset: int64, in [0, 65536).
 
     Args:
-        places: flat places in the full tensor, int64.
+        offsets: in the flattened full tensor, int64.
         key: of parameter and step.
     """
-    high = (places >> 32) * 0x27D4EB2F
-    value = (places * 0x9E3779B1 + high + key) & _MASK
+    high = (offsets >> 32) * 0x27D4EB2F
+    value = (offsets * 0x9E3779B1 + high + key) & _MASK
     value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK
     value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK
     return (value ^ (value >> 16)) & 0xFFFF

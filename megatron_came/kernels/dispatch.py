@@ -104,13 +104,10 @@ def _compiled(name: str, device: torch.device) -> Choice:
     if name == "numba":
         from megatron_came.kernels.cpu.launch import NumbaBackend
 
-        obstacle = threads.obstacle()
-        limit = "" if obstacle is None else f", on one thread: {obstacle}"
         why = "the weights are on a CPU, and Numba is installed"
-        backend = NumbaBackend()
-        note = f" {backend.note}" if backend.note else ""
+        note = threads.note()
         return Choice(
-            backend, f"CAME's step runs in Numba's kernels ({why}){limit}.{note}", bool(note)
+            NumbaBackend(), f"CAME's step runs in Numba's kernels ({why}).{note and ' ' + note}"
         )
     from megatron_came.kernels.triton.launch import TritonBackend
 

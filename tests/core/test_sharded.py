@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_came import CAME, Shard
+from scripts.cases.simulated_ranks import SimulatedGroup, run_ranks
+from scripts.cases.slices import SETTINGS, Layout, train_sharded
 from tests.support.oracle import (
     BETAS,
     DEVICES,
@@ -19,8 +21,6 @@ from tests.support.oracle import (
     oracle_updates,
     with_all_kernels,
 )
-from tests.support.sharded_cases import SETTINGS, Layout, train_sharded
-from tests.support.simulated_ranks import SimulatedGroup, run_ranks
 from tests.training.variants import without_sums_over
 
 STEPS = 12

@@ -223,7 +223,7 @@ def test_a_slice_draws_the_bits_of_its_place():
     local = torch.cat([full[4:8], full[12:16]])  # of the second rank
     shard = Shard((8, 70), 33, 501, tp_dim=0, tp_group=TwoRanks(), tp_rank=1, tp_parts=2)
     device = torch.device("cpu")
-    places = torch.cat([shard.full_places(box, device).view(-1) for box in boxes(shard, 100)])
+    places = torch.cat([shard.full_offsets(box, device).view(-1) for box in boxes(shard, 100)])
     assert torch.equal(full.view(-1)[places], local.view(-1)[33:501])
 
 

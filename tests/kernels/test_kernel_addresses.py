@@ -1,4 +1,4 @@
-"""What the host may change between steps, and steps that fail: kernels find all tensors anew."""
+"""What others may change between steps, and steps that fail: kernels find all tensors anew."""
 
 import itertools
 from unittest import mock
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_came import CAME
+from scripts.cases.kernels import weights_after_moves
 from tests.kernels.test_kernels import on_both
-from tests.support.kernel_cases import weights_after_moves
 from tests.support.oracle import DEVICES
 
 
@@ -69,13 +69,13 @@ def test_a_step_after_one_that_could_not_place_its_tables(call, kernels, monkeyp
             if fails and step:
                 made, calls = type(optimizer._choices[device].backend), itertools.count()
 
-                def refuse(self, table, place=made.place, calls=calls):
+                def refuse(self, table, upload=made.upload, calls=calls):
                     if next(calls) == call:
                         raise RuntimeError("not now")
-                    return place(self, table)
+                    return upload(self, table)
 
                 with monkeypatch.context() as patch:
-                    patch.setattr(made, "place", refuse)
+                    patch.setattr(made, "upload", refuse)
                     with pytest.raises(RuntimeError, match="not now"):
                         optimizer.step()
             optimizer.step()
@@ -128,7 +128,7 @@ def test_what_a_failed_step_has_seen_and_the_next_one_finds_undone(undone, kerne
         if fails:
             with monkeypatch.context() as patch:
                 made = type(optimizer._choices[device].backend)
-                patch.setattr(made, "place", mock.Mock(side_effect=RuntimeError("not now")))
+                patch.setattr(made, "upload", mock.Mock(side_effect=RuntimeError("not now")))
                 if undone == "gradient":
                     param.grad = second = first.square()
                 else:

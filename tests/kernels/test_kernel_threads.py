@@ -12,7 +12,7 @@ from megatron_came import CAME
 from megatron_came.kernels.cpu import threads
 from megatron_came.kernels.dispatch import choose
 from megatron_came.kernels.triton.tiling import Tiling
-from tests.support.kernel_cases import CASES, train
+from scripts.cases.kernels import CASES, train
 
 TILING = "megatron_came.kernels.cpu.launch.NumbaBackend.tiling"
 

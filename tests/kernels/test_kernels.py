@@ -14,20 +14,20 @@ from megatron_came.bench.peak import peak_of
 from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.kernels.dispatch import choose
 from megatron_came.kernels.triton.launch import blocks_save_time
-from megatron_came.kernels.triton.tables import StripField
-from megatron_came.kernels.triton.tiling import Tiling, cache_blocks, cut
+from megatron_came.kernels.triton.tables import AdditionField
+from megatron_came.kernels.triton.tiling import Tiling, cut, in_cache
 from megatron_came.voice import warn_once
-from tests.core.test_sharded import MID_ROW
-from tests.core.test_sharded import worst_distance as worst_sharded_distance
-from tests.support.kernel_cases import (
+from scripts.cases.kernels import (
     CASES,
     TOLERANCE,
     bad_gradients,
     model_weights_after_steps,
     worst_distance,
 )
+from scripts.cases.slices import Layout
+from tests.core.test_sharded import MID_ROW
+from tests.core.test_sharded import worst_distance as worst_sharded_distance
 from tests.support.oracle import DEVICES
-from tests.support.sharded_cases import Layout
 
 LAUNCHERS = {
     "numba": "megatron_came.kernels.cpu.launch.NumbaBackend",
@@ -67,11 +67,11 @@ def test_the_size_of_the_cache_changes_no_order_of_sums():
         sums.append(SliceSums(tensors[:2], tensors[2], tensors[3:]))
     tables = []
     for limit in (None, 1, 2500, 12000):
-        together = list(cache_blocks([shard.numel for shard in shards], limit))
-        _, strips, blocks, slots = cut(shards, sums, Tiling(8, 64, 20, stretch=2), together)
-        assert slots <= 20
-        assert (len(blocks) == 1) == (limit is None)
-        tables.append(strips[:, StripField.SLOT + 1 :])
+        together = list(in_cache([shard.numel for shard in shards], limit))
+        _, additions, sets, tiles = cut(shards, sums, Tiling(8, 64, 20, stretch=2), together)
+        assert tiles <= 20
+        assert (len(sets) == 1) == (limit is None)
+        tables.append(additions[:, AdditionField.TILE + 1 :])
     assert all(np.array_equal(table, tables[0]) for table in tables)
 
 
@@ -99,12 +99,12 @@ def test_autograd_notices_a_step():
         Tiling(8, 64, 1),
         Tiling(16, 64, 7),
         Tiling(8, 64, 7, stretch=2),
-        Tiling(8, 64, 3, strip=16, tallest=64),  # grown to 64 rows
-        Tiling(8, 16, 1, strip=16, tallest=32),  # to 32, in segments
+        Tiling(8, 64, 3, addition=16, tallest=64),  # grown to 64 rows
+        Tiling(8, 16, 1, addition=16, tallest=32),  # to 32, in several fills of the scratch buffer
     ],
     ids=str,
 )
-def test_any_cut_into_tiles_and_segments(tiling, kernels):
+def test_any_cut_into_tiles(tiling, kernels):
     case = next(case for case in CASES if case.name == "middle of rows")
     with mock.patch(f"{LAUNCHERS[kernels]}.tiling", tiling):
         assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
@@ -131,7 +131,7 @@ def test_slices_of_a_vector_and_of_batches_in_triton():
 def test_kernels_from_the_cache_change_no_bit(tmp_path):
     """The first process compiles them, the second loads what the first has kept."""
     script = (
-        "import torch; from tests.support.kernel_cases import CASES, train; import sys\n"
+        "import torch; from scripts.cases.kernels import CASES, train; import sys\n"
         "for case in CASES:\n"
         "    for update in train(case, 'numba', torch.device('cpu'), torch.float32):\n"
         "        sys.stdout.write(update.numpy().tobytes().hex())\n"

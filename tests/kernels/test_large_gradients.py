@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_came import CAME
+from scripts.cases.slices import Layout, train_sharded
 from tests.kernels.test_kernels import on_both
 from tests.support.oracle import (
     BETAS,
@@ -16,7 +17,6 @@ from tests.support.oracle import (
     on_every_path,
     with_all_kernels,
 )
-from tests.support.sharded_cases import Layout, train_sharded
 
 LARGEST = torch.finfo(torch.float32).max
 SCALES = [1e18, 1e20, 1e25, LARGEST]

@@ -12,7 +12,7 @@ from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import Identity
 from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas, shard_of
-from tests.support.simulated_ranks import SimulatedGroup, run_ranks
+from scripts.cases.simulated_ranks import SimulatedGroup, run_ranks
 
 PAIR, EXPERT_PAIR, EMBEDDING = (SimulatedGroup([0, 1]) for _ in range(3))
 GROUPS = ModelGroups(tp=PAIR, expert_tp=EXPERT_PAIR, embedding=EMBEDDING)

@@ -14,24 +14,24 @@ from triton.compiler import ASTSource
 
 from megatron_came.core import int8
 from megatron_came.kernels.triton import factors, tiles, vectors
-from megatron_came.kernels.triton.launch import _BLOCK, _STEP, _STRIP_TILES, TritonBackend
+from megatron_came.kernels.triton.launch import _ADDITION_TILES, _BLOCK, _STEP, TritonBackend
 
 TABLE = "*i64"
 POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
 tiling = TritonBackend.tiling
 TILE = {"COLUMNS": tiling.columns, "STEP": _STEP}
 TALLEST = replace(tiling, rows=tiling.tallest)
-SLOTS = [{"ROWS": each.slot_rows, **TILE} for each in (tiling, TALLEST)]
-STRIPS = [
-    {"WIDTH": each.slot_sums, "TILES": _STRIP_TILES, "COUNT": each.strip}
+SLOTS = [{"ROWS": each.most_rows, **TILE} for each in (tiling, TALLEST)]
+ADDITIONS = [
+    {"WIDTH": each.tile_sums, "TILES": _ADDITION_TILES, "COUNT": each.addition}
     for each in (tiling, TALLEST)
 ]
 VARIANTS = {
     "square_tiles": [{**slot, "ALIGNED": a} for slot in SLOTS for a in (True, False)],
     "instability_tiles": [{**slot, "ALIGNED": a} for slot in SLOTS for a in (True, False)],
     "apply_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
-    "apply_spans": [{"BLOCKS": tiling.span // int8.BLOCK}],
-    "add_strips": [{**strip, "SQUARES": s} for strip in STRIPS for s in (True, False)],
+    "apply_blocks": [{"BLOCKS": tiling.block_elements // int8.BLOCK}],
+    "add_tile_sums": [{**addition, "SQUARES": s} for addition in ADDITIONS for s in (True, False)],
     "update_second_moments": [{"BLOCK": _BLOCK}],
     "update_instabilities": [{"BLOCK": _BLOCK}],
     "sum_squared_updates": [{"BLOCK": _BLOCK}],

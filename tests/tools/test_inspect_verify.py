@@ -275,7 +275,8 @@ def legacy(state, *, has_buffers=True):
     ]
     factors.append({"exp_avg_sq": state[f"{STATE}exp_avg_sq.final.bias"]})
     whole = {**common(**{digests.KEY: record_of(tensors())}), "model": model}
-    optimizer = {"came": {"format": 1, "parameters": factors}}
+    spans = [[[0, 6], [64, 88], [88, 112]]]
+    optimizer = {"came": {"format": 1, "parameters": factors, "spans": spans}}
     if has_buffers:
         flat = {kind: buffer_of(state, kind) for kind in ("param", "exp_avg")}
         optimizer[0] = {(torch.float32, torch.float32): {**flat, "numel_unpadded": 112}}

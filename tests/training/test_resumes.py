@@ -42,7 +42,7 @@ SAID = {
         ["--came-beta1 0.5", "--came-beta2 0.9", "--came-beta3 0.99 (", "had 0.9999)"],
     ),
     "eps": ("--came-eps1 1e-4 --came-eps2 1e-4", ["--came-eps1 0.0001 (", "--came-eps2 0.0001 ("]),
-    "threshold": ("--came-clip-threshold 0.1", ["--came-clip-threshold 0.1 (", "had 1)"]),
+    "threshold": ("--came-clip-threshold 0.1", ["--came-clip-threshold 0.1 (", "had 1.0)"]),
     "dropout": ("--hidden-dropout 0.5", ["--hidden-dropout 0.5 (", "had 0.0)"]),
     "norm": ("--norm-epsilon 0.5", ["--norm-epsilon 0.5 (", "had 1e-05)"]),
     "activation": ("--squared-relu", ["--squared-relu on (", "had it off)"]),

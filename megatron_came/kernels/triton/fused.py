@@ -14,18 +14,19 @@ from torch import Tensor
 from megatron_came.core.hyperparameters import TABLE
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
-from megatron_came.kernels.triton.addresses import Addresses, Seen, is_int8_momentum
+from megatron_came.kernels.state_checks import is_int8_momentum
+from megatron_came.kernels.triton.addresses import Addresses, Seen
 from megatron_came.kernels.triton.schedule import Schedule, Schedules
 from megatron_came.kernels.triton.tables import (
+    BlocksField,
     GroupField,
     IntTable,
     MatrixField,
-    SpanField,
     VectorField,
     matrix_row,
     vector_row,
 )
-from megatron_came.kernels.triton.tiling import Tiling, cache_blocks, cut, grown, spans
+from megatron_came.kernels.triton.tiling import Tiling, cut, cut_blocks, in_cache, with_higher_tiles
 
 
 @dataclass(slots=True)
@@ -39,12 +40,12 @@ class Tables:
         matrices: table of ``MatrixField``.
         vectors: table of ``VectorField``.
         tiles: table of ``TileField``.
-        spans: table of ``SpanField``; empty unless momentum is int8.
-        strips: table of ``StripField``.
+        blocks: table of ``BlocksField``; empty unless momentum is int8.
+        additions: table of ``AdditionField``.
         factors: (matrices, 2): matrix parameter and place in its batch.
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        scratch: (slots, 3, ``tiling.slot_sums``), fp32.
+        scratch: (tiles, 3, ``tiling.tile_sums``), fp32.
         aligned: whether the matrices allow vector loads.
     """
 
@@ -52,8 +53,8 @@ class Tables:
     matrices: Any
     vectors: Any
     tiles: Any
-    spans: Any
-    strips: Any
+    blocks: Any
+    additions: Any
     factors: Any
     groups: Any
     divisors: Any
@@ -88,7 +89,7 @@ class Kernels(Protocol):
         """Make the parameters' device the current one."""
         ...
 
-    def place(self, table: np.ndarray[Any, Any]) -> Any:
+    def upload(self, table: np.ndarray[Any, Any]) -> Any:
         """Copy a table to where the kernels read it, without waiting for the device."""
         ...
 
@@ -100,8 +101,8 @@ class Kernels(Protocol):
         """Add one to all groups' steps in their table."""
         ...
 
-    def scratch(self, slots: int, sums: int) -> Any:
-        """Return a buffer of (slots, 3, sums); all passes on the device share it."""
+    def scratch(self, tiles: int, sums: int) -> Any:
+        """Return a buffer of (tiles, 3, sums); all passes on the device share it."""
         ...
 
     def run(self, tables: Tables, schedule: Schedule) -> None:
@@ -123,10 +124,10 @@ class FusedPasses:
         self, sums: Mapping[ParameterSlice, SliceSums], kernels: Kernels, is_local: bool
     ) -> None:
         self._kernels, self._sums = kernels, sums
-        self._block_elements = None
+        self._cache_elements = None
         if is_local and kernels.cache_elements is not None:
             # The fuller a cache, the more of it is lost.
-            self._block_elements = kernels.cache_elements // 2
+            self._cache_elements = kernels.cache_elements // 2
         self._members: list[ParameterSlice] = []
         self._steps: list[int] | None = None  # of all groups
         self._scales = {slice_: _scales(slice_) for slice_ in sums}
@@ -142,7 +143,9 @@ class FusedPasses:
         self._tables.vectors = vectors.table
         self._refresh_groups(inputs, rounds=matrices.rounds or vectors.rounds)
         # Others share the scratch buffer, which may have grown since.
-        self._tables.scratch = self._kernels.scratch(self._slots, self._tables.tiling.slot_sums)
+        self._tables.scratch = self._kernels.scratch(
+            self._scratch_tiles, self._tables.tiling.tile_sums
+        )
         return FusedStep(self._kernels, self._tables, self._schedules, (matrices, vectors), inputs)
 
     def _build(self, inputs: Mapping[ParameterSlice, StepInputs]) -> None:
@@ -169,15 +172,15 @@ class FusedPasses:
         )
         factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
         shards = [slice_.shard for slice_ in matrices]
-        tiling = grown(self._kernels.tiling, shards)
-        together = [*cache_blocks([shard.numel for shard in shards], self._block_elements)]
-        tiles, strips, blocks, self._slots = cut(shards, sums, tiling, together)
-        span_table = spans(shards if is_int8 else [], tiling.span)
-        first_spans = np.searchsorted(
-            span_table[:, SpanField.PARAM], np.arange(len(shards) + 1)
+        tiling = with_higher_tiles(self._kernels.tiling, shards)
+        together = [*in_cache([shard.numel for shard in shards], self._cache_elements)]
+        tiles, additions, sets, self._scratch_tiles = cut(shards, sums, tiling, together)
+        blocks = cut_blocks(shards if is_int8 else [], tiling.block_elements)
+        first_blocks = np.searchsorted(
+            blocks[:, BlocksField.PARAM], np.arange(len(shards) + 1)
         ).tolist()
-        self._schedules = Schedules.of(blocks, firsts.tolist(), first_spans, len(vectors), is_int8)
-        place = self._kernels.place
+        self._schedules = Schedules.of(sets, firsts.tolist(), first_blocks, len(vectors), is_int8)
+        upload = self._kernels.upload
         of = self._kernels, is_int8
         self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
         self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
@@ -187,12 +190,12 @@ class FusedPasses:
             tiling=tiling,
             matrices=None,
             vectors=None,
-            tiles=place(tiles),
-            spans=place(span_table),
-            strips=place(strips),
-            factors=place(np.array(factors, np.int64).reshape(-1, 2)),
+            tiles=upload(tiles),
+            blocks=upload(blocks),
+            additions=upload(additions),
+            factors=upload(np.array(factors, np.int64).reshape(-1, 2)),
             groups=None,
-            divisors=place(np.zeros((int(firsts[-1]), 2), np.float32)),
+            divisors=upload(np.zeros((int(firsts[-1]), 2), np.float32)),
             scratch=None,
         )
         self._members = list(inputs)
@@ -209,7 +212,7 @@ class FusedPasses:
             self._group_rows = []  # until they are placed
             table = np.array(rows, np.float64).reshape(-1, len(GroupField))
             table[:, GroupField.STEP] = steps or 0
-            self._tables.groups = self._kernels.place(table)
+            self._tables.groups = self._kernels.upload(table)
             self._group_rows = rows
         elif rounds:
             self._kernels.count_step(self._tables)
@@ -264,12 +267,11 @@ class FusedStep:
 def _group_row(group: StepInputs) -> tuple[float, ...]:
     """Return a row of ``GroupField``, without the step."""
     row = [0.0] * len(GroupField)
-    # A rate on the device is copied there: the host need not wait for it, and a CUDA graph reads
-    # it anew.
+    # A rate on the device is copied there: nobody waits for it, and a CUDA graph reads it anew.
     row[GroupField.LR] = -1.0 if isinstance(group.lr, Tensor) else float(group.lr)
     row[GroupField.WEIGHT_DECAY] = group.weight_decay
     for each in TABLE:
-        row[GroupField[each.name.upper()]] = getattr(group.hyper, each.name)
+        row[GroupField[each.name.upper()]] = float(getattr(group.hyper, each.name))
     return tuple(row)
 
 

@@ -18,12 +18,12 @@ from megatron_came.kernels.triton import factors, tiles, vectors
 from megatron_came.kernels.triton.fused import FusedPasses, Tables
 from megatron_came.kernels.triton.schedule import Kernel, Schedule
 from megatron_came.kernels.triton.tables import GroupField, MatrixField
-from megatron_came.kernels.triton.tiling import PLACES, Tiling
+from megatron_came.kernels.triton.tiling import MOST_OFFSETS, Tiling
 
 _STEP = 8  # rows of a tile that a program reads at once
 _TILE_WARPS = 8
 _BLOCK = 1024  # elements of a factor or vector that a program reads at once
-_STRIP_TILES = 16
+_ADDITION_TILES = 16
 
 
 # A block of matrices that stay in the cache saves 12 of 32 bytes an element, and takes a launch of
@@ -57,7 +57,7 @@ class TritonBackend:
 
     name = "triton"
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    tiling = Tiling(rows=64, columns=256, slots=4096, tallest=512)
+    tiling = Tiling(rows=64, columns=256, scratch_tiles=4096, tallest=512)
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"
@@ -77,7 +77,7 @@ class TritonBackend:
 
     def unsupported(self, slice_: ParameterSlice) -> str | None:
         """Beyond what hinders all kernels, places in a tile that do not fit 32 bits."""
-        if slice_.shard.local_matrix[2] * self.tiling.slot_rows >= PLACES:
+        if slice_.shard.local_matrix[2] * self.tiling.most_rows >= MOST_OFFSETS:
             return "with rows of more than 16 million elements"
         return unsupported_by_kernels(slice_)
 
@@ -89,18 +89,18 @@ class TritonBackend:
         """Make the parameters' device the current one, on which Triton launches."""
         return torch.cuda.device(self._device) if self._is_cuda else nullcontext()
 
-    def place(self, table: npt.NDArray[Any]) -> Tensor:
+    def upload(self, table: npt.NDArray[Any]) -> Tensor:
         """Copy to the device, from pinned memory: the copy is queued, not waited for."""
-        host = torch.from_numpy(table.copy())
+        copy = torch.from_numpy(table.copy())
         if not self._is_cuda:
-            return host
+            return copy
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "CAME: a tensor or hyperparameter has changed while a CUDA graph is captured: warm "
                 "up with the gradients where they will stay, and give the learning rate as a "
                 "tensor on the device."
             )
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return copy.pin_memory().to(self._device, non_blocking=True)
 
     def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
         """Write a group's learning rate to its table, on the device."""
@@ -110,12 +110,12 @@ class TritonBackend:
         """Add one to all groups' steps, on the device."""
         tables.groups[:, GroupField.STEP].add_(1)
 
-    def scratch(self, slots: int, sums: int) -> Tensor:
+    def scratch(self, tiles: int, sums: int) -> Tensor:
         """Return the buffer, grown if need be."""
-        numel = slots * 3 * sums
+        numel = tiles * 3 * sums
         if numel > self._scratch.numel():
             self._scratch = self._scratch.new_empty(numel)
-        return self._scratch[:numel].view(slots, 3, sums)
+        return self._scratch[:numel].view(tiles, 3, sums)
 
     def aligned(self, matrices: npt.NDArray[np.int64]) -> bool:
         """Whether all rows of a table of matrices allow vector loads."""
@@ -140,22 +140,24 @@ class TritonBackend:
             "ALIGNED": tables.aligned,
             "num_warps": _TILE_WARPS,
         }
-        slot: dict[str, Any] = {"ROWS": tiling.slot_rows, **tile}
-        strip = {"WIDTH": tiling.slot_sums, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
+        with_sums: dict[str, Any] = {"ROWS": tiling.most_rows, **tile}
+        addition = {"WIDTH": tiling.tile_sums, "TILES": _ADDITION_TILES, "COUNT": tiling.addition}
         match kernel:
             case Kernel.SQUARE_TILES:
-                tiles.square_tiles[(count,)](first, matrices, tile_table, tables.scratch, **slot)
+                tiles.square_tiles[(count,)](
+                    first, matrices, tile_table, tables.scratch, **with_sums
+                )
             case Kernel.INSTABILITY_TILES:
                 tiles.instability_tiles[(count,)](
-                    first, matrices, tile_table, divisors, tables.scratch, **slot
+                    first, matrices, tile_table, divisors, tables.scratch, **with_sums
                 )
-            case Kernel.ADD_SQUARE_STRIPS:
-                tiles.add_strips[(count, 1)](
-                    first, tables.strips, tables.scratch, **strip, SQUARES=True
+            case Kernel.ADD_SQUARE_SUMS:
+                tiles.add_tile_sums[(count, 1)](
+                    first, tables.additions, tables.scratch, **addition, SQUARES=True
                 )
-            case Kernel.ADD_INSTABILITY_STRIPS:
-                tiles.add_strips[(count, 3)](
-                    first, tables.strips, tables.scratch, **strip, SQUARES=False
+            case Kernel.ADD_INSTABILITY_SUMS:
+                tiles.add_tile_sums[(count, 3)](
+                    first, tables.additions, tables.scratch, **addition, SQUARES=False
                 )
             case Kernel.UPDATE_SECOND_MOMENTS:
                 factors.update_second_moments[(count,)](
@@ -169,14 +171,14 @@ class TritonBackend:
                 factors.sum_squared_updates[(count,)](first, matrices, BLOCK=_BLOCK)
             case Kernel.APPLY_TILES:
                 tiles.apply_tiles[(count,)](first, matrices, tile_table, groups, divisors, **tile)
-            case Kernel.APPLY_SPANS:
-                tiles.apply_spans[(count,)](
+            case Kernel.APPLY_BLOCKS:
+                tiles.apply_blocks[(count,)](
                     first,
                     matrices,
-                    tables.spans,
+                    tables.blocks,
                     groups,
                     divisors,
-                    BLOCKS=tiling.span // INT8_BLOCK,
+                    BLOCKS=tiling.block_elements // INT8_BLOCK,
                     num_warps=_TILE_WARPS,
                 )
             case Kernel.SQUARE_VECTORS:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from megatron_came.kernels.triton.tables import IntTable
-from megatron_came.kernels.triton.tiling import Block
+from megatron_came.kernels.triton.tiling import MatrixSet
 
 
 class Kernel(IntEnum):
@@ -17,23 +17,23 @@ class Kernel(IntEnum):
 
     SQUARE_VECTORS = 0  # vectors: write g^2 to the buffer of sums
     SQUARE_TILES = auto()  # tiles: sum g^2 over rows and columns
-    ADD_SQUARE_STRIPS = auto()  # strips: add the tiles' sums to the buffer of sums
+    ADD_SQUARE_SUMS = auto()  # additions: add the tiles' sums to the buffer of sums
     UPDATE_VECTOR_MOMENTS = auto()  # vectors: v; sum u^2
     UPDATE_SECOND_MOMENTS = auto()  # factors: r and c; scales of u; guess of the clip divisor
     INSTABILITY_TILES = auto()  # tiles: sum e^2, u e and u^2 over rows and columns
-    ADD_INSTABILITY_STRIPS = auto()  # strips: add the tiles' sums to the buffer of sums
+    ADD_INSTABILITY_SUMS = auto()  # additions: add the tiles' sums to the buffer of sums
     SUM_SQUARED_UPDATES = auto()  # matrices: sum u^2
     APPLY_VECTORS = auto()  # vectors: momentum and weights
     UPDATE_INSTABILITIES = auto()  # factors: clip divisor; R and C; scales of the confidence
     APPLY_TILES = auto()  # tiles: momentum and weights
-    APPLY_SPANS = auto()  # spans: int8 momentum and weights
+    APPLY_BLOCKS = auto()  # blocks: int8 momentum and weights
 
 
 class LaunchField(IntEnum):
     """Columns of a schedule."""
 
     KERNEL = 0
-    FIRST = 1  # row of its table; the first tile has slot 0
+    FIRST = 1  # row of its table; the first tile's sums are first in the scratch buffer
     STOP = 2
     BACKWARDS = 3  # whether the last rows are best taken first
 
@@ -59,18 +59,18 @@ class Schedules(NamedTuple):
     @classmethod
     def of(
         cls,
-        blocks: Sequence[Block],
+        sets: Sequence[MatrixSet],
         first_factors: Sequence[int],
-        first_spans: Sequence[int],
+        first_blocks: Sequence[int],
         vectors: int,
         is_int8: bool,
     ) -> Self:
         """Write the schedules.
 
         Args:
-            blocks: of the matrix parameters.
+            sets: of the matrix parameters.
             first_factors: by matrix parameter, the first row of its factors, and the end.
-            first_spans: likewise, of its spans.
+            first_blocks: likewise, of its blocks.
             vectors: how many vector parameters.
             is_int8: whether the momentum is.
         """
@@ -79,26 +79,26 @@ class Schedules(NamedTuple):
         instability = [_launch(Kernel.UPDATE_VECTOR_MOMENTS, all_vectors)]
         apply = [_launch(Kernel.APPLY_VECTORS, all_vectors)]
         step = squares + instability + apply
-        for block in blocks:
-            members = block.matrices
+        for each in sets:
+            members = each.matrices
             factors = slice(first_factors[members.start], first_factors[members.stop])
-            spans_of = slice(first_spans[members.start], first_spans[members.stop])
+            blocks_of = slice(first_blocks[members.start], first_blocks[members.stop])
             first: list[list[int]] = []
             second = [_launch(Kernel.UPDATE_SECOND_MOMENTS, factors)]
-            for tiles, strips in block.segments:
+            for tiles, additions in each.fills:
                 first.append(_launch(Kernel.SQUARE_TILES, tiles))
-                first.append(_launch(Kernel.ADD_SQUARE_STRIPS, strips))
+                first.append(_launch(Kernel.ADD_SQUARE_SUMS, additions))
             # What was read last is still in the cache.
-            for tiles, strips in reversed(block.segments):
+            for tiles, additions in reversed(each.fills):
                 second.append(_launch(Kernel.INSTABILITY_TILES, tiles, backwards=True))
-                second.append(_launch(Kernel.ADD_INSTABILITY_STRIPS, strips))
+                second.append(_launch(Kernel.ADD_INSTABILITY_SUMS, additions))
             second.append(_launch(Kernel.SUM_SQUARED_UPDATES, members))
             third = [_launch(Kernel.UPDATE_INSTABILITIES, factors)]
             if is_int8:
-                third.append(_launch(Kernel.APPLY_SPANS, spans_of))
+                third.append(_launch(Kernel.APPLY_BLOCKS, blocks_of))
             else:
                 # Cut as in the other passes, so that the same threads take the same tiles.
-                third += [_launch(Kernel.APPLY_TILES, tiles) for tiles, _ in block.segments]
+                third += [_launch(Kernel.APPLY_TILES, tiles) for tiles, _ in each.fills]
             squares += first
             instability += second
             apply += third

@@ -1,5 +1,4 @@
-"""Ranks as threads of one process: collectives for property-based tests, without starting
-processes."""
+"""Ranks as threads of one process: collectives without starting processes."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -24,23 +23,25 @@ class SimulatedGroup:
         self.ranks, self.error = list(ranks), error
         self.calls = 0
         self._barrier = threading.Barrier(len(self.ranks), timeout=60)
-        self._slots: list[torch.Tensor] = [torch.empty(0)] * len(self.ranks)
+        self._tensors: list[torch.Tensor] = [torch.empty(0)] * len(self.ranks)
 
     def size(self) -> int:
+        """Return the number of ranks."""
         return len(self.ranks)
 
     def exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return every member's tensor, in the order of the members."""
         index = self.ranks.index(_current.rank)
-        self._slots[index] = tensor.clone()
+        self._tensors[index] = tensor.clone()
         self._barrier.wait()
-        everyone = list(self._slots)
+        everyone = list(self._tensors)
         if index == 0:
             self.calls += 1
         self._barrier.wait()
         return everyone
 
     def abort(self) -> None:
+        """Let nobody wait any longer."""
         self._barrier.abort()
 
 
@@ -55,12 +56,6 @@ def _all_reduce(
         tensor.copy_(torch.stack(everyone).amax(0))
         return
     tensor.copy_(sum(everyone[1:], everyone[0]) * (1 + group.error))
-
-
-def _broadcast(
-    tensor: torch.Tensor, group: SimulatedGroup, group_src: int, async_op: bool = False
-) -> None:
-    tensor.copy_(group.exchange(tensor)[group_src])
 
 
 def run_ranks(
@@ -85,7 +80,6 @@ def run_ranks(
 
     with (
         mock.patch("megatron_came.core.sums.dist.all_reduce", _all_reduce),
-        mock.patch("megatron_came.core.sums.dist.broadcast", _broadcast),
         ThreadPoolExecutor(count) as pool,
     ):
         futures = [pool.submit(start, rank) for rank in range(count)]

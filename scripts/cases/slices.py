@@ -1,32 +1,30 @@
-"""Training on slices of tensor-parallel shards, on ranks that are threads.
-
-Nothing here needs pytest or the authors' package, see ``kernel_cases``.
-"""
+"""Training on slices of tensor-parallel shards, on ranks that are threads."""
 
 from dataclasses import dataclass
 
 import torch
 
 from megatron_came import CAME, Shard
-from tests.support.simulated_ranks import SimulatedGroup, run_ranks
+from scripts.cases.simulated_ranks import SimulatedGroup, run_ranks
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor is cut: its full shape, the TP dimension, and the DP cuts of each local
-    tensor."""
+    """How a tensor is cut: full shape, TP dimension, and DP cuts of each local tensor."""
 
     shape: tuple[int, ...]
     tp_dim: int | None
     cuts: tuple[tuple[float, ...], ...]  # for each TP rank, inner cuts as fractions
 
     def bounds(self, tp_rank: int, numel: int) -> list[int]:
+        """Return where each rank's slice begins, and the end."""
         return [0, *sorted(round(cut * numel) for cut in self.cuts[tp_rank]), numel]
 
 
 def local_part(tensor, layout, tp, tp_rank):
+    """Return what tensor parallelism leaves to a rank."""
     return tensor if layout.tp_dim is None else tensor.chunk(tp, dim=layout.tp_dim)[tp_rank]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
-from megatron_came.core.state import FACTORS, momentum_of
-from megatron_came.core.state import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.momentum import momentum_of
+from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints.digests.damage import Found, Source, judge
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
 from megatron_came.megatron.checkpoints.digests.saving import (
@@ -30,53 +32,56 @@ from megatron_came.megatron.checkpoints.digests.saving import (
 from megatron_came.megatron.checkpoints.digests.sums import (
     Sums,
     as_it_is,
+    distinct,
     main_pieces,
 )
 from megatron_came.optimizer import CAME
-from megatron_came.patching import Function
-from megatron_came.voice import of_all_ranks, rank, say, stop
+from megatron_came.voice import rank, say, stop
 
-_current: ContextVar[Loading | None] = ContextVar("loading", default=None)
-
-
-def verified(original: Function) -> Function:
-    """Compare what was loaded with the digests that were saved with it."""
-
-    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training.global_vars import get_args
-
-        settings = get_args()
-        if settings.optimizer != "came" or getattr(settings, "came_no_verify", False):
-            return original(ddp_model, optimizer, *args, **kwargs)
-        loading = Loading(unwrapped(ddp_model), optimizer, settings)
-        token = _current.set(loading)
-        try:
-            result = original(ddp_model, optimizer, *args, **kwargs)
-        finally:
-            _current.reset(token)
-        loading.finish()
-        return result
-
-    return load_checkpoint
+_current: ContextVar[Verification | None] = ContextVar("verification", default=None)
 
 
-def noted(original: Function) -> Function:
-    """Add up what is read."""
+@contextlib.contextmanager
+def verified(model: Any, optimizer: Any, args: Any) -> Iterator[None]:
+    """Compare what is loaded meanwhile with the digests that were saved with it.
 
-    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        result = original(load_dir, args, *rest, **kwargs)
-        loading, first_look = _current.get(), kwargs.get("rank0", rest[0] if rest else False)
-        if loading is not None and result[0] is not None:
-            source = Source.of(result, str(load_dir))
-            if not (first_look and source.is_legacy):
-                loading.check(source, is_release=bool(result[2]))
-            loading.has_begun = not first_look
-        return result
+    Args:
+        model: that is loaded.
+        optimizer: Megatron's, or None.
+        args: Megatron's arguments.
 
-    return _load_base_checkpoint
+    Raises:
+        SystemExit: on all ranks, where something differs.
+    """
+    if args.optimizer != "came" or getattr(args, "came_no_verify", False):
+        yield
+        return
+    verification = Verification(unwrapped(model), optimizer, args)
+    token = _current.set(verification)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+    verification.finish()
 
 
-class Loading:
+def note_files(loaded: Sequence[Any], folder: str, *, first_look: bool) -> None:
+    """Tell the verification under way, if any, what Megatron has read.
+
+    Args:
+        loaded: what ``_load_base_checkpoint`` has returned.
+        folder: what ``--load`` names.
+        first_look: whether it has read the settings alone.
+    """
+    verification = _current.get()
+    if verification is not None and loaded[0] is not None:
+        source = Source.of(loaded, folder)
+        if not (first_look and source.is_legacy):
+            verification.check(source, is_release=bool(loaded[2]))
+        verification.has_begun = not first_look
+
+
+class Verification:
     """A checkpoint that is being loaded, and the sums of what was read of it.
 
     Attributes:
@@ -91,13 +96,9 @@ class Loading:
     def __init__(self, model_chunks: Sequence[Any], optimizer: Any, settings: Any) -> None:
         self._chunks, self._settings = model_chunks, settings
         self._wrappers = list(wrappers_of(optimizer))
-        self._sums = Sums(looks=True)
-        self._entries: dict[int, Entry] | None = None
         self._has_weights = self._has_optimizer = False
-        self._files: list[str] = []
         self._source: Source | None = None
         self.has_begun = False
-        self._differing: dict[str, int] = {}
         self._cast: list[str] = []
 
     def check(self, source: Source, *, is_release: bool) -> None:
@@ -114,23 +115,21 @@ class Loading:
             reads_metadata=rank() == 0,
             with_optimizer=not (afresh or self._settings.no_load_optim),
         )
-        seen = of_all_ranks((problem, source.file, source.identity))
-        if found := next((problem for problem, _, _ in seen if problem), None):
+        seen = distinct((problem, source.file, source.identity))
+        for found in filter(None, (problem for problem, _, _ in seen)):
             stop(found)
-        self._files = [file for _, file, _ in seen]
         other = next((file for _, file, identity in seen if identity != seen[0][2]), None)
         if other is not None:
-            stop(
-                f"the checkpoint in {source.place} is damaged: its files {seen[0][1]} and {other} "
-                f"are not of one and the same save: {source.remedy}"
-            )
+            files = f"its files {seen[0][1]} and {other}"
+            stop(source.damaged(f"{files} are not of one and the same save"))
 
-    @property
-    def entries(self) -> dict[int, Entry]:
-        """The tensors of the model."""
-        if self._entries is None:
-            self._entries = entries_of(self._chunks)
-        return self._entries
+    @cached_property
+    def _entries(self) -> dict[int, Entry]:
+        return entries_of(self._chunks)
+
+    @cached_property
+    def _sums(self) -> Sums:
+        return Sums(self._entries, looks=True)
 
     def note_optimizer(self) -> None:
         """The optimizer is about to be loaded."""
@@ -142,19 +141,21 @@ class Loading:
         """Add up the model's weights, the first time that this is called."""
         if not self._has_weights:
             self._has_weights = True
-            for entry in self.entries.values():
+            for entry in self._entries.values():
                 self._sums.add_weights(entry)
+            self._sums.flush()
 
     @torch.no_grad()
     def note_slice(self, wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Add up what a distributed optimizer has read of a parameter."""
-        entry = self.entries.get(id(param))
+        entry = self._entries.get(id(param))
         if entry is None or not counts(wrapper):
             return
         start, stop = wrapper._span_of(param)
         main, momentum = tensors["param"], tensors[MOMENTUM_KEY]
         for kind, values in ((MAIN_WEIGHTS, main), (MOMENTUM, momentum)):
-            self._sums.add_slice(kind, entry, as_it_is(values), start)
+            self._sums.add_slice((kind,), entry, as_it_is(values), start)
+        self._sums.flush()
         self._compare(entry, param.detach().view(-1)[start:stop], main)
 
     @torch.no_grad()
@@ -167,10 +168,11 @@ class Loading:
         params = {id(part): id(param) for param, part in wrapper._parts}
         mine = chain.from_iterable(group["params"] for group in came.param_groups)
         for key, part in zip(saved, mine, strict=False):  # what does not fit is said by CAME
-            state, entry = state_dict["state"].get(key, {}), self.entries.get(params[id(part)])
+            state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(part)])
             if entry is not None and MOMENTUM_KEY in state:
-                self._sums.add_slice(MOMENTUM, entry, as_it_is(momentum_of(state)), None)
+                self._sums.add_slice((MOMENTUM,), entry, as_it_is(momentum_of(state)), None)
                 self._note_dtypes(entry, state)
+        self._sums.flush()
 
     def _note_dtypes(self, entry: Entry, state: Mapping[str, Tensor]) -> None:
         for key in FACTORS:
@@ -189,8 +191,7 @@ class Loading:
         off = (main - weights.float()).abs() > (main - main.to(rounded).float()).abs()
         count = int(off.sum())
         if count:
-            name = entry.leaves[0].name
-            self._differing[name] = self._differing.get(name, 0) + count
+            self._sums.add_differing(entry, count)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -199,21 +200,23 @@ class Loading:
         Raises:
             SystemExit: on all ranks, where something differs.
         """
-        if self._source is None:
+        source = self._source
+        if source is None:
             return  # there was no checkpoint
         self.note_weights()
-        has_optimizer = any(of_all_ranks(self._has_optimizer))
+        mine = self._has_optimizer, steps_of(self._wrappers), self._cast, self._sums.names
+        flags, steps, cast, names = zip(*distinct(mine), strict=True)
+        has_optimizer = any(flags)
         for wrapper in self._wrappers if has_optimizer else ():
             self._add_rest(wrapper)
         found = Found(
-            sums=self._sums.over_all_ranks(),
+            totals=self._sums.over_all_ranks(tuple(chain(*names))),
             has_optimizer=has_optimizer,
-            steps=set().union(*of_all_ranks(steps_of(self._wrappers))),
-            differing=_added(of_all_ranks(self._differing)),
-            cast=list(dict.fromkeys(chain.from_iterable(of_all_ranks(self._cast)))),
-            files=self._files,
+            steps=set(chain(*steps)),
+            cast=list(dict.fromkeys(chain(*cast))),
+            holders=lambda: distinct((source.file, self._sums.held)),
         )
-        problem, remarks = judge(self._source, found)
+        problem, remarks = judge(source, found)
         for remark in remarks:
             say(remark)
         if problem:
@@ -222,34 +225,34 @@ class Loading:
     def _add_rest(self, wrapper: Any) -> None:
         """Add factors, and the main weights of an optimizer of whole tensors."""
         for param, part in wrapper._parts:
-            entry = self.entries.get(id(param))
+            entry = self._entries.get(id(param))
             if entry is None:
                 continue
             state = wrapper.optimizer.state[part]
-            self._sums.add_factors(entry, param, state)
+            self._sums.add_factors(entry, state)
             if not is_sliced(wrapper) and part is not param:
-                self._sums.add_slice(MAIN_WEIGHTS, entry, main_pieces(part, state), None)
+                self._sums.add_slice((MAIN_WEIGHTS,), entry, main_pieces(part, state), None)
                 self._compare(entry, param.detach(), part.detach())
 
 
 def note_slice(wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
-    """Tell the loading under way, if any, what a distributed optimizer has read of a parameter."""
-    loading = _under_way()
-    if loading is not None:
-        loading.note_slice(wrapper, param, tensors)
+    """Tell the verification under way, if any, what a distributed optimizer has read."""
+    verification = _under_way()
+    if verification is not None:
+        verification.note_slice(wrapper, param, tensors)
 
 
 @contextlib.contextmanager
 def watched(came: CAME) -> Iterator[None]:
-    """Tell the loading under way, if any, what is read while an optimizer is loaded."""
-    loading = _under_way()
-    if loading is None:
+    """Tell the verification under way, if any, what is read while an optimizer is loaded."""
+    verification = _under_way()
+    if verification is None:
         yield
         return
-    loading.note_optimizer()
+    verification.note_optimizer()
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        loading.note_whole(came, state_dict)
+        verification.note_whole(came, state_dict)
         CAME.load_state_dict(came, state_dict)
 
     came.load_state_dict = load_state_dict  # type: ignore[method-assign]
@@ -259,18 +262,10 @@ def watched(came: CAME) -> Iterator[None]:
         del came.load_state_dict
 
 
-def _under_way() -> Loading | None:
-    """The current loading, once the files have been read.
+def _under_way() -> Verification | None:
+    """The current verification, once the files have been read.
 
     Before, Megatron loads an optimizer from itself, to create its state.
     """
-    loading = _current.get()
-    return loading if loading is not None and loading.has_begun else None
-
-
-def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for each in counts:
-        for name, count in each.items():
-            total[name] = total.get(name, 0) + count
-    return total
+    current = _current.get()
+    return current if current is not None and current.has_begun else None

@@ -1,8 +1,4 @@
-"""What the kernels are held against: the plain path in float64, on the same numbers.
-
-Nothing here needs pytest or the authors' package, so that ``scripts/gpu_check.py`` can run it on a
-machine that has PyTorch and Triton alone.
-"""
+"""What the kernels are held against: the plain path in float64, on the same numbers."""
 
 from dataclasses import dataclass
 
@@ -10,7 +6,7 @@ import torch
 
 from megatron_came import CAME, Shard
 
-# Of the total update, see oracle.py; with bf16 gradients both read the same rounded numbers.
+# Of the total update; with bf16 gradients both read the same rounded numbers.
 TOLERANCE = 5e-5
 
 
@@ -25,6 +21,7 @@ class Case:
 
 
 def whole(*shapes):
+    """Return tensors that one rank holds whole."""
     return tuple((shape, None, None) for shape in shapes)
 
 

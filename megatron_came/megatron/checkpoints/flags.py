@@ -1,12 +1,12 @@
-"""Flags of a resumed run that differ from the checkpoint's: said in a line, or refused."""
+"""Flags of a resumed run beside those of the checkpoint's: what differs is said, or refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_came.megatron.checkpoints.contents import SCHEDULE, first_of
-from megatron_came.megatron.checkpoints.groups import RATES, matching
+from megatron_came.megatron.checkpoints.groups import RATES, Groups, matching
 
 _words = str.split
 
@@ -17,8 +17,9 @@ _OF_SCHEDULE = _words("""
     lr_warmup_fraction weight_decay start_weight_decay end_weight_decay weight_decay_incr_style
     decoupled_lr decoupled_min_lr use_mup mup_base_hidden_size
 """)
-# What else changes what is computed. CAME's own flags are compared where its state is loaded.
+# What else changes what is computed.
 _OTHERS = _words("""
+    came_beta1 came_beta2 came_beta3 came_eps1 came_eps2 came_clip_threshold
     lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples clip_grad
     rampup_batch_size step_batch_size_schedule decrease_batch_size_if_needed seed
     data_parallel_random_init calculate_per_token_loss no_weight_decay_cond_type
@@ -72,6 +73,20 @@ _FILLED = {
 OVERRIDE = "--override-opt_param-scheduler"
 KEEP = "--use-checkpoint-opt_param-scheduler"
 
+# How far an element of the momentum is from what was saved, at most.
+_ROUNDED = {
+    "bf16": "to nearest, by at most 1/256 of itself",
+    "int8": "to nearest, by at most 1/127 of the largest of its block of 256",
+}
+# What decides which elements of a parameter a rank holds, and so the blocks of int8 momentum.
+_LAYOUT = _words("""
+    world_size tensor_model_parallel_size pipeline_model_parallel_size
+    virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
+    expert_tensor_parallel_size overlap_grad_reduce ddp_bucket_size ddp_num_buckets
+    use_distributed_optimizer num_distributed_optimizer_instances
+    ddp_pad_buckets_for_high_nccl_busbw make_vocab_size_divisible_by
+""")
+
 
 def said_changes(saved: Any, args: Any) -> list[str]:
     """Say in sentences what of a checkpoint's flags a resumed run has otherwise.
@@ -94,6 +109,28 @@ def said_changes(saved: Any, args: Any) -> list[str]:
     return sentences
 
 
+def conversions(saved: Any, args: Any) -> Iterator[str]:
+    """Say how a checkpoint's momentum and main weights become those of this run, if they change."""
+    before, now = getattr(saved, "came_momentum_dtype", "fp32"), args.came_momentum_dtype
+    if before != now:
+        exact = now == "fp32" or (before, now) == ("int8", "bf16")
+        how = "taken over exactly" if exact else f"rounded {_ROUNDED[now]}"
+        yield f"--came-momentum-dtype {now} (the checkpoint's run had {before}): momentum is {how}."
+    elif now == "int8" and any(
+        getattr(saved, name, None) != getattr(args, name, None) for name in _LAYOUT
+    ):
+        yield (
+            "--came-momentum-dtype int8 at another layout than the checkpoint's: "
+            f"blocks differ, so momentum is rounded {_ROUNDED[now]}."
+        )
+    before, now = getattr(saved, "came_main_params", "fp32"), args.came_main_params
+    if before != now:
+        yield (
+            f"--came-main-params {now} (the checkpoint's run had {before}): the main weights are "
+            "taken over bit for bit."
+        )
+
+
 def differences(saved: Any, args: Any) -> str:
     """Name what this run's flags say unlike a checkpoint's of model and training, in brackets."""
     changes = _changes(saved, args, _OTHERS)
@@ -112,7 +149,7 @@ def schedule_refusal(
     saved: Any,
     args: Any,
     schedules: tuple[Mapping[str, Any], Mapping[str, Any]],
-    groups: Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]],
+    groups: Iterable[tuple[Groups, Groups]],
 ) -> str | None:
     """Say in one sentence that nothing says whose schedule counts, or None.
 
@@ -173,8 +210,13 @@ def _changes(
         was, value = getattr(before, name), getattr(now, name)
         if _same(was, value) or _follows(name, filled, before, now):
             continue
-        changes.append(_change(_FLAGS.get(name, "--" + name.replace("_", "-")), was, value, whose))
+        changes.append(_change(_FLAGS.get(name, flag_of(name)), was, value, whose))
     return changes
+
+
+def flag_of(name: str) -> str:
+    """The flag of one of Megatron's arguments, as most are called."""
+    return "--" + name.replace("_", "-")
 
 
 def _change(flag: str, was: Any, value: Any, whose: str) -> str:
@@ -201,9 +243,7 @@ def _same(one: Any, other: Any) -> bool:
 def _follows(name: str, filled: Mapping[str, str], before: Any, now: Any) -> bool:
     """Whether an argument differs only as the one does that it is filled from."""
     source = filled.get(name)
-    if source is None:
-        return False
-    return all(_is_filled(name, source, run) for run in (before, now))
+    return source is not None and all(_is_filled(name, source, run) for run in (before, now))
 
 
 def _is_filled(name: str, source: str, run: Any) -> bool:
