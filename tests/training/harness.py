@@ -29,6 +29,14 @@ MODEL = """
     --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1 --clip-grad 1.0
     --attention-dropout 0 --hidden-dropout 0 --log-interval 10 --seed 5
 """
+# For runs of a few iterations.
+SMALL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16
+    --max-position-embeddings 16 --tokenizer-type NullTokenizer --vocab-size 127 --mock-data
+    --global-batch-size 8 --train-iters 6 --eval-iters 0 --eval-interval 1000 --lr 1e-3
+    --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.1
+    --attention-dropout 0 --hidden-dropout 0 --log-interval 1 --seed 5 --optimizer came
+"""
 
 
 @dataclass

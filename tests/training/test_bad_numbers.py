@@ -6,8 +6,7 @@ import pytest
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 from megatron_came.host import bad_numbers
 
-from tests.training.harness import Case, run
-from tests.training.test_resumes import MODEL
+from tests.training.harness import SMALL, Case, run
 
 DO = "--use-distributed-optimizer "
 WEIGHT = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -71,7 +70,7 @@ def seen(request, tmp_path_factory):
         for name, (variant, _) in TRACKED.items()
     ]
     for case in cases:
-        case.model = MODEL
+        case.model = SMALL
     cases = [case for case in cases if case.name.removeprefix("on-") in asked]
     return run(2, cases, folder / "run") | {"folder": folder, "log": (folder / "run" / "log")}
 

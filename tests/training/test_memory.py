@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from megatron_came.memory.records import Record
-from tests.training import test_layouts
 from tests.training.harness import Case, run
 from tests.training.layouts import DO, FROZEN, LAYOUTS, MODELS, NAMES, SIXTEEN_BIT, pp, tp
 
@@ -63,7 +62,7 @@ def reports(request, tmp_path_factory):
     asked = {item.callspec.params["name"] for item in items if hasattr(item, "callspec")} | {LOGGED}
     folder = tmp_path_factory.mktemp("memory")
     places = {name: folder / name for name in asked}
-    if any(item.path == Path(test_layouts.__file__) for item in request.session.items):
+    if any(item.path.name == "test_layouts.py" for item in request.session.items):
         request.getfixturevalue("layouts")
         trained = request.getfixturevalue("layouts_folder") / "memory"
         places |= {name: trained / name for name in asked & TRAINED - {LOGGED}}
