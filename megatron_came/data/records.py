@@ -16,13 +16,13 @@ from megatron_came.data.folders import cannot_be_read
 _CHUNK = 1 << 24  # bytes read at a time where a separator is looked for
 _LONGEST_PROBE = 1 << 26  # bytes of a first line that decides what a .json file is
 
-# What is unpacked on the way, by the last suffix in small letters. Such a file reads as any other,
-# but its type does not say so.
-_UNPACK: dict[str, tuple[str, Callable[[BinaryIO], BinaryIO]]] = {
-    ".gz": ("gzip", lambda raw: cast(BinaryIO, gzip.GzipFile(fileobj=raw))),
-    ".bz2": ("bzip2", lambda raw: cast(BinaryIO, bz2.BZ2File(raw))),
-    ".xz": ("xz", lambda raw: cast(BinaryIO, lzma.LZMAFile(raw))),  # noqa: SIM115
+# What is unpacked on the way, by the last suffix in small letters.
+_UNPACK: dict[str, Callable[[BinaryIO], object]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
 }
+_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
 _PACKED_OTHERWISE = frozenset(
     (".zst", ".zstd", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz")
 )
@@ -76,14 +76,19 @@ class Record:
         return f"{self.path}, line {self.line}," if self.line else self.path
 
     def document(self) -> Document:
-        """Decodes it.
+        """Decode it.
 
         Raises:
             UnusableError: If it is no text.
         """
-        if self.json_key is None:
-            return Document(self.path, _decode_text(self.raw))
-        return _decode_line(self.path, self.raw, self.json_key)
+        if self.json_key is not None:
+            return _from_json(self.path, _decode(self.raw), self.json_key)
+        if b"\0" in self.raw:
+            raise UnusableError("is not text", "name a text file")
+        text = _decode(self.raw)
+        if not text.strip():
+            raise _empty()
+        return Document(self.path, text)
 
 
 def _empty() -> UnusableError:
@@ -97,17 +102,7 @@ def _decode(raw: bytes) -> str:
         raise UnusableError("is not UTF-8 text", "convert it to UTF-8") from error
 
 
-def _decode_text(raw: bytes) -> str:
-    if b"\0" in raw:
-        raise UnusableError("is not text", "name a text file")
-    text = _decode(raw)
-    if not text.strip():
-        raise _empty()
-    return text
-
-
-def _decode_line(path: str, raw: bytes, key: str) -> Document:
-    line = _decode(raw)
+def _from_json(path: str, line: str, key: str) -> Document:
     try:
         record = json.loads(line)
         text = record[key]
@@ -124,12 +119,7 @@ def _decode_line(path: str, raw: bytes, key: str) -> Document:
 
 
 def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
-    """Cuts an open file into its documents.
-
-    Args:
-        path: The file's name, whose suffix tells whether it is compressed.
-        raw: The file, as it lies on the disk.
-        layout: How the documents lie in it.
+    """Cut an open file, as it lies on the disk, into its documents.
 
     Raises:
         UnusableError: If the file cannot be read, or holds nothing.
@@ -137,8 +127,8 @@ def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
     suffix = path.suffix.lower()
     if suffix in _PACKED_OTHERWISE or path.stem.lower().endswith(".tar"):
         raise UnusableError("is packed in a way that is not read here", "unpack it first")
-    kind, unpack = _UNPACK.get(suffix, ("", lambda raw: raw))
-    file = unpack(raw)
+    # A file that is unpacked reads as any other, but its type does not say so.
+    file = cast(BinaryIO, _UNPACK[suffix](raw)) if suffix in _UNPACK else raw
     count = 0
     try:
         records = _lines if _holds_json_lines(path, file, layout) else _texts
@@ -147,7 +137,8 @@ def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise cannot_be_read(error) from error
-        raise UnusableError(f"is no whole {kind} file", "compress it again") from error
+        reason = f"is no whole {_NAMES.get(suffix, '')} file"
+        raise UnusableError(reason, "compress it again") from error
     if not count:
         raise _empty()
 
@@ -164,7 +155,7 @@ def _holds_json_lines(path: Path, file: BinaryIO, layout: Layout) -> bool:
     file.seek(0)
     if first.strip():
         try:
-            _decode_line(str(path), first, layout.json_key)
+            Record(str(path), first, json_key=layout.json_key).document()
         except UnusableError as error:
             raise UnusableError(
                 f"{error.reason} in its first line",
@@ -180,14 +171,14 @@ def _lines(path: Path, file: BinaryIO, layout: Layout) -> Iterator[Record]:
 
 
 def _texts(path: Path, file: BinaryIO, layout: Layout) -> Iterator[Record]:
-    """Reads a file whole, or piece by piece, leaving out pieces without any text."""
+    """Read a file whole, or cut at separators, without what is between two and has no text."""
     if layout.separator is None:
         yield Record(str(path), file.read())
         return
     separator = layout.separator.encode()
     rest = b""
     while chunk := file.read(_CHUNK):
-        *pieces, rest = (rest + chunk).split(separator)
-        yield from (Record(str(path), piece) for piece in pieces if piece.strip())
+        *whole, rest = (rest + chunk).split(separator)
+        yield from (Record(str(path), text) for text in whole if text.strip())
     if rest.strip():
         yield Record(str(path), rest)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import torch
 from megatron_came import cpu_megatron, launch
 from megatron_came.cpu_megatron import switch
 from megatron_came.cpu_megatron.arguments import refusal
+from tests.support.programs import run_python
 from tests.training import harness
 
 TINY = shlex.split(
@@ -27,16 +27,6 @@ TINY = shlex.split(
 )
 PLAIN = shlex.split("--attention-dropout 0 --hidden-dropout 0 --use-distributed-optimizer")
 RESHARDABLE = ["--dist-ckpt-optim-fully-reshardable"]
-
-
-def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python, without a launcher's variables and with one thread."""
-    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", switch.VARIABLE}
-    environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    environment |= {"OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=200
-    )
 
 
 def train(ranks: int, *flags: str) -> str:

@@ -86,7 +86,8 @@ def test_a_command_that_is_interrupted_meanwhile(tmp_path: Path, signum: signal.
 _TRAINER = """
 import os, sys, time
 if __name__ == "__main__":
-    from megatron_came.megatron import cpu, install
+    from megatron_came import cpu_megatron as cpu
+    from megatron_came.megatron import install
     os.environ["MEGATRON_CAME_CPU"] = "1"
     cpu.enable()
     install()

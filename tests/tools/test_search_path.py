@@ -8,7 +8,7 @@ import megatron.core
 import pytest
 
 from megatron_came import search_path
-from tests.cpu_megatron.test_cpu_host import run_python
+from tests.support.programs import run_python
 
 INSTALLED = Path(megatron.core.__file__).parents[1]
 SCRIPT = """\
