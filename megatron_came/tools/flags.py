@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from megatron_came.terminal.console import Head, show, width, wrapped
 
@@ -36,7 +36,7 @@ _EXAMPLES = (
 
 
 def came_flags() -> list[argparse.Action]:
-    """The flags that CAME adds to Megatron's parser, from the code that adds them."""
+    """Ask the code that adds CAME's flags to Megatron's parser which they are."""
     from megatron_came.megatron.arguments import with_flags
 
     parser = argparse.ArgumentParser(add_help=False)
@@ -45,36 +45,26 @@ def came_flags() -> list[argparse.Action]:
     return [action for action in parser._actions if action is not optimizer]
 
 
-def _entry(name: str, default: str, meaning: str, columns: int) -> Iterator[str]:
-    yield f"  {name}  ({default})" if default else f"  {name}"
-    yield from wrapped(f"      {meaning}", columns)
+def _flag(action: argparse.Action) -> tuple[str, str, str]:
+    values = "|".join(map(str, action.choices or ())) or action.metavar
+    default = "off" if action.nargs == 0 else action.default
+    meaning = (action.help or "").replace("%%", "%").partition(" (default: ")[0]
+    name = action.option_strings[0] + (f" {values}" if values else "")
+    return name, "" if default is None else str(default), meaning
 
 
 def text(columns: int) -> list[str]:
-    """Everything, line by line.
-
-    Args:
-        columns: that a line may have.
-    """
-    lines: list[str] = [Head("Flags of --optimizer came, with their defaults")]
-    for action in came_flags():
-        name = action.option_strings[0]
-        values = "|".join(map(str, action.choices)) if action.choices else action.metavar
-        name += f" {values}" if values else ""
-        default = "" if action.default is None else str(action.default)
-        default = "off" if action.nargs == 0 else default
-        meaning = (action.help or "").replace("%%", "%").removesuffix(f" (default: {default})")
-        if isinstance(action.default, float):
-            meaning = meaning.removesuffix(f" (default: {action.default:g})")
-        lines += _entry(name, default, meaning, columns)
-    titles: Sequence[tuple[str, Sequence[tuple[str, str, str]]]] = (
+    """List flags and variables, in lines of at most so many columns."""
+    lines: list[str] = []
+    for title, entries in (
+        ("Flags of --optimizer came, with their defaults", map(_flag, came_flags())),
         ("Environment variables of launches and commands", _LAUNCH),
         ("Environment variables of the scripts in examples/", _EXAMPLES),
-    )
-    for title, variables in titles:
-        lines += ["", Head(title)]
-        for variable in variables:
-            lines += _entry(*variable, columns)
+    ):
+        lines += [*([""] if lines else []), Head(title)]
+        for name, default, meaning in entries:
+            lines.append(f"  {name}  ({default})" if default else f"  {name}")
+            lines += wrapped(f"      {meaning}", columns)
     return lines
 
 
