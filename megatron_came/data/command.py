@@ -8,8 +8,7 @@ import os
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_came.data.arguments import named_tokenizer, read
@@ -60,13 +59,13 @@ def run(options: argparse.Namespace) -> str:
             train_tokenizer(_texts(corpus, size), partial[0], vocab_size=size)
             encoder = Encoder(SentencePiece(partial[0]), *settings)
         try:
-            with Progress("Encoding", corpus.size, sys.stderr) as progress:
+            with Progress("Encoding", corpus.size, sys.stderr, speed=True) as progress:
                 written = write_datasets(
                     corpus,
                     encoder,
                     partial[len(models) :],
                     workers=options.workers or _worthwhile_workers(corpus.size),
-                    advance=_with_speed(progress),
+                    progress=progress,
                 )
         finally:
             _say(*corpus.skipped.lines())
@@ -114,26 +113,12 @@ def _refuse_inputs(outputs: Sequence[Path], corpus: Corpus) -> None:
 
 
 def _texts(corpus: Corpus, size: int) -> Iterator[str]:
-    done = 0
     with Progress("Reading for the tokenizer", corpus.size, sys.stderr) as progress:
         for document in corpus:
             yield document.text
-            progress.advance(corpus.position - done)
-            done = corpus.position
-        progress.advance(corpus.size - done)
+            progress.reach(corpus.position)
+        progress.reach(corpus.size)
     _say(f"Training a tokenizer of {size} tokens, which may take a minute.")
-
-
-def _with_speed(progress: Progress) -> Callable[[int], None]:
-    start, done = time.monotonic(), 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        speed = done / (time.monotonic() - start) / 1e6
-        progress.advance(size, f", {speed:.1f} MB/s")
-
-    return advance
 
 
 def _worthwhile_workers(size: int) -> int:

@@ -95,11 +95,7 @@ class Corpus:
         return self._bytes_before + (file.tell() if file is not None and readable else 0)
 
     def records(self) -> Iterator[Record]:
-        """Yield the documents in order, undecoded.
-
-        Raises:
-            DataError: If a file that must be usable is not.
-        """
+        """Yield the documents in order, undecoded; a DataError for a file that must be usable."""
         self.skipped = Skipped()
         self.skipped.update(self.left_out)
         self._bytes_before = 0
@@ -126,24 +122,16 @@ class Corpus:
                 yield replace(record, required=wanted and not self.tolerant)
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield the documents in order.
-
-        Raises:
-            DataError: If a file or a line that must be usable is not.
-        """
+        """Yield the documents in order; a DataError for one that must be usable and is not."""
         for record in self.records():
             try:
                 yield record.document()
             except UnusableError as error:
-                self.skipped.add(record.place, error, required=record.required)
+                self.skipped.add(record.where, error, required=record.required)
 
 
 def write_json_lines(documents: Iterable[Document], path: Path) -> int:
-    """Write documents as JSON Lines, whole or not at all, and return how many.
-
-    Raises:
-        DataError: If there are none.
-    """
+    """Write documents as JSON Lines, all or none, and return how many; a DataError for none."""
     count = 0
     with whole_files(path) as (partial,), partial.open("w", encoding="utf-8") as file:
         for count, document in enumerate(documents, start=1):  # noqa: B007

@@ -21,13 +21,7 @@ _SMALL = 1 << 22  # bytes of text that are encoded in a moment
 
 @dataclass
 class Encoded:
-    """What became of a batch of documents.
-
-    Attributes:
-        position: ``Corpus.position`` behind it.
-        documents: For each document, whether it is for validation, and its tokens.
-        skipped: What was left out.
-    """
+    """Documents, each with whether it is for validation, and the corpus's position behind them."""
 
     position: int
     documents: list[tuple[bool, NDArray[np.int32]]] = field(default_factory=list)
@@ -75,18 +69,14 @@ class Encoder:
         return type(self), (self._files, self._append_eod, self.validation)
 
     def encode(self, batch: tuple[list[Record], int]) -> Encoded:
-        """Encode documents, given with the corpus's position behind them.
-
-        Raises:
-            DataError: If a document that must be usable is not.
-        """
+        """Encode documents, given with the position behind them; a DataError for a faulty one."""
         records, position = batch
         encoded = Encoded(position)
         for record in records:
             try:
                 text = record.document().text
             except UnusableError as error:
-                encoded.skipped.add(record.place, error, required=record.required)
+                encoded.skipped.add(record.where, error, required=record.required)
             else:
                 drawn = is_for_validation(text, self.validation)
                 encoded.documents.append((drawn, self._tokens(record, text)))
@@ -100,23 +90,14 @@ class Encoder:
         if tokens and document.max() >= self.tokenizer.vocab_size:
             # The embedding has no such row, and two bytes may not hold the number.
             raise DataError(
-                f"The tokenizer made token {document.max()} of {record.place} and says that it has"
+                f"The tokenizer made token {document.max()} of {record.where} and says that it has"
                 f" {self.tokenizer.vocab_size} tokens: mend its files."
             )
         return document
 
 
 def encode(corpus: Corpus, encoder: Encoder, *, workers: int) -> Generator[Encoded, None, None]:
-    """Encode a corpus, in its order however many processes there are.
-
-    Args:
-        corpus: The documents.
-        encoder: What is done to each.
-        workers: How many processes encode; with 1, little text is encoded in this one.
-
-    Raises:
-        DataError: If a document that must be usable is not, or a worker dies.
-    """
+    """Encode a corpus, in its order however many processes there are; see :func:`ordered_map`."""
     if workers == 1 and corpus.size <= _SMALL and not corpus.pipes:
         workers = 0
     return ordered_map(encoder.encode, _batches(corpus), workers=workers)

@@ -25,16 +25,12 @@ class Skipped:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def add(self, place: str, error: UnusableError, *, required: bool = False) -> None:
-        """Count a file, a folder or a line that cannot be used.
-
-        Raises:
-            DataError: If it is required.
-        """
+    def add(self, where: str, error: UnusableError, *, required: bool = False) -> None:
+        """Count a file, a folder or a line that cannot be used; a DataError if it is required."""
         if required:
-            raise DataError(f"{place} {error.reason}: {error.remedy}.") from error
+            raise DataError(f"{where} {error.reason}: {error.remedy}.") from error
         self.counts[error.reason] += 1
-        self.examples.setdefault(error.reason, place.rstrip(","))
+        self.examples.setdefault(error.reason, where.rstrip(","))
 
     def update(self, other: "Skipped") -> None:
         """Add what was left out elsewhere, later."""
@@ -104,14 +100,11 @@ def walk(
 
 
 def is_folder(path: Path, *, pipes: bool = False) -> bool:
-    """Whether a path is a folder, not a file.
+    """Whether a path is a folder, not a file; an UnusableError if it is neither.
 
     Args:
         path: What is there.
         pipes: Whether a pipe will do as a file: reading one waits for whoever writes into it.
-
-    Raises:
-        UnusableError: If it is neither, or the system does not say.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)

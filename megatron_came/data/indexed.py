@@ -1,6 +1,6 @@
 """Megatron's indexed datasets: a ``.bin`` file of tokens and an ``.idx`` file of documents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from megatron_came.data.corpus import Corpus
 from megatron_came.data.encoding import Encoder, encode
 from megatron_came.data.errors import DataError
+from megatron_came.terminal.progress import Progress
 
 
 def dataset_files(prefixes: Sequence[Path]) -> tuple[Path, ...]:
@@ -31,15 +32,11 @@ class DatasetWriter:
         bin_path: The file of tokens; it is opened at once.
         idx_path: The file of documents.
         vocab_size: Number of tokens there are; it decides how many bytes each takes.
-
-    Attributes:
-        documents: How many were added.
-        empty: How many of these have no token.
-        tokens: How many tokens they have.
     """
 
     def __init__(self, bin_path: Path, idx_path: Path, *, vocab_size: int) -> None:
-        self.documents = self.empty = self.tokens = 0
+        self.documents = self.tokens = 0
+        self.empty = 0  # documents without a token
         self._idx_path = idx_path
         self._builder = IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))
 
@@ -69,8 +66,8 @@ def write_datasets(
     encoder: Encoder,
     files: Sequence[Path],
     *,
+    progress: Progress,
     workers: int = 1,
-    advance: Callable[[int], None] = lambda size: None,
 ) -> list[DatasetWriter]:
     """Write a dataset of all documents, or one for training and one for validation.
 
@@ -78,8 +75,8 @@ def write_datasets(
         corpus: The documents; its ``skipped`` is complete afterwards.
         encoder: What is done to each.
         files: What :func:`dataset_files` gives of one prefix, or of two with a validation share.
-        workers: How many processes encode; see :func:`encode`.
-        advance: Called with the bytes of the corpus that are done, again and again.
+        progress: Where to show how many bytes of the corpus are done.
+        workers: How many processes encode; with 1, little text is encoded in this one.
 
     Returns:
         What was written, in the order of the prefixes.
@@ -88,7 +85,6 @@ def write_datasets(
         DataError: If a dataset would be empty, or a document that must be usable is not.
         OSError: If the files cannot be written.
     """
-    done = 0
     half = len(files) // 2
     size = encoder.tokenizer.vocab_size
     with ExitStack() as stack:
@@ -101,8 +97,7 @@ def write_datasets(
             for for_validation, document in encoded.documents:
                 writers[for_validation].add(document)
             corpus.skipped.update(encoded.skipped)
-            advance(encoded.position - done)
-            done = encoded.position
+            progress.reach(encoded.position)
         _check_filled(writers, encoder.validation)
         for writer in writers:
             writer.finish()

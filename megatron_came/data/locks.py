@@ -77,12 +77,7 @@ def _try(file: int) -> bool | None:
 
 
 def _is_at_work(holder: list[str], *, died: bool) -> bool:
-    """Whether who is named in a lock, process and machine, may still be at work.
-
-    Args:
-        holder: The two words.
-        died: Whether it is not if it was on this machine.
-    """
+    """Whether who is named in a lock, process and machine, may be writing; not if it ``died``."""
     if len(holder) != 2 or not holder[0].isdecimal():
         return False
     if holder[1] != socket.gethostname():

@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal, cast
 from megatron_came.data.errors import UnusableError
 from megatron_came.data.folders import cannot_be_read
 
-_CHUNK = 1 << 24  # bytes read at a time where a separator is looked for
+_READ_BYTES = 1 << 24  # bytes read at a time where a separator is looked for
 _LONGEST_PROBE = 1 << 26  # bytes of a first line that decides what a .json file is
 
 # What is unpacked on the way, by the last suffix in small letters.
@@ -30,18 +30,13 @@ _PACKED_OTHERWISE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How documents lie in files.
+    """How documents lie in files."""
 
-    Attributes:
-        format: What files hold; "auto" is "jsonl" for names that end in .jsonl, .ndjson or .json,
-            before a .gz, .bz2 or .xz if there is one, and "text" for others.
-        json_key: Under which key a JSON object has the text.
-        separator: What stands between the documents of a text file; None if a file is a document.
-    """
-
+    # "auto" is "jsonl" for names that end in .jsonl, .ndjson or .json, before a .gz, .bz2 or .xz
+    # if there is one, and "text" for others.
     format: Literal["auto", "text", "jsonl"] = "auto"
-    json_key: str = "text"
-    separator: str | None = None
+    json_key: str = "text"  # where a JSON object has the text
+    separator: str | None = None  # between documents of a text file; without, it is one document
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +49,21 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A document as its file has it: not decoded yet, as decoding is work for several processes.
-
-    Attributes:
-        path: The file.
-        raw: The document's bytes.
-        line: Which line it is, from 1; 0 if it is not a line.
-        json_key: Under which key the line's JSON object has the text; None for plain text.
-        required: Whether it is an error if it cannot be used.
-    """
+    """A document as its file has it: not decoded yet, as decoding is work for several processes."""
 
     path: str
     raw: bytes
-    line: int = 0
-    json_key: str | None = None
-    required: bool = True
+    line: int = 0  # which line of the file it is, from 1; 0 if it is not a line
+    json_key: str | None = None  # where the line's JSON object has the text; None for plain text
+    required: bool = True  # whether it is an error if it cannot be used
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """File and line, for messages."""
         return f"{self.path}, line {self.line}," if self.line else self.path
 
     def document(self) -> Document:
-        """Decode it.
-
-        Raises:
-            UnusableError: If it is no text.
-        """
+        """Decode it; raise an UnusableError if it is no text."""
         if self.json_key is not None:
             return _from_json(self.path, _decode(self.raw), self.json_key)
         if b"\0" in self.raw:
@@ -119,11 +102,7 @@ def _from_json(path: str, line: str, key: str) -> Document:
 
 
 def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
-    """Cut an open file, as it lies on the disk, into its documents.
-
-    Raises:
-        UnusableError: If the file cannot be read, or holds nothing.
-    """
+    """Cut a file, open as it lies on the disk, into documents; an UnusableError if it cannot be."""
     suffix = path.suffix.lower()
     if suffix in _PACKED_OTHERWISE or path.stem.lower().endswith(".tar"):
         raise UnusableError("is packed in a way that is not read here", "unpack it first")
@@ -177,8 +156,8 @@ def _texts(path: Path, file: BinaryIO, layout: Layout) -> Iterator[Record]:
         return
     separator = layout.separator.encode()
     rest = b""
-    while chunk := file.read(_CHUNK):
-        *whole, rest = (rest + chunk).split(separator)
+    while more := file.read(_READ_BYTES):
+        *whole, rest = (rest + more).split(separator)
         yield from (Record(str(path), text) for text in whole if text.strip())
     if rest.strip():
         yield Record(str(path), rest)

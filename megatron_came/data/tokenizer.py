@@ -23,17 +23,11 @@ GPT2_END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer.
-
-    Attributes:
-        tokenize: Gives the tokens of a text.
-        vocab_size: How many different tokens there are.
-        eod: The end-of-document token; None if there is none.
-    """
+    """A loaded tokenizer."""
 
     tokenize: Callable[[str], list[int]]
     vocab_size: int
-    eod: int | None
+    eod: int | None  # the end-of-document token
 
 
 @dataclass(frozen=True)
@@ -44,11 +38,7 @@ class SentencePiece:
     megatron_type = "GPTSentencePieceTokenizer"
 
     def load(self) -> Tokenizer:
-        """Load it.
-
-        Raises:
-            DataError: If the file is no model.
-        """
+        """Load it; raise a DataError if the file is no model."""
         try:
             if not self.model.read_bytes():
                 raise RuntimeError("empty")  # which SentencePiece would take for a model
@@ -76,11 +66,7 @@ class Gpt2Bpe:
     megatron_type = "GPT2BPETokenizer"
 
     def load(self) -> Tokenizer:
-        """Load it.
-
-        Raises:
-            DataError: If the files are no such vocabulary and merges.
-        """
+        """Load it; raise a DataError if the files are no such vocabulary and merges."""
         _require("tokenizers", "GPT-2's BPE")
         from tokenizers import Tokenizer as HuggingFaceFast
         from tokenizers.models import BPE
@@ -122,11 +108,7 @@ class HuggingFace:
     megatron_type = "HuggingFaceTokenizer"
 
     def load(self) -> Tokenizer:
-        """Load it.
-
-        Raises:
-            DataError: If the folder holds no tokenizer.
-        """
+        """Load it; raise a DataError if the folder holds no tokenizer."""
         _require("transformers", "a Hugging Face tokenizer")
         # It is a folder: nothing need be asked of the hub. And no advice on models not built here.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

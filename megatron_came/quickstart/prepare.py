@@ -87,5 +87,5 @@ def _write_dataset(settings: Settings) -> None:
         whole_files(*dataset_files([settings.dataset])) as files,
         Progress("Dataset", corpus.size) as progress,
     ):
-        (written,) = write_datasets(corpus, encoder, files, advance=progress.advance)
+        (written,) = write_datasets(corpus, encoder, files, progress=progress)
     print(f"  {written.documents} documents, {written.tokens:,} tokens.")

@@ -26,9 +26,13 @@ class Progress:
         label: what is being done, a few words.
         total: the whole amount, in whatever unit :meth:`advance` counts.
         stream: where to write; standard output by default.
+        speed: whether the amount is in bytes, and MB/s are shown.
     """
 
-    def __init__(self, label: str, total: float, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, label: str, total: float, stream: TextIO | None = None, *, speed: bool = False
+    ) -> None:
+        self._speed = speed
         self._label, self._total, self._done, self._note = label, total, 0.0, ""
         self._stream = stream or sys.stdout
         self._quarters = 0
@@ -55,7 +59,13 @@ class Progress:
 
     def advance(self, amount: float, note: str = "") -> None:
         """Count ``amount`` as done; ``note`` is shown behind the percentage."""
-        self._done += amount
+        self.reach(self._done + amount, note)
+
+    def reach(self, done: float, note: str = "") -> None:
+        """Count ``done`` of the whole amount as done."""
+        self._done = done
+        if self._speed:
+            note = f", {done / (time.monotonic() - self._started) / 1e6:.1f} MB/s{note}"
         self._note = note
         if self._bar:
             if time.monotonic() - self._drawn_at >= _REDRAW_SECONDS:

@@ -44,7 +44,7 @@ class TestDocuments:
     def test_a_separator(
         self, tmp_path: Path, texts, size: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("megatron_came.data.records._CHUNK", size)
+        monkeypatch.setattr("megatron_came.data.records._READ_BYTES", size)
         (tmp_path / "in.txt").write_text("one\ntwo\n\nthree\n\n\n\n größer \n\n")
         expected = ["one\ntwo", "three", " größer "]
         assert texts(tmp_path / "in.txt", "--separator", r"\n\n") == expected
