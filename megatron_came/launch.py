@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_came import cpu_megatron
+from megatron_came import cpu_megatron, memory
 from megatron_came.cpu_megatron.host_functions import use_compiled_dataset_helpers
 from megatron_came.megatron import install
 from megatron_came.megatron.errors import HostError, UnsupportedError
@@ -53,6 +53,8 @@ def prepare(*, training_loop: bool = False) -> None:
         _stop("megatron_came", str(error))
     try:
         install()
+        if has_training_loop():
+            memory.install()
     except HostError as error:
         _stop("megatron_came", str(error))
     if training_loop and not has_training_loop():

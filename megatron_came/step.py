@@ -64,6 +64,11 @@ class Chunk:
             self._passes.append((FusedPasses(fused, kernels, self.is_local), set(fused)))
 
     @property
+    def buffers(self) -> list[Tensor]:
+        """The memory that its sums lie in."""
+        return [each.flat for each in (self._squares, self._instability, self._copied_sums)]
+
+    @property
     def is_local(self) -> bool:
         """Whether no sum goes over ranks."""
         return not (self._squares.is_reduced or self._instability.is_reduced or self._copies)

@@ -15,7 +15,6 @@ from megatron_came.kernels.dispatch import CHOICES
 from megatron_came.megatron import warmup
 from megatron_came.megatron.checkpoints.refusals import notice
 from megatron_came.megatron.patching import Function, wrap
-from megatron_came.memory import report as memory_report
 
 _HELP = {
     "beta1": "decay of CAME's momentum",
@@ -31,6 +30,11 @@ _HELP = {
 _CHOICES = {
     "came_momentum_dtype": tuple(MOMENTUM_DTYPES),
     "came_main_params": ("fp32", "remainder"),
+}
+
+_OWN = {
+    *(f"--came-{field.name.replace('_', '-')}" for field in fields(Hyperparameters)),
+    *("--came-kernels", "--came-momentum-dtype", "--came-main-params", "--came-no-verify"),
 }
 
 # Settings of another optimizer that shared argument lists often hold: said to be ignored.
@@ -140,8 +144,7 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
         ValueError: one sentence with flag, value and remedy.
     """
     if args.optimizer != "came":
-        own = (flag for flag in flags if flag.startswith("--came-"))
-        stray = [flag for flag in own if flag not in memory_report.FLAGS]
+        stray = [flag for flag in flags if flag in _OWN]
         if stray:
             raise ValueError(
                 f"{stray[0]} is a setting of CAME, but the optimizer is {args.optimizer}: "
@@ -235,7 +238,6 @@ def with_flags(original: Function) -> Function:
             action="store_true",
             help="load a checkpoint without comparing it with the digests that were saved with it",
         )
-        memory_report.add_flags(group)
         _escape_percent_signs(parser)
         return parser
 

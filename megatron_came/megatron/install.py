@@ -21,7 +21,6 @@ def install() -> None:
     workers.install()
     if not has_training_loop():
         return
-    from megatron_came import memory
     from megatron_came.megatron import arguments, bad_numbers, config
     from megatron_came.megatron.checkpoints import resume, resumed_buckets, shifted
     from megatron_came.megatron.checkpoints.digests import loading, saving
@@ -31,7 +30,6 @@ def install() -> None:
     resumed_buckets.install()  # its sentence is the better one, so it goes first
     shifted.install()
     saving.install()
-    memory.install()
     resume.install()
     loading.install()
     bad_numbers.install()

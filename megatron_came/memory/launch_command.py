@@ -90,9 +90,9 @@ def from_words(words: list[str]) -> LaunchCommand:
         LaunchError: a torchrun command without a script or with a number of ranks that only the
             machine knows.
     """
-    for place, word in enumerate(words):
+    for index, word in enumerate(words, 1):
         if Path(word).name == "torchrun" or word in _MODULES:
-            return _behind_torchrun(words[place + 1 :])
+            return _behind_torchrun(words[index:])
     return LaunchCommand(words, None)
 
 

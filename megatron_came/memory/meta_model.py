@@ -94,14 +94,17 @@ def build_stage(args: argparse.Namespace, grid: Grid, stage: int) -> list[Chunk]
         UnsupportedError: not a GPT model, or one that Megatron cannot build this way; the message
             says what it lacks.
     """
-    _check_model(args)
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 
+    for name in ("hybrid_layer_pattern", "spec", "yaml_cfg"):
+        if getattr(args, name, None):
+            raise UnsupportedError(
+                "memory is predicted for GPT models that Megatron's flags describe, not with "
+                f"--{name.replace('_', '-')}: leave it out."
+            )
     args = copy.copy(args)
-    for name, value in _ANYWHERE.items():
-        if hasattr(args, name):
-            setattr(args, name, value)
+    vars(args).update({key: value for key, value in _ANYWHERE.items() if hasattr(args, key)})
     with nowhere(grid, stage):
         try:
             config = gpt_config_from_args(args)
@@ -136,29 +139,12 @@ def _chunk(model: torch.nn.Module) -> Chunk:
     )
 
 
-# Of latent attention; Transformer Engine's layers, which it trains with, hold these whole on every
-# tensor-parallel rank.
-_WHOLE = ("linear_q_down_proj", "linear_kv_down_proj")
-
-
 def _make_whole(model: torch.nn.Module, grid: Grid) -> None:
+    """Give latent attention the weights that Transformer Engine's layers hold on every rank."""
     for layer in model.modules():
-        for name in _WHOLE:
+        for name in ("linear_q_down_proj", "linear_kv_down_proj"):
             projection = getattr(layer, name, None)
             if projection is not None and projection.weight.tensor_model_parallel:
                 rows, columns = projection.weight.shape
                 whole = torch.empty(rows * grid.tensor, columns, dtype=projection.weight.dtype)
                 projection.weight = torch.nn.Parameter(whole)
-
-
-def _check_model(args: argparse.Namespace) -> None:
-    for name, flag in (
-        ("hybrid_layer_pattern", "--hybrid-layer-pattern"),
-        ("spec", "--spec"),
-        ("yaml_cfg", "--yaml-cfg"),
-    ):
-        if getattr(args, name, None):
-            raise UnsupportedError(
-                f"memory is predicted for GPT models that Megatron's flags describe, not with "
-                f"{flag}: leave it out."
-            )

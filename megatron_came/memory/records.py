@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_came.memory.components import LABELS, Components
-from megatron_came.memory.text import bytes_table, human
+from megatron_came.memory.optimizers import ROWS, Components
+from megatron_came.memory.pages import bytes_table, human
 
 # Of the file; to be raised by whoever changes its keys.
 FORMAT = 1
@@ -24,18 +24,18 @@ _ALLOCATOR = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A rank's memory.
+    """A rank's memory, in bytes.
 
     Attributes:
         rank: its number.
         stage: number of its pipeline stage.
         optimizer: what it trains with, as the columns of predictions are named.
         parameters: elements of its weights.
-        measured: bytes of its tensors.
+        measured: its tensors.
         predicted: what was expected of them; None where it cannot be predicted.
-        activations: predicted bytes of activations; None likewise.
-        allocator: bytes by :class:`~megatron_came.memory.measurement.Allocated`'s names; None
-            without CUDA.
+        activations: predicted activations; None likewise.
+        allocator: what CUDA's allocator had given out around the optimizer step, by the keys of
+            ``_ALLOCATOR``; None without CUDA.
         problem: why there is no prediction.
     """
 
@@ -53,8 +53,7 @@ class Record:
         """Write the rank's file into a folder, which is made if it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
         values = {"format": FORMAT, **asdict(self)}
-        path = folder / f"rank-{self.rank:05d}.json"
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        (folder / f"rank-{self.rank:05d}.json").write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -69,8 +68,7 @@ class Record:
             if values.pop("format") != FORMAT:
                 raise ValueError(f"it is not of format {FORMAT}")
             for key in ("measured", "predicted"):
-                if values[key] is not None:
-                    values[key] = Components.from_dict(values[key])
+                values[key] = values[key] and Components(**values[key])
             return cls(**values)
         except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
             raise ValueError(
@@ -78,52 +76,38 @@ class Record:
                 "has written."
             ) from error
 
-    @property
-    def difference(self) -> float | None:
-        """Of the static bytes, measured less predicted, relative to predicted."""
-        if self.predicted is None or not self.predicted.static:
-            return None
-        return self.measured.static / self.predicted.static - 1
+    def table(self) -> list[str]:
+        """What was measured, and what was predicted."""
+        measured, predicted = self.measured, self.predicted
+        rows: list[tuple[str, list[int | None]]] = [
+            (label, [getattr(measured, key), getattr(predicted, key, None)])
+            for key, label in ROWS.items()
+        ]
+        if predicted is not None and self.activations is not None:
+            rows.append(("activations (estimate)", [None, self.activations]))
+            rows.append(("total", [None, predicted.total + self.activations]))
+        for key, size in (self.allocator or {}).items():
+            rows.append((f"allocator, {_ALLOCATOR[key]}", [size, None]))
+        lines = [f"rank {self.rank}, pipeline stage {self.stage}, {self.optimizer}"]
+        lines += bytes_table(["measured", "predicted"], rows)
+        if self.problem:
+            lines.append(f"There is no prediction: {self.problem}")
+        if self.allocator is None:
+            lines.append("Tensors alone were measured: there is no CUDA allocator to ask.")
+        return lines
+
+    def line(self) -> str:
+        """The same in one line."""
+        measured = self.measured.static
+        said = f"rank {self.rank:>5}, stage {self.stage:>3}: {human(measured)} static"
+        if self.predicted is not None and (predicted := self.predicted.static):
+            said += f", predicted {human(predicted)} ({measured / predicted - 1:+.2%})"
+        if self.allocator is not None:
+            peak = max(self.allocator["peak_before"], self.allocator["peak_during"])
+            said += f"; allocator's peak {human(peak)}"
+        return said
 
 
 def fullest(records: Sequence[Record]) -> Record:
     """The record of the rank that holds most."""
     return max(records, key=lambda record: record.measured.total)
-
-
-def describe(record: Record) -> list[str]:
-    """A rank's table: what was measured, and what was predicted."""
-    measured, predicted = record.measured, record.predicted
-
-    def row(label: str, key: str) -> tuple[str, list[int | None]]:
-        return label, [getattr(measured, key), predicted and getattr(predicted, key)]
-
-    rows = [row(label, key) for key, label in LABELS.items() if key != "buffers"]
-    rows.append(row("static", "static"))
-    rows.append(row(LABELS["buffers"], "buffers"))
-    if record.activations is not None:
-        rows.append(("activations (estimate)", [None, record.activations]))
-    if predicted is not None and record.activations is not None:
-        rows.append(("total", [None, predicted.total + record.activations]))
-    if record.allocator is not None:
-        for key, label in _ALLOCATOR.items():
-            rows.append((f"allocator, {label}", [record.allocator[key], None]))
-    lines = [f"rank {record.rank}, pipeline stage {record.stage}, {record.optimizer}"]
-    lines += bytes_table(["measured", "predicted"], rows)
-    if record.problem:
-        lines.append(f"There is no prediction: {record.problem}")
-    if record.allocator is None:
-        lines.append("Tensors alone were measured: there is no CUDA allocator to ask.")
-    return lines
-
-
-def line(record: Record) -> str:
-    """A rank in one line."""
-    said = f"rank {record.rank:>5}, stage {record.stage:>3}: "
-    said += f"{human(record.measured.static)} static"
-    if record.predicted is not None and record.difference is not None:
-        said += f", predicted {human(record.predicted.static)} ({record.difference:+.2%})"
-    if record.allocator is not None:
-        peak = max(record.allocator["peak_before"], record.allocator["peak_during"])
-        said += f"; allocator's peak {human(peak)}"
-    return said

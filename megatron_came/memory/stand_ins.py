@@ -10,9 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,25 +22,27 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch.overrides import TorchFunctionMode
 
+from megatron_came.cpu_megatron.devices import Stream
 from megatron_came.memory.grid import Grid
+from megatron_came.terminal.quiet import quiet
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
 class SizedGroup:
-    """Stands for a process group: this rank's place in it and its number of ranks."""
+    """Stands for a process group: its number of ranks, and which of them this one is."""
 
     ranks: int
-    place: int = 0
+    own: int = 0
 
     def size(self) -> int:
         """Return the number of ranks."""
         return self.ranks
 
     def rank(self) -> int:
-        """Return the place of this rank."""
-        return self.place
+        """Return which of them this one is."""
+        return self.own
 
 
 def process_groups(grid: Grid, stage: int) -> Any:
@@ -70,10 +70,12 @@ def nowhere(grid: Grid, stage: int) -> Iterator[None]:
             stack.enter_context(_one_process())
         stack.enter_context(replaced(parallel_state, _mpu_sizes(grid, stage)))
         if not torch.cuda.is_available():
-            stack.enter_context(_without_cuda())
+            # The few functions that Megatron's modules call as they are built.
+            functions = {"current_device": lambda: 0, "Stream": Stream, **hopper()}
+            stack.enter_context(replaced(torch.cuda, functions))
         stack.enter_context(_latent_attention())
         stack.enter_context(_environment_restored())
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         stack.enter_context(META)
         stack.enter_context(_OnMeta())
         yield
@@ -107,21 +109,11 @@ def _one_process() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _without_cuda() -> contextlib.AbstractContextManager[None]:
-    """The few functions of ``torch.cuda`` that Megatron's modules call as they are built."""
-    from megatron_came.cpu_megatron.devices import Stream
-
-    functions = {"current_device": lambda: 0, "Stream": Stream}
-    return replaced(torch.cuda, {**functions, **hopper()})
-
-
 def hopper() -> dict[str, Callable[..., Any]]:
     """Functions of ``torch.cuda`` that say what a GPU can do, where there may be none."""
-    capability = (9, 0)
-    properties = argparse.Namespace(major=9, minor=0)
     return {
-        "get_device_capability": lambda device=None: capability,
-        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: argparse.Namespace(major=9, minor=0),
     }
 
 
@@ -158,23 +150,9 @@ def _environment_restored() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in list(os.environ):
-            if name.startswith("NVTE_"):
-                del os.environ[name]
+        for name in [name for name in os.environ if name.startswith("NVTE_")]:
+            del os.environ[name]
         os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Megatron from warning again of what it builds."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 class _OnMeta(TorchFunctionMode):

@@ -38,10 +38,11 @@ _EXAMPLES = (
 def came_flags() -> list[argparse.Action]:
     """The flags that CAME adds to Megatron's parser, from the code that adds them."""
     from megatron_came.megatron.arguments import with_flags
+    from megatron_came.memory import report
 
     parser = argparse.ArgumentParser(add_help=False)
     optimizer = parser.add_argument("--optimizer", choices=["adam", "sgd"])
-    with_flags(lambda parser: parser)(parser)
+    report.with_flags(with_flags(lambda parser: parser))(parser)
     return [action for action in parser._actions if action is not optimizer]
 
 

@@ -101,7 +101,7 @@ def test_measured_memory_is_what_was_predicted(reports, name):
         assert record.problem is None
         assert record.measured.static > 0
         assert record.measured.static == pytest.approx(record.predicted.static, rel=0.01)
-        assert record.measured.as_dict() == record.predicted.as_dict()
+        assert record.measured == record.predicted
 
 
 def test_the_fullest_rank_is_printed_and_logged(reports):
