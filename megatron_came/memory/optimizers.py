@@ -50,13 +50,18 @@ class Components:
         return self.total - self.buffers
 
     @property
+    def state(self) -> int:
+        """What the optimizer keeps."""
+        return self.main_weights + self.momentum + self.second_moment
+
+    @property
     def total(self) -> int:
         """All of them."""
         return sum(getattr(self, key) for key in LABELS)
 
 
 # Bytes of an element of momentum, and of the fp32 scale that a block of int8 elements shares.
-MOMENTUM = {"fp32": (4, 0), "bf16": (2, 0), "int8": (1, 4), "none": (0, 0)}
+MOMENTUM = {"fp32": (4, 0), "bf16": (2, 0), "fp8": (1, 0), "int8": (1, 4), "none": (0, 0)}
 # In place of 16-bit weights' fp32 copies CAME may keep the 16 bits that they lack.
 MAIN_WEIGHTS = {"fp32": 4, "remainder": 2}
 
@@ -72,6 +77,7 @@ class Optimizer:
             which has R and C beside them.
         main_weights: a key of ``MAIN_WEIGHTS``.
         copies_gradients: whether 16-bit gradients are copied to fp32.
+        moment: bytes of an element of a full second moment.
     """
 
     name: str
@@ -79,6 +85,7 @@ class Optimizer:
     second_moment: Literal["full", "factors", "confidence", "none"]
     main_weights: str = "fp32"
     copies_gradients: bool = True
+    moment: int = 4
 
     def momentum_bytes(self, elements: float, blocks: float) -> float:
         """Bytes of the momentum of so many elements, in so many blocks of int8."""
@@ -101,7 +108,7 @@ class Optimizer:
             "gradients": gradient,
             "main_weights": self.main_weights_bytes(weight),
             "momentum": self.momentum_bytes(1, 1 / BLOCK),
-            "second_moment": 4 if self.second_moment == "full" else 0,
+            "second_moment": self.moment if self.second_moment == "full" else 0,
         }
 
 
@@ -117,6 +124,9 @@ def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "
 
 
 ADAMW = Optimizer("AdamW", momentum="fp32", second_moment="full")
+# Transformer Engine's Adam at its smallest, with --use-precision-aware-optimizer; launches with it
+# are not predicted, since its state has not been measured.
+PRECISION_AWARE = Optimizer("Adam fp8 + rem.", "fp8", "full", "remainder", False, moment=1)
 ADAFACTOR = Optimizer("Adafactor", momentum="none", second_moment="factors")
 
 

@@ -72,6 +72,7 @@ def draw_bars(bars: Mapping[str, Mapping[str, float]], unit: str, path: Path) ->
     for index, total in enumerate(bottom):
         axes.text(index, total, f"{total:.2f}", ha="center", va="bottom")
     axes.set_ylabel(unit)
+    axes.tick_params(axis="x", labelsize="small")
     axes.margins(y=0.08)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     # Without its date a picture that has not changed is the same file.

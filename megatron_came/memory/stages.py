@@ -79,7 +79,7 @@ class Stage:
             momentum += int(optimizer.momentum_bytes(elements, blocks))
             main_weights += elements * optimizer.main_weights_bytes(buffer.weight)
             if optimizer.second_moment == "full":
-                second_moment += elements * 4
+                second_moment += elements * optimizer.moment
             if buffer.gradient == 2 and optimizer.copies_gradients:
                 copies += elements * 4
         if optimizer.second_moment in ("factors", "confidence"):

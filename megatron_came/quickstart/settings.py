@@ -94,64 +94,43 @@ class Settings:
         """Megatron's index of samples, which knows the dataset by its name only."""
         return self.folder / "dataset" / "cache"
 
-    @property
-    def plot(self) -> Path:
-        """The picture of both loss curves."""
-        return self.folder / "loss.png"
-
     def result(self, optimizer: Optimizer) -> Path:
-        """What a run measured."""
+        """The file of what a run measured."""
         return self.folder / f"{optimizer.key}.json"
 
     def run_folder(self, optimizer: Optimizer) -> Path:
-        """A run's log and what its ranks measured."""
+        """A run's log and its report of memory."""
         return self.folder / optimizer.key
 
     def megatron_flags(self, optimizer: Optimizer) -> list[str]:
         """Megatron's flags for training this GPT-2 with an optimizer."""
-        flags = {
-            # The model; what is not said is as in GPT-2: tied embeddings, biases, GELU, layer norm.
-            "--num-layers": self.layers,
-            "--hidden-size": self.hidden,
-            "--num-attention-heads": self.heads,
-            "--seq-length": self.sequence,
-            "--max-position-embeddings": self.sequence,
-            "--position-embedding-type": "learned_absolute",
-            "--hidden-dropout": 0,
-            "--attention-dropout": 0,
-            "--seed": 1234,
-            # The data.
+        # What is not said is as in GPT-2: tied embeddings, biases, GELU, layer norm.
+        model = f"""
+            --num-layers {self.layers} --hidden-size {self.hidden}
+            --num-attention-heads {self.heads} --seq-length {self.sequence}
+            --max-position-embeddings {self.sequence} --position-embedding-type learned_absolute
+            --hidden-dropout 0 --attention-dropout 0 --seed 1234 {"--bf16" if self.bf16 else ""}
+        """
+        training = f"""
+            --split 100,0,0 --tokenizer-type GPTSentencePieceTokenizer --num-workers 0
+            --train-iters {self.iterations} --global-batch-size {self.global_batch}
+            --micro-batch-size {min(self.micro_batch, self.global_batch // self.ranks)}
+            --lr-warmup-iters {self.iterations // 10} --lr-decay-style cosine --min-lr 1e-4
+            --weight-decay 0.1 --clip-grad 1.0 --use-distributed-optimizer
+            --eval-iters 0 --eval-interval {self.iterations + 1}
+            --log-interval 1 --timing-log-level 1 --came-report-memory
+        """
+        # Plain PyTorch throughout: pip installs neither Transformer Engine nor apex.
+        plain = """
+            --transformer-impl local --attention-backend unfused --no-gradient-accumulation-fusion
+            --no-masked-softmax-fusion --no-persist-layer-norm --no-bias-gelu-fusion
+            --no-bias-dropout-fusion
+        """
+        paths = {
             "--data-path": self.dataset,
             "--data-cache-path": self.dataset_cache,
-            "--split": "100,0,0",
-            "--tokenizer-type": "GPTSentencePieceTokenizer",
             "--tokenizer-model": self.tokenizer,
-            "--num-workers": 0,
-            # The training.
-            "--train-iters": self.iterations,
-            "--global-batch-size": self.global_batch,
-            "--micro-batch-size": min(self.micro_batch, self.global_batch // self.ranks),
-            "--lr-warmup-iters": self.iterations // 10,
-            "--lr-decay-style": "cosine",
-            "--min-lr": 1e-4,
-            "--weight-decay": 0.1,
-            "--clip-grad": 1.0,
-            "--optimizer": optimizer.key,
-            "--eval-iters": 0,
-            "--eval-interval": self.iterations + 1,
-            "--log-interval": 1,
-            # Plain PyTorch throughout: pip installs neither Transformer Engine nor apex.
-            "--transformer-impl": "local",
-            "--attention-backend": "unfused",
         }
-        switches = (
-            "--use-distributed-optimizer",
-            "--no-gradient-accumulation-fusion",
-            "--no-masked-softmax-fusion",
-            "--no-persist-layer-norm",
-            "--no-bias-gelu-fusion",
-            "--no-bias-dropout-fusion",
-            *(["--bf16"] if self.bf16 else []),
-        )
-        named = [str(part) for flag in flags.items() for part in flag]
-        return [*named, *optimizer.flags, *switches]
+        named = [str(word) for flag in paths.items() for word in flag]
+        words = f"{model} {training} {plain} --optimizer {optimizer.key}".split()
+        return [*named, *words, *optimizer.flags]

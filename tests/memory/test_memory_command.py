@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_came.core.shard import Shard
+from megatron_came.core.state import new_state
 from megatron_came.memory import command, measurement, plot, report
 from megatron_came.memory.launch_command import LaunchError, from_script, from_words
 from megatron_came.memory.optimizers import Components
@@ -242,3 +244,15 @@ def test_where_reports_go():
     assert report.folder_of(given) == Path("y/came_memory")
     given.save = None
     assert report.folder_of(given) is None
+
+
+def test_state_is_counted_under_what_it_is():
+    param = torch.nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
+    state = new_state(param, Shard.whole((3, 5)), torch.int8, remainders=True)
+    found = {key: measurement.component_of(key) for key in state}
+    assert found.pop("exp_avg") == found.pop("exp_avg_scale") == "momentum"
+    assert found.pop("remainder") == "main_weights"
+    assert len(found) == 4
+    assert set(found.values()) == {"second_moment"}
+    assert measurement.component_of("exp_avg_sq") == "second_moment"
+    assert measurement.component_of("momentum_buffer") == "momentum"
