@@ -156,7 +156,8 @@ def _name(kernels: object) -> str:
     """Return whose kernels these are, with the version, on which the last bits depend."""
     if kernels is None:
         return "plain"
-    package = type(kernels).__module__.split(".")[-2]  # megatron_came.kernels.PACKAGE.launch
+    room = type(kernels).__module__.split(".")[-2]  # megatron_came.kernels.ROOM.launch
+    package = {"cpu": "numba"}.get(room, room)
     return f"{package} {importlib.import_module(package).__version__}"
 
 
