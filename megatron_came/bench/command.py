@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_came.bench.contenders import contenders
 from megatron_came.bench.iteration import measure_iterations
@@ -114,17 +115,11 @@ def _iterations(options: argparse.Namespace, device: torch.device) -> dict[str, 
         flags=options.flags,
     )
     heads = ["ms an iteration", "whole", "forward", "backward", "optimizer's step", "of whole"]
-    rows = [
-        [
-            result.optimizer,
-            f"{result.milliseconds:.0f}",
-            f"{result.forward_milliseconds:.0f}",
-            f"{result.backward_milliseconds:.0f}",
-            f"{result.step_milliseconds:.1f}",
-            f"{result.step_milliseconds / result.milliseconds:.0%}",
-        ]
-        for result in results
-    ]
+    rows = []
+    for one in results:
+        times = (one.milliseconds, one.forward_milliseconds, one.backward_milliseconds)
+        step = [f"{one.step_milliseconds:.1f}", f"{one.step_milliseconds / one.milliseconds:.0%}"]
+        rows.append([one.optimizer, *(f"{time:.0f}" for time in times), *step])
     show(table([heads, *rows]))
     return {"flags": options.flags, "iterations": [asdict(result) for result in results]}
 
@@ -147,7 +142,8 @@ def _steps(
         names = ", ".join(repr(one.name) for one in contenders(device))
         raise ValueError(f"--only matches none of {names}.")
     if options.ranks > 1:
-        _fake_process_group(options.ranks)
+        rank = options.ranks // 2
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=options.ranks)
     bandwidth = copy_bandwidth(device)
     shapes = shapes_of(options.model, options.layers)
     params, shards = parameters(shapes, device, options.ranks)
@@ -161,12 +157,6 @@ def _steps(
     }
     _print(report, results)
     return report
-
-
-def _fake_process_group(ranks: int) -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=ranks // 2, world_size=ranks)
 
 
 def _print(report: dict[str, Any], results: list[Result]) -> None:

@@ -33,14 +33,7 @@ class _Terms:
 def activation_bytes(
     args: argparse.Namespace, grid: Grid, stage: int, chunks: Sequence[Chunk]
 ) -> int:
-    """Estimate the activations that a stage holds at its fullest.
-
-    Args:
-        args: Megatron's arguments, validated.
-        grid: the sizes of the layout.
-        stage: number of the stage.
-        chunks: its model chunks.
-    """
+    """Estimate the activations that a stage with these chunks holds at its fullest."""
     terms = _terms(args)
     in_flight = micro_batches_in_flight(args, grid, stage)
     layers = [_layers(args, terms, chunk) for chunk in chunks]

@@ -49,14 +49,9 @@ def parse_size(said: str) -> int:
 
 
 def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
-    """Find what fits, everything else left as the launch has it.
+    """Find what fits into so many bytes, everything else left as the launch has it.
 
     A micro-batch size must divide the batch of each data-parallel rank.
-
-    Args:
-        launch: the run.
-        optimizer: what it is trained with.
-        budget: bytes of a GPU.
     """
     grid, micro_batch = launch.grid, launch.args.micro_batch_size
     in_flight = grid.pipeline if grid.virtual else 1  # micro-batches, at least
@@ -65,13 +60,19 @@ def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
         if not launch.has_global_batch:
             return _POWERS
         most = launch.args.global_batch_size // other
-        return [size for size in _divisors(most) if most // size >= in_flight]
+        return [n for n in range(1, most + 1) if most % n == 0 and most // n >= in_flight]
+
+    def is_possible(data: int) -> bool:
+        try:
+            return bool(grid.with_data(data))
+        except ValueError:
+            return False
 
     def fits(data: int, micro_batch: int) -> bool:
         stages = launch.stages_at(data, micro_batch)
         return max(stage.total(optimizer) for stage in stages) <= budget
 
-    datas = [size for size in sizes(micro_batch) if _is_possible(launch, size)]
+    datas = [size for size in sizes(micro_batch) if is_possible(size)]
     data = _first(datas, lambda size: fits(size, micro_batch))
     return Fit(
         optimizer=optimizer.name,
@@ -79,18 +80,6 @@ def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
         micro_batch=_first(sizes(grid.data)[::-1], lambda size: fits(grid.data, size)),
         gpus=None if data is None else grid.with_data(data).world,
     )
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _is_possible(launch: Launch, data: int) -> bool:
-    try:
-        launch.grid.with_data(data)
-    except ValueError:
-        return False
-    return True
 
 
 def _first(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:

@@ -23,10 +23,6 @@ def watch_step(model: Sequence[Any], optimizer: Any) -> Iterator[list[dict[str, 
     """Note the bytes that CUDA's allocator has given out around every ``step()``; none without.
 
     Resets the allocator's peak at the beginning of the step.
-
-    Args:
-        model: the model chunks that it updates.
-        optimizer: Megatron's.
     """
     seen: list[dict[str, int]] = []
     step, cuda = optimizer.step, torch.cuda

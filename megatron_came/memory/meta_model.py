@@ -18,43 +18,28 @@ from megatron_came.memory.stand_ins import nowhere, process_groups
 
 # What decides about kernels, memory of activations or communication, but not about the shapes of
 # parameters; these values need no GPU, Transformer Engine or process groups.
+_OFF = """
+    perform_initialization use_cpu_initialization sequence_parallel tp_comm_overlap
+    gradient_accumulation_fusion apply_rope_fusion masked_softmax_fusion bias_gelu_fusion
+    bias_swiglu_fusion bias_dropout_fusion fused_residual_rmsnorm cross_entropy_loss_fusion
+    moe_grouped_gemm moe_permute_fusion moe_router_fusion moe_shared_expert_overlap
+    overlap_moe_expert_parallel_comm delay_wgrad_compute use_te_rng_tracker
+    distribute_saved_activations cpu_offloading fine_grained_activation_offloading
+    batch_invariant_mode
+"""
+_UNSET = """
+    hierarchical_context_parallel_sizes fp8 fp4 recompute_granularity recompute_method
+    recompute_num_layers recompute_modules
+"""
 _ANYWHERE: dict[str, object] = {
+    **dict.fromkeys(_OFF.split(), False),
+    **dict.fromkeys(_UNSET.split()),
     "transformer_impl": "local",
-    "perform_initialization": False,
     "init_model_with_meta_device": True,
-    "use_cpu_initialization": False,
-    "sequence_parallel": False,
     "context_parallel_size": 1,
-    "hierarchical_context_parallel_sizes": None,
-    "tp_comm_overlap": False,
     "no_persist_layer_norm": True,
-    "gradient_accumulation_fusion": False,
-    "apply_rope_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
-    "fused_residual_rmsnorm": False,
-    "cross_entropy_loss_fusion": False,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_router_fusion": False,
     "moe_token_dispatcher_type": "alltoall",
-    "moe_shared_expert_overlap": False,
-    "overlap_moe_expert_parallel_comm": False,
-    "delay_wgrad_compute": False,
-    "use_te_rng_tracker": False,
     "cuda_graph_impl": "none",
-    "fp8": None,
-    "fp4": None,
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "recompute_modules": None,
-    "distribute_saved_activations": False,
-    "cpu_offloading": False,
-    "fine_grained_activation_offloading": False,
-    "batch_invariant_mode": False,
 }
 
 
@@ -84,11 +69,6 @@ class Chunk:
 
 def build_stage(args: argparse.Namespace, grid: Grid, stage: int) -> list[Chunk]:
     """Build the model chunks of a pipeline stage as Megatron would.
-
-    Args:
-        args: Megatron's arguments, validated, with ``padded_vocab_size``.
-        grid: the sizes of the layout.
-        stage: number of the stage.
 
     Raises:
         UnsupportedError: not a GPT model, or one that Megatron cannot build this way; the message

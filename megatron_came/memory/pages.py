@@ -52,12 +52,7 @@ def bytes_table(
     heads: Sequence[str],
     rows: Sequence[tuple[str, Sequence[int | str | None]]],
 ) -> list[str]:
-    """A table of bytes in one unit, which its upper left corner names.
-
-    Args:
-        heads: of the columns.
-        rows: label and cells; a number is bytes, None nothing.
-    """
+    """A table in one unit of bytes, which its upper left corner names; of numbers, that is."""
     largest = max((cell for _, cells in rows for cell in cells if isinstance(cell, int)), default=0)
     name, unit = unit_of(largest)
 

@@ -89,12 +89,7 @@ class Launch:
         ]
 
     def rank(self, number: int, shards: tuple[int, int]) -> Stage:
-        """One rank's stage, seen from that rank.
-
-        Args:
-            number: of the stage.
-            shards: which shards of dense and of experts' parameters the rank holds.
-        """
+        """One rank's stage, seen from that rank, which holds these dense and experts' shards."""
         chunks = build_stage(self.args, self.grid, number)
         stage = lay_out(self.args, self.grid, number, chunks)
         activations = activation_bytes(self.args, self.grid, number, chunks)

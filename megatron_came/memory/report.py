@@ -71,9 +71,12 @@ def _report(
     allocator: dict[str, int] | None,
 ) -> None:
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.training import print_rank_0
 
     if not isinstance(model[0], DistributedDataParallel):
-        _say("--came-report-memory measures Megatron's own DistributedDataParallel, not FSDP.")
+        print_rank_0(
+            "--came-report-memory measures Megatron's own DistributedDataParallel, not FSDP."
+        )
         return
     record = _record(args, model, optimizer, allocator)
     folder = folder_of(args)
@@ -81,13 +84,8 @@ def _report(
         record.write(folder)
     records = [record] * dist.get_world_size()
     dist.all_gather_object(records, record)
-    _say("\n".join(_text(records, folder)))
+    print_rank_0("\n".join(_text(records, folder)))
     _write_to_tensorboard(args, fullest(records))
-
-
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 def folder_of(args: argparse.Namespace) -> Path | None:

@@ -114,14 +114,7 @@ class Stage:
 
 
 def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[Chunk]) -> Stage:
-    """Lay out a stage as Megatron's ``DistributedDataParallel`` and its optimizers do.
-
-    Args:
-        args: Megatron's arguments, validated.
-        grid: the sizes of the layout.
-        number: of the stage.
-        chunks: its model chunks.
-    """
+    """Lay out a stage as Megatron's ``DistributedDataParallel`` and its optimizers do."""
     from megatron.training.training import get_megatron_ddp_config, resolve_ddp_bucket_size
 
     params = [param for chunk in chunks for param in chunk.params]
@@ -182,12 +175,9 @@ def _buffer(key: Any, padded: int, elements: Tensor, blocks: Tensor) -> Buffer:
 
 
 def cut(key: Any, buffer: Any, shards: int) -> Buffer:
-    """Cut every bucket evenly, as ``DistributedOptimizer._build_model_gbuf_range`` does.
+    """Cut every bucket of Megatron's layout of a buffer evenly into so many shards.
 
-    Args:
-        key: Megatron's, of the buffer: its dtypes, and whether it holds experts.
-        buffer: Megatron's layout of it.
-        shards: into how many.
+    As ``DistributedOptimizer._build_model_gbuf_range`` does.
     """
     elements = torch.zeros(shards, dtype=torch.int64, device="cpu")
     blocks = torch.zeros_like(elements)

@@ -10,13 +10,7 @@ class QuickstartError(Exception):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One of the optimizers compared.
-
-    Attributes:
-        name: Its name in the summary.
-        key: Its name among files and in Megatron's ``--optimizer``.
-        flags: Megatron's flags for its learning rate and its averages.
-    """
+    """One that is compared: its name in the summary, and Megatron's, with its own flags."""
 
     name: str
     key: str
@@ -36,15 +30,15 @@ class Settings:
     """One quick start. Lengths are in tokens.
 
     Attributes:
-        folder: Where everything goes.
-        text: Files and folders of text; none for the Python library's sources.
-        ranks: Processes to train with, each with its share of the batch and of the optimizer.
+        folder: where everything goes.
+        text: files and folders of text; none for the Python library's sources.
+        ranks: processes to train with.
         port: TCP port on which they meet; None for any free one.
-        bf16: Whether weights are bf16 with fp32 main weights, or fp32.
-        iterations: Training steps.
-        global_batch: Sequences a step, over all ranks.
-        micro_batch: The most sequences that a rank takes at a time.
-        smallest_text: Bytes of text below which the tokenizer would learn nothing worth having.
+        bf16: whether weights are bf16 with fp32 main weights, or fp32.
+        iterations: training steps.
+        global_batch: sequences a step, over all ranks.
+        micro_batch: the most sequences that a rank takes at a time.
+        smallest_text: bytes of text below which the tokenizer would learn nothing worth having.
     """
 
     folder: Path = Path("quickstart")
