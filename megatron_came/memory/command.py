@@ -135,9 +135,9 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
 
 
 def _compare(paths: list[Path], words: list[str]) -> None:
-    from megatron_came.memory.records import Record, fullest
+    from megatron_came.memory.report import Report, fullest
 
     if words:
         raise LaunchError(f"--compare takes files alone, not {words[0]}: leave it out.")
-    records = sorted((Record.read(path) for path in paths), key=lambda record: record.rank)
-    show([*fullest(records).table(), "", *(record.line() for record in records)])
+    reports = sorted((Report.read(path) for path in paths), key=lambda report: report.rank)
+    show([*fullest(reports).table(), "", *(report.line() for report in reports)])

@@ -1,20 +1,126 @@
-"""``--came-report-memory``: the memory of the run, measured after its first optimizer step."""
+"""``--came-report-memory``: the memory of the run, measured after its first optimizer step.
+
+Every rank makes a :class:`Report`, with what was predicted of it: a JSON file, and text.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.measurement import measure, watch_step
-from megatron_came.memory.optimizers import of_launch
-from megatron_came.memory.records import Record, fullest
+from megatron_came.memory.optimizers import ROWS, Components, of_launch
+from megatron_came.memory.pages import bytes_table, human
+
+# Of the file; to be raised by whoever changes its keys.
+FORMAT = 1
+
+_ALLOCATOR = {
+    "peak_before": "peak before the optimizer step",
+    "before": "as the step begins",
+    "peak_during": "peak during the step",
+    "after": "as it ends",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A rank's memory, in bytes.
+
+    Attributes:
+        rank: its number.
+        stage: number of its pipeline stage.
+        optimizer: what it trains with, as the columns of predictions are named.
+        parameters: elements of its weights.
+        measured: its tensors.
+        predicted: what was expected of them; None where it cannot be predicted.
+        activations: predicted activations; None likewise.
+        allocator: what CUDA's allocator had given out around the optimizer step, by the keys of
+            ``_ALLOCATOR``; None without CUDA.
+        problem: why there is no prediction.
+    """
+
+    rank: int
+    stage: int
+    optimizer: str
+    parameters: int
+    measured: Components
+    predicted: Components | None = None
+    activations: int | None = None
+    allocator: dict[str, int] | None = None
+    problem: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the rank's file into a folder, which is made if it is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"format": FORMAT, **asdict(self)}
+        (folder / f"rank-{self.rank:05d}.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a rank's file.
+
+        Raises:
+            ValueError: it is none, or of another format.
+            OSError: it cannot be read.
+        """
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+            if values.pop("format") != FORMAT:
+                raise ValueError(f"it is not of format {FORMAT}")
+            for key in ("measured", "predicted"):
+                values[key] = values[key] and Components(**values[key])
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no report of --came-report-memory ({error}): name the files that a run "
+                "has written."
+            ) from error
+
+    def table(self) -> list[str]:
+        """What was measured, and what was predicted."""
+        measured, predicted = self.measured, self.predicted
+        rows: list[tuple[str, list[int | None]]] = [
+            (label, [getattr(measured, key), getattr(predicted, key, None)])
+            for key, label in ROWS.items()
+        ]
+        if predicted is not None and self.activations is not None:
+            rows.append(("activations (estimate)", [None, self.activations]))
+            rows.append(("total", [None, predicted.total + self.activations]))
+        for key, size in (self.allocator or {}).items():
+            rows.append((f"allocator, {_ALLOCATOR[key]}", [size, None]))
+        lines = [f"rank {self.rank}, pipeline stage {self.stage}, {self.optimizer}"]
+        lines += bytes_table(["measured", "predicted"], rows)
+        if self.problem:
+            lines.append(f"There is no prediction: {self.problem}")
+        if self.allocator is None:
+            lines.append("Tensors alone were measured: there is no CUDA allocator to ask.")
+        return lines
+
+    def line(self) -> str:
+        """The same in one line."""
+        measured = self.measured.static
+        said = f"rank {self.rank:>5}, stage {self.stage:>3}: {human(measured)} static"
+        if self.predicted is not None and (predicted := self.predicted.static):
+            said += f", predicted {human(predicted)} ({measured / predicted - 1:+.2%})"
+        if self.allocator is not None:
+            peak = max(self.allocator["peak_before"], self.allocator["peak_during"])
+            said += f"; allocator's peak {human(peak)}"
+        return said
+
+
+def fullest(reports: Sequence[Report]) -> Report:
+    """The report of the rank that holds most."""
+    return max(reports, key=lambda report: report.measured.total)
+
 
 # Optimizers whose first step has been reported.
 _reported: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -78,14 +184,14 @@ def _report(
             "--came-report-memory measures Megatron's own DistributedDataParallel, not FSDP."
         )
         return
-    record = _record(args, model, optimizer, allocator)
+    report = _report_of(args, model, optimizer, allocator)
     folder = folder_of(args)
     if folder is not None:
-        record.write(folder)
-    records = [record] * dist.get_world_size()
-    dist.all_gather_object(records, record)
-    print_rank_0("\n".join(_text(records, folder)))
-    _write_to_tensorboard(args, fullest(records))
+        report.write(folder)
+    reports = [report] * dist.get_world_size()
+    dist.all_gather_object(reports, report)
+    print_rank_0("\n".join(_text(reports, folder)))
+    _write_to_tensorboard(args, fullest(reports))
 
 
 def folder_of(args: argparse.Namespace) -> Path | None:
@@ -95,12 +201,12 @@ def folder_of(args: argparse.Namespace) -> Path | None:
     return Path(args.save) / "came_memory" if args.save else None
 
 
-def _record(
+def _report_of(
     args: argparse.Namespace,
     model: Sequence[Any],
     optimizer: Any,
     allocator: dict[str, int] | None,
-) -> Record:
+) -> Report:
     """Measure this rank, and predict it from the flags, with nothing of the run's tensors."""
     from megatron.core import parallel_state
 
@@ -125,7 +231,7 @@ def _record(
         predicted, activations = rank.components(kind), rank.activations
     except UnsupportedError as error:
         problem = str(error)
-    return Record(
+    return Report(
         rank=dist.get_rank(),
         stage=stage,
         optimizer=args.optimizer if kind is None else kind.name,
@@ -138,13 +244,13 @@ def _record(
     )
 
 
-def _text(records: Sequence[Record], folder: Path | None) -> list[str]:
-    stages: dict[int, list[Record]] = {}
-    for record in records:
-        stages.setdefault(record.stage, []).append(record)
+def _text(reports: Sequence[Report], folder: Path | None) -> list[str]:
+    stages: dict[int, list[Report]] = {}
+    for report in reports:
+        stages.setdefault(report.stage, []).append(report)
     lines = ["", "Memory after the first optimizer step, of the fullest rank", ""]
-    lines += fullest(records).table()
-    if len(records) > 1:
+    lines += fullest(reports).table()
+    if len(reports) > 1:
         lines += ["", "The fullest rank of each pipeline stage:"]
         lines += [fullest(stages[stage]).line() for stage in sorted(stages)]
     if folder is not None:
@@ -152,15 +258,15 @@ def _text(records: Sequence[Record], folder: Path | None) -> list[str]:
     return [*lines, ""]
 
 
-def _write_to_tensorboard(args: argparse.Namespace, record: Record) -> None:
+def _write_to_tensorboard(args: argparse.Namespace, report: Report) -> None:
     """Write the fullest rank's bytes where Megatron has a writer: on the last rank."""
     from megatron.training.global_vars import get_tensorboard_writer
 
     writer = get_tensorboard_writer()
     if writer is None:
         return
-    sizes = {f"allocator-{key}": size for key, size in (record.allocator or {}).items()}
-    for kind, values in (("measured", record.measured), ("predicted", record.predicted)):
+    sizes = {f"allocator-{key}": size for key, size in (report.allocator or {}).items()}
+    for kind, values in (("measured", report.measured), ("predicted", report.predicted)):
         if values is not None:
             sizes |= {f"{key}-{kind}": size for key, size in asdict(values).items()}
     for name, size in sizes.items():

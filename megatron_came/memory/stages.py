@@ -126,9 +126,9 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         sum(param.numel() for param in params),
     )
     buffers: list[Buffer] = []
-    for place, chunk in enumerate(chunks):
+    for index, chunk in enumerate(chunks):
         # Megatron makes one bucket of all but the first chunk of the first stage.
-        whole = place > 0 or number > 0 or args.overlap_param_gather_with_optimizer_step
+        whole = index > 0 or number > 0 or args.overlap_param_gather_with_optimizer_step
         buffers += _buffers(ddp_config, grid, chunk, None if whole else bucket_size)
     factors, confidence, sums = _whole_on_every_rank(params, grid)
     return Stage(

@@ -13,7 +13,7 @@ from typing import Self
 
 from megatron_came.data.files import whole_files
 from megatron_came.memory.optimizers import Components
-from megatron_came.memory.records import Record
+from megatron_came.memory.report import Report
 from megatron_came.quickstart.settings import Optimizer, QuickstartError, Settings
 from megatron_came.terminal.progress import Progress
 from megatron_came.training_log import TrainingError, follow
@@ -80,7 +80,7 @@ def train(settings: Settings, optimizer: Optimizer) -> None:
             ) from error
     if not all(math.isfinite(loss) for loss in found.losses):
         raise QuickstartError(f"{name} gave a loss of NaN: see {log.name}.")
-    reports = [Record.read(path) for path in folder.glob("rank-*.json")]
+    reports = [Report.read(path) for path in folder.glob("rank-*.json")]
     fullest = max(reports, key=lambda report: report.measured.state)
     Result(
         losses=found.losses,

@@ -13,7 +13,7 @@ from megatron_came.core.state import new_state
 from megatron_came.memory import command, measurement, plot, report
 from megatron_came.memory.launch_command import LaunchError, from_script, from_words
 from megatron_came.memory.optimizers import Components
-from megatron_came.memory.records import Record
+from megatron_came.memory.report import Report
 from tests.support.memory_flags import BF16, DO, EXPERTS, SMALL, pp, tp
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_a_plot_without_matplotlib(monkeypatch):
 def _record(rank=0, **changes):
     parts = Components(2000, 4000, 4000, 4000, 40, 160)
     values = {"rank": rank, "stage": 0, "optimizer": "CAME fp32", "parameters": 1000}
-    return Record(**{**values, "measured": parts, "predicted": parts, "activations": 7, **changes})
+    return Report(**{**values, "measured": parts, "predicted": parts, "activations": 7, **changes})
 
 
 def test_reports_are_compared(tmp_path, capsys):
