@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
+# A step that an overflow skips has no loss.
 _ITERATION = re.compile(
-    r"iteration +\d+/ *(\d+) .*elapsed time per iteration \(ms\): ([\d.]+) .*lm loss: (\S+) "
+    r"iteration +\d+/ *(\d+) .*elapsed time per iteration \(ms\): ([\d.]+)(?:.* lm loss: (\S+))?"
 )
 # Of the ranks' least and greatest milliseconds, the greatest.
 _TIMER = re.compile(r"^ *([a-z-]+)[ .]*: \([\d.]+, ([\d.]+)\)")
@@ -46,7 +47,7 @@ class TrainingLog:
         if iteration := _ITERATION.search(line):
             self.iterations = int(iteration[1])
             self.milliseconds.append(float(iteration[2]))
-            self.losses.append(float(iteration[3]))
+            self.losses.append(float(iteration[3] or "nan"))
         elif timer := _TIMER.match(line):
             self.timers.setdefault(timer[1], []).append(float(timer[2]))
         return iteration is not None

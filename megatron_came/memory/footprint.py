@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron_came.memory.optimizers import element_bytes, of_launch
+from megatron_came.memory.optimizers import came, element_bytes
 
 # What Megatron counts of a parameter: of weights and gradients, on every rank, and with Adam's main
 # weights and two moments, which the distributed optimizer shards.
@@ -17,14 +17,14 @@ def for_came(original: Any) -> Any:
 
     def compute_weight_and_optimizer_memory(args: Any, *rest: Any, **kwargs: Any) -> Any:
         total = original(args, *rest, **kwargs)
-        optimizer = of_launch(args)
-        if args.optimizer != "came" or optimizer is None:
+        if args.optimizer != "came":
             return total
         whole = copy.copy(args)
         whole.use_distributed_optimizer = False
         parameters = original(whole) / _ALL
         sharded = (total - parameters * _REPLICATED) / (_ALL - _REPLICATED)
         weight, gradient = element_bytes(args)
+        optimizer = came(args, args.came_momentum_dtype, args.came_main_params)
         state = sum(optimizer.per_element(weight, gradient).values()) - weight - gradient
         # Factors are about a thousandth of a second moment.
         return parameters * (weight + gradient) + sharded * state

@@ -265,6 +265,7 @@ class TestTrain:
         timer = "    optimizer-inner-step ...........................: (5.10, 6.12)\n"
         seen = [log.read(line) for line in (LINE, "[rank0]: iteration 7" + LINE, timer, "training")]
         assert seen == [True, True, False, False]
+        assert TrainingLog().read(LINE.replace("lm loss: 6.969738E+00 |", ""))
         timers = {"optimizer-inner-step": [6.12]}
         assert log == TrainingLog([6.969738] * 2, [658.0] * 2, timers, iterations=120)
 
