@@ -20,7 +20,7 @@ KERNELS = "tests/kernels/test_kernels.py"
 ADDRESSES = "tests/kernels/test_kernel_addresses.py"
 THREADS = "tests/kernels/test_kernel_threads.py"
 SMALLER = "tests/core/test_smaller_state.py"
-HOST = "tests/megatron/test_host_sharding.py"
+SHARDING = "tests/megatron/test_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
 
@@ -201,7 +201,7 @@ FAULTS = (
         "megatron/sharding.py",
         'return self.tp if getattr(param, "allreduce", True) else self.expert_tp',
         "return self.tp",
-        HOST,
+        SHARDING,
     ),
     Fault(
         "factors not saved",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -102,6 +103,7 @@ def _why_not(error: Exception) -> str:
 
 def _compiled(name: str, device: torch.device) -> Choice:
     if name == "numba":
+        importlib.import_module("numba")  # first: otherwise its llvmlite would be named as missing
         from megatron_came.kernels.cpu.launch import NumbaBackend
 
         why = "the weights are on a CPU, and Numba is installed"

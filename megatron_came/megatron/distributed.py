@@ -25,9 +25,9 @@ from megatron_came.megatron.checkpoints.buckets import (
     with_padding,
 )
 from megatron_came.megatron.checkpoints.contents import damaged, factors_problem
-from megatron_came.megatron.checkpoints.digests.loading import note_slice, watched
+from megatron_came.megatron.checkpoints.digests.verifying import note_slice, watched
 from megatron_came.megatron.checkpoints.factors import FORMAT, load_factors, sharded_factors
-from megatron_came.megatron.checkpoints.settings import own_settings_kept
+from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
