@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from megatron_came.compiling import outside_compiler
-from megatron_came.core.hyperparameters import Hyperparameters, check_group, with_plain_numbers
+from megatron_came.core.hyperparameters import at_step, check_group, with_plain_numbers
 from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs, gradient_of
 from megatron_came.core.rounding import parameter_key
@@ -258,7 +258,7 @@ class CAME(torch.optim.Optimizer):
             for slice_ in plan.slices
             if slice_.takes_part(grad := gradient_of(slice_.param))
         }
-        settings = [self._settings_of(group) for group in self.param_groups]
+        settings = list(map(at_step, self.param_groups))
         inputs = {
             slice_: StepInputs(
                 self._state_of(slice_.param),
@@ -325,13 +325,6 @@ class CAME(torch.optim.Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         return [param for param in params if param.is_floating_point()]
 
-    def _settings_of(
-        self, group: Mapping[str, Any]
-    ) -> tuple[Hyperparameters, float | Tensor, float, int]:
-        """Read a group as it is now: schedules change it."""
-        hyper = Hyperparameters.at_step(group)
-        return hyper, group["lr"], float(group["weight_decay"]), group.get("step", 0)
-
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
@@ -379,8 +372,8 @@ class CAME(torch.optim.Optimizer):
     @property
     def sums(self) -> list[Tensor]:
         """The buffers of its sums over ranks, which a step has made."""
-        chunks = [] if self._plan is None else [*self._plan.local, *self._plan.shared]
-        return [buffer for chunk in chunks for buffer in chunk.buffers]
+        bundles = [] if self._plan is None else [*self._plan.local, *self._plan.shared]
+        return [buffer for bundle in bundles for buffer in bundle.buffers]
 
     @property
     def kernel_choices(self) -> list[str]:

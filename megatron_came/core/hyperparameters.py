@@ -140,18 +140,6 @@ class Hyperparameters:
             for key, names in GROUP_KEYS.items()
         }
 
-    @classmethod
-    def at_step(cls, group: Mapping[str, Any]) -> Self:
-        """Read a group as it is now: schedules change it. Rates in tensors are not read.
-
-        Raises:
-            HyperparameterError: a value that is no number, or out of range.
-        """
-        for key in ("lr", "weight_decay"):
-            if not isinstance(group[key], torch.Tensor):  # it may lie on a device that is busy
-                check_number(key, group[key], 0.0)
-        return cls.from_group(group)
-
 
 class Row(NamedTuple):
     """One hyperparameter, for whoever makes something of all of them.
@@ -204,6 +192,24 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
         Hyperparameters.from_group(group)
     except HyperparameterError as error:
         raise (error.within(where) if where else error) from None
+
+
+def at_step(
+    group: Mapping[str, Any],
+) -> tuple[Hyperparameters, float | torch.Tensor, float, int]:
+    """Read a group as it is now, since schedules change it.
+
+    Returns:
+        Hyperparameters, learning rate, weight decay and the number of steps before this one.
+
+    Raises:
+        HyperparameterError: a value that is no number, or out of range; tensors are not looked at.
+    """
+    for key in ("lr", "weight_decay"):
+        if not isinstance(group[key], torch.Tensor):  # it may lie on a device that is busy
+            check_number(key, group[key], 0.0)
+    hyper = Hyperparameters.from_group(group)
+    return hyper, group["lr"], float(group["weight_decay"]), group.get("step", 0)
 
 
 def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
