@@ -377,6 +377,12 @@ class CAME(torch.optim.Optimizer):
         return self._plan
 
     @property
+    def sums(self) -> list[Tensor]:
+        """The buffers of its sums over ranks, which a step has made."""
+        chunks = [] if self._plan is None else [*self._plan.local, *self._plan.shared]
+        return [buffer for chunk in chunks for buffer in chunk.buffers]
+
+    @property
     def kernel_choices(self) -> list[str]:
         """Who computes the step and why, a sentence for each device that no warning was about."""
         return [choice.reason for choice in self._choices.values() if not choice.should_warn]

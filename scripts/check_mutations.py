@@ -136,8 +136,8 @@ FAULTS = (
     Fault(
         "Triton: tiles that have grown taken for others",
         "kernels/triton/launch.py",
-        '{"ROWS": tiling.most_rows, **tile}',
-        '{"ROWS": self.tiling.most_rows, **tile}',
+        "**constants(self.tiling),",
+        '**constants(self.tiling), "ROWS": 64,',
         KERNELS,
     ),
     Fault(

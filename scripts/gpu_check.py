@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_came import CAME
 from megatron_came.bench import command
 from megatron_came.bench.peak import peak_of
-from megatron_came.kernels.triton.launch import TritonBackend
+from megatron_came.kernels.triton.backend import TritonBackend
 from megatron_came.kernels.triton.tiling import Tiling
 from scripts.cases.kernels import (
     CASES,

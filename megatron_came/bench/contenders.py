@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,12 +51,8 @@ def _came(
     )
 
 
-def _plain(make: Callable[..., Any]) -> Callable[..., torch.optim.Optimizer]:
+def _other(make: Callable[..., Any]) -> Callable[..., torch.optim.Optimizer]:
     return lambda params, shards: make(params, lr=_LR)
-
-
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def contenders(device: torch.device) -> list[Contender]:
@@ -66,19 +63,20 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("CAME, bf16 momentum", _came(fused, torch.bfloat16), 26, 16, sharded=True),
         Contender("CAME, int8 momentum", _came(fused, torch.int8), 23, 14, sharded=True),
         Contender("CAME, plain", _came("plain"), 32, sharded=True),
-        Contender("torch AdamW, fused", _plain(partial(torch.optim.AdamW, fused=True)), 28),
-        Contender("torch AdamW, foreach", _plain(partial(torch.optim.AdamW, foreach=True)), 28),
-        Contender("torch Adafactor", _plain(torch.optim.Adafactor)),
+        Contender("torch AdamW, fused", _other(partial(torch.optim.AdamW, fused=True)), 28),
+        Contender("torch AdamW, foreach", _other(partial(torch.optim.AdamW, foreach=True)), 28),
+        Contender("torch Adafactor", _other(torch.optim.Adafactor)),
     ]
-    optional = [("came_pytorch", "came_pytorch", "CAME", None)]
+    optional: list[tuple[str, str, str, int | None]] = [
+        ("came_pytorch", "came_pytorch", "CAME", None)
+    ]
     if device.type == "cuda":
         optional += [
-            ("apex FusedAdam", "apex.optimizers", "FusedAdam", 28),  # type: ignore[list-item]
-            ("TE FusedAdam", "transformer_engine.pytorch.optimizers", "FusedAdam", 28),  # type: ignore[list-item]
+            ("apex FusedAdam", "apex.optimizers", "FusedAdam", 28),
+            ("TE FusedAdam", "transformer_engine.pytorch.optimizers", "FusedAdam", 28),
         ]
     for name, module, attribute, floor in optional:
-        try:
-            found.append(Contender(name, _plain(_imported(module, attribute)), floor))
-        except (ImportError, AttributeError):
-            continue
+        with contextlib.suppress(ImportError, AttributeError):
+            make = getattr(importlib.import_module(module), attribute)
+            found.append(Contender(name, _other(make), floor))
     return found

@@ -56,11 +56,11 @@ def _meaning(keys: list[str]) -> tuple[str | None, bool]:
     return None, False
 
 
-def flat_parameters(state: Any) -> Iterator[tuple[str, StoredTensor, int, int]]:
+def flat_parameters(state: Any) -> Iterator[tuple[str, StoredTensor, range]]:
     """Say where parameters lie in the flat buffers of a file of the distributed optimizer.
 
     Yields:
-        Main weights' or momentum's kind, its buffer, and a parameter's first element and last + 1.
+        Main weights' or momentum's kind, its buffer, and the elements of a parameter in it.
     """
     try:
         for optimizer in state if isinstance(state, list) else [state]:
@@ -70,6 +70,6 @@ def flat_parameters(state: Any) -> Iterator[tuple[str, StoredTensor, int, int]]:
                     for start, stop in spans:
                         if not 0 <= start <= stop <= buffers[key].numel:
                             raise ValueError("a parameter lies outside of its buffer")
-                        yield kind, buffers[key], start, stop
+                        yield kind, buffers[key], range(start, stop)
     except (AttributeError, KeyError, TypeError, ValueError):
         return  # saved by another optimizer or release, or damaged

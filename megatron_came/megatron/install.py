@@ -22,6 +22,8 @@ REPLACEMENTS = table("megatron_came.megatron", {
         ("local_multi_tensor_l2_norm", "gradient_norms:in_fp32", "norms are not rounded to bf16"),
     ),
     "megatron.core.rerun_state_machine": (
+        ("RerunStateMachine.should_run_forward_backward", "bad_numbers:counted",
+         "what goes away when it is computed again is said so"),
         ("RerunStateMachine.validate_result", "bad_numbers:noted", "bad numbers are remembered"),
         ("RerunStateMachine.should_checkpoint_and_exit", "bad_numbers:ended",
          "all ranks end before the step, and nothing is saved"),

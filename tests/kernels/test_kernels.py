@@ -13,7 +13,7 @@ from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.kernels.dispatch import choose
-from megatron_came.kernels.triton.launch import blocks_save_time
+from megatron_came.kernels.triton.backend import sets_save_time
 from megatron_came.kernels.triton.tables import AdditionField
 from megatron_came.kernels.triton.tiling import Tiling, cut, in_cache
 from megatron_came.voice import warn_once
@@ -31,7 +31,7 @@ from tests.support.oracle import DEVICES
 
 LAUNCHERS = {
     "numba": "megatron_came.kernels.cpu.launch.NumbaBackend",
-    "triton": "megatron_came.kernels.triton.launch.TritonBackend",
+    "triton": "megatron_came.kernels.triton.backend.TritonBackend",
 }
 on_both = pytest.mark.parametrize("kernels", LAUNCHERS)
 
@@ -52,9 +52,9 @@ def test_matrices_that_fit_a_cache(elements, kernels, monkeypatch):
 
 def test_a_gpu_takes_blocks_that_fit_its_cache_where_memory_is_slow():
     mebibyte = 2**20
-    assert not blocks_save_time(50 * mebibyte // 8, 4.8e12)  # H200
-    assert blocks_save_time(72 * mebibyte // 8, 1.0e12)  # GeForce RTX 4090
-    assert not blocks_save_time(72 * mebibyte // 8, 0.0)  # not known
+    assert not sets_save_time(50 * mebibyte // 8, 4.8e12)  # H200
+    assert sets_save_time(72 * mebibyte // 8, 1.0e12)  # GeForce RTX 4090
+    assert not sets_save_time(72 * mebibyte // 8, 0.0)  # not known
 
 
 def test_the_size_of_the_cache_changes_no_order_of_sums():

@@ -12,38 +12,38 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_came.core import int8
 from megatron_came.kernels.triton import factors, tiles, vectors
-from megatron_came.kernels.triton.launch import _ADDITION_TILES, _BLOCK, _STEP, TritonBackend
+from megatron_came.kernels.triton.backend import TritonBackend
+from megatron_came.kernels.triton.launch import WARPS, constants
 
 TABLE = "*i64"
 POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
-tiling = TritonBackend.tiling
-TILE = {"COLUMNS": tiling.columns, "STEP": _STEP}
-TALLEST = replace(tiling, rows=tiling.tallest)
-SLOTS = [{"ROWS": each.most_rows, **TILE} for each in (tiling, TALLEST)]
-ADDITIONS = [
-    {"WIDTH": each.tile_sums, "TILES": _ADDITION_TILES, "COUNT": each.addition}
-    for each in (tiling, TALLEST)
+KERNELS = [
+    (tiles, ("square_tiles", "instability_tiles", "apply_tiles", "apply_blocks", "add_tile_sums")),
+    (factors, ("update_second_moments", "update_instabilities", "sum_squared_updates")),
+    (vectors, ("square_vectors", "update_vector_moments", "apply_vectors")),
 ]
-VARIANTS = {
-    "square_tiles": [{**slot, "ALIGNED": a} for slot in SLOTS for a in (True, False)],
-    "instability_tiles": [{**slot, "ALIGNED": a} for slot in SLOTS for a in (True, False)],
-    "apply_tiles": [{**TILE, "ALIGNED": aligned} for aligned in (True, False)],
-    "apply_blocks": [{"BLOCKS": tiling.block_elements // int8.BLOCK}],
-    "add_tile_sums": [{**addition, "SQUARES": s} for addition in ADDITIONS for s in (True, False)],
-    "update_second_moments": [{"BLOCK": _BLOCK}],
-    "update_instabilities": [{"BLOCK": _BLOCK}],
-    "sum_squared_updates": [{"BLOCK": _BLOCK}],
-    "square_vectors": [{"BLOCK": _BLOCK}],
-    "update_vector_moments": [{"BLOCK": _BLOCK}],
-    "apply_vectors": [{"BLOCK": _BLOCK}],
-}
+SIZES = [
+    constants(each)
+    for each in (
+        TritonBackend.tiling,
+        replace(TritonBackend.tiling, rows=TritonBackend.tiling.tallest),
+    )
+]
 
 
-def compile_for_hopper(name, constants):
-    module = next(m for m in (tiles, factors, vectors) if hasattr(m, name))
-    kernel = getattr(module, name)
+def variants(kernel):
+    """All constants with which a kernel is launched."""
+    found = []
+    for sizes in SIZES:
+        own = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+        flags = [name for name in ("ALIGNED", "SQUARES") if name in kernel.arg_names]
+        each = [{**own, flags[0]: flag} for flag in (True, False)] if flags else [own]
+        found += [one for one in each if one not in found]
+    return found
+
+
+def compile_for_hopper(kernel, constants):
     signature = {
         argument: "constexpr"
         if argument in constants
@@ -57,14 +57,15 @@ def compile_for_hopper(name, constants):
     return triton.compile(
         source,
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 8 if constants.keys() & {"COLUMNS", "BLOCKS"} else 4},
+        options={"num_warps": WARPS if constants.keys() & {"COLUMNS", "BLOCKS"} else 4},
     )
 
 
-for name, variants in VARIANTS.items():
-    for constants in variants:
-        ptx = compile_for_hopper(name, constants).asm["ptx"]
-        aligned = " aligned" if constants.get("ALIGNED") else ""
-        loads, stores = (f"{verb}.global.v4.b32" in ptx for verb in ("ld", "st"))
-        found = "vector loads" * loads + " and stores" * stores
-        print(f"{name}{aligned}: {found or 'compiled'}")
+for module, names in KERNELS:
+    for name in names:
+        for sizes in variants(getattr(module, name)):
+            ptx = compile_for_hopper(getattr(module, name), sizes).asm["ptx"]
+            aligned = " aligned" if sizes.get("ALIGNED") else ""
+            loads, stores = (f"{verb}.global.v4.b32" in ptx for verb in ("ld", "st"))
+            found = "vector loads" * loads + " and stores" * stores
+            print(f"{name}{aligned}: {found or 'compiled'}")

@@ -93,9 +93,9 @@ class _Nursery:
             )
         atexit.register(self.close)
 
-    def run(self, ranks: int, arguments: list[str], log: Path) -> bool:
-        """Run the worker on so many ranks; returns whether one of them failed."""
-        request = {"ranks": ranks, "arguments": arguments, "log": str(log), "seconds": 900}
+    def run(self, ranks: int, arguments: list[str], log: Path, seconds: int) -> bool:
+        """Run the worker on so many ranks; returns whether one of them failed or took longer."""
+        request = {"ranks": ranks, "arguments": arguments, "log": str(log), "seconds": seconds}
         with socket.socket(socket.AF_UNIX) as connection:
             self._connect(connection)
             connection.sendall(json.dumps(request).encode() + b"\n")
@@ -148,7 +148,9 @@ def run(
     cases_file = folder / "cases.json"
     cases_file.write_text(json.dumps([case.as_json(world_size) for case in cases]))
     log = folder / "log"
-    failed = _nursery(worker, *search_path).run(world_size, [str(cases_file), str(folder)], log)
+    seconds = max(900, 30 * len(cases))  # a case takes two, and ten on a busy machine
+    nursery = _nursery(worker, *search_path)
+    failed = nursery.run(world_size, [str(cases_file), str(folder)], log, seconds)
     if dies != failed:
         raise AssertionError(f"workers failed; the end of {log}:\n" + log.read_text()[-6000:])
     return {

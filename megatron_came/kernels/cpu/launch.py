@@ -54,7 +54,9 @@ class NumbaPasses:
     def __init__(self, sums: Mapping[ParameterSlice, SliceSums]) -> None:
         self._matrices = {slice_: _Matrices(slice_, own) for slice_, own in sums.items()}
         largest = max(matrices.partial_size for matrices in self._matrices.values())
-        self._partial = np.empty(largest, np.float32)
+        room = np.empty(largest, np.float32)  # all use the same, one after another
+        for matrices in self._matrices.values():
+            matrices.take_room(room)
 
     def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> NumbaStep:
         """Take up a step's gradients, and tensors that have moved.
@@ -67,10 +69,8 @@ class NumbaPasses:
         for slice_, given in inputs.items():
             matrices = self._matrices[slice_]
             matrices.find(given)
-            own_count = count if slice_.shard.numel >= _SMALL else 1
-            updates.append(
-                _Update(matrices, given, _gradient(given.grad), self._partial, own_count)
-            )
+            own_count = count if matrices.geometry.size >= _SMALL else 1
+            updates.append(_Update(matrices, given, _gradient(given.grad), own_count))
         return NumbaStep(updates, count)
 
 
@@ -142,8 +142,8 @@ class _Matrices:
         self.slice, self.total = slice_, sums.total.numpy()
         self.geometry = Geometry.of(slice_.shard)
         self.blocks, self.row_places = blocks_of(self.geometry), row_places(slice_.shard)
-        self.partial_shape = len(self.blocks), 3, self.geometry.columns
-        self.partial_size = math.prod(self.partial_shape)
+        self.partial_size = len(self.blocks) * 3 * self.geometry.columns
+        self.is_vector, self.full_numel = slice_.shard.is_vector, slice_.shard.full_numel
         batch, rows, columns = self.geometry.matrices
         sizes = batch * rows, (batch, columns), batch * rows, (batch, columns)
         self.scales = Scales(*(np.ones(size, np.float32) for size in sizes))
@@ -154,8 +154,14 @@ class _Matrices:
         if slice_.shard.is_vector:
             squares = [np.empty((batch, 1)), squares[0].reshape(batch, columns)]
             instability = [np.zeros((3, batch, 1)), np.empty((3, batch, 0))]
-        self.squares, self.instability_sums = squares, instability
+        self._sums = *squares, *instability
+        self.row_squares, self.column_squares = squares[0].reshape(-1), squares[1]
+        self.row_sums, self.column_sums = instability[0].reshape(3, -1), instability[1]
         self._seen: tuple[Any, ...] = ()
+
+    def take_room(self, room: Array) -> None:
+        """Use the beginning of an array for sums of columns."""
+        self.partial = room[: self.partial_size].reshape(-1, 3, self.geometry.columns)
 
     def find(self, given: StepInputs) -> None:
         """Look where this step's tensors lie, and view those anew that have moved.
@@ -167,10 +173,7 @@ class _Matrices:
         tensors = [self.slice.param, *state.values()]
         if weight is not None and _is_written(weight):
             tensors.append(weight)
-        seen = (
-            *state,
-            *((t.data_ptr(), t.dtype, t.numel(), t.is_contiguous()) for t in tensors),
-        )
+        seen = *state, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
         if seen != self._seen:
             self._seen = ()  # until all is found
             check_state(self.slice, state, wanted_state(self.slice, is_int8_momentum(state)))
@@ -200,7 +203,7 @@ class _Matrices:
             Axis(moment, own_sums, scale.reshape(batch, -1), count, is_whole)
             for moment, own_sums, scale, count, is_whole in zip(
                 moments,
-                (*self.squares, *self.instability_sums),
+                self._sums,
                 self.scales,
                 counts * 2,
                 are_whole * 2,
@@ -218,26 +221,19 @@ class _Update:
         matrices: what outlives the step.
         given: what the step brings.
         grad: its gradient, flat.
-        room: for sums of columns.
         count: of threads.
     """
 
     matrices: _Matrices
     given: StepInputs
     grad: Array
-    room: Array
     count: int
-
-    @property
-    def _partial(self) -> Array:
-        return self.room[: self.matrices.partial_size].reshape(self.matrices.partial_shape)
 
     def add_square_sums(self) -> None:
         """Pass 1."""
         own = self.matrices
-        rows, columns = own.squares
         add_square_sums(
-            self.grad, own.geometry, own.blocks, rows.reshape(-1), columns, self._partial,
+            self.grad, own.geometry, own.blocks, own.row_squares, own.column_squares, own.partial,
             threads=self.count,
         )  # fmt: skip
 
@@ -247,23 +243,23 @@ class _Update:
         update_second_moments(
             *own.second_moment, own.inverse_guesses, hyper.eps1, hyper.beta2, hyper.clip_threshold
         )
-        rows, columns = own.instability_sums
         add_instability_sums(
             self.grad, own.arrays.momentum, own.arrays.block_scales, own.geometry, own.blocks,
-            own.scales.row, own.scales.column, own.inverse_guesses, rows.reshape(3, -1), columns,
-            self._partial, threads=self.count,
+            own.scales.row, own.scales.column, own.inverse_guesses, own.row_sums, own.column_sums,
+            own.partial, threads=self.count,
         )  # fmt: skip
-        own.total[()] = rows[2].sum()
+        own.total[()] = own.row_sums[2].sum()
 
     def apply(self) -> None:
         """The clip divisor, R and C, and pass 3."""
         own, given, hyper = self.matrices, self.given, self.given.hyper
-        total, shard = float(own.total), own.slice.shard
-        divisor = max(math.sqrt(total / shard.full_numel) / hyper.clip_threshold, 1.0)
+        total = float(own.total)
+        divisor = max(math.sqrt(total / own.full_numel) / hyper.clip_threshold, 1.0)
         inverse = 1.0 / divisor + 0.0 * total  # NaN for an infinite gradient
-        update_instabilities(
-            *own.instability, own.inverse_guesses, inverse, hyper.eps2, hyper.beta3, hyper.beta1
-        )
+        if not own.is_vector:
+            update_instabilities(
+                *own.instability, own.inverse_guesses, inverse, hyper.eps2, hyper.beta3, hyper.beta1
+            )
         lr, key = float(given.lr), step_key(own.slice.key, given.step)
         rates = Rates(lr, lr * given.weight_decay, hyper.beta1, inverse, key)
         update(

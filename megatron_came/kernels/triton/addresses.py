@@ -21,7 +21,7 @@ from megatron_came.kernels.state_checks import (
 from megatron_came.kernels.triton.tables import IntTable
 
 if TYPE_CHECKING:
-    from megatron_came.kernels.triton.fused import Kernels
+    from megatron_came.kernels.triton.backend import TritonBackend
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -49,7 +49,7 @@ class Addresses:
         slices: the parameters in the order of the table.
         table: of ``MatrixField`` or ``VectorField``.
         factors: keys of the state, in the order of the table's columns.
-        kernels: that read the table.
+        device: on which they lie.
         is_int8: whether the momentum is.
     """
 
@@ -58,11 +58,11 @@ class Addresses:
         slices: Sequence[ParameterSlice],
         table: IntTable,
         factors: Sequence[str],
-        kernels: Kernels,
+        device: TritonBackend,
         is_int8: bool,
     ) -> None:
         self._slices, self._table, self._factors = slices, table, factors
-        self._kernels, self._is_int8 = kernels, is_int8
+        self._device, self._is_int8 = device, is_int8
         self._wanted = [wanted_state(slice_, is_int8) for slice_ in slices]
         self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [
             itemgetter(*wanted) for wanted in self._wanted
@@ -82,7 +82,7 @@ class Addresses:
             if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
                 grad = grad.to(torch.float32).contiguous()
                 grads.append(grad)
-            if weight is not None and weight.dtype not in self._kernels.written_dtypes:
+            if weight is not None and weight.dtype not in self._device.written_dtypes:
                 copied.append(slice_)
                 weight = None
             try:
@@ -108,7 +108,7 @@ class Addresses:
                 self._table[index, : len(columns)] = columns
                 self._rows[index] = row
         if self._uploaded is None:
-            self._uploaded = self._kernels.upload(self._table)
+            self._uploaded = self._device.upload(self._table)
         return Seen(self._uploaded, rounds, copied, grads)
 
     def _columns(

@@ -14,7 +14,7 @@ from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.legacy import flat_parameters
 from megatron_came.checkpoint_files.stored import Box, CheckpointTensor, Shape
 from megatron_came.checkpoint_files.tensors import StoredTensor
-from megatron_came.core import digests
+from megatron_came.core import digests, int8
 from megatron_came.core.digests import WEIGHTS, Record
 
 # Of CAME's state, as far as there are digests of it.
@@ -134,23 +134,30 @@ def legacy_digests(
         By kind, how often each shape and digest is there, and the files.
     """
     found: dict[str, tuple[Counter[tuple[Shape, int]], set[str]]] = {}
+    scales = {each.name: each for each in checkpoint.tensors if each.name.endswith("_scale")}
     for tensor in checkpoint.tensors:
         if tensor.kind and tensor.key:
             counter, files = found.setdefault(tensor.kind, (Counter(), set()))
-            (chunk,) = tensor.chunks
-            with tensor.opened(chunk) as (_, stored):
-                counter[tensor.shape, _whole(tensor.kind, stored.read())] += 1
+            values, scale = _read(tensor), scales.get(f"{tensor.name}_scale")
+            blocks = (int8.blocks(values.numel()),)
+            if values.dtype == torch.int8 and scale is not None and scale.shape == blocks:
+                values = int8.dequantize(values, _read(scale))
+            counter[tensor.shape, _whole(tensor.kind, values)] += 1
             files.update(tensor.files)
     for state in checkpoint.optimizers:
-        for kind, buffer, start, stop in flat_parameters(state):
+        for kind, buffer, elements in flat_parameters(state):
             counter, files = found.setdefault(kind, (Counter(), set()))
             files.update(_files_of(checkpoint, buffer))
             named = record.tensors.get(kind, {}).values()
-            shapes = {saved.shape for saved in named if math.prod(saved.shape) == stop - start}
-            values = buffer.rows(start, stop - start)
+            shapes = {saved.shape for saved in named if math.prod(saved.shape) == len(elements)}
+            values = buffer.rows(elements.start, len(elements))
             for shape in shapes:  # of which one is the parameter's
                 counter[shape, _whole(kind, values.view(shape))] += 1
     return found
+
+
+def _read(tensor: CheckpointTensor) -> torch.Tensor:
+    return tensor.box((0,) * len(tensor.shape), tensor.shape)
 
 
 def _files_of(checkpoint: Checkpoint, buffer: StoredTensor) -> list[str]:

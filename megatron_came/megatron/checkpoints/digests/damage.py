@@ -125,15 +125,12 @@ class Source:
     def _iterations(self, finetune: bool) -> str | None:
         if finetune and self.record is None:
             return None
-        if type(self.iteration) is not int:
-            has = "no iteration" if self.iteration is None else f"iteration {self.iteration!r}"
-            return f"its common state has {has}"
         if self.record is not None and self.record.iteration != self.iteration:
             digests = f"its digests {self.record.iteration}"
-            return f"its common state says iteration {self.iteration}, {digests}"
+            return f"its common state says iteration {self.iteration!r}, {digests}"
         named = re.findall(r"iter_(\d{7,})", self.file)
         if named and not finetune and int(named[-1]) != self.iteration:
-            return f"the folder's iteration is {int(named[-1])}, its content's {self.iteration}"
+            return f"the folder's iteration is {int(named[-1])}, its content's {self.iteration!r}"
         return None
 
     def _metadata(self, with_optimizer: bool) -> str | None:

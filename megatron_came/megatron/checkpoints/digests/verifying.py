@@ -159,7 +159,7 @@ class Verification:
         self._compare(entry, param.detach().view(-1)[start:stop], main)
 
     @torch.no_grad()
-    def note_whole(self, came: CAME, state_dict: Mapping[str, Any]) -> None:
+    def note_whole(self, came: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Add up the momentum that an optimizer of whole tensors has read."""
         (wrapper,) = (one for one in self._wrappers if one.optimizer is came)
         if is_sliced(wrapper):
@@ -250,16 +250,11 @@ def watched(came: CAME) -> Iterator[None]:
         yield
         return
     verification.note_optimizer()
-
-    def load_state_dict(state_dict: dict[str, Any]) -> None:
-        verification.note_whole(came, state_dict)
-        CAME.load_state_dict(came, state_dict)
-
-    came.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    hook = came.register_load_state_dict_pre_hook(verification.note_whole)
     try:
         yield
     finally:
-        del came.load_state_dict
+        hook.remove()
 
 
 def _under_way() -> Verification | None:

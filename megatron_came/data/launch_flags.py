@@ -14,7 +14,7 @@ _SIZES = (1, 2, 4, 8)  # of tensor parallelism
 
 
 def launch_flags(files: TokenizerFiles, tokenizer: Tokenizer, prefixes: Sequence[Path]) -> str:
-    """Names the flags, ready to be pasted into a launch script, and says what they are for.
+    """Name the flags, ready to be pasted into a launch script, and say what they are for.
 
     Args:
         files: The tokenizer that the datasets were made with.
@@ -25,8 +25,8 @@ def launch_flags(files: TokenizerFiles, tokenizer: Tokenizer, prefixes: Sequence
         train, valid = map(str, prefixes)
         data = [("--train-data-path", train), ("--valid-data-path", valid)]
     else:
-        # Megatron's own --split never returns if a part of it gets no document, and an evaluation
-        # without a dataset fails.
+        # Megatron's own --split never returns if a set gets no document, and an evaluation without
+        # a dataset fails.
         data = [("--data-path", str(prefixes[0])), ("--split", "100,0,0"), ("--eval-iters", "0")]
     kind = [("--tokenizer-type", files.megatron_type), *files.flags()]
     paragraphs = ["Give the training launch:", _block([*data, *kind])]
@@ -44,7 +44,7 @@ def launch_flags(files: TokenizerFiles, tokenizer: Tokenizer, prefixes: Sequence
 
 
 def _null_tokenizer(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Flags for a tokenizer that has the numbers and no text."""
+    """Name the flags of a tokenizer that has the numbers and no text."""
     size = tokenizer.vocab_size
     flags = [("--tokenizer-type", "NullTokenizer"), ("--vocab-size", str(size))]
     if tokenizer.eod is not None and tokenizer.eod != size - 1:  # the last is the default
@@ -57,7 +57,7 @@ def _block(flags: Sequence[tuple[str, str]]) -> str:
 
 
 def _padding(vocab_size: int) -> str:
-    """Says how many rows the embedding gets, which depends on tensor parallelism."""
+    """Say how many rows the embedding gets, which depends on tensor parallelism."""
     multiples = [_DIVISOR * size for size in _SIZES]
     rows = [math.ceil(vocab_size / multiple) * multiple for multiple in multiples]
     text = f"Megatron pads the vocabulary of {vocab_size} tokens to {rows[0]} rows"

@@ -1,11 +1,9 @@
-"""The passes of a step through kernels: which are launched, in which order, over which rows."""
+"""The passes of a step through the kernels: their tables, and what is launched over them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepIn
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.kernels.state_checks import is_int8_momentum
 from megatron_came.kernels.triton.addresses import Addresses, Seen
+from megatron_came.kernels.triton.launch import Tables, aligned, run
 from megatron_came.kernels.triton.schedule import Schedule, Schedules
 from megatron_came.kernels.triton.tables import (
     BlocksField,
@@ -26,127 +25,49 @@ from megatron_came.kernels.triton.tables import (
     matrix_row,
     vector_row,
 )
-from megatron_came.kernels.triton.tiling import Tiling, cut, cut_blocks, in_cache, with_higher_tiles
+from megatron_came.kernels.triton.tiling import cut, cut_blocks, in_cache, with_higher_tiles
+
+if TYPE_CHECKING:
+    from megatron_came.kernels.triton.backend import TritonBackend
 
 
-@dataclass(slots=True)
-class Tables:
-    """What the kernels read and write, on their device; see ``kernels.triton.tables``.
-
-    Arrays lie in one piece, row by row: kernels are given their addresses.
-
-    Attributes:
-        tiling: how the matrices are cut.
-        matrices: table of ``MatrixField``.
-        vectors: table of ``VectorField``.
-        tiles: table of ``TileField``.
-        blocks: table of ``BlocksField``; empty unless momentum is int8.
-        additions: table of ``AdditionField``.
-        factors: (matrices, 2): matrix parameter and place in its batch.
-        groups: table of ``GroupField``, float64.
-        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        scratch: (tiles, 3, ``tiling.tile_sums``), fp32.
-        aligned: whether the matrices allow vector loads.
-    """
-
-    tiling: Tiling
-    matrices: Any
-    vectors: Any
-    tiles: Any
-    blocks: Any
-    additions: Any
-    factors: Any
-    groups: Any
-    divisors: Any
-    scratch: Any
-    aligned: bool = False
-
-
-class Kernels(Protocol):
-    """The kernels of one device, which read tables.
-
-    Attributes:
-        tiling: how they like matrices to be cut.
-    """
-
-    tiling: Tiling
-
-    @property
-    def written_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the model weights that they can write beside the fp32 ones."""
-        ...
-
-    @property
-    def cache_elements(self) -> int | None:
-        """Elements whose fp32 gradient and momentum fill the last cache; None: no limit."""
-        ...
-
-    def aligned(self, matrices: IntTable) -> bool:
-        """Whether all rows of a table of matrices allow vector loads."""
-        ...
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """Make the parameters' device the current one."""
-        ...
-
-    def upload(self, table: np.ndarray[Any, Any]) -> Any:
-        """Copy a table to where the kernels read it, without waiting for the device."""
-        ...
-
-    def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
-        """Write a group's learning rate to its table."""
-        ...
-
-    def count_step(self, tables: Tables) -> None:
-        """Add one to all groups' steps in their table."""
-        ...
-
-    def scratch(self, tiles: int, sums: int) -> Any:
-        """Return a buffer of (tiles, 3, sums); all passes on the device share it."""
-        ...
-
-    def run(self, tables: Tables, schedule: Schedule) -> None:
-        """Launch what a schedule lists, one after another."""
-        ...
-
-
-class FusedPasses:
-    """:class:`megatron_came.kernels.backend.Passes` through kernels that read tables.
+class TritonPasses:
+    """:class:`megatron_came.kernels.backend.Passes` on a GPU.
 
     Args:
         sums: of the parameters that may take part in a step.
-        kernels: of their device.
+        device: on which they lie.
         is_local: whether no sum goes over ranks, so that matrices that together fit the cache can
             go through all passes before the next ones.
     """
 
     def __init__(
-        self, sums: Mapping[ParameterSlice, SliceSums], kernels: Kernels, is_local: bool
+        self, sums: Mapping[ParameterSlice, SliceSums], device: TritonBackend, is_local: bool
     ) -> None:
-        self._kernels, self._sums = kernels, sums
+        self._device, self._sums = device, sums
         self._cache_elements = None
-        if is_local and kernels.cache_elements is not None:
+        if is_local and device.cache_elements is not None:
             # The fuller a cache, the more of it is lost.
-            self._cache_elements = kernels.cache_elements // 2
+            self._cache_elements = device.cache_elements // 2
         self._members: list[ParameterSlice] = []
         self._steps: list[int] | None = None  # of all groups
         self._scales = {slice_: _scales(slice_) for slice_ in sums}
 
-    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> FusedStep:
+    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> TritonStep:
         """Look where this step's tensors lie, and make new tables where other parameters come."""
         if not self._members or list(inputs) != self._members:
             self._build(inputs)
         matrices, vectors = self._matrices.refresh(inputs), self._vectors.refresh(inputs)
         if matrices.table is not self._tables.matrices:
-            self._tables.aligned = self._kernels.aligned(self._matrix_table)
+            self._tables.aligned = aligned(self._matrix_table)
             self._tables.matrices = matrices.table
         self._tables.vectors = vectors.table
         self._refresh_groups(inputs, rounds=matrices.rounds or vectors.rounds)
         # Others share the scratch buffer, which may have grown since.
-        self._tables.scratch = self._kernels.scratch(
+        self._tables.scratch = self._device.scratch(
             self._scratch_tiles, self._tables.tiling.tile_sums
         )
-        return FusedStep(self._kernels, self._tables, self._schedules, (matrices, vectors), inputs)
+        return TritonStep(self._device, self._tables, self._schedules, (matrices, vectors), inputs)
 
     def _build(self, inputs: Mapping[ParameterSlice, StepInputs]) -> None:
         """Make the tables of these parameters."""
@@ -172,7 +93,7 @@ class FusedPasses:
         )
         factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
         shards = [slice_.shard for slice_ in matrices]
-        tiling = with_higher_tiles(self._kernels.tiling, shards)
+        tiling = with_higher_tiles(self._device.tiling, shards)
         together = [*in_cache([shard.numel for shard in shards], self._cache_elements)]
         tiles, additions, sets, self._scratch_tiles = cut(shards, sums, tiling, together)
         blocks = cut_blocks(shards if is_int8 else [], tiling.block_elements)
@@ -180,8 +101,8 @@ class FusedPasses:
             blocks[:, BlocksField.PARAM], np.arange(len(shards) + 1)
         ).tolist()
         self._schedules = Schedules.of(sets, firsts.tolist(), first_blocks, len(vectors), is_int8)
-        upload = self._kernels.upload
-        of = self._kernels, is_int8
+        upload = self._device.upload
+        of = self._device, is_int8
         self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
         self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
         self._group_rows: list[tuple[float, ...]] = []
@@ -212,27 +133,31 @@ class FusedPasses:
             self._group_rows = []  # until they are placed
             table = np.array(rows, np.float64).reshape(-1, len(GroupField))
             table[:, GroupField.STEP] = steps or 0
-            self._tables.groups = self._kernels.upload(table)
+            self._tables.groups = self._device.upload(table)
             self._group_rows = rows
         elif rounds:
-            self._kernels.count_step(self._tables)
+            self._count_step()
         for index, group in enumerate(groups):
             if isinstance(group.lr, Tensor):
-                self._kernels.set_rate(self._tables, index, group.lr)
+                self._tables.groups[index, GroupField.LR].copy_(group.lr)
+
+    def _count_step(self) -> None:
+        """Add one to all groups' steps, on the device."""
+        self._tables.groups[:, GroupField.STEP].add_(1)
 
 
-class FusedStep:
-    """:class:`megatron_came.kernels.backend.Step` through kernels that read tables."""
+class TritonStep:
+    """:class:`megatron_came.kernels.backend.Step` on a GPU."""
 
     def __init__(
         self,
-        kernels: Kernels,
+        device: TritonBackend,
         tables: Tables,
         schedules: Schedules,
         seen: Sequence[Seen],
         inputs: Mapping[ParameterSlice, StepInputs],
     ) -> None:
-        self._kernels, self._tables, self._schedules = kernels, tables, schedules
+        self._device, self._tables, self._schedules = device, tables, schedules
         self._seen, self._inputs = seen, inputs
 
     def add_square_sums(self) -> None:
@@ -254,8 +179,8 @@ class FusedStep:
         self._copy_to_model()
 
     def _launch(self, schedule: Schedule) -> None:
-        with self._kernels.on_device():
-            self._kernels.run(self._tables, schedule)
+        with self._device.current():
+            run(self._tables, schedule)
 
     def _copy_to_model(self) -> None:
         """Rewrite what the kernels have not of the model's weights."""
