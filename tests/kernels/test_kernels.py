@@ -42,12 +42,11 @@ def test_kernels_equal_the_plain_path(case, kernels):
     assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
 
 
-@on_both
 @pytest.mark.parametrize("elements", [1, 500])
-def test_matrices_that_fit_a_cache(elements, kernels, monkeypatch):
-    monkeypatch.setattr(f"{LAUNCHERS[kernels]}.cache_elements", elements)
+def test_matrices_that_fit_a_cache(elements, monkeypatch):
+    monkeypatch.setattr(f"{LAUNCHERS['triton']}.cache_elements", elements)
     case = next(case for case in CASES if case.name == "batches")
-    assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+    assert worst_distance(case, "triton", DEVICES["triton"]) <= TOLERANCE
 
 
 def test_a_gpu_takes_blocks_that_fit_its_cache_where_memory_is_slow():
@@ -92,7 +91,15 @@ def test_autograd_notices_a_step():
         loss.backward()
 
 
-@on_both
+@pytest.mark.parametrize(("rows", "most"), [(1, 128), (8, 128), (12, 3), (500, 128)])
+@pytest.mark.parametrize("name", ["middle of rows", "aligned", "batches"])
+def test_any_cut_into_blocks_of_rows(name, rows, most, monkeypatch):
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._BLOCK_ROWS", rows)
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MAX_BLOCKS", most)
+    case = next(case for case in CASES if case.name == name)
+    assert worst_distance(case, "numba", DEVICES["numba"]) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     "tiling",
     [
@@ -104,10 +111,10 @@ def test_autograd_notices_a_step():
     ],
     ids=str,
 )
-def test_any_cut_into_tiles_and_segments(tiling, kernels):
+def test_any_cut_into_tiles_and_segments(tiling):
     case = next(case for case in CASES if case.name == "middle of rows")
-    with mock.patch(f"{LAUNCHERS[kernels]}.tiling", tiling):
-        assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+    with mock.patch(f"{LAUNCHERS['triton']}.tiling", tiling):
+        assert worst_distance(case, "triton", DEVICES["triton"]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("tp_dim", [None, 0, 1])
