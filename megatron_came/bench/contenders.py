@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,12 +66,8 @@ def _of_came(
     return Contender(f"CAME, {name}", build, floor, cached_floor, "came", momentum, sharded=True)
 
 
-def _plain(make: Callable[..., Any]) -> Callable[..., torch.optim.Optimizer]:
+def _other(make: Callable[..., Any]) -> Callable[..., torch.optim.Optimizer]:
     return lambda params, shards: make(params, lr=_LR)
-
-
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def contenders(device: torch.device) -> list[Contender]:
@@ -81,19 +78,20 @@ def contenders(device: torch.device) -> list[Contender]:
         _of_came("bf16 momentum", fused, 26, 16, torch.bfloat16),
         _of_came("int8 momentum", fused, 23, 14, torch.int8),
         _of_came("plain", "plain", 32, None),
-        Contender("torch AdamW, fused", _plain(partial(torch.optim.AdamW, fused=True)), 28),
-        Contender("torch AdamW, foreach", _plain(partial(torch.optim.AdamW, foreach=True)), 28),
-        Contender("torch Adafactor", _plain(torch.optim.Adafactor)),
+        Contender("torch AdamW, fused", _other(partial(torch.optim.AdamW, fused=True)), 28),
+        Contender("torch AdamW, foreach", _other(partial(torch.optim.AdamW, foreach=True)), 28),
+        Contender("torch Adafactor", _other(torch.optim.Adafactor)),
     ]
-    optional = [("came_pytorch", "came_pytorch", "CAME", None)]
+    optional: list[tuple[str, str, str, int | None]] = [
+        ("came_pytorch", "came_pytorch", "CAME", None)
+    ]
     if device.type == "cuda":
         optional += [
-            ("apex FusedAdam", "apex.optimizers", "FusedAdam", 28),  # type: ignore[list-item]
-            ("TE FusedAdam", "transformer_engine.pytorch.optimizers", "FusedAdam", 28),  # type: ignore[list-item]
+            ("apex FusedAdam", "apex.optimizers", "FusedAdam", 28),
+            ("TE FusedAdam", "transformer_engine.pytorch.optimizers", "FusedAdam", 28),
         ]
     for name, module, attribute, floor in optional:
-        try:
-            found.append(Contender(name, _plain(_imported(module, attribute)), floor))
-        except (ImportError, AttributeError):
-            continue
+        with contextlib.suppress(ImportError, AttributeError):
+            make = getattr(importlib.import_module(module), attribute)
+            found.append(Contender(name, _other(make), floor))
     return found

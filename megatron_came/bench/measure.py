@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_came.bench.contenders import Contender
 from megatron_came.bench.peak import peak_of
@@ -104,23 +103,19 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(times[2:])
 
 
-@contextmanager
-def _counted_collectives() -> Iterator[list[int]]:
-    """Collect the bytes that each collective of CAME is handed."""
-    sent: list[int] = []
+class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the bytes that each collective is handed."""
 
-    def counted(original: Any) -> Any:
-        def collective(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            sent.append(tensor.nbytes)
-            return original(tensor, *args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: list[int] = []
 
-        return collective
-
-    with (
-        mock.patch("megatron_came.core.sums.dist.all_reduce", counted(dist.all_reduce)),
-        mock.patch("megatron_came.core.sums.dist.broadcast", counted(dist.broadcast)),
-    ):
-        yield sent
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            self.sent.append(sum(tensor.nbytes for tensor in args[0]))
+        return func(*args, **(kwargs or {}))
 
 
 def _floor_bytes(
@@ -195,8 +190,12 @@ def _result(
     times: list[float],
     bandwidth: float,
 ) -> Result:
-    with _counted_collectives() as sent:
-        extra = peak_of(optimizer.step, params[0].device)
+    extra = peak_of(optimizer.step, params[0].device)
+    sent: list[int] = []
+    if dist.is_initialized():
+        with _Collectives() as collectives:
+            optimizer.step()
+        sent = collectives.sent
     count = sum(param.numel() for param in params)
     median = statistics.median(times)
     moved = _floor_bytes(contender, params, shards)

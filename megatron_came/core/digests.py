@@ -45,10 +45,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,76 +59,35 @@ FORMAT = 1
 WEIGHTS, MAIN_WEIGHTS, MOMENTUM = "weights", "main weights", "momentum"
 
 Shape = tuple[int, ...]
-# Adds up the bits of a (rows, columns) matrix of integers, times row keys, times column keys.
-Adder = Callable[[Tensor, Tensor, Tensor], Tensor | int]
 
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 # Elements that are looked at in one piece: on a CPU their products, in 64 bits, stay in the cache;
 # a GPU would wait for so many small launches.
 _PIECE, _PIECE_OF_GPU = 1 << 16, 1 << 24
-# Keys of so many rows and columns are kept.
-_TABLE = 1 << 18
+# So many slices are remembered: training sums up the same ones at every save.
+_REMEMBERED = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def row_keys(rows: Tensor) -> Tensor:
-    """Return an odd 64-bit number for each row (SplitMix64's finalizer); 0 for negative rows."""
-    value = rows * _signed(0x9E3779B97F4A7C15) + _signed(0xD1B54A32D192ED03)
+    """Return an odd 64-bit number for each row (SplitMix64's finalizer)."""
+    value = rows * signed(0x9E3779B97F4A7C15) + signed(0xD1B54A32D192ED03)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = (value ^ _shifted(value, shift)) * _signed(factor)
-    return torch.where(rows < 0, 0, (value ^ _shifted(value, 31)) | 1)
+        value = (value ^ _shifted(value, shift)) * signed(factor)
+    return (value ^ _shifted(value, 31)) | 1
 
 
-def column_keys(start: int, stop: int, device: torch.device | None = None) -> Tensor:
+def column_keys(columns: Tensor) -> Tensor:
     """Return an odd 32-bit number for each column (MurmurHash3's finalizer), as int32."""
-    if stop <= _TABLE:
-        return _column_table(_power_of_two(stop), device)[start:stop]
-    return _column_keys(start, stop, device)
-
-
-def _column_keys(start: int, stop: int, device: torch.device | None) -> Tensor:
-    value = (torch.arange(start, stop, device=device) * 0x9E3779B1 + 0x7F4A7C15) & _MASK32
+    value = (columns * 0x9E3779B1 + 0x7F4A7C15) & _MASK32
     value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK32
     value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK32
     return ((value ^ (value >> 16)) | 1).to(torch.int32)
 
 
 @cache
-def _column_table(size: int, device: torch.device | None) -> Tensor:
-    return _column_keys(0, size, device)
-
-
-@cache
-def _row_table(size: int, device: torch.device) -> Tensor:
-    return row_keys(torch.arange(size, device=device))
-
-
-def _power_of_two(size: int) -> int:
-    """The least one that is not below."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def add_up(bits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the sum of ``bits * rows * columns``, modulo 2^64, in plain PyTorch.
-
-    Args:
-        bits: (rows, columns), of any integer dtype.
-        rows: keys, (rows,), int64.
-        columns: keys, (columns,), int32.
-
-    Returns:
-        a scalar, int64.
-    """
-    height, width = bits.shape
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    limit = _PIECE if bits.device.type == "cpu" else _PIECE_OF_GPU
-    for left in range(0, width, limit):
-        keys = columns[left : left + limit].to(torch.int64, copy=True)
-        step = max(1, limit // keys.numel())
-        for top in range(0, height, step):
-            piece = bits[top : top + step, left : left + limit].to(torch.int64, copy=True)
-            total += (piece.mul_(keys).sum(1) * rows[top : top + step]).sum()
-    return total
+def _table(keys: Callable[[Tensor], Tensor], log2: int, device: torch.device) -> Tensor:
+    return keys(torch.arange(1 << log2, device=device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,103 +109,150 @@ class Box:
     @classmethod
     def whole(cls, shape: Shape) -> Box:
         """Return the box of a reader who has all of a tensor."""
-        zeros = (0,) * len(shape)
-        return cls(zeros, shape, zeros, shape)
+        return cls.alone(shape, (0,) * len(shape), shape)
 
-    def row_keys(self, first: int, last: int, local: Shape, device: torch.device) -> Tensor:
-        """Return the keys of rows [first, last) of the local tensor; 0 for those not in the box.
-
-        Args:
-            first: row of the local tensor.
-            last: one past the last.
-            local: shape of the local tensor.
-            device: of the result.
-
-        Returns:
-            (last - first,), int64.
-        """
-        if len(local) <= 2:  # one range of rows, which is that of a table
-            place, size, offset = (self.place[0], self.size[0], self.offset[0])
-            if len(local) == 1:
-                place, size, offset = 0, 1, 0
-            stop = last - place + offset
-            if place <= first and last <= place + size and stop <= _TABLE:
-                return _row_table(_power_of_two(stop), device)[stop - (last - first) : stop]
-        rest = torch.arange(first, last, device=device)
-        rows, inside = torch.zeros_like(rest), torch.ones_like(rest, dtype=torch.bool)
-        stride = 1
-        for dim in reversed(range(len(local) - 1)):
-            at = rest % local[dim] - self.place[dim]
-            rest = rest // local[dim]
-            inside &= (at >= 0) & (at < self.size[dim])
-            rows += (at + self.offset[dim]) * stride
-            stride *= self.shape[dim]
-        return row_keys(torch.where(inside, rows, -1))
+    @classmethod
+    def alone(cls, size: Shape, offset: Shape, shape: Shape) -> Box:
+        """Return the box that is all of a local tensor."""
+        return cls((0,) * len(size), size, offset, shape)
 
 
-def digest(
-    values: Tensor, local: Shape, box: Box, *, start: int = 0, add: Adder = add_up
-) -> Tensor | int:
+class Matrix(NamedTuple):
+    """A rectangle of a flat slice that is one of the whole tensor, too.
+
+    Attributes:
+        position: of its first element in the slice.
+        rows: how many.
+        columns: how many.
+        stride: elements from one row to the next.
+        row: of the whole tensor, that it begins in.
+        column: likewise.
+    """
+
+    position: int
+    rows: int
+    columns: int
+    stride: int
+    row: int
+    column: int
+
+    def keys(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the keys of its rows and columns, views of tables that are kept."""
+        row, column = self.row + self.rows, self.column + self.columns
+        rows = _table(row_keys, (row - 1).bit_length(), device)
+        columns = _table(column_keys, (column - 1).bit_length(), device)
+        return rows[self.row : row], columns[self.column : column]
+
+
+class Term(NamedTuple):
+    """What is added to a digest: a matrix of a flat tensor of integers, times 2^shift."""
+
+    bits: Tensor
+    matrix: Matrix
+    shift: int
+
+
+# Returns the sum of each term, modulo 2^64.
+Adder = Callable[[Sequence[Term]], list[int]]
+
+
+def add_up(terms: Sequence[Term]) -> list[int]:
+    """Return the sums of terms that are on one device, in plain PyTorch."""
+    return torch.stack([_sum(*term) for term in terms]).tolist() if terms else []
+
+
+def _sum(bits: Tensor, matrix: Matrix, shift: int) -> Tensor:
+    rows, columns = matrix.keys(bits.device)
+    begin = bits.storage_offset() + matrix.position
+    bits = bits.as_strided((matrix.rows, matrix.columns), (matrix.stride, 1), begin)
+    total = rows.new_zeros(())
+    limit = _PIECE if bits.device.type == "cpu" else _PIECE_OF_GPU
+    for left in range(0, matrix.columns, limit):
+        keys = columns[left : left + limit].to(torch.int64)
+        step = max(1, limit // keys.numel())
+        for top in range(0, matrix.rows, step):
+            piece = bits[top : top + step, left : left + limit].to(torch.int64, copy=True)
+            total += (piece.mul_(keys).sum(1) * rows[top : top + step]).sum()
+    return total << shift
+
+
+def terms(
+    values: Tensor, local: Shape, box: Box, *, start: int = 0, as_fp32: bool = False
+) -> list[Term]:
     """Return what a slice of a local tensor adds to the digest of a whole tensor.
 
     Args:
-        values: the slice, contiguous.
+        values: the slice.
         local: shape of the local tensor.
-        box: the part of the local tensor that belongs to the whole tensor.
+        box: of it, which belongs to the whole tensor.
         start: first flat element of the local tensor that the slice holds.
-        add: adds up a matrix; see :func:`add_up`.
+        as_fp32: count the bits that the values, fp32 or bf16, have as fp32 numbers.
 
-    Returns:
-        an int64 scalar or a number, to be added modulo 2^64.
+    Raises:
+        TypeError: such values are of another dtype.
     """
-    local, box = local or (1,), box if local else Box.whole((1,))
+    if as_fp32 and values.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"digests of optimizer state are of fp32 or bf16, not {values.dtype}")
+    # bf16 is the upper half of fp32.
+    shift = 16 if as_fp32 and values.dtype == torch.bfloat16 else 0
     bits = values.detach().reshape(-1)
     bits = bits.view(_INTEGERS[bits.element_size()])
-    total: Tensor | int = 0
-    left, right = box.place[-1], box.place[-1] + box.size[-1]
-    for first, last, low, high in _matrices(start, start + bits.numel(), local[-1]):
-        begin, end = max(low, left), min(high, right)
-        if begin >= end:
-            continue
-        position = first * local[-1] + low - start
-        matrix = bits[position : position + (last - first) * (high - low)]
-        matrix = matrix.view(last - first, high - low)[:, begin - low : end - low]
-        rows = box.row_keys(first, last, local, bits.device)
-        shift = box.offset[-1] - left
-        total = total + add(matrix, rows, column_keys(begin + shift, end + shift, bits.device))
-    return total
+    return [Term(bits, matrix, shift) for matrix in _matrices(start, bits.numel(), local, box)]
 
 
-def digest_fp32(
-    values: Tensor, local: Shape, box: Box, *, start: int = 0, add: Adder = add_up
-) -> Tensor | int:
-    """Return the :func:`digest` of values as fp32 numbers: they are fp32, or bf16."""
-    total = digest(values, local, box, start=start, add=add)
-    if values.dtype == torch.bfloat16:  # the upper halves of the fp32 bits
-        return total << 16
-    if values.dtype != torch.float32:
-        raise TypeError(f"digests of optimizer state are of fp32 or bf16, not {values.dtype}")
-    return total
+def digest(added: Sequence[Term], add: Adder = add_up) -> int:
+    """Return the sum of :func:`terms`, in [0, 2^64)."""
+    return unsigned(sum(add(added)))
 
 
 def digest_whole(values: Tensor, *, as_fp32: bool = False, add: Adder = add_up) -> int:
     """Return the digest of a whole tensor, in [0, 2^64)."""
-    function = digest_fp32 if as_fp32 else digest
     shape = tuple(values.shape)
-    return unsigned(int(function(values.contiguous(), shape, Box.whole(shape), add=add)))
+    return digest(terms(values, shape, Box.whole(shape), as_fp32=as_fp32), add)
 
 
-def _matrices(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
+@lru_cache(_REMEMBERED)
+def _matrices(start: int, numel: int, local: Shape, box: Box) -> tuple[Matrix, ...]:
+    """Cut what a slice holds of a box into matrices."""
+    if not local:
+        local, box = (1,), Box.whole((1,))
+    width, shift = local[-1], box.offset[-1] - box.place[-1]
+    found = []
+    for top, rows, row in _rows(local, box):
+        low, high = max(start, top * width), min(start + numel, (top + rows) * width)
+        for first, last, left, right in _rectangles(low, high, width):
+            begin, end = max(left, box.place[-1]), min(right, box.place[-1] + box.size[-1])
+            if begin < end:
+                position, at = first * width + begin - start, row + first - top
+                size = (last - first, end - begin)
+                found.append(Matrix(position, *size, width, at, begin + shift))
+    return tuple(found)
+
+
+def _rows(local: Shape, box: Box) -> Iterator[tuple[int, int, int]]:
+    """Rows of a box that follow each other: the first here, how many, the first in the whole."""
+    inner, rows = len(local) - 1, 1
+    while inner:  # dimensions that are whole are one with the dimension before
+        inner -= 1
+        rows *= box.size[inner]
+        if not box.size[inner] == local[inner] == box.shape[inner]:
+            break
+    for index in product(*map(range, box.size[:inner])):
+        at = (*index, *(0,) * (len(local) - 1 - inner))
+        first = row = 0
+        for dim, i in enumerate(at):
+            first = first * local[dim] + box.place[dim] + i
+            row = row * box.shape[dim] + box.offset[dim] + i
+        yield first, rows, row
+
+
+def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
     """Cut a flat range into (first row, last row, first column, last column), ends exclusive."""
     while start < stop:
         row, column = divmod(start, columns)
-        if column or stop - start < columns:
-            size = min(columns - column, stop - start)
-            yield row, row + 1, column, column + size
-        else:
-            rows = (stop - start) // columns
-            size = rows * columns
-            yield row, row + rows, 0, columns
+        rows = 0 if column else (stop - start) // columns
+        size = rows * columns or min(columns - column, stop - start)
+        yield row, row + max(rows, 1), column, columns if rows else column + size
         start += size
 
 
@@ -380,8 +387,8 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.blake2b(_canonical(content).encode(), digest_size=16).hexdigest()
 
 
-def _signed(value: int) -> int:
-    """The int64 with these 64 bits."""
+def signed(value: int) -> int:
+    """Return the int64 with these 64 bits."""
     return value - (1 << 64) if value >> 63 else value
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from megatron_came.core import int8
+from megatron_came.core.momentum import MOMENTUM, MOMENTUM_DTYPES, SCALE, State
 from megatron_came.core.parameter_slice import ParameterSlice
-from megatron_came.core.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
-
-State = Mapping[str, Tensor]
-
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+from megatron_came.core.state import (
+    MATRIX_FACTORS,
+    REMAINDER,
+    VECTOR_FACTORS,
+    without_averaged_axis,
+)
 
 
 class Wanted(NamedTuple):
@@ -36,16 +38,15 @@ def has_remainder(slice_: ParameterSlice) -> bool:
 
 def wanted_state(slice_: ParameterSlice, is_int8: bool) -> dict[str, Wanted]:
     """Return all that kernels touch of a parameter's state."""
-    batch, rows, columns = slice_.shard.local_matrix
     numel = slice_.shard.numel
-    wanted = {MOMENTUM: Wanted(numel, MOMENTUM_DTYPES)}
+    wanted = {MOMENTUM: Wanted(numel, tuple(MOMENTUM_DTYPES.values()))}
     if is_int8:
         wanted[SCALE] = Wanted(int8.blocks(numel), (torch.float32,))
     if has_remainder(slice_):
         wanted[REMAINDER] = Wanted(numel, (torch.int16,))
     for key in VECTOR_FACTORS if slice_.shard.is_vector else MATRIX_FACTORS:
-        size = batch * (columns if key.endswith("_col") else rows)
-        wanted[key] = Wanted(size, (torch.float32,))
+        shape = without_averaged_axis(key, slice_.shard.shape)
+        wanted[key] = Wanted(math.prod(shape), (torch.float32,))
     return wanted
 
 

@@ -19,12 +19,16 @@ def _whole(tensor: torch.Tensor) -> int:
     return digests.digest_whole(tensor)
 
 
+def _digest(part: torch.Tensor, local: tuple[int, ...], box: Box, *, start: int) -> int:
+    return digests.digest(digests.terms(part, local, box, start=start))
+
+
 def _by_hand(tensor: torch.Tensor) -> int:
     """The sum of the docstring, element by element."""
     columns = tensor.shape[-1] if tensor.dim() else 1
     bits = tensor.contiguous().view(-1).view(torch.int32).tolist()
     rows = digests.row_keys(torch.arange(len(bits) // columns)).tolist()
-    keys = digests.column_keys(0, columns).tolist()
+    keys = digests.column_keys(torch.arange(columns)).tolist()
     return sum(b * rows[i // columns] * keys[i % columns] for i, b in enumerate(bits)) % 2**64
 
 
@@ -49,7 +53,7 @@ def test_slices_of_boxes_add_up(shape: tuple[int, ...]) -> None:
                 ends = sorted(torch.randint(local.numel() + 1, (2,), generator=generator).tolist())
                 for start, stop in zip((0, *ends), (*ends, local.numel()), strict=True):
                     part = local.view(-1)[start:stop]
-                    total += int(digests.digest(part, tuple(local.shape), box, start=start))
+                    total += _digest(part, tuple(local.shape), box, start=start)
             assert digests.unsigned(total) == _whole(tensor)
 
 
@@ -63,7 +67,7 @@ def test_parts_of_a_local_tensor_stand_apart_in_the_whole_one() -> None:
             box = Box((2 * half, 0), (2, 5), (4 * half + 2 * rank, 0), (8, 5))
             for start, stop in ((0, 8), (8, 20)):
                 part = local.view(-1)[start:stop]
-                total += int(digests.digest(part, (4, 5), box, start=start))
+                total += _digest(part, (4, 5), box, start=start)
     assert digests.unsigned(total) == _whole(whole)
 
 
@@ -114,13 +118,6 @@ def test_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _whole(tensor) == before
 
 
-def test_keys_are_the_same_beyond_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor, vector = torch.randn(37, 53), torch.randn(70)
-    before = _whole(tensor), _whole(vector)
-    monkeypatch.setattr(digests, "_TABLE", 16)
-    assert (_whole(tensor), _whole(vector)) == before
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
 def test_the_kernel_adds_up_as_plain_pytorch_does(dtype: torch.dtype) -> None:
     pytest.importorskip("numba")
@@ -131,12 +128,29 @@ def test_the_kernel_adds_up_as_plain_pytorch_does(dtype: torch.dtype) -> None:
         assert digests.digest_whole(tensor, add=add) == _whole(tensor)
     whole = torch.randn(6, 7).to(dtype)
     box = Box((1, 2), (3, 4), (0, 0), (3, 4))
-    mine, theirs = (digests.digest(whole, (6, 7), box, add=one) for one in (add, digests.add_up))
-    assert (
-        int(mine)
-        == int(theirs)
-        == int(digests.digest(whole[1:4, 2:6].contiguous(), (3, 4), Box.whole((3, 4))))
-    )
+    terms = digests.terms(whole, (6, 7), box)
+    assert digests.digest(terms, add) == digests.digest(terms) == _whole(whole[1:4, 2:6])
+
+
+def test_threads_add_up_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    from megatron_came.kernels.cpu import digests as kernel
+
+    add, threads = adder(torch.device("cpu")), torch.get_num_threads()
+    terms = [
+        term
+        for shape in ((37, 53), (7,), (3, 4, 5))
+        for dtype in (torch.float32, torch.bfloat16, torch.int8)
+        for term in digests.terms(torch.randn(shape).mul(9).to(dtype), shape, Box.whole(shape))
+    ]
+    expected = [digests.unsigned(total) for total in digests.add_up(terms)]
+    try:
+        for count, taken in ((1, 1 << 20), (3, 1), (3, 100), (2, 1 << 10)):
+            monkeypatch.setattr(kernel, "_TAKEN", taken)
+            torch.set_num_threads(count)
+            assert [digests.unsigned(total) for total in add(terms)] == expected
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _record() -> Record:

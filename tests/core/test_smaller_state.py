@@ -10,11 +10,10 @@ import torch
 from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core import int8, remainders
+from megatron_came.core.momentum import momentum_of
 from megatron_came.core.rounding import random_bits
 from megatron_came.core.shard import boxes
-from megatron_came.core.state import momentum_of
-from tests.kernels.test_kernels import LAUNCHERS, ON_REAL_DEVICES
-from tests.support.oracle import DEVICES
+from tests.support.oracle import COMPILED, DEVICES, ON_REAL_DEVICES
 
 # Even numbers can be halved; of rows of 1100 pass 2 takes several at once.
 SHAPES = ((20, 150), (334,), (34000,), (2, 5, 61), (10, 1100))
@@ -157,7 +156,7 @@ def test_remainders_train_as_fp32_weights_do(kernels, momentum):
         assert torch.equal(fp32, two_halves)
 
 
-@pytest.mark.parametrize("kernels", LAUNCHERS)
+@pytest.mark.parametrize("kernels", COMPILED)
 @pytest.mark.parametrize("momentum", SMALL, ids=str)
 @pytest.mark.parametrize("cut", ["whole", "sliced", "stacked projections"])
 def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatch):
@@ -247,7 +246,7 @@ def test_a_slice_draws_the_bits_of_its_place():
     local = torch.cat([full[4:8], full[12:16]])  # of the second rank
     shard = Shard((8, 70), 33, 501, tp_dim=0, tp_group=TwoRanks(), tp_rank=1, tp_parts=2)
     device = torch.device("cpu")
-    places = torch.cat([shard.full_places(box, device).view(-1) for box in boxes(shard, 100)])
+    places = torch.cat([shard.full_offsets(box, device).view(-1) for box in boxes(shard, 100)])
     assert torch.equal(full.view(-1)[places], local.view(-1)[33:501])
 
 

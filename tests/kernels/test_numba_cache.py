@@ -55,5 +55,14 @@ def test_what_is_missing_is_named(
         choose("numba", torch.device("cpu"))
 
 
+def test_numba_is_named_where_all_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("megatron_came.kernels.numba")]:
+        monkeypatch.delitem(sys.modules, module)
+    for package in ("numba", "llvmlite"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match="the package numba is missing"):
+        choose("numba", torch.device("cpu"))
+
+
 def test_every_kernel_has_its_command() -> None:
     assert set(dispatch._INSTALL) | {"auto", "plain"} == set(dispatch.CHOICES)

@@ -142,8 +142,8 @@ def update_instabilities(rows, columns, inverse_guesses, inverse_divisor, eps, b
     for matrix in range(inverse_guesses.size):
         guess = np.float64(inverse_guesses[matrix])
         row_mean = _update_instability(
-            rows.moment[matrix], rows.sums, matrix, guess, inverse_divisor, beta1, rows.full_length, eps,
-            beta,
+            rows.moment[matrix], rows.sums, matrix, guess, inverse_divisor, beta1,
+            rows.full_length, eps, beta,
         )  # fmt: skip
         column_mean = _update_instability(
             columns.moment[matrix], columns.sums, matrix, guess, inverse_divisor, beta1,

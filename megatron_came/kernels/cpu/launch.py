@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_came.core.momentum import MOMENTUM, SCALE
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.rounding import step_key
-from megatron_came.core.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
+from megatron_came.core.state import MATRIX_FACTORS, REMAINDER, VECTOR_FACTORS
 from megatron_came.kernels.backend import unsupported_by_kernels
 from megatron_came.kernels.cpu import threads
 from megatron_came.kernels.cpu.factors import Axis, update_instabilities, update_second_moments

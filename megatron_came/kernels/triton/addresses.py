@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_came.core.momentum import MOMENTUM, MOMENTUM_DTYPES, SCALE, State
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs
-from megatron_came.core.state import MOMENTUM, REMAINDER, SCALE
+from megatron_came.core.state import REMAINDER
 from megatron_came.kernels.state_checks import (
-    MOMENTUM_DTYPES,
-    State,
     check_state,
     has_remainder,
     is_int8_momentum,
@@ -22,7 +21,7 @@ from megatron_came.kernels.state_checks import (
 from megatron_came.kernels.triton.tables import IntTable
 
 if TYPE_CHECKING:
-    from megatron_came.kernels.triton.fused import Kernels
+    from megatron_came.kernels.triton.backend import TritonBackend
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -44,13 +43,13 @@ class Seen(NamedTuple):
 
 
 class Addresses:
-    """Writes the first columns of a table: what the host may change between steps.
+    """Writes the first columns of a table: what others may change between steps.
 
     Args:
         slices: the parameters in the order of the table.
         table: of ``MatrixField`` or ``VectorField``.
         factors: keys of the state, in the order of the table's columns.
-        kernels: that read the table.
+        device: on which they lie.
         is_int8: whether the momentum is.
     """
 
@@ -59,17 +58,17 @@ class Addresses:
         slices: Sequence[ParameterSlice],
         table: IntTable,
         factors: Sequence[str],
-        kernels: Kernels,
+        device: TritonBackend,
         is_int8: bool,
     ) -> None:
         self._slices, self._table, self._factors = slices, table, factors
-        self._kernels, self._is_int8 = kernels, is_int8
+        self._device, self._is_int8 = device, is_int8
         self._wanted = [wanted_state(slice_, is_int8) for slice_ in slices]
         self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [
             itemgetter(*wanted) for wanted in self._wanted
         ]
         self._rows: list[tuple[Any, ...]] = [()] * len(slices)
-        self._placed: Any = None  # none, or not that of this table
+        self._uploaded: Any = None  # none, or not that of this table
 
     def refresh(self, inputs: Mapping[ParameterSlice, StepInputs]) -> Seen:
         """Look where the tensors lie in this step.
@@ -83,7 +82,7 @@ class Addresses:
             if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
                 grad = grad.to(torch.float32).contiguous()
                 grads.append(grad)
-            if weight is not None and weight.dtype not in self._kernels.written_dtypes:
+            if weight is not None and weight.dtype not in self._device.written_dtypes:
                 copied.append(slice_)
                 weight = None
             try:
@@ -104,13 +103,13 @@ class Addresses:
             rounds = rounds or state[MOMENTUM].dtype != torch.float32
             if row != self._rows[index]:
                 self._check(index, state)
-                self._rows[index], self._placed = (), None  # until all is written
+                self._rows[index], self._uploaded = (), None  # until all is written
                 columns = self._columns(slice_, state, grad, weight)
                 self._table[index, : len(columns)] = columns
                 self._rows[index] = row
-        if self._placed is None:
-            self._placed = self._kernels.place(self._table)
-        return Seen(self._placed, rounds, copied, grads)
+        if self._uploaded is None:
+            self._uploaded = self._device.upload(self._table)
+        return Seen(self._uploaded, rounds, copied, grads)
 
     def _columns(
         self, slice_: ParameterSlice, state: State, grad: Tensor, weight: Tensor | None
@@ -136,7 +135,7 @@ class Addresses:
             ValueError: another size, dtype, device or layout, or none.
         """
         momentum = state.get(MOMENTUM)
-        known = momentum is not None and momentum.dtype in MOMENTUM_DTYPES
+        known = momentum is not None and momentum.dtype in MOMENTUM_DTYPES.values()
         if known and is_int8_momentum(state) != self._is_int8:
             raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
         check_state(self._slices[index], state, self._wanted[index])

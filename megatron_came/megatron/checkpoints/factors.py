@@ -26,7 +26,7 @@ from megatron_came.optimizer import CAME
 FORMAT = 1
 
 # The dimension of the parameter that a factor lacks.
-_AVERAGED = {
+AVERAGED = {
     "exp_avg_sq_row": -1,
     "exp_avg_sq_col": -2,
     "exp_avg_res_row": -1,
@@ -122,11 +122,11 @@ def pieces_of(
     key: str, factor: Tensor, entry: ShardedTensor | ShardedTensorFactory, param: Tensor
 ) -> Iterator[tuple[ShardedTensor, Place]]:
     """Cut a factor as the parameter is cut in the checkpoint (SwiGLU's halves, experts)."""
-    axis = _AVERAGED[key]
+    axis = AVERAGED[key]
     seen: set[tuple[tuple[int, int], ...]] = set()
     leaves = [entry] if isinstance(entry, ShardedTensor) else nested_values(entry.build())
     for leaf in leaves:
-        place = _without(place_in(leaf.data, param), axis)
+        place = without(place_in(leaf.data, param), axis)
         bounds = tuple((span.start, span.stop) for span in place)
         if bounds in seen:  # halves of the rows have all of the columns: one copy will do
             continue
@@ -147,11 +147,11 @@ def _piece(key: str, values: Tensor, leaf: ShardedTensor, axis: int | None) -> S
         data=values,
         dtype=values.dtype,
         local_shape=tuple(values.shape),
-        global_shape=_without(tuple(leaf.global_shape), axis),
-        global_offset=_without(tuple(leaf.global_offset), axis),
+        global_shape=without(tuple(leaf.global_shape), axis),
+        global_offset=without(tuple(leaf.global_offset), axis),
         axis_fragmentations=None
         if fragmentations is None
-        else _without(tuple(fragmentations), axis),
+        else without(tuple(fragmentations), axis),
         replica_id=replica_id,
     )
     piece.validate_metadata_integrity()
@@ -163,7 +163,7 @@ def _cuts(entry: ShardedTensor) -> int:
     return math.prod((entry.axis_fragmentations or ())[entry.prepend_axis_num :])
 
 
-def _without(values: tuple[Any, ...], axis: int | None) -> tuple[Any, ...]:
+def without(values: tuple[Any, ...], axis: int | None) -> tuple[Any, ...]:
     """Drop one entry, counted from the end."""
     if axis is None:
         return values

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any
 
 import torch
 
-from megatron_came.core.digests import KEY, MAIN_WEIGHTS, MOMENTUM, WEIGHTS, InBucket, Record, pack
+from megatron_came.core.digests import (
+    KEY,
+    MAIN_WEIGHTS,
+    MOMENTUM,
+    WEIGHTS,
+    InBucket,
+    Record,
+    pack,
+)
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
 from megatron_came.megatron.checkpoints.digests.sums import (
     Sums,
+    distinct,
     main_pieces,
     momentum_pieces,
 )
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
-from megatron_came.voice import of_all_ranks
 
 # What goes into the checkpoint that is being saved.
 _record: ContextVar[str | None] = ContextVar("record", default=None)
@@ -81,7 +90,7 @@ def record_of(
     """
     entries = entries_of(model_chunks)
     wrappers = list(wrappers_of(optimizer))
-    sums = Sums()
+    sums = Sums(entries)
     shared: set[int] = set()
     with torch._C.DisableTorchFunction():  # of stand-ins for CUDA, which these sums do not need
         for wrapper in wrappers:
@@ -89,20 +98,16 @@ def record_of(
         for key, entry in entries.items():
             if key not in shared:
                 sums.add_weights(entry)
-    totals = sums.over_all_ranks()
-    steps = {step for found in of_all_ranks(steps_of(wrappers)) for step in found}
-    inside: dict[str, tuple[InBucket, ...]] = {}
-    if buckets:
-        for found in of_all_ranks(_buckets(optimizer, entries)):
-            inside |= found
+        sums.flush()
+    mine = (sums.names, steps_of(wrappers), _buckets(optimizer, entries) if buckets else {})
+    names, steps, inside = zip(*distinct(mine), strict=True)
+    all_steps = sorted(set(chain(*steps)))
     return Record(
         iteration=int(iteration),
         optimizer="came",
-        step=steps.pop() if len(steps) == 1 else None,
-        tensors={
-            kind: {name: one.saved for name, one in named.items()} for kind, named in totals.items()
-        },
-        buckets=inside,
+        step=all_steps[0] if len(all_steps) == 1 else None,
+        tensors=sums.over_all_ranks(tuple(chain(*names))).tensors,
+        buckets=dict(chain.from_iterable(found.items() for found in inside)),
     )
 
 
@@ -115,10 +120,10 @@ def wrappers_of(optimizer: Any) -> Iterator[Any]:
             yield inner
 
 
-def steps_of(wrappers: Sequence[Any]) -> set[int]:
+def steps_of(wrappers: Sequence[Any]) -> list[int]:
     """The numbers of steps that parameter groups have taken."""
     groups = [group for wrapper in wrappers for group in wrapper.optimizer.param_groups]
-    return {int(group.get("step", 0)) for group in groups}
+    return sorted({int(group.get("step", 0)) for group in groups})
 
 
 def is_sliced(wrapper: Any) -> bool:
@@ -139,33 +144,31 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
         if entry is None:
             continue
         shard, state = wrapper.optimizer.shard_of(part), wrapper.optimizer.state[part]
-        sums.add_factors(entry, param, state)
+        sums.add_factors(entry, state)
         # Of fp32 weights the slices are views, and need to be read only once.
         same = is_sliced(wrapper) and param.dtype == torch.float32
-        same = same and all(leaf.is_view for leaf in entry.leaves)
+        same = same and all(leaf.copy is None for leaf in entry.leaves)
         if same:
             shared.add(id(param))
         if not counts(wrapper):
             continue
         start = shard.start if is_sliced(wrapper) else None
         if is_sliced(wrapper) or part is not param:
-            also = WEIGHTS if same else None
-            sums.add_slice(MAIN_WEIGHTS, entry, main_pieces(part, state), start, also=also)
-        sums.add_slice(MOMENTUM, entry, momentum_pieces(state), start)
+            kinds = (MAIN_WEIGHTS, WEIGHTS) if same else (MAIN_WEIGHTS,)
+            sums.add_slice(kinds, entry, main_pieces(part, state), start)
+        sums.add_slice((MOMENTUM,), entry, momentum_pieces(state), start)
     return shared
 
 
 def _buckets(optimizer: Any, entries: dict[int, Entry]) -> dict[str, tuple[InBucket, ...]]:
-    """Say where parameters lie in buckets, on the first of the ranks that share these."""
+    """Say where parameters lie in buckets; ranks that share these say the same."""
     found: dict[str, tuple[InBucket, ...]] = {}
     chain = chain_of(optimizer)
     for position, wrapper in enumerate(chain):
         prefix = f"chained_{position}." if len(chain) > 1 else ""  # as Megatron's chain has it
         if getattr(wrapper, "optimizer", None) is None or not counts(wrapper):
             continue
-        if not is_sliced(wrapper) or wrapper.data_parallel_group.rank():
-            continue
-        for index, ranges in enumerate(wrapper.gbuf_ranges):
+        for index, ranges in enumerate(getattr(wrapper, "gbuf_ranges", ())):
             buffer = wrapper.buffers[index]
             for dtype in ranges:
                 for bucket in buffer.buckets:
@@ -181,9 +184,8 @@ def _buckets(optimizer: Any, entries: dict[int, Entry]) -> dict[str, tuple[InBuc
 def _inside(buffer: Any, bucket: Any, entries: dict[int, Entry]) -> Iterator[InBucket]:
     for param, (start, _, number) in buffer.param_index_map.items():
         if number == bucket.bucket_id and id(param) in entries:
-            leaves = entries[id(param)].leaves
             yield InBucket(
                 start - bucket.offset,
                 tuple(param.shape),
-                tuple((leaf.name, leaf.box) for leaf in leaves if leaf.is_view),
+                tuple((leaf.name, leaf.box) for leaf in entries[id(param)].views),
             )

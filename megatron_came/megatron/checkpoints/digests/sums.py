@@ -2,160 +2,245 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
 from megatron_came.core import int8
-from megatron_came.core.digests import WEIGHTS, Box, Saved, digest, digest_fp32, name_of, unsigned
+from megatron_came.core.digests import (
+    MAIN_WEIGHTS,
+    MOMENTUM,
+    WEIGHTS,
+    Box,
+    Saved,
+    Term,
+    signed,
+    terms,
+    unsigned,
+)
+from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.momentum import SCALE
 from megatron_came.core.remainders import join
-from megatron_came.core.state import FACTORS, REMAINDER, SCALE
-from megatron_came.core.state import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.kernels.digests import adder
-from megatron_came.megatron.checkpoints.digests.leaves import Entry
-from megatron_came.megatron.checkpoints.factors import pieces_of
-from megatron_came.voice import rank
+from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
+from megatron_came.megatron.checkpoints.factors import AVERAGED, without
 
+KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
 # Elements that are converted in one piece, whole blocks of int8.
 _PIECE = 1 << 18
+# Elements that wait to be added up; those that were converted need memory.
+_WAITING = 1 << 24
 
+Kinds = tuple[str, ...]
+Names = tuple[tuple[str, tuple[int, ...], str], ...]
 Pieces = Iterator[tuple[int, Tensor]]
 
 
-@dataclass(slots=True)
-class Sum:
-    """What is known of a tensor so far: its digest, and the ranks that added to it."""
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What all ranks have added.
 
-    shape: tuple[int, ...]
-    dtype: str
-    total: int | Tensor = 0
-    flaw: str | None = None
-    ranks: list[int] = field(default_factory=list)
+    Attributes:
+        tensors: by kind and name.
+        flaws: kind and name of tensors that no state of CAME's can be, and why.
+        differing: by name, how many weights are not their main weights, rounded.
+    """
 
-    @property
-    def saved(self) -> Saved:
-        """As it stands in a record."""
-        return Saved(self.shape, self.dtype, unsigned(int(self.total)))
+    tensors: Mapping[str, Mapping[str, Saved]]
+    flaws: list[tuple[str, str, str]]
+    differing: Mapping[str, int]
 
 
 class Sums:
     """Digests in the making, by kind and name.
 
+    Attributes:
+        names: with shape and dtype, of all tensors that any rank may hold of these entries.
+
     Args:
+        entries: of the model.
         looks: whether values that no state of CAME's has are to be noted, too.
     """
 
-    def __init__(self, *, looks: bool = False) -> None:
+    def __init__(self, entries: Mapping[int, Entry], *, looks: bool = False) -> None:
+        self.names: Names = tuple(
+            dict.fromkeys(
+                (leaf.name, leaf.box.shape, str(values.dtype).removeprefix("torch."))
+                for entry in entries.values()
+                for leaf in entry.leaves
+                for values in [entry.tensor if leaf.copy is None else leaf.copy]
+            )
+        )
         self._looks = looks
-        self._sums: dict[tuple[str, str], Sum] = {}
+        self._totals: dict[tuple[str, str], int] = {}
+        self._infinite: set[tuple[str, str]] = set()
+        self._negative: set[tuple[str, str]] = set()
+        self._differing: dict[str, int] = {}
+        self._waiting: list[tuple[Kinds, str, Term]] = []
+        self._extremes: list[tuple[str, list[str], Tensor]] = []
+        self._size = 0
+
+    @property
+    def held(self) -> list[tuple[str, str]]:
+        """Kind and name of all that this rank has added to."""
+        return list(self._totals)
 
     def add_weights(self, entry: Entry) -> None:
         """Add the weights of an entry, where this rank stands for all that hold them."""
+        self._add((WEIGHTS,), entry.tensor, [leaf for leaf in entry.views if leaf.is_main])
         for leaf in entry.leaves:
-            if leaf.is_main:
-                values, shape = leaf.values, leaf.box.size
-                with torch.no_grad():
-                    total = digest(values, shape, leaf.alone, add=adder(values.device))
-                self._add(WEIGHTS, leaf.name, leaf.box, _name(values.dtype), total)
-                self._look(WEIGHTS, leaf.name, values)
+            if leaf.copy is not None and leaf.is_main:
+                box = Box.alone(leaf.box.size, leaf.box.offset, leaf.box.shape)
+                alone = Leaf(leaf.name, box, leaf.is_main, leaf.is_first, None)
+                self._add((WEIGHTS,), leaf.copy, [alone])
 
-    def add_slice(
-        self, kind: str, entry: Entry, pieces: Pieces, start: int | None, *, also: str | None = None
-    ) -> None:
+    def add_slice(self, kinds: Kinds, entry: Entry, pieces: Pieces, start: int | None) -> None:
         """Add a slice of main weights or momentum.
 
         Args:
-            kind: of the two.
+            kinds: all that have these values.
             entry: of the parameter.
             pieces: of the slice: where they begin in it, and their values in fp32 or bf16, flat.
             start: where the slice begins in the parameter; None for all of the parameter, of which
                 the other data-parallel ranks have copies.
-            also: a kind that has the same values.
         """
         leaves = [
-            leaf
-            for leaf in entry.leaves
-            if leaf.is_view and (leaf.is_first if start is not None else leaf.is_main)
+            leaf for leaf in entry.views if (leaf.is_first if start is not None else leaf.is_main)
         ]
-        shape = tuple(entry.sharded.data.shape)
-        for leaf in leaves:  # a rank that holds nothing knows the name all the same
-            for each in filter(None, (kind, also)):
-                self._add(each, leaf.name, leaf.box, "float32", 0)
-        if not leaves:
-            return
-        for begin, values in pieces:
-            for leaf in leaves:
-                total = digest_fp32(
-                    values, shape, leaf.box, start=(start or 0) + begin, add=adder(values.device)
-                )
-                for each in filter(None, (kind, also)):
-                    self._add(each, leaf.name, leaf.box, "float32", total)
-                self._look(kind, leaf.name, values)
+        shape = tuple(entry.tensor.shape)
+        for begin, values in pieces if leaves else ():
+            self._add(kinds, values, leaves, shape, (start or 0) + begin)
 
-    def add_factors(self, entry: Entry, param: Tensor, state: Mapping[str, Tensor]) -> None:
+    def add_factors(self, entry: Entry, state: Mapping[str, Tensor]) -> None:
         """Add the factors of a parameter."""
         for key in FACTORS:
-            for piece, _ in (
-                pieces_of(key, state[key], entry.sharded, param) if key in state else ()
-            ):
-                if not is_main_replica(piece.replica_id):
-                    continue
-                axes, key_of = (
-                    piece.prepend_axis_num,
-                    piece.key.removeprefix(f"optimizer.state.{key}."),
-                )
-                size = tuple(piece.data.shape)
-                offset, shape = piece.global_offset[axes:], piece.global_shape[axes:]
-                box = Box((0,) * len(size), size, tuple(offset), tuple(shape))
-                name = name_of(key_of, tuple(piece.global_offset[:axes]))
-                total = digest_fp32(piece.data, size, box, add=adder(piece.data.device))
-                self._add(key, name, box, "float32", total)
-                self._look(key, name, piece.data)
+            if key in state:
+                leaves = [leaf for leaf in entry.factor(key) if leaf.is_main]
+                self._add((key,), state[key], leaves)
 
-    def _add(self, kind: str, name: str, box: Box, dtype: str, total: int | Tensor) -> None:
-        known = self._sums.setdefault((kind, name), Sum(box.shape, dtype))
-        known.total = known.total + total
+    def add_differing(self, entry: Entry, count: int) -> None:
+        """Add a number of weights that are not their main weights, rounded."""
+        name = entry.leaves[0].name
+        self._differing[name] = self._differing.get(name, 0) + count
 
-    def _look(self, kind: str, name: str, values: Tensor) -> None:
-        if not self._looks or not values.is_floating_point():
-            return
-        for piece in torch.split(values.detach().reshape(-1), _PIECE):
-            if not piece.isfinite().all():
-                self._sums[kind, name].flaw = "a number that is not finite"
-            elif kind in FACTORS and piece.numel() and piece.amin() < 0:
-                self._sums[kind, name].flaw = "a negative number"
+    def _add(
+        self,
+        kinds: Kinds,
+        values: Tensor,
+        leaves: list[Leaf],
+        local: tuple[int, ...] | None = None,
+        start: int = 0,
+    ) -> None:
+        local = tuple(values.shape) if local is None else local
+        as_fp32 = kinds != (WEIGHTS,)
+        for leaf in leaves:
+            for kind in kinds:
+                self._totals.setdefault((kind, leaf.name), 0)
+            found = terms(values, local, leaf.box, start=start, as_fp32=as_fp32)
+            self._waiting += ((kinds, leaf.name, term) for term in found)
+        if self._looks and leaves and values.is_floating_point() and values.numel():
+            extremes = torch.stack(torch.aminmax(values.detach())).double()
+            self._extremes.append((kinds[0], [leaf.name for leaf in leaves], extremes))
+        self._size += values.numel()
+        if self._size >= _WAITING:
+            self.flush()
 
-    def over_all_ranks(self) -> dict[str, dict[str, Sum]]:
-        """Return the sums of all ranks, by kind and name."""
-        mine = {
-            where: Sum(one.shape, one.dtype, unsigned(int(one.total)), one.flaw, [rank()])
-            for where, one in self._sums.items()
-        }
-        totals: dict[str, dict[str, Sum]] = {}
-        for theirs in _on_first_rank(mine):  # on all, this would be work and memory for nothing
-            for (kind, name), one in theirs.items():
-                known = totals.setdefault(kind, {}).setdefault(name, Sum(one.shape, one.dtype, 0))
-                known.total = unsigned(int(known.total) + int(one.total))
-                known.flaw = known.flaw or one.flaw
-                known.ranks += one.ranks
-        found = [totals]
+    def flush(self) -> None:
+        """Add up what waits; the tensors may change afterwards."""
+        devices = {term.bits.device for _, _, term in self._waiting}
+        for device in devices:
+            here = [each for each in self._waiting if each[2].bits.device == device]
+            totals = adder(device)([term for _, _, term in here])
+            for (kinds, name, _), total in zip(here, totals, strict=True):
+                for kind in kinds:
+                    self._totals[kind, name] += total
+        if self._extremes:
+            device = self._extremes[0][2].device
+            extremes = torch.stack([each.to(device) for _, _, each in self._extremes]).tolist()
+            for (kind, names, _), ends in zip(self._extremes, extremes, strict=True):
+                if not all(map(math.isfinite, ends)):
+                    self._infinite |= {(kind, name) for name in names}
+                elif kind in FACTORS and ends[0] < 0:
+                    self._negative |= {(kind, name) for name in names}
+        self._waiting, self._extremes, self._size = [], [], 0
+
+    def over_all_ranks(self, names: Names) -> Totals:
+        """Add up over all ranks; what they exchange does not grow with their number.
+
+        Args:
+            names: of all ranks' sums, the same on every rank.
+        """
+        self.flush()
+        known: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name, shape, dtype in names:
+            known.setdefault(name, (shape, dtype))
+        order = {name: place for place, name in enumerate(known)}
+        table = np.zeros((5, len(KINDS), len(known)), np.int64)
+        for (kind, name), total in self._totals.items():
+            table[:2, KINDS.index(kind), order[name]] = signed(unsigned(total)), 1
+        for line, flawed in ((2, self._infinite), (3, self._negative)):
+            for kind, name in flawed:
+                table[line, KINDS.index(kind), order[name]] = 1
+        for name, count in self._differing.items():
+            table[4, 0, order[name]] = count
+        summed = torch.from_numpy(table)
         if dist.is_initialized():
-            dist.broadcast_object_list(found, 0)
-        return found[0]
+            summed = summed.to(_device())
+            dist.all_reduce(summed)  # of integers, modulo 2^64
+        tensors: dict[str, dict[str, Saved]] = {}
+        flaws = []
+        totals, held, infinite, negative, differing = summed.tolist()
+        for at, kind in enumerate(KINDS):
+            axis = AVERAGED.get(kind)
+            for place, (name, (shape, dtype)) in enumerate(known.items()):
+                if not held[at][place]:
+                    continue
+                tensors.setdefault(kind, {})[name] = Saved(
+                    without(shape, axis),
+                    dtype if kind == WEIGHTS else "float32",
+                    unsigned(totals[at][place]),
+                )
+                if infinite[at][place]:
+                    flaws.append((kind, name, "a number that is not finite"))
+                elif negative[at][place]:
+                    flaws.append((kind, name, "a negative number"))
+        return Totals(
+            tensors,
+            flaws,
+            {name: differing[0][at] for name, at in order.items() if differing[0][at]},
+        )
 
 
-def _on_first_rank(value: Any) -> list[Any]:
-    """Return a value of every rank on the first, nothing on the others."""
-    if not dist.is_initialized():
+def distinct[T](value: T) -> list[T]:
+    """Return the values that ranks have, each once, in the order of the first ranks with them.
+
+    Args:
+        value: of which ``repr`` says all.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if rank() == 0 else None
-    dist.gather_object(value, values, 0)
-    return values or []
+    digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_device())
+    marks = mine.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(marks, mine)
+    owners = {mark: owner for owner, mark in reversed(list(enumerate(marks.tolist())))}
+    values = []
+    for owner in sorted(owners.values()) if len(owners) > 1 else ():
+        found = [value]
+        dist.broadcast_object_list(found, owner)
+        values += found
+    return values or [value]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def as_it_is(values: Tensor) -> Pieces:
@@ -184,7 +269,3 @@ def main_pieces(part: Tensor, state: Mapping[str, Tensor]) -> Pieces:
     for begin in range(0, part.numel(), _PIECE):
         span = slice(begin, begin + _PIECE)
         yield begin, join(part[span], remainder[span])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,106 @@
+"""Sums of digests over ranks of which none holds all, nor knows all names."""
+
+import gc
+import weakref
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_came.core.digests import MOMENTUM, WEIGHTS, Box, digest_whole
+from megatron_came.megatron.checkpoints.digests import leaves
+from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
+from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
+
+RANKS = 3
+
+
+def _entry(name, tensor):
+    shape = tuple(tensor.shape)
+    return Entry(tensor, (Leaf(name, Box.whole(shape), is_main=True, is_first=True, copy=None),))
+
+
+def _tensors():
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(7, 5, generator=generator) for name in ("a", "b", "c")}
+
+
+def _ranks_add(rank, store, results):
+    """Ranks 0 and 1 hold unlike slices of a and b, rank 2 all of c, as the last stage would."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    whole = _tensors()
+    mine = {name: whole[name].clone() for name in (("c",) if rank == 2 else ("a", "b"))}
+    entries = {id(tensor): _entry(name, tensor) for name, tensor in mine.items()}
+    by_name = {entry.leaves[0].name: entry for entry in entries.values()}
+    added = Sums(entries, looks=True)
+    for name, start, stop in [[("a", 0, 33)], [("a", 33, 35), ("b", 0, 35)], [("c", 0, 35)]][rank]:
+        values = whole[name].view(-1)[start:stop]
+        added.add_slice((MOMENTUM,), by_name[name], iter([(0, values)]), start)
+    if rank == 2:
+        added.add_weights(by_name["c"])
+        added.add_factors(by_name["c"], {"exp_avg_sq_row": torch.tensor([1.0] * 6 + [-1.0])})
+    if rank == 1:
+        added.add_slice((MOMENTUM,), by_name["b"], iter([(0, torch.tensor([torch.nan]))]), 34)
+    added.add_differing(by_name["c" if rank == 2 else "a"], 2)
+    values = distinct(added.names)
+    names = tuple(name for each in values for name in each)
+    results[rank] = (len(values), distinct(rank == 1), added.over_all_ranks(names))
+    dist.destroy_process_group()
+
+
+def test_sums_over_ranks_that_hold_unlike_parts_are_those_of_the_whole(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_ranks_add, (str(tmp_path / "store"), results), nprocs=RANKS)
+        (first, *others) = [results[rank] for rank in range(RANKS)]
+    assert all(other == first for other in others)
+    lists, flags, totals = first
+    assert (lists, flags) == (2, [False, True])
+    whole = _tensors()
+    momenta = {name: saved.digest for name, saved in totals.tensors[MOMENTUM].items()}
+    assert momenta.keys() == whole.keys()
+    assert momenta["a"] == digest_whole(whole["a"])
+    assert momenta["c"] == digest_whole(whole["c"])
+    assert totals.tensors[WEIGHTS].keys() == {"c"}
+    assert totals.tensors["exp_avg_sq_row"]["c"].shape == (7,)
+    assert totals.flaws == [
+        (MOMENTUM, "b", "a number that is not finite"),
+        ("exp_avg_sq_row", "c", "a negative number"),
+    ]
+    assert totals.differing == {"a": 4, "c": 2}
+
+
+class _Chunk(torch.nn.Linear):
+    """Counts how often its tensors are asked for."""
+
+    asked = 0
+
+    def sharded_state_dict(self):
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        self.asked += 1
+        items = self.state_dict(keep_vars=True).items()
+        return {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in items}
+
+
+def test_geometry_is_kept_until_a_tensor_is_another():
+    chunk = _Chunk(3, 4)
+    first = leaves.entries_of([chunk])
+    again = leaves.entries_of([chunk])
+    assert chunk.asked == 1
+    assert again == first
+    old = chunk.weight
+    chunk.weight = torch.nn.Parameter(torch.zeros(4, 3))
+    changed = leaves.entries_of([chunk])
+    assert chunk.asked == 2
+    assert changed[id(chunk.weight)].tensor is chunk.weight
+    assert id(old) not in changed
+
+
+def test_a_model_that_is_gone_is_not_kept():
+    chunk = _Chunk(3, 4)
+    leaves.entries_of([chunk])
+    gone = weakref.ref(chunk), weakref.ref(chunk.weight)
+    del chunk
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
