@@ -197,6 +197,13 @@ FAULTS = (
         KERNELS,
     ),
     Fault(
+        "Numba: tensors that have moved not found",
+        "kernels/cpu/launch.py",
+        "if seen != self._seen:",
+        "if not self._seen:",
+        ADDRESSES,
+    ),
+    Fault(
         "addresses not refreshed",
         "kernels/triton/addresses.py",
         "if row != self._rows[index]:",

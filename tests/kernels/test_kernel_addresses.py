@@ -257,3 +257,25 @@ def test_a_parameter_that_moves_to_the_next_group_has_its_rate(kernels):
             optimizer.param_groups[1]["params"].insert(0, moved)
     changes = [(a.detach() - b).norm() for a, b in zip(params, before, strict=True)]
     torch.testing.assert_close((changes[1] / changes[0]).item(), 10.0, rtol=1e-3, atol=0.0)
+
+
+def test_numba_finds_what_a_failed_step_has_left_behind(monkeypatch):
+    """A gradient, a rate and weights of a step that failed before it had changed anything."""
+    results = []
+    for fails in (False, True):
+        param = torch.nn.Parameter(torch.ones(6, 4))
+        optimizer = CAME([param], lr=1e-2, kernels="numba", momentum_dtype=torch.bfloat16)
+        (group,) = optimizer.param_groups
+        param.grad = first = torch.arange(24.0).view(6, 4)
+        optimizer.step()
+        if fails:
+            view = "megatron_came.kernels.cpu.launch._Matrices._view"
+            with monkeypatch.context() as patch:
+                patch.setattr(view, mock.Mock(side_effect=RuntimeError("not now")))
+                param.data, param.grad, group["lr"] = param.data.clone(), first.square(), 0.5
+                with pytest.raises(RuntimeError, match="not now"):
+                    optimizer.step()
+            param.grad, group["lr"] = first, 1e-2
+        optimizer.step()
+        results.append(torch.cat([param.detach(), optimizer.state[param]["exp_avg"].float()]))
+    assert torch.equal(*results)

@@ -85,6 +85,15 @@ def test_autograd_notices_a_step():
         loss.backward()
 
 
+@pytest.mark.parametrize(("rows", "most"), [(1, 128), (8, 128), (12, 3), (500, 128)])
+@pytest.mark.parametrize("name", ["middle of rows", "aligned", "batches"])
+def test_any_cut_into_blocks_of_rows(name, rows, most, monkeypatch):
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._BLOCK_ROWS", rows)
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MAX_BLOCKS", most)
+    case = next(case for case in CASES if case.name == name)
+    assert worst_distance(case, "numba", DEVICES["numba"]) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     "tiling",
     [

@@ -34,7 +34,7 @@ LEAST_RATIO = np.float32(factors.LEAST_RATIO)
 BAD_GUESS = factors.BAD_GUESS
 
 
-def serial(function: Callable[..., Any]) -> Callable[..., Any]:
+def serial(function: Callable[..., Any]) -> Any:
     """Compile a function for one thread."""
     return keep(njit(**_OPTIONS, nogil=True)(function))
 

@@ -28,14 +28,14 @@ class Axis(NamedTuple):
         moment: (batch, n), fp32.
         sums: that update it, float64: (batch, n), or (3, batch, n) of e^2, u e and u^2.
         scale: the moment's inverse roots, (batch, n), fp32.
-        count: elements in such a sum, over the full matrix.
+        full_length: elements in such a sum, over the full matrix.
         is_whole: whether this rank has all n of the full matrix.
     """
 
     moment: Any
     sums: Any
     scale: Any
-    count: int
+    full_length: int
     is_whole: bool
 
 
@@ -90,10 +90,10 @@ def update_second_moments(rows, columns, inverse_guesses, eps, beta, clip_thresh
     """
     for matrix in range(inverse_guesses.size):
         row_mean, row_ratio = _update_moment(
-            rows.moment[matrix], rows.sums[matrix], rows.count, eps, beta
+            rows.moment[matrix], rows.sums[matrix], rows.full_length, eps, beta
         )
         column_mean, column_ratio = _update_moment(
-            columns.moment[matrix], columns.sums[matrix], columns.count, eps, beta
+            columns.moment[matrix], columns.sums[matrix], columns.full_length, eps, beta
         )
         _update_scales(rows, columns, matrix, row_mean, column_mean)
         squared = 0.0
@@ -142,11 +142,11 @@ def update_instabilities(rows, columns, inverse_guesses, inverse_divisor, eps, b
     for matrix in range(inverse_guesses.size):
         guess = np.float64(inverse_guesses[matrix])
         row_mean = _update_instability(
-            rows.moment[matrix], rows.sums, matrix, guess, inverse_divisor, beta1, rows.count, eps,
-            beta,
+            rows.moment[matrix], rows.sums, matrix, guess, inverse_divisor, beta1,
+            rows.full_length, eps, beta,
         )  # fmt: skip
         column_mean = _update_instability(
             columns.moment[matrix], columns.sums, matrix, guess, inverse_divisor, beta1,
-            columns.count, eps, beta,
+            columns.full_length, eps, beta,
         )  # fmt: skip
         _update_scales(rows, columns, matrix, row_mean, column_mean)

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cfunc
 from numba.core import sigutils
@@ -96,7 +96,14 @@ def keep(dispatcher: Any, variant: str = "") -> Any:
     return dispatcher
 
 
-def compile_and_keep(function: Callable[..., Any], signature: Any) -> CFunc:
+class Compiled(NamedTuple):
+    """A function that C can call."""
+
+    function: CFunc
+    note: str = ""
+
+
+def compile_and_keep(function: Callable[..., Any], signature: Any) -> Compiled:
     """Compile a function that C can call, or load it likewise.
 
     Args:
@@ -105,11 +112,11 @@ def compile_and_keep(function: Callable[..., Any], signature: Any) -> CFunc:
     """
     cache = _cache_of(function, "")
     if cache is None:
-        return cfunc(signature, **_OPTIONS)(function)
+        return Compiled(cfunc(signature, **_OPTIONS)(function))
     compiled = CFunc(function, sigutils.normalize_signature(signature), {}, dict(_OPTIONS))
     compiled._cache = cache
     compiled.compile()
-    return compiled
+    return Compiled(compiled)
 
 
 def _cache_of(function: Callable[..., Any], variant: str) -> _Cache | None:

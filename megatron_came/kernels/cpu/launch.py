@@ -156,12 +156,13 @@ class _Matrices:
             instability = [np.zeros((3, batch, 1)), np.empty((3, batch, 0))]
         self._sums = *squares, *instability
         self.row_squares, self.column_squares = squares[0].reshape(-1), squares[1]
-        self.row_sums, self.column_sums = instability[0].reshape(3, -1), instability[1]
+        self.row_sums = instability[0].reshape(3, batch * rows)
+        self.column_sums = instability[1]
         self._seen: tuple[Any, ...] = ()
 
     def take_room(self, room: Array) -> None:
         """Use the beginning of an array for sums of columns."""
-        self.partial = room[: self.partial_size].reshape(-1, 3, self.geometry.columns)
+        self.partial = room[: self.partial_size].reshape(len(self.blocks), 3, self.geometry.columns)
 
     def find(self, given: StepInputs) -> None:
         """Look where this step's tensors lie, and view those anew that have moved.
