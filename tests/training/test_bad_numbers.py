@@ -4,8 +4,8 @@ import re
 
 import pytest
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
-from megatron_came.host import bad_numbers
 
+from megatron_came.megatron import bad_numbers
 from tests.training.harness import SMALL, Case, run
 
 DO = "--use-distributed-optimizer "
