@@ -62,9 +62,12 @@ def with_sentences(original: Function) -> Function:
     def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
 
-        with verified(ddp_model, optimizer, get_args()):
-            load = original if optimizer is None else checked
-            return load(ddp_model, optimizer, *args, **kwargs)
+        try:
+            with verified(ddp_model, optimizer, get_args()):
+                load = original if optimizer is None else checked
+                return load(ddp_model, optimizer, *args, **kwargs)
+        finally:
+            folders.tensors_in.cache_clear()
 
     def checked(
         ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
@@ -93,7 +96,6 @@ def with_sentences(original: Function) -> Function:
         finally:
             _current.reset(tokens[0])
             own_rates.reset(tokens[1])
-            folders.tensors_in.cache_clear()
         if run.optimizer == "came":
             _after(opt_param_scheduler, result[0], run)
         return result
