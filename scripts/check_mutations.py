@@ -227,7 +227,7 @@ FAULTS = (
     Fault(
         "legacy factors not loaded",
         "megatron/distributed.py",
-        "self.optimizer.state[self._parts[position][1]][key].copy_(mine)",
+        "self.optimizer.state[self._pairs[position][1]][key].copy_(mine)",
         "pass",
         LEGACY,
     ),

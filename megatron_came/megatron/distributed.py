@@ -94,27 +94,28 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         with _precision_aware(config, has_remainders):
             super().__init__(optimizer, config, *args, **kwargs)
         self._is_loading = False
-        self._parts: list[tuple[Tensor, Tensor]] = []
+        # Parameters of the model, each with the local tensor that the optimizer updates.
+        self._pairs: list[tuple[Tensor, Tensor]] = []
         self._owned: dict[Any, Any] = {}  # tensors, with attributes of Megatron's
         if self.is_stub_optimizer:
             return
         mains = self.shard_fp32_from_float16_groups
         of_float16 = self.shard_float16_groups if has_remainders else mains
         whole = [*self.model_fp32_groups, *self.model_float16_groups]
-        for params, parts in zip(whole, [*self.shard_fp32_groups, *of_float16], strict=True):
-            self._owned.update(zip(params, parts, strict=True))
+        for params, here in zip(whole, [*self.shard_fp32_groups, *of_float16], strict=True):
+            self._owned.update(zip(params, here, strict=True))
         shards: dict[Tensor, Shard] = {}
         names: dict[Tensor, str] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             for param in params:
                 identity = None if identities is None else identity_of(param, identities)
-                part, shard = self._part_of(param, model_groups, identity)
+                local, shard = self._local_of(param, model_groups, identity)
                 if identity is not None:
-                    names[part] = identity.name
+                    names[local] = identity.name
                 if not shard.numel:
-                    group["params"].append(part)
-                shards[part] = shard
-                self._parts.append((param, part))
+                    group["params"].append(local)
+                shards[local] = shard
+                self._pairs.append((param, local))
         self.optimizer.set_shards(shards, None if identities is None else names)
         self.optimizer.init_state()
         if config.bf16 and not has_remainders:
@@ -123,12 +124,12 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 dict(zip(chain.from_iterable(mains), weights, strict=True))
             )
 
-    def _part_of(
+    def _local_of(
         self, param: Tensor, model_groups: ModelGroups, identity: Identity | None
     ) -> tuple[Tensor, Shard]:
         """Return what the optimizer updates of a parameter on this rank, and where it lies."""
         owned = param in self._owned
-        start, stop = self._span_of(param) if owned else (0, 0)
+        start, stop = self._range_of(param) if owned else (0, 0)
         shard = shard_of(
             param,
             model_groups,
@@ -140,10 +141,10 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         empty = torch.empty(0, dtype=torch.float32, device=param.device)
         return self._owned[param] if owned else empty, shard
 
-    def _span_of(self, param: Tensor) -> tuple[int, int]:
+    def _range_of(self, param: Tensor) -> tuple[int, int]:
         """First and last element + 1 of the slice of a parameter that this rank owns."""
-        span = self._get_model_param_range_map(param)["param"]
-        return span.start, span.end
+        here = self._get_model_param_range_map(param)["param"]
+        return here.start, here.end
 
     # Gradients that are read, and weights that are written, where Megatron's buffers hold them.
 
@@ -156,18 +157,18 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             super()._copy_model_grads_to_main_grads()
             return
         mixed = len({param.main_grad.dtype for param in self._owned}) > 1
-        for param, part in self._owned.items():
-            start, stop = self._span_of(param)
+        for param, local in self._owned.items():
+            start, stop = self._range_of(param)
             grad = param.main_grad.view(-1)[start:stop]
             # Fused kernels for norms and clipping take lists of one dtype.
-            part.decoupled_grad = grad.float() if mixed else grad
+            local.decoupled_grad = grad.float() if mixed else grad
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As Megatron's."""
         super().zero_grad(set_to_none)
         if not self.is_stub_optimizer:
-            for part in self._owned.values():
-                part.decoupled_grad = None
+            for local in self._owned.values():
+                local.decoupled_grad = None
 
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
         if self.is_stub_optimizer:
@@ -184,10 +185,10 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     def get_parameters(self) -> list[Tensor]:
         """The slices that have elements."""
-        return [part for part in super().get_parameters() if part.numel()]
+        return [local for local in super().get_parameters() if local.numel()]
 
     def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
-        grads = [gradient_of(part) for part in self.get_parameters()]
+        grads = [gradient_of(local) for local in self.get_parameters()]
         return [grad.data for grad in grads if grad is not None]
 
     # What Megatron's checkpoint code asks of an optimizer other than Adam.
@@ -198,13 +199,13 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return ("exp_avg",)
 
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
-        part = self._owned[model_param]
-        state = self.optimizer.state[part]
-        momentum, weights = momentum_of(state), part
+        local = self._owned[model_param]
+        state = self.optimizer.state[local]
+        momentum, weights = momentum_of(state), local
         if REMAINDER in state:
-            weights = join(part.detach(), state[REMAINDER])
+            weights = join(local.detach(), state[REMAINDER])
         elif self._is_loading and model_param.dtype == torch.float32:
-            weights = part.detach().clone()  # the model's own are read there, and looked at
+            weights = local.detach().clone()  # the model's own are read there, and looked at
         return {
             "param": weights,
             # Asked for in fp32 when it is loaded, whatever it was saved in.
@@ -215,12 +216,12 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         self, model_param: Tensor, tensors: dict[str, Tensor]
     ) -> None:
         note_slice(self, model_param, tensors)
-        part = self._owned[model_param]
-        state, weights = self.optimizer.state[part], tensors["param"]
+        local = self._owned[model_param]
+        state, weights = self.optimizer.state[local], tensors["param"]
         if REMAINDER in state:
-            weights, remainder = split(weights.to(part.device))
+            weights, remainder = split(weights.to(local.device))
             state[REMAINDER].copy_(remainder)
-        part.detach().copy_(weights)
+        local.detach().copy_(weights)
         set_momentum(state, tensors["exp_avg"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,7 +251,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             state: dict[str, Any] = super().sharded_state_dict(model_state, is_loading, **kwargs)
         finally:
             self._is_loading = False
-        state["came"] = sharded_factors(self.optimizer, self._parts, model_state)
+        state["came"] = sharded_factors(self.optimizer, self._pairs, model_state)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -261,7 +262,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         with kept as groups, watched(self.optimizer):
             super().load_state_dict({**state_dict, "optimizer": {**inner, "param_groups": groups}})
         if factors is not None:
-            load_factors(self.optimizer, self._parts, factors)
+            load_factors(self.optimizer, self._pairs, factors)
 
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's, which before 0.20 reads behind padded buckets at the wrong places."""
@@ -271,7 +272,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def get_parameter_state_dp_reshardable(self) -> dict[Any, Any]:
         """As Megatron's, with the padding that belongs to the file."""
         state: dict[Any, Any] = super().get_parameter_state_dp_reshardable()
-        group, device = self.data_parallel_group, self._parts[0][0].device
+        group, device = self.data_parallel_group, self._pairs[0][0].device
         dtypes = {"param": torch.float32, "exp_avg": self._saved_dtype}
         for index, ranges in enumerate(self.gbuf_ranges):
             for dtype in ranges:
@@ -323,13 +324,13 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 if group.rank() == 0:
                     mine.copy_(state_dict["came"]["parameters"][position][key])
                 dist.broadcast(mine, group=group, group_src=0)
-                self.optimizer.state[self._parts[position][1]][key].copy_(mine)
+                self.optimizer.state[self._pairs[position][1]][key].copy_(mine)
 
     def _legacy_factors(self) -> list[dict[str, Tensor]]:
         """Copy the factors to the CPU, by parameter."""
         return [
             {key: state[key].detach().to("cpu", copy=True) for key in FACTORS if key in state}
-            for state in (self.optimizer.state[part] for _, part in self._parts)
+            for state in (self.optimizer.state[local] for _, local in self._pairs)
         ]
 
     def _legacy_problem(self, state_dict: Any) -> str | None:

@@ -47,20 +47,20 @@ class _WholeTensors:
             model_groups: where their other shards are.
             identities: of them, where the rounding of momentum depends on these.
         """
-        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
         if self.optimizer is None:
             return
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
-            self._parts += zip(params, group["params"], strict=True)
+            self._pairs += zip(params, group["params"], strict=True)
         at = {}
         if identities is not None:
-            at = {param: identity_of(param, identities) for param, _ in self._parts}
+            at = {param: identity_of(param, identities) for param, _ in self._pairs}
         self.optimizer.set_shards(
             {
-                part: shard_of(param, model_groups, identity=at.get(param))
-                for param, part in self._parts
+                local: shard_of(param, model_groups, identity=at.get(param))
+                for param, local in self._pairs
             },
-            {part: at[param].name for param, part in self._parts} if at else None,
+            {local: at[param].name for param, local in self._pairs} if at else None,
         )
         self.optimizer.init_state()
 
@@ -73,7 +73,7 @@ class _WholeTensors:
             return parent(model_sharded_state_dict, is_loading, **kwargs)
         with _as_megatron_knows_it(self.optimizer, is_loading):
             state = parent(model_sharded_state_dict, is_loading, **kwargs)
-        state["came"] = sharded_factors(self.optimizer, self._parts, model_sharded_state_dict)
+        state["came"] = sharded_factors(self.optimizer, self._pairs, model_sharded_state_dict)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ class _WholeTensors:
             super().load_state_dict(state_dict)  # type: ignore[misc]
         if factors is not None:
             self.optimizer.init_state()
-            load_factors(self.optimizer, self._parts, factors)
+            load_factors(self.optimizer, self._pairs, factors)
 
 
 class CameFP32Optimizer(_WholeTensors, FP32Optimizer):  # type: ignore[misc]

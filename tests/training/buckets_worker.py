@@ -111,12 +111,12 @@ def fill(model, optimizer):
     known = names(model)
     for part in parts(optimizer):
         for param in part._owned:
-            start, stop = part._span_of(param)
+            start, stop = part._range_of(param)
             values = truth(known[param], param.shape)
             part._set_main_param_and_optimizer_states(
                 param, {key: value.flatten()[start:stop] for key, value in values.items()}
             )
-        for param, piece in part._parts:
+        for param, piece in part._pairs:
             state = part.optimizer.state[piece]
             for key in FACTORS:
                 if key in state:
@@ -128,12 +128,12 @@ def wrong(model, optimizer):
     known, problems = names(model), []
     for part in parts(optimizer):
         for param in part._owned:
-            start, stop = part._span_of(param)
+            start, stop = part._range_of(param)
             state = part._get_main_param_and_optimizer_states(param)
             for key, value in truth(known[param], param.shape).items():
                 if not torch.equal(state[key].float(), value.flatten()[start:stop]):
                     problems.append(f"{key} of {known[param]}")
-        for param, piece in part._parts:
+        for param, piece in part._pairs:
             state = part.optimizer.state[piece]
             problems += [
                 f"{key} of {known[param]}"
@@ -159,10 +159,10 @@ def clear(optimizer):
     """Put zeros in the place of all that a checkpoint brings."""
     for part in parts(optimizer):
         for param in part._owned:
-            start, stop = part._span_of(param)
+            start, stop = part._range_of(param)
             zeros = torch.zeros(stop - start)
             part._set_main_param_and_optimizer_states(param, {"param": zeros, "exp_avg": zeros})
-        for _, piece in part._parts:
+        for _, piece in part._pairs:
             for key in FACTORS:
                 if key in part.optimizer.state[piece]:
                     part.optimizer.state[piece][key].zero_()

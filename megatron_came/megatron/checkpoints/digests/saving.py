@@ -139,7 +139,7 @@ def counts(wrapper: Any) -> bool:
 def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[int]:
     """Add an optimizer's state; returns the entries whose weights are its main weights."""
     shared: set[int] = set()
-    for param, part in wrapper._parts:
+    for param, part in wrapper._pairs:
         entry = entries.get(id(param))
         if entry is None:
             continue

@@ -151,7 +151,7 @@ class Verification:
         entry = self._entries.get(id(param))
         if entry is None or not counts(wrapper):
             return
-        start, stop = wrapper._span_of(param)
+        start, stop = wrapper._range_of(param)
         main, momentum = tensors["param"], tensors[MOMENTUM_KEY]
         for kind, values in ((MAIN_WEIGHTS, main), (MOMENTUM, momentum)):
             self._sums.add_slice((kind,), entry, as_it_is(values), start)
@@ -165,7 +165,7 @@ class Verification:
         if is_sliced(wrapper):
             return  # it reads slices, see above
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = {id(part): id(param) for param, part in wrapper._parts}
+        params = {id(part): id(param) for param, part in wrapper._pairs}
         mine = chain.from_iterable(group["params"] for group in came.param_groups)
         for key, part in zip(saved, mine, strict=False):  # what does not fit is said by CAME
             state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(part)])
@@ -224,7 +224,7 @@ class Verification:
 
     def _add_rest(self, wrapper: Any) -> None:
         """Add factors, and the main weights of an optimizer of whole tensors."""
-        for param, part in wrapper._parts:
+        for param, part in wrapper._pairs:
             entry = self._entries.get(id(param))
             if entry is None:
                 continue
