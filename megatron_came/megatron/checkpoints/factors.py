@@ -19,20 +19,11 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
-from megatron_came.core.state import FACTORS
+from megatron_came.core.state import AVERAGED_AXIS, FACTORS, without_averaged_axis
 from megatron_came.optimizer import CAME
 
 # Of what :func:`sharded_factors` writes; to be raised by whoever changes that.
 FORMAT = 1
-
-# The dimension of the parameter that a factor lacks.
-AVERAGED = {
-    "exp_avg_sq_row": -1,
-    "exp_avg_sq_col": -2,
-    "exp_avg_res_row": -1,
-    "exp_avg_res_col": -2,
-    "exp_avg_sq": None,
-}
 
 # A parameter of the model, and what the optimizer updates of it on this rank.
 Part = tuple[Tensor, Tensor]
@@ -122,20 +113,19 @@ def pieces_of(
     key: str, factor: Tensor, entry: ShardedTensor | ShardedTensorFactory, param: Tensor
 ) -> Iterator[tuple[ShardedTensor, Place]]:
     """Cut a factor as the parameter is cut in the checkpoint (SwiGLU's halves, experts)."""
-    axis = AVERAGED[key]
     seen: set[tuple[tuple[int, int], ...]] = set()
     leaves = [entry] if isinstance(entry, ShardedTensor) else nested_values(entry.build())
     for leaf in leaves:
-        place = without(place_in(leaf.data, param), axis)
+        place = without_averaged_axis(key, place_in(leaf.data, param))
         bounds = tuple((span.start, span.stop) for span in place)
         if bounds in seen:  # halves of the rows have all of the columns: one copy will do
             continue
         seen.add(bounds)
-        yield _piece(f"optimizer.state.{key}.{leaf.key}", factor[place], leaf, axis), place
+        yield _piece(key, factor[place], leaf), place
 
 
-def _piece(key: str, values: Tensor, leaf: ShardedTensor, axis: int | None) -> ShardedTensor:
-    replica_id = leaf.replica_id
+def _piece(key: str, values: Tensor, leaf: ShardedTensor) -> ShardedTensor:
+    axis, replica_id = AVERAGED_AXIS[key], leaf.replica_id
     if axis is not None:
         pipeline, tensor, data = replica_id
         # Ranks that hold other parts of the averaged dimension hold the same factor.
@@ -143,15 +133,15 @@ def _piece(key: str, values: Tensor, leaf: ShardedTensor, axis: int | None) -> S
     fragmentations = leaf.axis_fragmentations
     piece = replace(
         leaf,
-        key=key,
+        key=f"optimizer.state.{key}.{leaf.key}",
         data=values,
         dtype=values.dtype,
         local_shape=tuple(values.shape),
-        global_shape=without(tuple(leaf.global_shape), axis),
-        global_offset=without(tuple(leaf.global_offset), axis),
+        global_shape=without_averaged_axis(key, tuple(leaf.global_shape)),
+        global_offset=without_averaged_axis(key, tuple(leaf.global_offset)),
         axis_fragmentations=None
         if fragmentations is None
-        else without(tuple(fragmentations), axis),
+        else without_averaged_axis(key, tuple(fragmentations)),
         replica_id=replica_id,
     )
     piece.validate_metadata_integrity()
@@ -161,14 +151,6 @@ def _piece(key: str, values: Tensor, leaf: ShardedTensor, axis: int | None) -> S
 def _cuts(entry: ShardedTensor) -> int:
     """Into how many parts the parameter's own dimensions are cut."""
     return math.prod((entry.axis_fragmentations or ())[entry.prepend_axis_num :])
-
-
-def without(values: tuple[Any, ...], axis: int | None) -> tuple[Any, ...]:
-    """Drop one entry, counted from the end."""
-    if axis is None:
-        return values
-    place = len(values) + axis
-    return values[:place] + values[place + 1 :]
 
 
 def place_in(leaf: Tensor, param: Tensor) -> Place:

@@ -12,17 +12,10 @@ from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.stored import CheckpointTensor
 from megatron_came.core import digests
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Record, RecordError
-from megatron_came.core.state import FACTORS
+from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.tools.checkpoints import main_weights
 from megatron_came.tools.checkpoints.listing import Values, progress
 from megatron_came.tools.checkpoints.proofs import Proofs, legacy_digests
-
-_LACKS = {  # the axis of a weight that a factor was averaged over
-    "exp_avg_sq_row": -1,
-    "exp_avg_res_row": -1,
-    "exp_avg_sq_col": -2,
-    "exp_avg_res_col": -2,
-}
 
 
 @dataclass
@@ -140,11 +133,9 @@ def _metadata_flaws(
     elif weight is None:
         return
     else:
-        shape = list(weight.shape)
-        if tensor.kind in _LACKS:
-            del shape[_LACKS[tensor.kind]]
-        if list(tensor.shape) != shape:
-            yield f"has shape {tensor.shape}, and should have {tuple(shape)}"
+        shape = without_averaged_axis(tensor.kind, weight.shape) if is_factor else weight.shape
+        if tensor.shape != shape:
+            yield f"has shape {tensor.shape}, and should have {shape}"
         if weight.dtype_name == "float64":
             dtypes = ["float64"]
     if tensor.dtype_name not in dtypes and not is_half_momentum(tensor):

@@ -14,7 +14,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from torch import Tensor
 
 from megatron_came.core.digests import Box, name_of
-from megatron_came.megatron.checkpoints.factors import AVERAGED, place_in, without
+from megatron_came.core.state import AVERAGED_AXIS, without_averaged_axis
+from megatron_came.megatron.checkpoints.factors import place_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,16 @@ class Entry:
 
     def factor(self, key: str) -> Iterator[Leaf]:
         """The boxes that a factor consists of, as :func:`.factors.pieces_of` has it."""
-        axis = AVERAGED[key]
+        axis = AVERAGED_AXIS[key]
         seen = set()
         for leaf in self.views:
             box = leaf.box
-            own = Box(*(without(s, axis) for s in (box.place, box.size, box.offset, box.shape)))
+            own = Box(
+                *(
+                    without_averaged_axis(key, s)
+                    for s in (box.place, box.size, box.offset, box.shape)
+                )
+            )
             if (own.place, own.size) in seen:
                 continue
             seen.add((own.place, own.size))

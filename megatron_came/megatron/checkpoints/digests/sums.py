@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_came.core import int8
 from megatron_came.core.digests import (
     MAIN_WEIGHTS,
     MOMENTUM,
@@ -25,12 +24,11 @@ from megatron_came.core.digests import (
     unsigned,
 )
 from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
-from megatron_came.core.momentum import SCALE
+from megatron_came.core.momentum import codec_of
 from megatron_came.core.remainders import join
-from megatron_came.core.state import FACTORS, REMAINDER
+from megatron_came.core.state import FACTORS, REMAINDER, without_averaged_axis
 from megatron_came.kernels.digests import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
-from megatron_came.megatron.checkpoints.factors import AVERAGED, without
 
 KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
 # Elements that are converted in one piece, whole blocks of int8.
@@ -198,12 +196,11 @@ class Sums:
         flaws = []
         totals, held, infinite, negative, differing = summed.tolist()
         for at, kind in enumerate(KINDS):
-            axis = AVERAGED.get(kind)
             for place, (name, (shape, dtype)) in enumerate(known.items()):
                 if not held[at][place]:
                     continue
                 tensors.setdefault(kind, {})[name] = Saved(
-                    without(shape, axis),
+                    without_averaged_axis(kind, shape) if kind in FACTORS else shape,
                     dtype if kind == WEIGHTS else "float32",
                     unsigned(totals[at][place]),
                 )
@@ -251,12 +248,12 @@ def as_it_is(values: Tensor) -> Pieces:
 def momentum_pieces(state: Mapping[str, Tensor]) -> Pieces:
     """The momentum, as it goes into a checkpoint."""
     momentum = state[MOMENTUM_KEY].detach().view(-1)
-    if momentum.dtype != torch.int8:
+    codec = codec_of(momentum.dtype)
+    if codec.exact == momentum.dtype:
         yield 0, momentum
         return
     for begin in range(0, momentum.numel(), _PIECE):
-        piece = momentum[begin : begin + _PIECE]
-        yield begin, int8.dequantize(piece, state[SCALE], begin)
+        yield begin, codec.read(state, begin, min(begin + _PIECE, momentum.numel()))
 
 
 def main_pieces(part: Tensor, state: Mapping[str, Tensor]) -> Pieces:
