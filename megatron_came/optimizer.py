@@ -379,8 +379,8 @@ class CAME(torch.optim.Optimizer):
     @property
     def sums(self) -> list[Tensor]:
         """The buffers of its sums over ranks, which a step has made."""
-        chunks = [] if self._plan is None else [*self._plan.local, *self._plan.shared]
-        return [buffer for chunk in chunks for buffer in chunk.buffers]
+        bundles = [] if self._plan is None else [*self._plan.local, *self._plan.shared]
+        return [buffer for bundle in bundles for buffer in bundle.buffers]
 
     @property
     def kernel_choices(self) -> list[str]:
