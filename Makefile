@@ -49,7 +49,7 @@ benchmarks: venv  ## measure what docs/performance.md shows on this machine's CP
 	@scripts/benchmarks.sh
 
 pictures: venv  ## draw the pictures of README and docs
-	@$(BIN)/python scripts/pictures.py
+	@$(BIN)/python scripts/pictures.py && $(BIN)/python scripts/architecture.py
 
 # The releases that are tested beside the installed one, each in a folder of its own.
 HOSTS := $(addprefix build/hosts/,0.16.1 0.17.1 0.18.2 0.19.0)

@@ -37,8 +37,7 @@ class Result:
         ns_per_parameter: of the parameters that the rank updates.
         floor_bytes_per_parameter: what a step reads and writes at least, see ``Contender.floor``.
         gigabytes_per_second: floor's bytes over the median.
-        fraction_of_floor: time that the floor's bytes take at the device's copy bandwidth over the
-            median.
+        fraction_of_floor: the least time over the median; see :func:`_least_seconds`.
         extra_mebibytes: peak of the memory taken during a step beyond what was held before it, see
             ``peak_of``.
         collectives: of one step.
@@ -136,6 +135,15 @@ def _floor_bytes(
     return total
 
 
+def _least_seconds(contender: Contender, moved: int, count: int, bandwidth: float) -> float:
+    """Return the time of bare loops with the same traffic on a CPU, of a copy on other devices."""
+    if bandwidth:
+        return moved / bandwidth
+    from megatron_came.bench.floors import seconds_per_parameter  # needs Numba
+
+    return count * seconds_per_parameter(contender.traffic, contender.momentum)
+
+
 def measure(
     contenders: Sequence[Contender],
     params: list[Tensor],
@@ -154,7 +162,7 @@ def measure(
         params: with gradients.
         shards: where each lies in its full tensor.
         steps: timed ones of each.
-        bandwidth: of the device, in bytes a second.
+        bandwidth: of copies on the device, in bytes a second; 0 on a CPU.
     """
     device = params[0].device
     optimizers = [contender.build(params, shards) for contender in contenders]
@@ -191,6 +199,7 @@ def _result(
     count = sum(param.numel() for param in params)
     median = statistics.median(times)
     moved = _floor_bytes(contender, params, shards)
+    least = None if moved is None else _least_seconds(contender, moved, count, bandwidth)
     return Result(
         name=contender.name,
         milliseconds=median,
@@ -199,7 +208,7 @@ def _result(
         ns_per_parameter=median * 1e6 / count,
         floor_bytes_per_parameter=None if moved is None else moved / count,
         gigabytes_per_second=None if moved is None else moved / median / 1e6,
-        fraction_of_floor=None if moved is None else moved / bandwidth / (median / 1e3),
+        fraction_of_floor=None if least is None else least / (median / 1e3),
         extra_mebibytes=extra / 2**20,
         collectives=len(sent),
         mebibytes_sent=sum(sent) / 2**20,

@@ -119,7 +119,7 @@ class Hyperparameters:
             HyperparameterError: also for a wrong number of betas or eps.
         """
         values = {}
-        for key, names in _KEYS.items():
+        for key, names in GROUP_KEYS.items():
             if key not in group:
                 continue
             found = group[key]
@@ -137,7 +137,7 @@ class Hyperparameters:
             key: getattr(self, key)
             if names == [key]
             else tuple(getattr(self, name) for name in names)
-            for key, names in _KEYS.items()
+            for key, names in GROUP_KEYS.items()
         }
 
     @classmethod
@@ -185,7 +185,7 @@ TABLE = tuple(
     for each in fields(Hyperparameters)
 )
 # By key of a parameter group: the names of what it holds.
-_KEYS = {row.key: [each.name for each in TABLE if each.key == row.key] for row in TABLE}
+GROUP_KEYS = {row.key: [each.name for each in TABLE if each.key == row.key] for row in TABLE}
 
 
 def check_group(group: Mapping[str, Any], where: str = "") -> None:
@@ -211,7 +211,7 @@ def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
 
     Tensors are kept: a learning rate on a device is read there.
     """
-    for key in ("lr", "weight_decay", *_KEYS):
+    for key in ("lr", "weight_decay", *GROUP_KEYS):
         value = group.get(key)
         if isinstance(value, tuple | list):
             group[key] = tuple(map(float, value))

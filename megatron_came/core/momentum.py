@@ -184,14 +184,18 @@ class RoundedWriter:
     def __init__(self, state: State) -> None:
         self._state, self._codec = state, codec_of(state[MOMENTUM].dtype)
         self._written = 0
-        self._rest: list[tuple[Tensor, Tensor]] = []  # of a block that the next box goes on with
+        # Elements of a block that the next box goes on with, and their bits.
+        self._rest: tuple[Tensor, Tensor] | None = None
 
     def write(self, values: Tensor, bits: Tensor) -> None:
         """Round the next elements, with random bits of each; both flat."""
-        values, bits = map(torch.cat, zip(*self._rest, (values, bits), strict=True))
+        if self._rest:
+            values, bits = map(torch.cat, zip(self._rest, (values, bits), strict=True))
         stop = self._written + values.numel()
         is_last = stop == self._state[MOMENTUM].numel()
-        count = values.numel() - (0 if is_last else stop % max(self._codec.block, 1))
+        rest = 0 if is_last or not self._codec.block else stop % self._codec.block
+        count = values.numel() - rest
         self._codec.write(self._state, self._written, values[:count], bits[:count])
         self._written += count
-        self._rest = [(values[count:], bits[count:])]
+        # Copies, since a view would keep the whole box.
+        self._rest = (values[count:].clone(), bits[count:].clone()) if rest else None

@@ -9,8 +9,7 @@ import torch
 from megatron_came import CAME
 from megatron_came.kernels.triton.backend import TritonBackend
 from scripts.cases.kernels import weights_after_moves
-from tests.kernels.test_kernels import on_both
-from tests.support.oracle import DEVICES
+from tests.support.oracle import DEVICES, on_both
 
 
 @on_both

@@ -8,12 +8,12 @@ import torch
 
 from megatron_came import CAME
 from scripts.cases.slices import Layout, train_sharded
-from tests.kernels.test_kernels import on_both
 from tests.support.oracle import (
     BETAS,
     DEVICES,
     TOLERANCE,
     distance,
+    on_both,
     on_every_path,
     with_all_kernels,
 )

@@ -22,17 +22,6 @@ def test_whatever_happens_to_what_is_kept(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_the_note_stands_in_the_line_about_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_came.kernels.cpu import launch, task
-
-    noted = task.compiled()._replace(note="They were compiled in memory.")
-    monkeypatch.setattr(launch, "compiled", lambda: noted)
-    chosen = choose("auto", torch.device("cpu"))
-    assert chosen.backend.name == "numba"
-    assert chosen.should_warn
-    assert chosen.reason.endswith("Numba is installed). They were compiled in memory.")
-
-
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

@@ -99,3 +99,25 @@ def test_a_weight_that_is_cut_without_saying_so_is_refused():
     with pytest.raises(ValueError, match=r"shape \(3, 5\) differs between tensor-parallel"):
         _check_on_two_ranks(allreduce=False)
     _check_on_two_ranks(tensor_model_parallel=True, partition_dim=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fsdp", "sentence"),
+    [
+        ({"momentum_dtype": "fp8"}, False, "--came-momentum-dtype fp8 is not allowed: use fp32 or"),
+        ({"main_params": "remainder"}, False, "the model's are fp32: add --bf16"),
+        ({"main_params": "remainder", "bf16": True}, False, "needs the distributed optimizer"),
+        ({"decoupled_weight_decay": False}, False, "has decoupled weight decay only"),
+        ({"use_precision_aware_optimizer": True}, False, "does not go with --use-precision-aware"),
+        ({}, True, "does not go with --use-megatron-fsdp: use --use-distributed-optimizer"),
+    ],
+    ids=str,
+)
+def test_a_configuration_made_without_a_command_line_meets_the_same_rules(changes, fsdp, sentence):
+    config = CameOptimizerConfig(lr=1e-3)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = [Namespace(ddp_config=Namespace(use_megatron_fsdp=fsdp))]
+    with pytest.raises(UnsupportedError) as error:
+        refuse(settings_of_model(config, model))
+    assert sentence in str(error.value)

@@ -22,6 +22,7 @@ from megatron_came.checkpoint_files.torch_dist import kind_and_key
 from megatron_came.core import digests
 
 COMMON = "common_state/shard_0_1"
+WEIGHT, STATE = "decoder.layers.mlp.weight", "optimizer.state."  # names of tensors
 
 
 def saved(thing: Any, protocol: int = 2) -> bytes:

@@ -12,6 +12,8 @@ from megatron_came.core import digests, int8
 from megatron_came.tools import inspect
 from megatron_came.tools.checkpoints.main_weights import unlike
 from tests.support.stored_checkpoints import (
+    STATE,
+    WEIGHT,
     common,
     record_of,
     saved,
@@ -19,9 +21,6 @@ from tests.support.stored_checkpoints import (
     write_distributed,
     write_legacy,
 )
-
-WEIGHT = "decoder.layers.mlp.weight"
-STATE = "optimizer.state."
 
 
 def verify(root, capsys, status):

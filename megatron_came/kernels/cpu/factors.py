@@ -1,4 +1,4 @@
-"""Second moments, instabilities and their scales, from sums over rows and columns: O(rows + columns)."""
+"""Second moments, instabilities and their scales, from sums over rows and columns."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
@@ -53,7 +53,7 @@ def _at_least(value, low):
 
 @fast
 def _update_moment(moment, sums, count, eps, beta):
-    """Twin of ``factors.update_moment``; returns the means of the moment, and of the mean over it."""
+    """Twin of ``factors.update_moment``; returns the mean of the moment, and of mean/moment."""
     total, ratio = 0.0, 0.0
     keep, add = np.float32(beta), np.float32(1.0 - beta)
     for i in range(moment.size):

@@ -69,7 +69,7 @@ def _read_int8(values, scales, low, high, room):
 
 @elementwise
 def first_bits(place, key):
-    """Return what :func:`_random_bits` needs of the first of consecutive places.
+    """Return what :func:`random_bits` needs of the first of consecutive places.
 
     Their upper halves must be the same.
     """
@@ -78,7 +78,7 @@ def first_bits(place, key):
 
 
 @elementwise
-def _random_bits(first, i):
+def random_bits(first, i):
     """16 random bits of the i-th place."""
     x = np.uint32(first + np.uint32(np.uint32(i) * np.uint32(PLACE_FACTOR)))
     x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B))
@@ -105,14 +105,14 @@ def _to_bf16(value, first, i):
     word = np.float32(value).view(np.uint32)
     quiet = np.uint32(0x10000) if value != value else np.uint32(0)
     finite = (word & _EXPONENT) != _EXPONENT
-    rounded = np.uint32(word + _random_bits(first, i)) if finite else np.uint32(word | quiet)
+    rounded = np.uint32(word + random_bits(first, i)) if finite else np.uint32(word | quiet)
     return np.uint16(rounded >> np.uint32(16))
 
 
 @elementwise
 def _to_int8(value, inverse_scale, first, i):
     """Twin of ``int8.quantize`` for an element."""
-    dither = np.float32(np.int32(_random_bits(first, i))) + np.float32(0.5)
+    dither = np.float32(np.int32(random_bits(first, i))) + np.float32(0.5)
     exact = value * inverse_scale + dither * np.float32(2.0**-16)
     cut = np.int32(exact)  # towards zero
     floor = np.int32(cut - np.int32(np.float32(cut) > exact))

@@ -50,7 +50,7 @@ class Geometry(NamedTuple):
 
 
 def row_places(shard: Shard) -> npt.NDArray[np.int64]:
-    """Return the places in the full tensor, where random bits belong to, of all rows' beginnings."""
+    """Return where in the full tensor each row begins: random bits belong to places there."""
     batch, rows, _ = shard.local_matrix
     at_batch, at_row, at_column = shard.offsets
     part_rows, part_jump = shard.row_parts

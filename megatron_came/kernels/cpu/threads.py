@@ -80,7 +80,7 @@ def _start() -> str | None:
 def note() -> str:
     """Return what slows kernels on this process's threads, in a sentence; empty if nothing."""
     if is_forked():
-        return "They run on one thread: this process was forked from one that had loaded CAME."
+        return "All is done on one thread: this process was forked from one that had loaded CAME."
     if usable() == 1:
         return ""
     with _lock:

@@ -170,8 +170,8 @@ def update(grad, arrays, geometry, row_places, scales, rates, threads):
                 _update(
                     weights[low:high], remainders[low:high], grad[low:high], momentum[low:high],
                     column_scale[matrix, column:], column_confidence[matrix, column:],
-                    rest * row_scale[row], lr * row_confidence[row], beta1, decay, scale, inverse_scale,
-                    first_bits(place, key),
+                    rest * row_scale[row], lr * row_confidence[row], beta1, decay, scale,
+                    inverse_scale, first_bits(place, key),
                 )  # fmt: skip
                 _copy(weights[low:high], remainders[low:high], model_weights[low:high])
                 low = high

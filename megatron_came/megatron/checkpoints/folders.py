@@ -21,6 +21,7 @@ from megatron_came.checkpoint_files.folder import (
 )
 from megatron_came.checkpoint_files.stored import CheckpointTensor
 from megatron_came.checkpoint_files.torch_dist import METADATA, read_layout
+from megatron_came.megatron.sharding import chain_of
 
 _REMOVE = "or remove the folder's contents to start from scratch"
 
@@ -132,7 +133,7 @@ def missing_state(load_dir: Any, args: Any, optimizer: Any) -> str | None:
     from megatron.training import checkpointing
 
     # One rank reads it for its data-parallel group.
-    wrappers = getattr(optimizer, "chained_optimizers", [optimizer])
+    wrappers = chain_of(optimizer)
     if not args.use_distributed_optimizer or not any(
         not each.is_stub_optimizer and each.data_parallel_group.rank() == 0 for each in wrappers
     ):

@@ -24,6 +24,7 @@ from megatron_came.megatron.checkpoints.digests.verifying import note_files, ver
 from megatron_came.megatron.checkpoints.groups import Groups, own_rates, same_order
 from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
 from megatron_came.voice import end_if, rank, say_once, stop
 
@@ -61,9 +62,12 @@ def with_sentences(original: Function) -> Function:
     def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
 
-        with verified(ddp_model, optimizer, get_args()):
-            load = original if optimizer is None else checked
-            return load(ddp_model, optimizer, *args, **kwargs)
+        try:
+            with verified(ddp_model, optimizer, get_args()):
+                load = original if optimizer is None else checked
+                return load(ddp_model, optimizer, *args, **kwargs)
+        finally:
+            folders.tensors_in.cache_clear()
 
     def checked(
         ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
@@ -92,7 +96,6 @@ def with_sentences(original: Function) -> Function:
         finally:
             _current.reset(tokens[0])
             own_rates.reset(tokens[1])
-            folders.tensors_in.cache_clear()
         if run.optimizer == "came":
             _after(opt_param_scheduler, result[0], run)
         return result
@@ -253,7 +256,7 @@ def _settings_problem(load: Load, state: Mapping[str, Any], args: Any, legacy: b
 
 def _groups(optimizer: Any, saved: Any) -> Iterator[tuple[Groups, Groups]]:
     """Of each of Megatron's optimizers, this run's parameter groups and the checkpoint's."""
-    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    own = chain_of(optimizer)
     for wrapper, its in zip(own, contents.optimizers_of(saved), strict=False):
         groups = contents.groups_of(its)
         if wrapper.optimizer is not None and isinstance(groups, list):

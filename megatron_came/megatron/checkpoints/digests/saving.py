@@ -25,6 +25,7 @@ from megatron_came.megatron.checkpoints.digests.sums import (
     main_pieces,
     momentum_pieces,
 )
+from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
 
 # What goes into the checkpoint that is being saved.
@@ -114,7 +115,7 @@ def wrappers_of(optimizer: Any) -> Iterator[Any]:
     """The optimizers of a chain that hold a CAME."""
     if optimizer is None:
         return
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in chain_of(optimizer):
         if getattr(inner, "optimizer", None) is not None:
             yield inner
 
@@ -162,7 +163,7 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
 def _buckets(optimizer: Any, entries: dict[int, Entry]) -> dict[str, tuple[InBucket, ...]]:
     """Say where parameters lie in buckets; ranks that share these say the same."""
     found: dict[str, tuple[InBucket, ...]] = {}
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    chain = chain_of(optimizer)
     for position, wrapper in enumerate(chain):
         prefix = f"chained_{position}." if len(chain) > 1 else ""  # as Megatron's chain has it
         if getattr(wrapper, "optimizer", None) is None or not counts(wrapper):
