@@ -44,9 +44,8 @@ class CAME(torch.optim.Optimizer):
     """Confidence-guided Adaptive Memory Efficient Optimization (Luo et al., ACL 2023, algorithm 2).
 
     Without ``shards`` a drop-in for the authors' ``came_pytorch.CAME``. With them, every rank
-    updates its slice of each tensor as the unsharded algorithm would: row and column statistics
-    are sums over elements, which two reductions a step complete, wherever the slices begin and
-    end.
+    updates its slice of each tensor as the unsharded algorithm would: row and column statistics are
+    sums over elements, which two reductions a step complete, wherever slices begin and end.
 
     Tensors of two or more dimensions have factored statistics; of fewer, a full second moment
     and no confidence. Parameters without a gradient are skipped. Gradients in bf16 or fp16 are
@@ -348,8 +347,7 @@ class CAME(torch.optim.Optimizer):
                     "CAME: a parameter with a shard is in no parameter group any more: "
                     "call set_shards with those that are."
                 )
-            # Named shards first, in the order in which they were named: it is the same on all
-            # ranks.
+            # Named shards first, in the order of naming, which is the same on all ranks.
             params = dict.fromkeys(chain(self._shards, self._params()))
             place = {param: str(index) for index, param in enumerate(group_of)}
             slices = [
@@ -372,8 +370,7 @@ class CAME(torch.optim.Optimizer):
     @property
     def sums(self) -> list[Tensor]:
         """The buffers of its sums over ranks, which a step has made."""
-        bundles = [] if self._plan is None else [*self._plan.local, *self._plan.shared]
-        return [buffer for bundle in bundles for buffer in bundle.buffers]
+        return [] if self._plan is None else self._plan.buffers
 
     @property
     def kernel_choices(self) -> list[str]:

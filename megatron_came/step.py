@@ -131,6 +131,11 @@ class Plan:
                 self.shared.append(Bundle(members, backends[device]))
         self.left = [why for bundle in (*self.local, *self.shared) for why in bundle.left]
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The memory that all sums lie in."""
+        return [each for bundle in (*self.local, *self.shared) for each in bundle.buffers]
+
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups are the plan's, and hold its parameters, as they were."""
         params = [group["params"] for group in param_groups]

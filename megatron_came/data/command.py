@@ -17,11 +17,11 @@ from megatron_came.data.encoding import Encoder
 from megatron_came.data.errors import DataError
 from megatron_came.data.files import LateInterrupt, whole_files
 from megatron_came.data.launch_flags import launch_flags
-from megatron_came.data.quiet import quiet
 from megatron_came.data.records import Layout
 from megatron_came.data.tokenizer import SentencePiece
 from megatron_came.data.tokenizer_training import train_tokenizer
 from megatron_came.terminal.progress import Progress
+from megatron_came.terminal.quiet import quiet
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BYTES_PER_WORKER = 4_000_000  # of text, below which another process is not worth its start

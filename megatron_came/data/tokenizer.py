@@ -16,7 +16,7 @@ from typing import Any
 import sentencepiece
 
 from megatron_came.data.errors import DataError
-from megatron_came.data.quiet import quiet
+from megatron_came.terminal.quiet import quiet
 
 GPT2_END = "<|endoftext|>"
 

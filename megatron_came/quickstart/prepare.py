@@ -6,12 +6,12 @@ import shutil
 from megatron_came.data.corpus import Corpus, write_json_lines
 from megatron_came.data.encoding import Encoder
 from megatron_came.data.files import whole_files
-from megatron_came.data.quiet import quiet
 from megatron_came.data.tokenizer import SentencePiece
 from megatron_came.data.tokenizer_training import train_tokenizer
 from megatron_came.quickstart.settings import QuickstartError, Settings
 from megatron_came.quickstart.steps import Steps
 from megatron_came.terminal.progress import Progress
+from megatron_came.terminal.quiet import quiet
 
 
 def prepare(settings: Settings, steps: Steps) -> str:
