@@ -4,7 +4,7 @@ from megatron_came._version import __version__
 
 TYPE_CHECKING = False  # as type checkers know it, without the import of typing
 if TYPE_CHECKING:
-    from megatron_came.layout import Shard
+    from megatron_came.core.shard import Shard
     from megatron_came.optimizer import CAME
 
 __all__ = ["CAME", "Shard", "__version__"]
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> object:
 
         return CAME
     if name == "Shard":
-        from megatron_came.layout import Shard
+        from megatron_came.core.shard import Shard
 
         return Shard
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

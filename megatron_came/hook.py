@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from megatron_came.host.errors import UnsupportedError
 from megatron_came.launch import prepare
+from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.search_path import other_megatron, use_checkout_of
 
 _report = sys.excepthook

@@ -6,7 +6,7 @@ The script runs unmodified, as if it had been started itself: its folder is firs
 path, and its checkout before what is installed, so that it imports the ``megatron`` package of its
 own checkout wherever in it the script lies; and it takes all its flags.
 What is added is the choice ``came`` of ``--optimizer``, and machines without a GPU (see
-:mod:`megatron_came.host.cpu`).
+:mod:`megatron_came.cpu_megatron`).
 """
 
 import contextlib
@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_came.host import cpu, install
-from megatron_came.host.cpu.host_functions import use_compiled_dataset_helpers
-from megatron_came.host.errors import HostError, UnsupportedError
-from megatron_came.host.versions import check_version, has_training_loop
+from megatron_came import cpu_megatron
+from megatron_came.cpu_megatron.host_functions import use_compiled_dataset_helpers
+from megatron_came.megatron import install
+from megatron_came.megatron.errors import HostError, UnsupportedError
+from megatron_came.megatron.versions import check_version, has_training_loop
 from megatron_came.search_path import other_megatron, use_checkout_of
 
 _INTERRUPTED = 130  # what a shell gives a program that SIGINT has ended
@@ -47,7 +48,7 @@ def prepare(*, training_loop: bool = False) -> None:
             not one that CAME can be added to.
     """
     try:
-        cpu.enable()
+        cpu_megatron.enable()
     except (ValueError, HostError) as error:
         _stop("megatron_came", str(error))
     try:

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from megatron_came import state as state_of
 from megatron_came.compiling import outside_compiler
-from megatron_came.kernels.choice import Choice, choose, left_to_plain
-from megatron_came.layout import Shard, check_shards
-from megatron_came.loading import states_in
-from megatron_came.maths.hyperparameters import Hyperparameters, check_group, with_plain_numbers
-from megatron_came.maths.rounding import parameter_key
-from megatron_came.plan import Plan
-from megatron_came.refusals import Guard
-from megatron_came.warn import warn_once
-from megatron_came.work import ParameterWork, gradient_of
+from megatron_came.core import state as state_of
+from megatron_came.core.hyperparameters import Hyperparameters, check_group, with_plain_numbers
+from megatron_came.core.parameter_slice import ParameterSlice, gradient_of
+from megatron_came.core.rounding import parameter_key
+from megatron_came.core.shard import Shard, check_shards
+from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
+from megatron_came.parameter_checks import Guard
+from megatron_came.state_dicts import states_in
+from megatron_came.step import Plan
+from megatron_came.voice import warn_once
 
 _logger = logging.getLogger(__name__)
 # What copies and pickles take along, and what those of older versions lack.
@@ -87,7 +87,7 @@ class CAME(torch.optim.Optimizer):
         momentum_dtype: ``torch.float32``; ``torch.bfloat16``, half the memory; or ``torch.int8``
             with a scale for every 256 elements, a quarter; both rounded stochastically.
         remainders: take bf16 parameters for the upper halves of fp32 weights and keep the lower
-            halves as state, see :mod:`megatron_came.maths.remainders`: they are trained as fp32
+            halves as state, see :mod:`megatron_came.core.remainders`: they are trained as fp32
             parameters are.
         seed: of that rounding. Its bits are a function of the seed, the step, the parameter's
             name and the element's place in the full tensor.
@@ -336,7 +336,7 @@ class CAME(torch.optim.Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         return [param for param in params if param.is_floating_point()]
 
-    def _state_of(self, work: ParameterWork) -> dict[str, Tensor]:
+    def _state_of(self, work: ParameterSlice) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[work.param]
         if not state:
             state.update(self._new_state(work.param))
@@ -362,7 +362,7 @@ class CAME(torch.optim.Optimizer):
             params = dict.fromkeys(chain(self._shards, self._params()))
             place = {param: str(index) for index, param in enumerate(group_of)}
             works = [
-                ParameterWork(
+                ParameterSlice(
                     param,
                     group_of[param],
                     self.shard_of(param),

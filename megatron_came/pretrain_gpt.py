@@ -35,7 +35,7 @@ from megatron.training import get_args, get_timers, print_rank_0, set_startup_ti
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_came.host.releases.pretraining import (
+from megatron_came.megatron.compat.pretraining import (
     Batch,
     build_tokenizer,
     mtp_on_this_rank,

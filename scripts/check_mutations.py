@@ -15,12 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-SHARDED = "tests/test_sharded.py"
-KERNELS = "tests/test_kernels.py"
-ADDRESSES = "tests/test_kernel_addresses.py"
-THREADS = "tests/test_kernel_threads.py"
-SMALLER = "tests/test_smaller_state.py"
-HOST = "tests/test_host_sharding.py"
+SHARDED = "tests/core/test_sharded.py"
+KERNELS = "tests/kernels/test_kernels.py"
+ADDRESSES = "tests/kernels/test_kernel_addresses.py"
+THREADS = "tests/kernels/test_kernel_threads.py"
+SMALLER = "tests/core/test_smaller_state.py"
+HOST = "tests/megatron/test_host_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
 
@@ -39,97 +39,97 @@ class Fault:
 FAULTS = (
     Fault(
         "skip the DP reduction",
-        "comm.py",
+        "core/sums.py",
         'self._first = _runs(offsets, "dp_group")',
         "self._first = []",
     ),
     Fault(
         "skip the TP reduction",
-        "comm.py",
+        "core/sums.py",
         'self._second = _runs(offsets, "tp_group")',
         "self._second = []",
     ),
     Fault(
         "reduce over the wrong group",
-        "work.py",
+        "core/parameter_slice.py",
         "if not summed_over_tp:",
         "if summed_over_tp:",
     ),
     Fault(
         "row mean over the local columns",
-        "layout.py",
+        "core/shard.py",
         'return self.local_matrix[2] * (self.tp_size if self.tp_axis == "columns" else 1)',
         "return self.local_matrix[2]",
     ),
     Fault(
         "mean of a factor that is not whole",
-        "plain.py",
+        "kernels/eager.py",
         'pair[1 if self._shard.tp_axis == "rows" else 0]',
         "pair[0]",
     ),
     Fault(
         "alias residual and gradient statistics",
-        "plain.py",
+        "kernels/eager.py",
         "pair = self._factors(*MATRIX_FACTORS[2:])",
         "pair = self._factors(*MATRIX_FACTORS[:2])",
     ),
     Fault(
         "scale a vector's momentum by lr in place",
-        "maths/passes.py",
+        "core/passes.py",
         "    param.add_(step, alpha=-lr)",
         "    param.add_(step.mul_(lr), alpha=-1.0)",
     ),
     Fault(
         "count padding",
-        "layout.py",
+        "core/shard.py",
         "return math.prod(self.shape) * self.tp_size",
         "return -(-math.prod(self.shape) // 64) * 64 * self.tp_size",
     ),
     Fault(
         "drop the clip's reduction over TP",
-        "work.py",
+        "core/parameter_slice.py",
         "requests = [self._request(summed_over_tp=axis is not None)]",
         "requests = [self._request(summed_over_tp=False)]",
     ),
     Fault(
         "state in bf16",
-        "state.py",
+        "core/state.py",
         "return torch.float64 if param.dtype == torch.float64 else torch.float32",
         "return torch.bfloat16",
     ),
     Fault(
         "the guess used as the clip divisor",
-        "plain.py",
+        "kernels/eager.py",
         "self._divisor = divisor.to(work.dtype)",
         'self._divisor = getattr(self, "_guess", divisor).to(work.dtype)',
     ),
     Fault(
         "residuals with the guess",
-        "maths/factors.py",
+        "core/factors.py",
         "delta = divisor.reciprocal() - guess.to(torch.float64).reciprocal()",
         "delta = torch.zeros_like(divisor)",
     ),
     Fault(
         "column offsets off by one",
-        "layout.py",
+        "core/shard.py",
         "columns=slice(column, column + box[2]),",
         "columns=slice(max(column - 1, 0), max(column - 1, 0) + box[2]),",
     ),
     Fault(
         "drop eps1",
-        "plain.py",
+        "kernels/eager.py",
         "factors.update_moment(moment, sums, count=count, eps=eps, beta=beta)",
         "factors.update_moment(moment, sums, count=count, eps=0.0, beta=beta)",
     ),
     Fault(
         "copies go on from their own sums",
-        "comm.py",
+        "core/sums.py",
         "view.copy_(part[offset : offset + view.numel()])",
         "pass",
     ),
     Fault(
         "copies update their second moments twice",
-        "work.py",
+        "core/parameter_slice.py",
         "self.state[key].copy_(value)",
         "pass",
     ),
@@ -142,42 +142,42 @@ FAULTS = (
     ),
     Fault(
         "steps not counted, so that all round with the same bits",
-        "kernels/numba/launch.py",
+        "kernels/cpu/launch.py",
         "tables.groups[:, GroupField.STEP] += 1",
         "pass",
         SMALLER,
     ),
     Fault(
         "a gradient copied as a whole",
-        "plain.py",
+        "kernels/eager.py",
         "self._grad = self.work.grad.reshape(-1)",
         "self._grad = self.work.grad.reshape(-1).clone()",
         KERNELS,
     ),
     Fault(
         "Numba: the last element of a slice left out",
-        "kernels/numba/tiles.py",
+        "kernels/cpu/tiles.py",
         "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP]), first",
         "return max(first, param[Matrix.START]), min(end, param[Matrix.STOP] - 1), first",
         KERNELS,
     ),
     Fault(
         "Numba: threads share a buffer",
-        "kernels/numba/task.py",
+        "kernels/cpu/task.py",
         "tiles.buffers_in(task[TaskField.ROOM, 0] + 16 * thread * elements, elements)",
         "tiles.buffers_in(task[TaskField.ROOM, 0], elements)",
         THREADS,
     ),
     Fault(
         "Numba: some of PyTorch's threads ended",
-        "kernels/numba/launch.py",
+        "kernels/cpu/launch.py",
         "threads.usable() if rows.max() > 1 else 1",
         "min(threads.usable(), int(rows.max()))",
         THREADS,
     ),
     Fault(
         "Numba: a fork not noticed",
-        "kernels/threads.py",
+        "kernels/cpu/threads.py",
         "if os.getpid() != _PROCESS:",
         "if os.getpid() == 0:",
         THREADS,
@@ -191,35 +191,35 @@ FAULTS = (
     ),
     Fault(
         "addresses not refreshed",
-        "kernels/addresses.py",
+        "kernels/triton/addresses.py",
         "if seen != self._seen[index]:",
         "if not self._seen[index]:",
         ADDRESSES,
     ),
     Fault(
         "expert group mixed with the dense group",
-        "host/sharding.py",
+        "megatron/sharding.py",
         'return self.tp if getattr(param, "allreduce", True) else self.expert_tp',
         "return self.tp",
         HOST,
     ),
     Fault(
         "factors not saved",
-        "host/factor_checkpoints.py",
+        "megatron/checkpoints/factors.py",
         'return {"format": FORMAT, "parameters": parameters}',
         'return {"format": FORMAT, "parameters": {key: {} for key in parameters}}',
         RESUME,
     ),
     Fault(
         "legacy factors not loaded",
-        "host/distributed.py",
+        "megatron/distributed.py",
         "self.optimizer.state[self._parts[position][1]][key].copy_(mine)",
         "pass",
         LEGACY,
     ),
     Fault(
         "row factors saved as replicas of one tensor-parallel rank",
-        "host/factor_checkpoints.py",
+        "megatron/checkpoints/factors.py",
         "tensor + leaf.global_offset[axis] // leaf.local_shape[axis]",
         "tensor + 1",
         RESUME,

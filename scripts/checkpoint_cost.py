@@ -19,8 +19,8 @@ from megatron_came.launch import prepare
 prepare()  # before anything imports Megatron
 
 from megatron_came import pretrain_gpt  # noqa: E402
-from megatron_came.host.digests import saving  # noqa: E402
-from megatron_came.maths.digests import pack  # noqa: E402
+from megatron_came.core.digests import pack  # noqa: E402
+from megatron_came.megatron.checkpoints.digests import saving  # noqa: E402
 
 FLAGS = """
     --num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 64

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_came import CAME
-from megatron_came.kernels.cutting import Tiling
+from megatron_came.bench import command
+from megatron_came.bench.peak import peak_of
 from megatron_came.kernels.triton.launch import TritonKernels
-from megatron_came.tools.bench import command
-from megatron_came.tools.bench.peak import peak_of
-from tests.kernel_cases import (
+from megatron_came.kernels.triton.tiling import Tiling
+from tests.support.kernel_cases import (
     CASES,
     TOLERANCE,
     bad_gradients,
@@ -32,7 +32,7 @@ from tests.kernel_cases import (
     weights_after_moves,
     worst_distance,
 )
-from tests.sharded_cases import Layout, train_sharded
+from tests.support.sharded_cases import Layout, train_sharded
 
 CUDA = torch.device("cuda")
 # (model, layers)

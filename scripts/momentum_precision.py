@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_came.bench.machine import describe
 from megatron_came.data.errors import DataError
 from megatron_came.quickstart.prepare import prepare
 from megatron_came.quickstart.settings import OPTIMIZERS, QuickstartError, Settings
 from megatron_came.quickstart.steps import Steps
 from megatron_came.quickstart.train import Result, train
-from megatron_came.tools.bench.machine import describe
 
 _CAME = next(optimizer for optimizer in OPTIMIZERS if optimizer.key == "came")
 _LAST = 20  # iterations whose mean is the final loss

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from megatron_came.tools.bench.shapes import shapes_of
+from megatron_came.bench.shapes import shapes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -215,7 +215,7 @@ def main() -> None:
             gpu="were timed on the GPU named below"
             if gpu
             else "have not been timed: no GPU was at hand. They are proved under Triton's "
-            "interpreter and compile for an H100 (tests/test_kernels.py); `make gpu-check` checks "
+            "interpreter and compile for an H100 (tests/kernels/test_kernels.py); `make gpu-check` checks "
             "and times them on a machine with one",
         )
     ]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import interpreter
+from tests.support import interpreter
 
 if not torch.cuda.is_available():
     interpreter.use()

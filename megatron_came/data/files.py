@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_came.children import signals_held_back
 from megatron_came.data.locks import locked
+from megatron_came.terminal.children import signals_held_back
 
 
 class LateInterrupt(KeyboardInterrupt):

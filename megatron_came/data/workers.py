@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
-from megatron_came.children import end_with_parent, signals_held_back
 from megatron_came.data.errors import DataError
+from megatron_came.terminal.children import end_with_parent, signals_held_back
 
 _REMEDY = "give fewer --workers, or cut the text into smaller documents"
 

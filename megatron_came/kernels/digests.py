@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from megatron_came.maths.digests import Adder, Box, add_up, terms
+from megatron_came.core.digests import Adder, Box, add_up, terms
 
 
 @cache
@@ -15,7 +15,7 @@ def adder(device: torch.device) -> Adder:
     if device.type != "cpu":
         return add_up
     try:
-        from megatron_came.kernels.numba.digests import add_up_fast
+        from megatron_came.kernels.cpu.digests import add_up_fast
 
         add_up_fast(terms(torch.ones(1), (1,), Box.whole((1,))))  # compiles, or cannot
     except Exception:  # not installed, or not working here: of no consequence but the time

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_came.tools.interrupts import in_one_line
+from megatron_came.terminal.interrupts import in_one_line
 
 
 def _run() -> int:

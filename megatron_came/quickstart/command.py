@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import megatron_came
+from megatron_came import cpu_megatron
 from megatron_came.data.errors import DataError
-from megatron_came.host import cpu
 from megatron_came.quickstart.plot import plot_losses
 from megatron_came.quickstart.prepare import prepare
 from megatron_came.quickstart.report import check_same_start, summary
@@ -89,7 +89,7 @@ def _gpus() -> int:
     """How many GPUs there are to train on; 0 for the CPU."""
     import torch
 
-    return 0 if cpu.wanted() else torch.cuda.device_count()
+    return 0 if cpu_megatron.wanted() else torch.cuda.device_count()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from megatron_came.data.tokenizer import SentencePiece
 from megatron_came.data.tokenizer_training import train_tokenizer
 from megatron_came.quickstart.settings import QuickstartError, Settings
 from megatron_came.quickstart.steps import Steps
-from megatron_came.tools.progress import Progress
+from megatron_came.terminal.progress import Progress
 
 
 def prepare(settings: Settings, steps: Steps) -> str:

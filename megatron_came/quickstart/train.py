@@ -16,7 +16,7 @@ from typing import IO, Self
 from megatron_came.data.files import whole_files
 from megatron_came.quickstart.meter import Measured
 from megatron_came.quickstart.settings import Optimizer, QuickstartError, Settings
-from megatron_came.tools.progress import Progress
+from megatron_came.terminal.progress import Progress
 
 _ITERATION = re.compile(
     r"iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+) .*lm loss: (\S+) "

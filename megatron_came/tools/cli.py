@@ -11,13 +11,13 @@ from megatron_came._version import __version__
 # Each command's module, which has a main(arguments), what it takes, and what it does.
 _COMMANDS = {
     "bench": ("bench.command", "", "time a step of CAME beside other optimizers"),
-    "data": ("prepare_data", "INPUT ...", "make a dataset for Megatron of text"),
-    "flags": ("flags", "", "list the flags of --optimizer came, and variables"),
+    "data": ("data.command", "INPUT ...", "make a dataset for Megatron of text"),
+    "flags": ("tools.flags", "", "list the flags of --optimizer came, and variables"),
     "help": ("", "[COMMAND]", "say how to use a command"),
-    "inspect": ("inspect_checkpoint", "CHECKPOINT", "list what a checkpoint of Megatron holds"),
-    "memory": ("memory", "FLAGS...", "predict the memory of every GPU of a launch"),
-    "patch": ("patch_checkout", "CHECKOUT", "let a checkout's own script know --optimizer came"),
-    "repair": ("repair_checkpoint", "FROM TO", "copy a checkpoint, its main weights made anew"),
+    "inspect": ("tools.inspect", "CHECKPOINT", "list what a checkpoint of Megatron holds"),
+    "memory": ("memory.command", "FLAGS...", "predict the memory of every GPU of a launch"),
+    "patch": ("tools.patch", "CHECKOUT", "let a checkout's own script know --optimizer came"),
+    "repair": ("tools.repair", "FROM TO", "copy a checkpoint, its main weights made anew"),
 }
 # Seconds to clean up after Ctrl-C, for commands that write files; None is as long as it takes.
 _GRACE = {"data": None, "patch": 0.7, "repair": None}
@@ -43,7 +43,7 @@ def _run(command: str, rest: list[str]) -> int:
     import importlib
     import os
 
-    module = importlib.import_module(f"megatron_came.tools.{_COMMANDS[command][0]}")
+    module = importlib.import_module(f"megatron_came.{_COMMANDS[command][0]}")
     try:
         status: int = module.main(rest)
     except BrokenPipeError:  # nobody reads on, as in "| head"
@@ -74,7 +74,7 @@ def _main() -> int:
     if command not in _COMMANDS:
         print(f"megatron-came: there is no command {command}.\n{_usage()}", file=sys.stderr)
         return 2
-    from megatron_came.tools.interrupts import in_one_line
+    from megatron_came.terminal.interrupts import in_one_line
 
     line = f"megatron-came {command}: interrupted."
     return in_one_line(lambda: _run(command, rest), line, grace=_GRACE.get(command, 0.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from megatron_came.tools.console import Head, show, width, wrapped
+from megatron_came.terminal.console import Head, show, width, wrapped
 
 # Name, default and meaning of each variable that the launchers and the optimizer read.
 _LAUNCH = (
@@ -37,7 +37,7 @@ _EXAMPLES = (
 
 def came_flags() -> list[argparse.Action]:
     """The flags that CAME adds to Megatron's parser, from the code that adds them."""
-    from megatron_came.host.arguments import with_flags
+    from megatron_came.megatron.arguments import with_flags
 
     parser = argparse.ArgumentParser(add_help=False)
     optimizer = parser.add_argument("--optimizer", choices=["adam", "sgd"])

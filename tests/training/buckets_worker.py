@@ -30,8 +30,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
-from megatron_came.host.config import CameOptimizerConfig  # noqa: E402
-from megatron_came.state import FACTORS  # noqa: E402
+from megatron_came.core.state import FACTORS  # noqa: E402
+from megatron_came.megatron.config import CameOptimizerConfig  # noqa: E402
 from tests.training.groups import connect, meet  # noqa: E402
 
 

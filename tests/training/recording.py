@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_came import comm
+from megatron_came.core import sums
 
 
 def digest(tensors):
@@ -100,7 +100,7 @@ class Recorder:
             return self.seen["params_norms"][-1]
 
         self._collectives = CountedCollectives()
-        stack.enter_context(mock.patch.object(comm, "dist", self._collectives))
+        stack.enter_context(mock.patch.object(sums, "dist", self._collectives))
         for name, function in (
             ("train_step", recording_train_step),
             ("calc_params_l2_norm", recording_params_norm),

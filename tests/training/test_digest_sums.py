@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_came.host.digests import leaves
-from megatron_came.host.digests.leaves import Entry, Leaf
-from megatron_came.host.digests.sums import Sums, distinct
-from megatron_came.maths.digests import MOMENTUM, WEIGHTS, Box, digest_whole
+from megatron_came.core.digests import MOMENTUM, WEIGHTS, Box, digest_whole
+from megatron_came.megatron.checkpoints.digests import leaves
+from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
+from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
 
 RANKS = 3
 

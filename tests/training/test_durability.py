@@ -11,8 +11,8 @@ from tests.training.harness import Case, losses, run, worst_difference
 FULL = "--optimizer came --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
 SHORT = "--train-iters 12 --lr-warmup-iters 2 "
 
-# Written by version 0.1.0; tests/data/checkpoint-v1.md says how.
-KEPT = Path(__file__).parents[1] / "data" / "checkpoint-v1"
+# Written by version 0.1.0; tests/support/checkpoint-v1.md says how.
+KEPT = Path(__file__).parents[1] / "support" / "checkpoint-v1"
 KEPT_MODEL = (
     "--num-layers 1 --hidden-size 8 --num-attention-heads 2 --seq-length 8 "
     "--max-position-embeddings 8 --vocab-size 15 --make-vocab-size-divisible-by 8 "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_came.host.memory.records import Record
+from megatron_came.memory.records import Record
 from tests.training import test_layouts
 from tests.training.harness import Case, run
 from tests.training.layouts import DO, FROZEN, LAYOUTS, MODELS, NAMES, SIXTEEN_BIT, pp, tp

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_came.host import checkpoint_refusals
-from megatron_came.tools import inspect_checkpoint
+from megatron_came.megatron.checkpoints import refusals
+from megatron_came.tools import inspect
 from tests.training.harness import Case, run_chains
 
 DO = "--use-distributed-optimizer "
@@ -88,7 +88,7 @@ def test_an_earlier_legacy_checkpoint_is_refused(tmp_path, step, refused):
     args = SimpleNamespace(
         **vars(saved), finetune=False, no_load_optim=False, load=str(tmp_path), ckpt_step=step
     )
-    problem = checkpoint_refusals.refusal(saved, args, "legacy")
+    problem = refusals.refusal(saved, args, "legacy")
     assert refused == (problem is not None and "leave --ckpt-step out" in problem)
 
 
@@ -110,7 +110,7 @@ def test_hyperparameters_of_a_resumed_run_are_those_of_its_flags(seen):
 @pytest.mark.parametrize("options", [[], ["--summary"]], ids=str)
 def test_inspect_lists_what_is_inside(seen, options, capsys):
     folder = seen["folder"] / "checkpoint-came"
-    assert inspect_checkpoint.main([str(folder), *options]) == 0
+    assert inspect.main([str(folder), *options]) == 0
     printed = capsys.readouterr().out
     assert "iteration   2\n" in printed
     assert "optimizer   came\n" in printed
@@ -119,8 +119,8 @@ def test_inspect_lists_what_is_inside(seen, options, capsys):
 
 
 def test_inspect_of_something_else(tmp_path, capsys):
-    assert inspect_checkpoint.main([str(tmp_path)]) == 2
-    assert inspect_checkpoint.main([str(tmp_path / "nothing")]) == 2
+    assert inspect.main([str(tmp_path)]) == 2
+    assert inspect.main([str(tmp_path / "nothing")]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "holds no checkpoint of Megatron" in first
     assert "is not a folder" in second

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_came.checkpoint_files.folder import find, opened
-from megatron_came.tools import inspect_checkpoint, repair_checkpoint
+from megatron_came.tools import inspect, repair
 from megatron_came.tools.checkpoints.names import named
 from megatron_came.tools.checkpoints.rewriting import overwrite
 from tests.training.harness import Case, losses, run, worst_difference
@@ -38,9 +38,9 @@ def test_a_run_goes_on_from_a_repaired_checkpoint(tmp_path, precision, capsys):
     )
     (save / "latest_checkpointed_iteration.txt").write_text("4")
     shift(save)
-    assert inspect_checkpoint.main([str(save), "--verify"]) == 1
-    assert repair_checkpoint.main([str(save), str(new)]) == 0
-    assert inspect_checkpoint.main([str(new), "--verify"]) == 0
+    assert inspect.main([str(save), "--verify"]) == 1
+    assert repair.main([str(save), str(new)]) == 0
+    assert inspect.main([str(new), "--verify"]) == 0
     assert "begins at zero" in capsys.readouterr().out
     second = run(2, [Case("resumed", f"{flags} --load {new} ")], tmp_path / "second")
     straight, resumed = losses(first["straight"])[4:], losses(second["resumed"])

@@ -12,7 +12,7 @@ from unittest import mock
 import came_pytorch
 import torch.distributed as dist
 
-from megatron_came import comm
+from megatron_came.core import sums
 from tests.training.damaged_settings import DAMAGE, damaged
 
 
@@ -37,12 +37,12 @@ class Oracle(came_pytorch.CAME):
 
 def without_sums_over(kind: str):
     """Leave out the reductions over the ``dp_group`` or the ``tp_group``."""
-    original = comm.SumBuffer.__init__
+    original = sums.SumBuffer.__init__
 
     def without(self, requests, device):
         original(self, [replace(request, **{kind: None}) for request in requests], device)
 
-    return mock.patch.object(comm.SumBuffer, "__init__", without)
+    return mock.patch.object(sums.SumBuffer, "__init__", without)
 
 
 def _trainable(is_trainable):
@@ -128,7 +128,7 @@ def _is_last():
 def _without_numba_on_last():
     """The last rank cannot import Numba."""
     return mock.patch.dict(
-        sys.modules, {"megatron_came.kernels.numba.launch": None} if _is_last() else {}
+        sys.modules, {"megatron_came.kernels.cpu.launch": None} if _is_last() else {}
     )
 
 
@@ -207,11 +207,11 @@ def _spiky():
 
 def apply(name: str, stack: contextlib.ExitStack) -> None:
     """Enter the patches of a variant."""
-    from megatron_came.host import building
+    from megatron_came.megatron import builder
 
     patches = {
         "came": contextlib.nullcontext,
-        "oracle": lambda: mock.patch.object(building, "CAME", Oracle),
+        "oracle": lambda: mock.patch.object(builder, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         "exploding": _exploding,
         "no-numba-on-last": _without_numba_on_last,

@@ -10,15 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_came.kernels import tables
-from megatron_came.maths import factors, int8
+from megatron_came.core import factors, int8
+from megatron_came.kernels.triton import tables
 
 # To be imported by name: Triton does not notice a change of what it reaches through a module.
-SQUARE_SCALE = tl.constexpr(2.0**-10)  # see megatron_came.maths.passes
+SQUARE_SCALE = tl.constexpr(2.0**-10)  # see megatron_came.core.passes
 SQUARE_UNSCALE = tl.constexpr(2.0**20)
 UPDATE_SCALE = tl.constexpr(2.0**-16)
 UPDATE_UNSCALE = tl.constexpr(2.0**32)
-# See megatron_came.maths.factors.
+# See megatron_came.core.factors.
 LARGEST_MEAN = tl.constexpr(factors.largest_mean(torch.float32))
 LEAST_RATIO = tl.constexpr(factors.LEAST_RATIO)
 BAD_GUESS = tl.constexpr(factors.BAD_GUESS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_came.kernels import tables
+from megatron_came.kernels.triton import tables
 from megatron_came.kernels.triton.compiling import (
     BAD_GUESS,
     GROUP_FIELDS,

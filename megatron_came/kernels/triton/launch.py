@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_came.kernels.cutting import PLACES, Tiling
-from megatron_came.kernels.interface import Tables, usual_obstacle
-from megatron_came.kernels.schedule import Kernel, Schedule
-from megatron_came.kernels.tables import GroupField, MatrixField
+from megatron_came.core.int8 import BLOCK as INT8_BLOCK
+from megatron_came.core.shard import Shard
+from megatron_came.kernels.backend import Tables, usual_obstacle
 from megatron_came.kernels.triton import factors, tiles, vectors
-from megatron_came.layout import Shard
-from megatron_came.maths.int8 import BLOCK as INT8_BLOCK
+from megatron_came.kernels.triton.schedule import Kernel, Schedule
+from megatron_came.kernels.triton.tables import GroupField, MatrixField
+from megatron_came.kernels.triton.tiling import PLACES, Tiling
 
 _STEP = 8  # rows of a tile that a program reads at once
 _TILE_WARPS = 8
@@ -45,7 +45,7 @@ def blocks_save_time(cache_elements: int, bytes_per_second: float) -> bool:
 
 
 class TritonKernels:
-    """:class:`megatron_came.kernels.interface.Kernels` for GPUs.
+    """:class:`megatron_came.kernels.backend.Kernels` for GPUs.
 
     Under ``TRITON_INTERPRET=1`` for the CPU.
 

@@ -1,7 +1,7 @@
 """Reads and writes gradients, momentum and weights as memory holds them; arithmetic is fp32.
 
 Gradients are fp32 or bf16, momentum fp32, bf16 or int8, weights fp32 or in two halves. What is
-rounded is rounded as ``megatron_came.maths`` rounds it.
+rounded is rounded as ``megatron_came.core`` rounds it.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_came.kernels import tables
+from megatron_came.kernels.triton import tables
 from megatron_came.kernels.triton.compiling import INT8_BLOCK, aligned_floats, floats
 
 

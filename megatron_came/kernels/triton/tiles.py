@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_came.kernels import tables
-from megatron_came.kernels.triton import storage
+from megatron_came.kernels.triton import storage, tables
 from megatron_came.kernels.triton.compiling import (
     GROUP_FIELDS,
     INT8_BLOCK,

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor
 
 from megatron_came.checkpoint_files.legacy import LegacyTensor
-from megatron_came.maths.digests import MAIN_WEIGHTS, MOMENTUM, digest_whole
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, digest_whole
 
 _ALIGNMENT = 64
 _KINDS = {"param": MAIN_WEIGHTS, "exp_avg": MOMENTUM}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_came.state import FACTORS
+from megatron_came.core.state import FACTORS
 
 KINDS = ("weights", "main weights", "momentum", "factors", "other")
 

@@ -13,9 +13,9 @@ import torch
 
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.legacy import LegacyTensor
-from megatron_came.maths import digests
-from megatron_came.maths.digests import MOMENTUM, WEIGHTS, Record
-from megatron_came.state import FACTORS
+from megatron_came.core import digests
+from megatron_came.core.digests import MOMENTUM, WEIGHTS, Record
+from megatron_came.core.state import FACTORS
 from megatron_came.tools.checkpoints import flat_buffers
 
 if TYPE_CHECKING:

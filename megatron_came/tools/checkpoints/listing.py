@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.stored import Stored
+from megatron_came.terminal.progress import Progress
 from megatron_came.tools.checkpoints.kinds import KINDS, has_padding, kind_of
 from megatron_came.tools.checkpoints.values import Values
-from megatron_came.tools.progress import Progress
 
 # Less is read within two seconds from any disk.
 _LONG = 256 << 20

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.torch_dist import Chunk, DistributedTensor
-from megatron_came.maths.digests import MAIN_WEIGHTS, WEIGHTS, Record, split_name
+from megatron_came.core.digests import MAIN_WEIGHTS, WEIGHTS, Record, split_name
 from megatron_came.tools.checkpoints import names
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from megatron_came.maths.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
-from megatron_came.state import FACTORS
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
+from megatron_came.core.state import FACTORS
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", re.DOTALL)
 _BUCKET = re.compile(r"(.*\.bucket_idx_\d+)\.(param|exp_avg)", re.DOTALL)

@@ -11,8 +11,8 @@ import torch
 
 from megatron_came.checkpoint_files.stored import Box as StoredBox
 from megatron_came.checkpoint_files.stored import Stored
-from megatron_came.maths import digests
-from megatron_came.maths.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Record, Saved
+from megatron_came.core import digests
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Record, Saved
 from megatron_came.tools.checkpoints import names
 
 Shape = tuple[int, ...]

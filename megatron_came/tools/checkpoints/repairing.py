@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.torch_dist import Chunk, DistributedTensor
-from megatron_came.maths import digests
-from megatron_came.maths.digests import MAIN_WEIGHTS, MOMENTUM, Record
+from megatron_came.core import digests
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, Record
 from megatron_came.tools.checkpoints import names
 from megatron_came.tools.checkpoints.main_weights import pairs, unlike
 from megatron_came.tools.checkpoints.proofs import Proofs

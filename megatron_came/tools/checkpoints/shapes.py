@@ -9,7 +9,7 @@ import torch
 
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.stored import Stored
-from megatron_came.maths.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
 from megatron_came.tools.checkpoints import names
 from megatron_came.tools.checkpoints.kinds import has_padding
 

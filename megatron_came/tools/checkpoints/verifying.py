@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.stored import Stored
-from megatron_came.maths import digests
-from megatron_came.maths.digests import MAIN_WEIGHTS, MOMENTUM, Record, RecordError
-from megatron_came.state import FACTORS
+from megatron_came.core import digests
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, Record, RecordError
+from megatron_came.core.state import FACTORS
 from megatron_came.tools.checkpoints import legacy_proofs, main_weights, names, shapes
 from megatron_came.tools.checkpoints.kinds import has_padding, kind_of
 from megatron_came.tools.checkpoints.listing import bytes_of, printable, progress

@@ -1,0 +1,207 @@
+"""Time, memory and traffic of optimizer steps."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_came.bench.contenders import Contender
+from megatron_came.bench.peak import peak_of
+from megatron_came.bench.shapes import Shape
+from megatron_came.core.shard import Shard
+from megatron_came.kernels.dispatch import choose
+from megatron_came.terminal.progress import Progress
+
+_COPY_ELEMENTS = 64 * 1024 * 1024
+_WARM_UP = 3  # steps of each contender
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One contender's step.
+
+    Attributes:
+        name: of the contender.
+        milliseconds: median.
+        fastest: of the timed steps, in milliseconds.
+        steps: timed.
+        ns_per_parameter: of the parameters that the rank updates.
+        floor_bytes_per_parameter: what a step reads and writes at least, see ``Contender.floor``.
+        gigabytes_per_second: floor's bytes over the median.
+        fraction_of_floor: time that the floor's bytes take at the device's copy bandwidth over the
+            median.
+        extra_mebibytes: peak of the memory taken during a step beyond what was held before it, see
+            ``peak_of``.
+        collectives: of one step.
+        mebibytes_sent: handed to collectives in one step.
+    """
+
+    name: str
+    milliseconds: float
+    fastest: float
+    steps: int
+    ns_per_parameter: float
+    floor_bytes_per_parameter: float | None
+    gigabytes_per_second: float | None
+    fraction_of_floor: float | None
+    extra_mebibytes: float
+    collectives: int
+    mebibytes_sent: float
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def parameters(
+    shapes: Sequence[Shape], device: torch.device, ranks: int
+) -> tuple[list[Tensor], dict[Tensor, Shard]]:
+    """Make what the middle one of so many data-parallel ranks updates, with gradients.
+
+    As the distributed optimizer does, the parameters lie one after another in a flat buffer, and a
+    rank has one part of it.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    low, high = (sum(sizes) * part // ranks for part in (ranks // 2, ranks // 2 + 1))
+    group: Any = dist.group.WORLD if ranks > 1 else None
+    params: list[Tensor] = []
+    shards: dict[Tensor, Shard] = {}
+    offset = 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        start, stop = (min(max(bound - offset, 0), size) for bound in (low, high))
+        offset += size
+        own_shape = shape if ranks == 1 else (stop - start,)
+        values = torch.randn(own_shape, device=device, generator=generator)
+        param: Tensor = torch.nn.Parameter(values * 0.02)
+        param.grad = torch.randn(own_shape, device=device, generator=generator) * 1e-3
+        params.append(param)
+        shards[param] = Shard(shape, start, stop, dp_group=group)
+    return params, shards
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.randn(_COPY_ELEMENTS, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(times[2:])
+
+
+@contextmanager
+def _counted_collectives() -> Iterator[list[int]]:
+    """Collect the bytes that each collective of CAME is handed."""
+    sent: list[int] = []
+
+    def counted(original: Any) -> Any:
+        def collective(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            sent.append(tensor.nbytes)
+            return original(tensor, *args, **kwargs)
+
+        return collective
+
+    with (
+        mock.patch("megatron_came.core.sums.dist.all_reduce", counted(dist.all_reduce)),
+        mock.patch("megatron_came.core.sums.dist.broadcast", counted(dist.broadcast)),
+    ):
+        yield sent
+
+
+def _floor_bytes(
+    contender: Contender, params: Sequence[Tensor], shards: Mapping[Tensor, Shard]
+) -> int | None:
+    """What a step reads and writes at least."""
+    if contender.floor is None:
+        return None
+    kernels = choose("auto", params[0].device).kernels
+    fitting = (kernels.cache_elements or 0) if kernels is not None else 0
+    total = 0
+    for param in params:
+        # With several ranks an all-reduce over all parameters comes between two passes.
+        stays = param.dim() > 1 and param.numel() <= fitting and shards[param].dp_group is None
+        floor = contender.cached_floor if stays else None
+        total += param.numel() * (floor or contender.floor)
+    return total
+
+
+def measure(
+    contenders: Sequence[Contender],
+    params: list[Tensor],
+    shards: Mapping[Tensor, Shard],
+    *,
+    steps: int,
+    bandwidth: float,
+) -> list[Result]:
+    """Time the contenders' steps, after warm-up, and count what else they cost.
+
+    They take turns, on the same parameters and gradients: what else goes on in the machine slows
+    all of them.
+
+    Args:
+        contenders: the optimizers.
+        params: with gradients.
+        shards: where each lies in its full tensor.
+        steps: timed ones of each.
+        bandwidth: of the device, in bytes a second.
+    """
+    device = params[0].device
+    optimizers = [contender.build(params, shards) for contender in contenders]
+    times: list[list[float]] = [[] for _ in contenders]
+    rounds = _WARM_UP + steps
+    with Progress("Timing", rounds * len(optimizers), sys.stderr) as progress:
+        for _ in range(rounds):
+            for optimizer, taken in zip(optimizers, times, strict=True):
+                start = time.perf_counter()
+                optimizer.step()
+                synchronize(device)
+                taken.append((time.perf_counter() - start) * 1e3)
+                progress.advance(1)
+    return [
+        _result(contender, optimizer, params, shards, taken[_WARM_UP:], bandwidth)
+        for contender, optimizer, taken in zip(contenders, optimizers, times, strict=True)
+    ]
+
+
+def _result(
+    contender: Contender,
+    optimizer: torch.optim.Optimizer,
+    params: list[Tensor],
+    shards: Mapping[Tensor, Shard],
+    times: list[float],
+    bandwidth: float,
+) -> Result:
+    with _counted_collectives() as sent:
+        extra = peak_of(optimizer.step, params[0].device)
+    count = sum(param.numel() for param in params)
+    median = statistics.median(times)
+    moved = _floor_bytes(contender, params, shards)
+    return Result(
+        name=contender.name,
+        milliseconds=median,
+        fastest=min(times),
+        steps=len(times),
+        ns_per_parameter=median * 1e6 / count,
+        floor_bytes_per_parameter=None if moved is None else moved / count,
+        gigabytes_per_second=None if moved is None else moved / median / 1e6,
+        fraction_of_floor=None if moved is None else moved / bandwidth / (median / 1e3),
+        extra_mebibytes=extra / 2**20,
+        collectives=len(sent),
+        mebibytes_sent=sum(sent) / 2**20,
+    )

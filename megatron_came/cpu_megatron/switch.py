@@ -1,0 +1,109 @@
+"""Decides whether this process trains on the CPU, and turns that on once."""
+
+import atexit
+import os
+import sys
+
+import torch
+import torch.distributed
+
+VARIABLE = "MEGATRON_CAME_CPU"
+
+_enabled = False
+
+
+def wanted() -> bool:
+    """Whether this process should train on the CPU.
+
+    Raises:
+        ValueError: ``MEGATRON_CAME_CPU`` is set to something else than 0 or 1.
+    """
+    if _enabled:
+        return True  # the stand-ins answer for torch.cuda by now, so it cannot be asked again
+    choice = os.environ.get(VARIABLE, "")
+    if choice not in ("", "0", "1"):
+        raise ValueError(
+            f"{VARIABLE} must be 1 (train on the CPU), 0 (never) or unset (the CPU where there is "
+            f"no GPU), not {choice!r}."
+        )
+    return choice == "1" or (choice == "" and not torch.cuda.is_available())
+
+
+def enable() -> bool:
+    """Make Megatron train on the CPU, where that is wanted (see :func:`wanted`).
+
+    Call it before Megatron is imported; a second call does nothing.  Rank 0 says what was
+    done and which defaults Megatron's flags have now, the main ones.
+
+    Returns:
+        True if Megatron will train on the CPU, False if nothing was touched.
+
+    Raises:
+        ValueError: ``MEGATRON_CAME_CPU`` is set to something else than 0 or 1.
+        RuntimeError: Megatron was imported before this call.
+        HostError: Megatron is missing, of a release that is not supported, or lacks a flag that
+            has to be set.
+    """
+    global _enabled
+    if _enabled or not wanted():
+        return _enabled
+    if "megatron.core" in sys.modules or "megatron.training" in sys.modules:
+        raise RuntimeError(
+            "megatron_came.cpu_megatron.enable() must run before megatron is imported: move the "
+            "call to the top of the script."
+        )
+    # Imported here: a machine with a GPU needs none of it.
+    from megatron_came.cpu_megatron import devices, randomness
+
+    _set_environment()
+    devices.install()
+    randomness.install()
+    _enabled = True
+
+    # These import Megatron, which has to find the stand-ins in place.
+    from megatron_came.cpu_megatron import arguments, host_functions, parallel_layers, torch_adam
+    from megatron_came.megatron.compat import cpu as releases
+    from megatron_came.megatron.versions import check_version, has_training_loop
+
+    check_version()
+    releases.install()
+    if has_training_loop():
+        arguments.install()
+    host_functions.install()
+    parallel_layers.install()
+    torch_adam.install()
+    atexit.register(_leave_process_groups)
+    if os.environ.get("RANK", "0") == "0":
+        print(_announcement(), flush=True)
+    return True
+
+
+def _set_environment() -> None:
+    """Set what this process, its workers and Megatron's checks read from the environment."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with MEGATRON_CAME_CPU=1 a GPU stays unused
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # Megatron insists on it for tensor parallelism on the GPU that the stand-ins describe.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _leave_process_groups() -> None:
+    """End gloo's threads in order: Megatron leaves them to the end of the process.
+
+    There they now and then abort it, and after an error may wait for what no rank will send.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if getattr(sys, "last_value", None) is not None:  # the exception that ends this process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    torch.distributed.destroy_process_group()
+
+
+def _announcement() -> str:
+    """Two lines of 80 columns at most: Megatron's own list of arguments shows all of them."""
+    reason = f"{VARIABLE}=1" if os.environ.get(VARIABLE) == "1" else "no GPU"
+    return (
+        f"megatron_came: training on the CPU over gloo ({reason}), unfused,\n"
+        "by default --transformer-impl local --attention-backend unfused --num-workers 0."
+    )

@@ -1,9 +1,0 @@
-"""The Megatron host room: what makes ``--optimizer came`` work in an unmodified Megatron.
-
-:func:`install` is all that a launcher calls. Everything that knows
-Megatron's names is in this package; the optimizer itself does not.
-"""
-
-from megatron_came.host.installation import install
-
-__all__ = ["install"]

@@ -1,0 +1,201 @@
+"""What the kernels read: tables of addresses, shapes and ranges, one row for each piece of work.
+
+See ``tiling`` for tiles, strips and spans. Vectors need none of these: see ``VectorField``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, auto
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from megatron_came.core.shard import Shard
+
+IntTable = npt.NDArray[np.int64]
+
+
+class MatrixField(IntEnum):
+    """Columns of the table of matrix parameters. Addresses point to fp32 unless said otherwise."""
+
+    # What the host may change between steps.
+    PARAM = 0  # address of the slice; bf16 where there are remainders
+    GRAD = auto()  # fp32 or bf16
+    EXP_AVG = auto()  # fp32, bf16 or int8
+    EXP_AVG_SCALE = auto()  # of blocks of the slice, for int8; otherwise 0
+    REMAINDER = auto()  # int16, the lower halves of fp32 weights, or 0
+    MODEL_WEIGHT = auto()  # 16-bit copy of the slice, or 0
+    ROW = auto()  # r, (batch, rows)
+    COLUMN = auto()  # c, (batch, columns)
+    RESIDUAL_ROW = auto()  # R
+    RESIDUAL_COLUMN = auto()  # C
+    GRAD_IS_BF16 = auto()
+    MODEL_IS_BF16 = auto()  # otherwise fp16
+    EXP_AVG_IS_BF16 = auto()
+    # Geometry.
+    KEY = auto()  # of the parameter's random bits
+    START = auto()  # the slice is [START, STOP) of the flattened local tensor
+    STOP = auto()
+    BATCH = auto()
+    ROWS = auto()
+    COLUMNS = auto()
+    FULL_ROWS = auto()  # all tensor-parallel ranks' together
+    FULL_COLUMNS = auto()
+    FULL_NUMEL = auto()
+    ROWS_ARE_WHOLE = auto()  # this rank's row factor is that of the full matrix
+    COLUMNS_ARE_WHOLE = auto()
+    BATCH_OFFSET = auto()  # where the local tensor begins in the full one
+    ROW_OFFSET = auto()
+    COLUMN_OFFSET = auto()
+    PART_ROWS = auto()  # see Shard.row_parts
+    PART_JUMP = auto()
+    GROUP = auto()  # row of the table of hyperparameters
+    # Sums over elements, float64.
+    SQUARE_ROWS = auto()  # of g^2, (batch, rows)
+    SQUARE_COLUMNS = auto()
+    TOTAL = auto()  # of u^2
+    RESIDUAL_ROWS = auto()  # of e^2, u e and u^2, (3, batch, rows)
+    RESIDUAL_COLUMNS = auto()
+    # Results of the factors, in the scale buffer.
+    ROW_SCALE = auto()  # (batch, rows)
+    COLUMN_SCALE = auto()
+    ROW_CONFIDENCE = auto()
+    COLUMN_CONFIDENCE = auto()
+    FIRST_MATRIX = auto()  # row of the first matrix in the table of clip divisors
+
+
+class VectorField(IntEnum):
+    """Columns of the table of vector parameters; as those of matrices unless said otherwise."""
+
+    PARAM = 0
+    GRAD = auto()
+    EXP_AVG = auto()
+    EXP_AVG_SCALE = auto()
+    REMAINDER = auto()
+    MODEL_WEIGHT = auto()
+    MOMENT = auto()  # v, of the whole local vector
+    GRAD_IS_BF16 = auto()
+    MODEL_IS_BF16 = auto()
+    EXP_AVG_IS_BF16 = auto()
+    KEY = auto()
+    START = auto()
+    STOP = auto()
+    SIZE = auto()  # of the local vector
+    FULL_NUMEL = auto()
+    OFFSET = auto()  # where the local vector begins in the full one
+    PART_ROWS = auto()
+    PART_JUMP = auto()
+    GROUP = auto()
+    SQUARES = auto()  # g^2 of the local vector, float64
+    TOTAL = auto()  # sum of u^2, float64
+
+
+class TileField(IntEnum):
+    """Columns of the table of tiles."""
+
+    PARAM = 0  # row of the table of matrix parameters
+    MATRIX = 1  # of the parameter's batch
+    ROW = 2  # first row
+    STOP_ROW = 3
+    COLUMN = 4  # first column
+
+
+class SpanField(IntEnum):
+    """Columns of the table of spans: whole blocks of int8 momentum, one after another."""
+
+    PARAM = 0  # row of the table of matrix parameters
+    FIRST = 1  # first element, in the slice
+    STOP = 2
+
+
+class StripField(IntEnum):
+    """Columns of the table of strips: sums of tiles' sums, added to the buffers of sums."""
+
+    SLOT = 0  # of the first tile in the scratch buffer
+    STRIDE = 1  # slots to the next tile
+    TILES = 2  # how many
+    WITHIN = 3  # offset of the strip's first sum in a slot: 0 for rows, slot_rows for columns
+    COUNT = 4  # sums
+    SQUARES = 5  # address of the first sum, float64
+    RESIDUALS = 6  # address of the first sum of e^2, float64
+    RESIDUALS_STRIDE = 7  # elements from there to u e, and on to u^2
+
+
+class GroupField(IntEnum):
+    """Columns of the table of hyperparameters, float64, a row for each parameter group."""
+
+    LR = 0
+    WEIGHT_DECAY = 1
+    BETA1 = 2
+    BETA2 = 3
+    BETA3 = 4
+    EPS1 = 5
+    EPS2 = 6
+    CLIP_THRESHOLD = 7
+    STEP = 8  # steps before this one, for random bits; 0 where nothing is rounded with them
+
+
+TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupField)
+# Changes when a column moves: compiled kernels that were kept must not outlive their tables.
+FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in TABLES]).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Where a parameter's sums over elements go; see ``ParameterSlice.bind``."""
+
+    squares: Sequence[Tensor]
+    total: Tensor
+    residuals: Sequence[Tensor] = ()
+
+
+def vector_row(shard: Shard, sums: Sums, group: int, key: int) -> IntTable:
+    """Describe a vector parameter."""
+    row = np.zeros(len(VectorField), np.int64)
+    row[VectorField.KEY] = key
+    row[VectorField.START], row[VectorField.STOP] = shard.start, shard.stop
+    row[VectorField.SIZE] = shard.local_matrix[1]
+    row[VectorField.FULL_NUMEL] = shard.full_numel
+    row[VectorField.OFFSET] = shard.offsets[1]
+    row[VectorField.PART_ROWS], row[VectorField.PART_JUMP] = shard.row_parts
+    row[VectorField.GROUP] = group
+    row[VectorField.SQUARES] = sums.squares[0].data_ptr()
+    row[VectorField.TOTAL] = sums.total.data_ptr()
+    return row
+
+
+def matrix_row(
+    shard: Shard, sums: Sums, group: int, key: int, scales: Sequence[Tensor], first_matrix: int
+) -> IntTable:
+    """Describe a matrix parameter.
+
+    Args:
+        shard: where the slice lies.
+        sums: where its sums go.
+        group: row of its group's hyperparameters.
+        key: of its random bits.
+        scales: row and column scale, row and column confidence.
+        first_matrix: row of its first matrix in the table of clip divisors.
+    """
+    field = MatrixField
+    row = np.zeros(len(field), np.int64)
+    row[field.KEY] = key
+    row[field.START], row[field.STOP] = shard.start, shard.stop
+    row[field.BATCH], row[field.ROWS], row[field.COLUMNS] = shard.local_matrix
+    row[field.FULL_ROWS], row[field.FULL_COLUMNS] = shard.full_rows, shard.full_columns
+    row[field.FULL_NUMEL] = shard.full_numel
+    row[field.ROWS_ARE_WHOLE] = shard.tp_axis != "rows"
+    row[field.COLUMNS_ARE_WHOLE] = shard.tp_axis != "columns"
+    row[field.BATCH_OFFSET : field.COLUMN_OFFSET + 1] = shard.offsets
+    row[field.PART_ROWS], row[field.PART_JUMP] = shard.row_parts
+    row[field.GROUP] = group
+    row[field.SQUARE_ROWS : field.SQUARE_COLUMNS + 1] = [s.data_ptr() for s in sums.squares]
+    row[field.TOTAL] = sums.total.data_ptr()
+    row[field.RESIDUAL_ROWS : field.RESIDUAL_COLUMNS + 1] = [s.data_ptr() for s in sums.residuals]
+    row[field.ROW_SCALE : field.COLUMN_CONFIDENCE + 1] = [s.data_ptr() for s in scales]
+    row[field.FIRST_MATRIX] = first_matrix
+    return row

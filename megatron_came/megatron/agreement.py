@@ -1,0 +1,233 @@
+"""Ranks that were not given the same: refused on all of them before training, in one sentence.
+
+What is compared is hashed, and one small collective tells whether all hashes are equal; only where
+they are not do ranks tell each other what they have. Every rank takes part, whatever it holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_came.kernels.dispatch import choose
+from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.rank_settings import (
+    Settings,
+    difference,
+    names_of,
+    optimizer_of,
+    parameters_of,
+    settings_of,
+)
+
+_NO_OPINION = -(2**62)
+
+# How the reason of plain PyTorch begins where there could be kernels.
+_LESSER = "CAME's step runs in plain PyTorch, which is slower: "
+
+Groups = Sequence[dist.ProcessGroup | None]  # None: all ranks
+
+
+class Kernels(NamedTuple):
+    """Who would compute the step on a rank.
+
+    Attributes:
+        name: of the kernels, with their version; None if those that were asked for are missing.
+        reason: a sentence.
+    """
+
+    name: str | None
+    reason: str
+
+
+def agree(
+    config: CameOptimizerConfig, model_chunks: list[Any], collection: Any | None
+) -> CameOptimizerConfig:
+    """Make sure that all ranks train one model alike.
+
+    Args:
+        config: this rank's settings.
+        model_chunks: what it holds of the model.
+        collection: Megatron's ``ProcessGroupCollection`` of the ranks that train the model; None
+            for all.
+
+    Returns:
+        The settings, with the kernels that all ranks have.
+
+    Raises:
+        UnsupportedError: on all ranks, if they have other settings or parameters.
+    """
+    everyone = _groups_of_all(collection)
+    _refuse_other_settings(settings_of(config), everyone)
+    config = _with_common_kernels(config, model_chunks, everyone)
+    _refuse_other_parameters(model_chunks, collection, everyone)
+    return config
+
+
+def tell_other_optimizer(config: Any) -> None:
+    """Let ranks with CAME know that this one has another optimizer.
+
+    Raises:
+        UnsupportedError: on all ranks, if they have not chosen the same.
+    """
+    _refuse_other_settings(optimizer_of(config), _groups_of_all(None))
+
+
+def _groups_of_all(collection: Any | None) -> Groups:
+    """Groups that together, one after the other, connect all ranks that train the model."""
+    if collection is None:
+        return [None]
+    groups = (getattr(collection, "mp", None), _data_parallel(collection))
+    return [group for group in groups if group is not None]
+
+
+def _data_parallel(collection: Any) -> dist.ProcessGroup | None:
+    return getattr(collection, "dp_cp", None) or getattr(collection, "dp", None)
+
+
+def _refuse_other_settings(settings: Settings, everyone: Groups) -> None:
+    # Ranks with different optimizers have only that setting in common: it decides.
+    optimizer = {"--optimizer": settings["--optimizer"]}
+    for compared in (optimizer, settings):
+        if _differ(repr(sorted(compared.items())), everyone):
+            clause = difference(_gather(compared, everyone))
+            raise UnsupportedError(
+                f"{clause}: all ranks of a run need the same, so start them alike."
+            )
+
+
+def _with_common_kernels(
+    config: CameOptimizerConfig, model_chunks: list[Any], everyone: Groups
+) -> CameOptimizerConfig:
+    """Let all ranks compute with the kernels that all of them have: others round otherwise."""
+    here = _kernels_here(config.kernels, model_chunks)
+    found = {dist.get_rank(): here}
+    if _differ(here and (here.name or "missing"), everyone):
+        found = _gather(here, everyone)
+    with_weights = {rank: kernels for rank, kernels in found.items() if kernels is not None}
+    missing = [rank for rank, kernels in with_weights.items() if kernels.name is None]
+    if missing:
+        raise UnsupportedError(
+            f"--came-kernels {config.kernels} cannot be used on {names_of(missing)}: "
+            f"{with_weights[missing[0]].reason}"
+        )
+    names = {rank: {"kernels": str(kernels.name)} for rank, kernels in with_weights.items()}
+    clause = difference(names)
+    if clause is None:
+        return config
+    if config.kernels != "auto":
+        raise UnsupportedError(
+            f"--came-kernels {config.kernels}: {clause}, which round otherwise: install one "
+            "version everywhere, or leave --came-kernels out."
+        )
+    lesser = [rank for rank, kernels in with_weights.items() if kernels.name == "plain"]
+    why = with_weights[lesser[0]].reason.removeprefix(_LESSER) if lesser else "install one version"
+    config = copy.copy(config)
+    config.kernels = "plain"
+    config.why_plain = (
+        "CAME's step runs in plain PyTorch on all ranks, which is slower, since other kernels "
+        f"round otherwise and {clause}: {why}"
+    )
+    return config
+
+
+def _kernels_here(wanted: str, model_chunks: list[Any]) -> Kernels | None:
+    """Who would compute this rank's step; None if it trains nothing."""
+    devices = {param.device for _, param in _named_parameters(model_chunks) if param.requires_grad}
+    try:
+        choices = [choose(wanted, device) for device in sorted(devices, key=str)]
+    except ValueError as error:
+        return Kernels(None, str(error).removeprefix("CAME: "))
+    if not choices:
+        return None
+    names = dict.fromkeys(_name(choice.kernels) for choice in choices)
+    return Kernels(" and ".join(names), " ".join(choice.reason for choice in choices))
+
+
+def _name(kernels: object) -> str:
+    """Return whose kernels these are, with the version, on which the last bits depend."""
+    if kernels is None:
+        return "plain"
+    room = type(kernels).__module__.split(".")[-2]  # megatron_came.kernels.ROOM.launch
+    package = {"cpu": "numba"}.get(room, room)
+    return f"{package} {importlib.import_module(package).__version__}"
+
+
+def _refuse_other_parameters(
+    model_chunks: list[Any], collection: Any | None, everyone: Groups
+) -> None:
+    """Compare parameters with the ranks that hold replicas or other shards of them."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if collection is None:
+        collection = ProcessGroupCollection.use_mpu_process_groups()
+    named = list(_named_parameters(model_chunks))
+    dense = [(name, param) for name, param in named if getattr(param, "allreduce", True)]
+    experts = [(name, param) for name, param in named if not getattr(param, "allreduce", True)]
+    # Copies go by other names on the last stage.
+    tied = [("tied embeddings", p) for _, p in named if getattr(p, "shared_embedding", False)]
+    groups_of_dense = (getattr(collection, "tp", None), _data_parallel(collection))
+    groups_of_experts = (getattr(collection, name, None) for name in ("expt_tp", "expt_dp"))
+    clauses = [_compare(parameters_of(dense), group) for group in groups_of_dense]
+    clauses += [_compare(parameters_of(experts), group) for group in groups_of_experts]
+    if tied:
+        clauses.append(_compare(parameters_of(tied[:1]), getattr(collection, "embd", None)))
+    clause = next(filter(None, clauses), None)
+    if _differ(clause or "", everyone):
+        # Other groups have found nothing, or something else.
+        clause = next(filter(None, _gather(clause, everyone).values()))
+    if clause is not None:
+        raise UnsupportedError(
+            f"--optimizer came: {clause}: ranks that train one model need the same parameters, "
+            "so start them alike."
+        )
+
+
+def _compare(parameters: Settings, group: dist.ProcessGroup | None) -> str | None:
+    if group is None or group.size() == 1 or not _differ(repr(parameters), [group]):
+        return None
+    found = _gather(parameters, [group])
+    return difference(found) or "ranks hold their parameters in another order"
+
+
+def _named_parameters(model_chunks: list[Any]) -> Iterable[tuple[str, Tensor]]:
+    """All parameters, trained or not; several chunks' by the number of their chunk, too."""
+    for index, chunk in enumerate(model_chunks):
+        prefix = f"chunk {index} " if len(model_chunks) > 1 else ""
+        for name, param in chunk.named_parameters():
+            while name.startswith("module."):
+                name = name.removeprefix("module.")
+            yield prefix + name, param
+
+
+def _differ(text: str | None, groups: Groups) -> bool:
+    """Whether the ranks have unlike texts; those with None have none."""
+    extremes = [_NO_OPINION, _NO_OPINION]
+    if text is not None:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        number = int.from_bytes(digest, "little") >> 2
+        extremes = [number, -number]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    most = torch.tensor(extremes, dtype=torch.int64, device=device)
+    for group in groups:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    greatest, least = most.tolist()
+    return bool(greatest != _NO_OPINION and greatest != -least)
+
+
+def _gather(mine: Any, groups: Groups) -> dict[int, Any]:
+    """Return what every rank has, by rank."""
+    found = {dist.get_rank(): mine}
+    for group in groups:
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, found, group=group)
+        found = {rank: value for part in parts for rank, value in part.items()}
+    return dict(sorted(found.items()))

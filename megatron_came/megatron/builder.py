@@ -1,0 +1,200 @@
+"""Building CAME where Megatron builds its optimizers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_came.core.state import MOMENTUM_DTYPES
+from megatron_came.megatron.agreement import agree, tell_other_optimizer
+from megatron_came.megatron.arguments import say_once
+from megatron_came.megatron.compat.refusals import check_model
+from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.distributed import CameDistributedOptimizer
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.parameter_names import places
+from megatron_came.megatron.patching import Function, wrap
+from megatron_came.megatron.rank_settings import arguments
+from megatron_came.megatron.sharding import ModelGroups, check_replicas
+from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
+from megatron_came.optimizer import CAME
+
+
+def install() -> None:
+    """Let Megatron's two builders know CAME."""
+    wrap("megatron.core.optimizer", "get_megatron_optimizer", _with_came)
+    wrap(
+        "megatron.core.optimizer",
+        "_get_megatron_optimizer_based_on_param_groups",
+        _with_came_for_groups,
+    )
+
+
+def _with_came(original: Function) -> Function:
+    signature = inspect.signature(original)
+
+    def get_megatron_optimizer(
+        config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given = signature.bind(config, model_chunks, *args, **kwargs).arguments
+        collection = given.get("pg_collection")
+        if isinstance(config, CameOptimizerConfig):
+            _check_model(config, model_chunks)
+            config = agree(config, model_chunks, collection).as_standard()
+        elif getattr(config, "optimizer", None) == "came":
+            raise UnsupportedError(
+                "OptimizerConfig(optimizer='came') holds no settings of CAME: use "
+                "megatron_came.megatron.config.CameOptimizerConfig."
+            )
+        elif arguments() and collection is None:
+            tell_other_optimizer(config)
+        return original(config, model_chunks, *args, **kwargs)
+
+    return get_megatron_optimizer
+
+
+def _check_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> None:
+    """Refuse models and settings that reach the builder without passing the command line."""
+    from megatron.core.models.mimo.model.base import MimoModel
+
+    model = model_chunks[0]
+    while not isinstance(model, MimoModel) and hasattr(model, "module"):
+        model = model.module  # out of its wrappers
+    if isinstance(model, MimoModel):
+        raise UnsupportedError(
+            "--optimizer came does not support MiMo models, which build their own optimizers: "
+            "use --optimizer adam."
+        )
+    if not config.decoupled_weight_decay:
+        raise UnsupportedError(
+            "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on."
+        )
+    if config.momentum_dtype not in MOMENTUM_DTYPES:
+        raise UnsupportedError(
+            f"--came-momentum-dtype {config.momentum_dtype} is not one of "
+            f"{', '.join(MOMENTUM_DTYPES)}."
+        )
+    if config.main_params not in ("fp32", "remainder"):
+        raise UnsupportedError(f"--came-main-params {config.main_params} is not fp32 or remainder.")
+    if config.main_params == "remainder" and not (config.bf16 and config.use_distributed_optimizer):
+        raise UnsupportedError(
+            "--came-main-params remainder needs bf16 weights and the distributed optimizer: set "
+            "bf16 and use_distributed_optimizer, or leave it at fp32."
+        )
+    if model_chunks[0].ddp_config.use_megatron_fsdp:
+        raise UnsupportedError(
+            "--optimizer came does not go with --use-megatron-fsdp: "
+            "use --use-distributed-optimizer."
+        )
+    check_model(model_chunks)
+
+
+def _with_came_for_groups(original: Function) -> Function:
+    def _get_megatron_optimizer_based_on_param_groups(
+        config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(config, CameOptimizerConfig):
+            return build(config.as_asked, *args, **kwargs)
+        return original(config, *args, **kwargs)
+
+    return _get_megatron_optimizer_based_on_param_groups
+
+
+def build(
+    config: CameOptimizerConfig,
+    model_chunks: list[Any],
+    param_groups: list[dict[str, Any]],
+    per_model_buffers: dict[int, list[Any]] | None = None,
+    model_parallel_group: dist.ProcessGroup | None = None,
+    data_parallel_group: dist.ProcessGroup | None = None,
+    data_parallel_group_gloo: dist.ProcessGroup | None = None,
+    data_parallel_group_idx: int | None = None,
+    intra_dist_opt_group: dist.ProcessGroup | None = None,
+    distributed_optimizer_instance_id: int = 0,
+    pg_collection: Any | None = None,
+) -> MegatronOptimizer:
+    """Build CAME in the wrapper that the precision and ``--use-distributed-optimizer`` ask for.
+
+    Takes the arguments of Megatron's ``_get_megatron_optimizer_based_on_param_groups``.
+
+    Raises:
+        UnsupportedError: a weight that does not say how tensor parallelism cuts it.
+    """
+    model_groups = ModelGroups.of(pg_collection)
+    model_params = [list(group["params"]) for group in param_groups]
+    if model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
+        check_replicas([param for params in model_params for param in params], model_groups)
+    came = _came(config, param_groups)
+    known = None if config.momentum_dtype == "fp32" else places(model_chunks)
+
+    wrapper: Any
+    if config.use_distributed_optimizer:
+        wrapper = CameDistributedOptimizer(
+            came,
+            config,
+            _grad_scaler(config),
+            _init_state,
+            model_chunks=model_chunks,
+            per_model_buffers=per_model_buffers,
+            data_parallel_group=data_parallel_group,
+            data_parallel_group_gloo=data_parallel_group_gloo,
+            data_parallel_group_idx=data_parallel_group_idx,
+            distributed_optimizer_instance_id=distributed_optimizer_instance_id,
+            model_groups=model_groups,
+            places=known,
+        )
+        wrapper.grad_stats_parallel_group = intra_dist_opt_group
+    else:
+        if config.fp16 or config.bf16:
+            wrapper = CameFloat16Optimizer(came, config, _grad_scaler(config), _init_state)
+        else:
+            wrapper = CameFP32Optimizer(came, config, _init_state)
+        wrapper.adopt(model_params, model_groups, known)
+        wrapper.grad_stats_parallel_group = model_parallel_group
+    wrapper.tp_group, wrapper.expert_tp_group = model_groups.tp, model_groups.expert_tp
+    return wrapper
+
+
+def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CAME | None:
+    """Megatron has no optimizer on a rank without parameter groups."""
+    if not param_groups:
+        return None
+    came = CAME(
+        param_groups,
+        lr=config.lr,
+        betas=config.came.betas,
+        eps=config.came.eps,
+        clip_threshold=config.came.clip_threshold,
+        weight_decay=config.weight_decay,
+        kernels=config.kernels,
+        momentum_dtype=MOMENTUM_DTYPES[config.momentum_dtype],
+        remainders=config.main_params == "remainder",
+        seed=config.seed,
+    )
+    for reason in [config.why_plain] if config.why_plain else came.kernel_choices:
+        say_once(reason)
+    return came
+
+
+def _init_state(optimizer: CAME, config: Any = None) -> None:
+    """Megatron's ``init_state_fn``."""
+    optimizer.init_state()
+
+
+def _grad_scaler(config: CameOptimizerConfig) -> ConstantGradScaler | DynamicGradScaler | None:
+    if config.loss_scale:
+        return ConstantGradScaler(config.loss_scale)
+    if not config.fp16:
+        return None
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale,
+        min_scale=config.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+    )

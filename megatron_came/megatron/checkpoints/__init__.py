@@ -1,0 +1,1 @@
+"""What CAME adds to the checkpoints of Megatron, and what it refuses to load."""

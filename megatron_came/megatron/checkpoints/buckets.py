@@ -1,0 +1,168 @@
+"""Buckets of Megatron's buffers in checkpoints: what is padding, and what lies where.
+
+A buffer holds the parameters of one dtype, each from a multiple of 64 elements on, in buckets
+whose ends are padded to a size that the data-parallel ranks can share. Where the state of a buffer
+is gathered, the padding at the ends of buckets is left out, and what lies between parameters is
+kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_came.megatron.arguments import say_once
+from megatron_came.megatron.versions import release
+
+_ALIGNMENT = 64  # of the parameters' first elements
+
+# Where each parameter of a buffer lies in what is gathered of it: first element, last + 1.
+Spans = list[tuple[int, int]]
+
+
+def gathered_index(buffer: Any) -> dict[Tensor, tuple[int, int, int]]:
+    """Copy ``buffer.param_index_map`` with the offsets that parameters have when it is gathered."""
+    left_out = [0]  # before each bucket
+    for bucket in buffer.buckets:
+        left_out.append(left_out[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+    return {
+        param: (start - left_out[bucket], end - left_out[bucket], bucket)
+        for param, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
+@contextlib.contextmanager
+def offsets_as_gathered(buffers: Iterable[Any]) -> Iterator[None]:
+    """Make ``sharded_param_state_fully_reshardable`` cut gathered buffers at the right places.
+
+    Before 0.20 Megatron takes the offsets of the buffer itself there, so that it saves everything
+    behind the first padded bucket shifted (NVIDIA/Megatron-LM#5077).
+    """
+    if release() >= (0, 20):
+        yield
+        return
+    own = [(buffer, buffer.param_index_map) for buffer in buffers]
+    try:
+        for buffer, _ in own:
+            buffer.param_index_map = gathered_index(buffer)
+        yield
+    finally:
+        for buffer, index in own:
+            buffer.param_index_map = index
+
+
+def with_padding(
+    pieces: list[dict[str, Any]],
+    bucket: Any,
+    ranks: tuple[int, int],
+    dtypes: dict[str, torch.dtype],
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Complete a rank's pieces of a bucket, for ``dp_reshardable``, to all that the file has.
+
+    Megatron fills gaps itself, but stops where a rank has no piece (NVIDIA/Megatron-LM#6191),
+    writes beyond the end of the file where a bucket ends in a gap (#5898), and fills them with
+    what happens to be in the memory.
+
+    Args:
+        pieces: of parameters, in order.
+        bucket: that they lie in.
+        ranks: this rank, and how many share the bucket.
+        dtypes: of what each piece holds, by name.
+        device: where to make the padding.
+    """
+    rank, size = ranks
+    local = bucket.grad_data.numel() // size
+    end = min(local, bucket.numel_unpadded - rank * local)  # negative: all lies beyond the end
+
+    def padding(start: int, stop: int) -> dict[str, Any]:
+        zeros = {
+            key: torch.zeros(stop - start, dtype=dtype, device=device)
+            for key, dtype in dtypes.items()
+        }
+        return {**zeros, "gbuf_local_start": start, "gbuf_local_end": stop, "padding": True}
+
+    if end <= 0:
+        return [padding(end, end)]
+    completed, position = [], 0
+    for piece in pieces:
+        if piece["gbuf_local_start"] > position:
+            completed.append(padding(position, piece["gbuf_local_start"]))
+        completed.append(piece)
+        position = piece["gbuf_local_end"]
+    if position < end:
+        completed.append(padding(position, end))
+    return completed
+
+
+def spans_of(buffers: Iterable[Any]) -> list[Spans]:
+    """Where the parameters of each buffer lie in what is gathered of it."""
+    return [
+        [(start, end) for start, end, _ in gathered_index(buffer).values()] for buffer in buffers
+    ]
+
+
+def arrangement_problem(gathered: dict[Any, Any], buffers: Sequence[Any]) -> str | None:
+    """Say in one sentence why a legacy file cannot be brought into these buffers, or None.
+
+    Args:
+        gathered: what the file holds, by index of the buffer; where each parameter lies in it
+            stands under ``came``, except in files of 0.1.0.
+        buffers: of this run.
+    """
+    spans = gathered["came"].get("spans")
+    if spans is None:
+        sizes = [_tensors(gathered, index)["numel_unpadded"] for index in range(len(buffers))]
+        if sizes == [buffer.numel_unpadded for buffer in buffers]:
+            if any(_cut_short(buffer) for buffer in buffers):
+                say_once(
+                    "the legacy checkpoint does not say how it was cut into buckets: its optimizer "
+                    "state is read as if that had been done with the flags of this run."
+                )
+            return None
+        return (
+            "the checkpoint does not say how it was cut into buckets, and it was in another way: "
+            "resume with the --overlap-grad-reduce, --ddp-bucket-size, --ddp-num-buckets and "
+            "data-parallel size that it was saved with, or give --no-load-optim."
+        )
+    before, now = (
+        [[end - start for start, end in each] for each in part]
+        for part in (spans, spans_of(buffers))
+    )
+    if before == now:
+        return None
+    return (
+        "the checkpoint's parameters are of other sizes or in another order than the model's: "
+        "load it with the flags it was saved with, or give --no-load-optim."
+    )
+
+
+def _cut_short(buffer: Any) -> bool:
+    """Whether another cut into buckets may have as many elements: a gap was left out at an end."""
+    return any(bucket.numel_unpadded % _ALIGNMENT for bucket in buffer.buckets[:-1])
+
+
+def arrange(gathered: dict[Any, Any], buffers: Sequence[Any]) -> None:
+    """Move what a legacy file holds to where these buffers' own cut into buckets has it."""
+    spans = gathered["came"].get("spans")
+    for index, (buffer, wanted) in enumerate(zip(buffers, spans_of(buffers), strict=True)):
+        if spans is None or spans[index] == wanted:
+            continue
+        tensors = _tensors(gathered, index)
+        for key in ("param", "exp_avg"):
+            moved = tensors[key].new_zeros(buffer.numel_unpadded)
+            for (start, end), (new_start, new_end) in zip(spans[index], wanted, strict=True):
+                moved[new_start:new_end] = tensors[key][start:end]
+            tensors[key] = moved
+        tensors["numel_unpadded"] = buffer.numel_unpadded
+
+
+def _tensors(gathered: dict[Any, Any], index: int) -> dict[str, Any]:
+    """What was gathered of a buffer, which has one dtype."""
+    (tensors,) = gathered[index].values()
+    found: dict[str, Any] = tensors
+    return found

@@ -1,0 +1,132 @@
+"""The named boxes that a parameter consists of in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from torch import Tensor
+
+from megatron_came.core.digests import Box, name_of
+from megatron_came.megatron.checkpoints.factors import AVERAGED, place_in, without
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A box of a tensor of the model, as the checkpoint names it.
+
+    Attributes:
+        name: with its layer and expert.
+        box: where it lies in the rank's own tensor and in the whole one.
+        is_main: whether this rank stands for all that hold the same.
+        is_first: whether it does so together with its data-parallel group.
+        copy: its values, where it does not lie in the rank's own tensor; otherwise None.
+    """
+
+    name: str
+    box: Box
+    is_main: bool
+    is_first: bool
+    copy: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of the model, and its boxes."""
+
+    tensor: Tensor
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def views(self) -> Iterator[Leaf]:
+        """The boxes that lie in the tensor."""
+        return (leaf for leaf in self.leaves if leaf.copy is None)
+
+    def factor(self, key: str) -> Iterator[Leaf]:
+        """The boxes that a factor consists of, as :func:`.factors.pieces_of` has it."""
+        axis = AVERAGED[key]
+        seen = set()
+        for leaf in self.views:
+            box = leaf.box
+            own = Box(*(without(s, axis) for s in (box.place, box.size, box.offset, box.shape)))
+            if (own.place, own.size) in seen:
+                continue
+            seen.add((own.place, own.size))
+            # Ranks that hold other parts of the averaged dimension hold the same factor.
+            is_main = leaf.is_main and (axis is None or box.offset[axis] < box.size[axis])
+            yield Leaf(leaf.name, own, is_main, leaf.is_first, None)
+
+
+# By chunk of a model: its tensors as they were, and what :func:`_read` said of them. Making a
+# sharded state takes longer than adding up a small model.
+_known: WeakKeyDictionary[Any, tuple[object, dict[int, tuple[Leaf, ...]]]] = WeakKeyDictionary()
+
+
+def unwrapped(model: Any) -> list[Any]:
+    """Return the chunks of a model without what Megatron has wrapped around them."""
+    chunks = []
+    for chunk in model if isinstance(model, list) else [model]:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        chunks.append(chunk)
+    return chunks
+
+
+def entries_of(model_chunks: Iterable[Any]) -> dict[int, Entry]:
+    """Return the tensors of a model, by ``id`` of the parameter or buffer.
+
+    Args:
+        model_chunks: modules of Megatron, without their wrappers.
+    """
+    found: dict[int, Entry] = {}
+    for chunk in model_chunks:
+        tensors = {id(tensor): tensor for tensor in (*chunk.parameters(), *chunk.buffers())}
+        are = tuple((key, tuple(each.shape), each.stride()) for key, each in tensors.items())
+        were, leaves = _known.get(chunk, (None, {}))
+        if were == are:
+            found |= {key: Entry(tensors[key], known) for key, known in leaves.items()}
+            continue
+        entries = _read(chunk)
+        found |= entries
+        # What is kept must not keep a tensor.
+        if all(tensors.get(key) is entry.tensor for key, entry in entries.items()) and all(
+            leaf.copy is None for entry in entries.values() for leaf in entry.leaves
+        ):
+            _known[chunk] = are, {key: entry.leaves for key, entry in entries.items()}
+    return found
+
+
+def _read(chunk: Any) -> dict[int, Entry]:
+    entries = {}
+    state = extract_sharded_tensors_and_factories(chunk.sharded_state_dict())[0]
+    for entry in nested_values(state):
+        single = isinstance(entry, ShardedTensor)
+        leaves = [entry] if single else list(nested_values(entry.build()))
+        entries[id(entry.data)] = Entry(
+            entry.data, tuple(_leaf(leaf, entry.data) for leaf in leaves if leaf.data is not None)
+        )
+    return entries
+
+
+def _leaf(leaf: ShardedTensor, whole: Tensor) -> Leaf:
+    axes = leaf.prepend_axis_num
+    size, offset = tuple(leaf.data.shape), tuple(leaf.global_offset[axes:])
+    place, copy = (0,) * len(size), None
+    try:
+        place = tuple(each.start for each in place_in(leaf.data, whole))
+    except ValueError:
+        copy = leaf.data
+    replica = leaf.replica_id if isinstance(leaf.replica_id, tuple) else (leaf.replica_id,)
+    return Leaf(
+        name=name_of(leaf.key, tuple(leaf.global_offset[:axes])),
+        box=Box(place, size, offset, tuple(leaf.global_shape[axes:])),
+        is_main=is_main_replica(leaf.replica_id),
+        is_first=not any(replica[:-1]),
+        copy=copy,
+    )

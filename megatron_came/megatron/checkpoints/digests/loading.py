@@ -1,0 +1,276 @@
+"""What has been loaded is compared with the digests of what was saved, before training starts.
+
+Weights are looked at between the loading of the model and that of the optimizer, which writes fp32
+weights once more; momentum and main weights as they were read, before they are rounded to the dtype
+of this run; factors where they have come to lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
+from megatron_came.core.state import FACTORS, momentum_of
+from megatron_came.core.state import MOMENTUM as MOMENTUM_KEY
+from megatron_came.megatron.checkpoints.digests.damage import Found, Source, judge
+from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
+from megatron_came.megatron.checkpoints.digests.saving import (
+    counts,
+    is_sliced,
+    steps_of,
+    wrappers_of,
+)
+from megatron_came.megatron.checkpoints.digests.sums import (
+    Sums,
+    as_it_is,
+    distinct,
+    main_pieces,
+    rank,
+)
+from megatron_came.megatron.patching import Function, wrap
+from megatron_came.optimizer import CAME
+
+_current: ContextVar[Loading | None] = ContextVar("loading", default=None)
+
+
+def install() -> None:
+    """Let Megatron verify the checkpoints that it loads."""
+    wrap("megatron.training.checkpointing", "load_checkpoint", _verified)
+    wrap("megatron.training.checkpointing", "_load_base_checkpoint", _noted)
+
+
+def _verified(original: Function) -> Function:
+    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training.global_vars import get_args
+
+        settings = get_args()
+        if settings.optimizer != "came" or getattr(settings, "came_no_verify", False):
+            return original(ddp_model, optimizer, *args, **kwargs)
+        loading = Loading(unwrapped(ddp_model), optimizer, settings)
+        token = _current.set(loading)
+        try:
+            result = original(ddp_model, optimizer, *args, **kwargs)
+        finally:
+            _current.reset(token)
+        loading.finish()
+        return result
+
+    return load_checkpoint
+
+
+def _noted(original: Function) -> Function:
+    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        result = original(load_dir, args, *rest, **kwargs)
+        loading, first_look = _current.get(), kwargs.get("rank0", rest[0] if rest else False)
+        if loading is not None and result[0] is not None:
+            source = Source.of(result, str(load_dir))
+            if not (first_look and source.is_legacy):
+                loading.check(source, is_release=bool(result[2]))
+            loading.has_begun = not first_look
+        return result
+
+    return _load_base_checkpoint
+
+
+class Loading:
+    """A checkpoint that is being loaded, and the sums of what was read of it.
+
+    Attributes:
+        has_begun: whether the files have been read.
+
+    Args:
+        model_chunks: without their wrappers.
+        optimizer: Megatron's, or None.
+        settings: Megatron's arguments.
+    """
+
+    def __init__(self, model_chunks: Sequence[Any], optimizer: Any, settings: Any) -> None:
+        self._chunks, self._settings = model_chunks, settings
+        self._wrappers = list(wrappers_of(optimizer))
+        self._has_weights = self._has_optimizer = False
+        self._source: Source | None = None
+        self.has_begun = False
+        self._cast: list[str] = []
+
+    def check(self, source: Source, *, is_release: bool) -> None:
+        """Look at what a checkpoint says of itself, before anything is filled from it.
+
+        Of distributed checkpoints Megatron reads the common state first, and alone.
+        """
+        if self._source is not None:
+            return
+        self._source = source
+        afresh = self._settings.finetune or is_release
+        problem = source.problem(
+            finetune=afresh,
+            reads_metadata=rank() == 0,
+            with_optimizer=not (afresh or self._settings.no_load_optim),
+        )
+        seen = distinct((problem, source.file, source.identity))
+        stop(next((problem for problem, _, _ in seen if problem), None))
+        other = next((file for _, file, identity in seen if identity != seen[0][2]), None)
+        if other is not None:
+            stop(
+                f"the checkpoint in {source.place} is damaged: its files {seen[0][1]} and {other} "
+                f"are not of one and the same save: {source.remedy}"
+            )
+
+    @cached_property
+    def _entries(self) -> dict[int, Entry]:
+        return entries_of(self._chunks)
+
+    @cached_property
+    def _sums(self) -> Sums:
+        return Sums(self._entries, looks=True)
+
+    def note_optimizer(self) -> None:
+        """The optimizer is about to be loaded."""
+        self._has_optimizer = True
+        self.note_weights()
+
+    @torch.no_grad()
+    def note_weights(self) -> None:
+        """Add up the model's weights, the first time that this is called."""
+        if not self._has_weights:
+            self._has_weights = True
+            for entry in self._entries.values():
+                self._sums.add_weights(entry)
+            self._sums.flush()
+
+    @torch.no_grad()
+    def note_slice(self, wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Add up what a distributed optimizer has read of a parameter."""
+        entry = self._entries.get(id(param))
+        if entry is None or not counts(wrapper):
+            return
+        start, stop = wrapper._span_of(param)
+        main, momentum = tensors["param"], tensors[MOMENTUM_KEY]
+        for kind, values in ((MAIN_WEIGHTS, main), (MOMENTUM, momentum)):
+            self._sums.add_slice((kind,), entry, as_it_is(values), start)
+        self._sums.flush()
+        self._compare(entry, param.detach().view(-1)[start:stop], main)
+
+    @torch.no_grad()
+    def note_whole(self, came: CAME, state_dict: Mapping[str, Any]) -> None:
+        """Add up the momentum that an optimizer of whole tensors has read."""
+        (wrapper,) = (one for one in self._wrappers if one.optimizer is came)
+        if is_sliced(wrapper):
+            return  # it reads slices, see above
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = {id(part): id(param) for param, part in wrapper._parts}
+        mine = chain.from_iterable(group["params"] for group in came.param_groups)
+        for key, part in zip(saved, mine, strict=False):  # what does not fit is said by CAME
+            state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(part)])
+            if entry is not None and MOMENTUM_KEY in state:
+                self._sums.add_slice((MOMENTUM,), entry, as_it_is(momentum_of(state)), None)
+                self._note_dtypes(entry, state)
+        self._sums.flush()
+
+    def _note_dtypes(self, entry: Entry, state: Mapping[str, Tensor]) -> None:
+        for key in FACTORS:
+            if key in state and state[key].dtype != torch.float32:
+                dtype = str(state[key].dtype).removeprefix("torch.")
+                self._cast.append(f"{key} of {entry.leaves[0].name} in {dtype}")
+
+    def _compare(self, entry: Entry, weights: Tensor, main: Tensor) -> None:
+        """Count where weights are not their main weights, rounded; they may be either of two."""
+        if self._source is None or self._source.record is not None:
+            return
+        rounded = self._source.rounded
+        if rounded is None:
+            return
+        main = main.to(weights.device)
+        off = (main - weights.float()).abs() > (main - main.to(rounded).float()).abs()
+        count = int(off.sum())
+        if count:
+            self._sums.add_differing(entry, count)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Compare, on all ranks.
+
+        Raises:
+            SystemExit: on all ranks, where something differs.
+        """
+        source = self._source
+        if source is None:
+            return  # there was no checkpoint
+        self.note_weights()
+        mine = self._has_optimizer, steps_of(self._wrappers), self._cast, self._sums.names
+        flags, steps, cast, names = zip(*distinct(mine), strict=True)
+        has_optimizer = any(flags)
+        for wrapper in self._wrappers if has_optimizer else ():
+            self._add_rest(wrapper)
+        found = Found(
+            totals=self._sums.over_all_ranks(tuple(chain(*names))),
+            has_optimizer=has_optimizer,
+            steps=set(chain(*steps)),
+            cast=list(dict.fromkeys(chain(*cast))),
+            holders=lambda: distinct((source.file, self._sums.held)),
+        )
+        problem, remarks = judge(source, found)
+        for remark in remarks if rank() == 0 else ():
+            print(f"megatron_came: {remark}", flush=True)
+        stop(problem)
+
+    def _add_rest(self, wrapper: Any) -> None:
+        """Add factors, and the main weights of an optimizer of whole tensors."""
+        for param, part in wrapper._parts:
+            entry = self._entries.get(id(param))
+            if entry is None:
+                continue
+            state = wrapper.optimizer.state[part]
+            self._sums.add_factors(entry, state)
+            if not is_sliced(wrapper) and part is not param:
+                self._sums.add_slice((MAIN_WEIGHTS,), entry, main_pieces(part, state), None)
+                self._compare(entry, param.detach(), part.detach())
+
+
+def note_slice(wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Tell the loading under way, if any, what a distributed optimizer has read of a parameter."""
+    loading = _under_way()
+    if loading is not None:
+        loading.note_slice(wrapper, param, tensors)
+
+
+@contextlib.contextmanager
+def watched(came: CAME) -> Iterator[None]:
+    """Tell the loading under way, if any, what is read while an optimizer is loaded."""
+    loading = _under_way()
+    if loading is None:
+        yield
+        return
+    loading.note_optimizer()
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        loading.note_whole(came, state_dict)
+        CAME.load_state_dict(came, state_dict)
+
+    came.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del came.load_state_dict
+
+
+def _under_way() -> Loading | None:
+    """The current loading, once the files have been read.
+
+    Before, Megatron loads an optimizer from itself, to create its state.
+    """
+    loading = _current.get()
+    return loading if loading is not None and loading.has_begun else None
+
+
+def stop(problem: str | None) -> None:
+    """End the program with a sentence, if there is one."""
+    if problem:
+        raise SystemExit(f"megatron_came: {problem}")

@@ -1,0 +1,192 @@
+"""Digests are computed before a checkpoint is saved, and saved with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from itertools import chain
+from typing import Any
+
+import torch
+
+from megatron_came.core.digests import (
+    KEY,
+    MAIN_WEIGHTS,
+    MOMENTUM,
+    WEIGHTS,
+    InBucket,
+    Record,
+    pack,
+)
+from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
+from megatron_came.megatron.checkpoints.digests.sums import (
+    Sums,
+    distinct,
+    main_pieces,
+    momentum_pieces,
+)
+from megatron_came.megatron.patching import Function, wrap
+
+# What goes into the checkpoint that is being saved.
+_record: ContextVar[str | None] = ContextVar("record", default=None)
+
+
+def install() -> None:
+    """Let Megatron's checkpoints hold a record of digests."""
+    wrap("megatron.training.checkpointing", "save_checkpoint", _with_digests)
+    wrap("megatron.training.checkpointing", "generate_state_dict", _with_record)
+
+
+def _with_digests(original: Function) -> Function:
+    def save_checkpoint(
+        iteration: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from megatron.training.global_vars import get_args
+
+        settings = get_args()
+        if settings.optimizer != "came":
+            return original(iteration, model, optimizer, *args, **kwargs)
+        saved = None if settings.no_save_optim else optimizer
+        record = record_of(iteration, unwrapped(model), saved, buckets=_has_buckets(settings))
+        token = _record.set(pack(record))
+        try:
+            return original(iteration, model, optimizer, *args, **kwargs)
+        finally:
+            _record.reset(token)
+
+    return save_checkpoint
+
+
+def _with_record(original: Function) -> Function:
+    def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
+        state = original(*args, **kwargs)
+        record = _record.get()
+        if record is not None:
+            state[KEY] = record
+        return state
+
+    return generate_state_dict
+
+
+def _has_buckets(settings: Any) -> bool:
+    """Whether the optimizer's state is saved in Megatron's buckets."""
+    return (
+        settings.use_distributed_optimizer
+        and settings.ckpt_format == "torch_dist"
+        and not settings.dist_ckpt_optim_fully_reshardable
+    )
+
+
+@torch.no_grad()
+def record_of(
+    iteration: int, model_chunks: Sequence[Any], optimizer: Any, *, buckets: bool = False
+) -> Record:
+    """Compute the record of a model and its optimizer; a collective over all ranks.
+
+    Args:
+        iteration: of training.
+        model_chunks: without their wrappers.
+        optimizer: Megatron's; None for the weights alone.
+        buckets: whether its state is saved in Megatron's buckets.
+    """
+    entries = entries_of(model_chunks)
+    wrappers = list(wrappers_of(optimizer))
+    sums = Sums(entries)
+    shared: set[int] = set()
+    with torch._C.DisableTorchFunction():  # of stand-ins for CUDA, which these sums do not need
+        for wrapper in wrappers:
+            shared |= add_optimizer(sums, wrapper, entries)
+        for key, entry in entries.items():
+            if key not in shared:
+                sums.add_weights(entry)
+        sums.flush()
+    mine = (sums.names, steps_of(wrappers), _buckets(optimizer, entries) if buckets else {})
+    names, steps, inside = zip(*distinct(mine), strict=True)
+    all_steps = sorted(set(chain(*steps)))
+    return Record(
+        iteration=int(iteration),
+        optimizer="came",
+        step=all_steps[0] if len(all_steps) == 1 else None,
+        tensors=sums.over_all_ranks(tuple(chain(*names))).tensors,
+        buckets=dict(chain.from_iterable(found.items() for found in inside)),
+    )
+
+
+def wrappers_of(optimizer: Any) -> Iterator[Any]:
+    """The optimizers of a chain that hold a CAME."""
+    if optimizer is None:
+        return
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(inner, "optimizer", None) is not None:
+            yield inner
+
+
+def steps_of(wrappers: Sequence[Any]) -> list[int]:
+    """The numbers of steps that parameter groups have taken."""
+    groups = [group for wrapper in wrappers for group in wrapper.optimizer.param_groups]
+    return sorted({int(group.get("step", 0)) for group in groups})
+
+
+def is_sliced(wrapper: Any) -> bool:
+    """Whether an optimizer is a distributed one, which holds slices and always main weights."""
+    return hasattr(wrapper, "gbuf_ranges")
+
+
+def counts(wrapper: Any) -> bool:
+    """Whether an optimizer's slices are to be counted: other instances hold the same."""
+    return not getattr(wrapper, "distributed_optimizer_instance_id", 0)
+
+
+def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[int]:
+    """Add an optimizer's state; returns the entries whose weights are its main weights."""
+    shared: set[int] = set()
+    for param, part in wrapper._parts:
+        entry = entries.get(id(param))
+        if entry is None:
+            continue
+        shard, state = wrapper.optimizer.shard_of(part), wrapper.optimizer.state[part]
+        sums.add_factors(entry, state)
+        # Of fp32 weights the slices are views, and need to be read only once.
+        same = is_sliced(wrapper) and param.dtype == torch.float32
+        same = same and all(leaf.copy is None for leaf in entry.leaves)
+        if same:
+            shared.add(id(param))
+        if not counts(wrapper):
+            continue
+        start = shard.start if is_sliced(wrapper) else None
+        if is_sliced(wrapper) or part is not param:
+            kinds = (MAIN_WEIGHTS, WEIGHTS) if same else (MAIN_WEIGHTS,)
+            sums.add_slice(kinds, entry, main_pieces(part, state), start)
+        sums.add_slice((MOMENTUM,), entry, momentum_pieces(state), start)
+    return shared
+
+
+def _buckets(optimizer: Any, entries: dict[int, Entry]) -> dict[str, tuple[InBucket, ...]]:
+    """Say where parameters lie in buckets; ranks that share these say the same."""
+    found: dict[str, tuple[InBucket, ...]] = {}
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    for position, wrapper in enumerate(chain):
+        prefix = f"chained_{position}." if len(chain) > 1 else ""  # as Megatron's chain has it
+        if getattr(wrapper, "optimizer", None) is None or not counts(wrapper):
+            continue
+        for index, ranges in enumerate(getattr(wrapper, "gbuf_ranges", ())):
+            buffer = wrapper.buffers[index]
+            for dtype in ranges:
+                for bucket in buffer.buckets:
+                    key = (
+                        f"{prefix}optimizer.distributed.dp_group_idx_"
+                        f"{wrapper.data_parallel_group_idx}.gbuf_idx_{index}.dtype_{dtype}"
+                        f".bucket_idx_{bucket.bucket_id}"
+                    )
+                    found[key] = tuple(_inside(buffer, bucket, entries))
+    return found
+
+
+def _inside(buffer: Any, bucket: Any, entries: dict[int, Entry]) -> Iterator[InBucket]:
+    for param, (start, _, number) in buffer.param_index_map.items():
+        if number == bucket.bucket_id and id(param) in entries:
+            yield InBucket(
+                start - bucket.offset,
+                tuple(param.shape),
+                tuple((leaf.name, leaf.box) for leaf in entries[id(param)].views),
+            )

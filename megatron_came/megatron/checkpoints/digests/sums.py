@@ -1,0 +1,275 @@
+"""What a rank adds to the digests of a model and its optimizer, and their sums over all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_came.core import int8
+from megatron_came.core.digests import (
+    MAIN_WEIGHTS,
+    MOMENTUM,
+    WEIGHTS,
+    Box,
+    Saved,
+    Term,
+    signed,
+    terms,
+    unsigned,
+)
+from megatron_came.core.remainders import join
+from megatron_came.core.state import FACTORS, REMAINDER, SCALE
+from megatron_came.core.state import MOMENTUM as MOMENTUM_KEY
+from megatron_came.kernels.digests import adder
+from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
+from megatron_came.megatron.checkpoints.factors import AVERAGED, without
+
+KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
+# Elements that are converted in one piece, whole blocks of int8.
+_PIECE = 1 << 18
+# Elements that wait to be added up; those that were converted need memory.
+_WAITING = 1 << 24
+
+Kinds = tuple[str, ...]
+Names = tuple[tuple[str, tuple[int, ...], str], ...]
+Pieces = Iterator[tuple[int, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What all ranks have added.
+
+    Attributes:
+        tensors: by kind and name.
+        flaws: kind and name of tensors that no state of CAME's can be, and why.
+        differing: by name, how many weights are not their main weights, rounded.
+    """
+
+    tensors: Mapping[str, Mapping[str, Saved]]
+    flaws: list[tuple[str, str, str]]
+    differing: Mapping[str, int]
+
+
+class Sums:
+    """Digests in the making, by kind and name.
+
+    Attributes:
+        names: with shape and dtype, of all tensors that any rank may hold of these entries.
+
+    Args:
+        entries: of the model.
+        looks: whether values that no state of CAME's has are to be noted, too.
+    """
+
+    def __init__(self, entries: Mapping[int, Entry], *, looks: bool = False) -> None:
+        self.names: Names = tuple(
+            dict.fromkeys(
+                (leaf.name, leaf.box.shape, str(values.dtype).removeprefix("torch."))
+                for entry in entries.values()
+                for leaf in entry.leaves
+                for values in [entry.tensor if leaf.copy is None else leaf.copy]
+            )
+        )
+        self._looks = looks
+        self._totals: dict[tuple[str, str], int] = {}
+        self._infinite: set[tuple[str, str]] = set()
+        self._negative: set[tuple[str, str]] = set()
+        self._differing: dict[str, int] = {}
+        self._waiting: list[tuple[Kinds, str, Term]] = []
+        self._extremes: list[tuple[str, list[str], Tensor]] = []
+        self._size = 0
+
+    @property
+    def held(self) -> list[tuple[str, str]]:
+        """Kind and name of all that this rank has added to."""
+        return list(self._totals)
+
+    def add_weights(self, entry: Entry) -> None:
+        """Add the weights of an entry, where this rank stands for all that hold them."""
+        self._add((WEIGHTS,), entry.tensor, [leaf for leaf in entry.views if leaf.is_main])
+        for leaf in entry.leaves:
+            if leaf.copy is not None and leaf.is_main:
+                box = Box.alone(leaf.box.size, leaf.box.offset, leaf.box.shape)
+                alone = Leaf(leaf.name, box, leaf.is_main, leaf.is_first, None)
+                self._add((WEIGHTS,), leaf.copy, [alone])
+
+    def add_slice(self, kinds: Kinds, entry: Entry, pieces: Pieces, start: int | None) -> None:
+        """Add a slice of main weights or momentum.
+
+        Args:
+            kinds: all that have these values.
+            entry: of the parameter.
+            pieces: of the slice: where they begin in it, and their values in fp32 or bf16, flat.
+            start: where the slice begins in the parameter; None for all of the parameter, of which
+                the other data-parallel ranks have copies.
+        """
+        leaves = [
+            leaf for leaf in entry.views if (leaf.is_first if start is not None else leaf.is_main)
+        ]
+        shape = tuple(entry.tensor.shape)
+        for begin, values in pieces if leaves else ():
+            self._add(kinds, values, leaves, shape, (start or 0) + begin)
+
+    def add_factors(self, entry: Entry, state: Mapping[str, Tensor]) -> None:
+        """Add the factors of a parameter."""
+        for key in FACTORS:
+            if key in state:
+                leaves = [leaf for leaf in entry.factor(key) if leaf.is_main]
+                self._add((key,), state[key], leaves)
+
+    def add_differing(self, entry: Entry, count: int) -> None:
+        """Add a number of weights that are not their main weights, rounded."""
+        name = entry.leaves[0].name
+        self._differing[name] = self._differing.get(name, 0) + count
+
+    def _add(
+        self,
+        kinds: Kinds,
+        values: Tensor,
+        leaves: list[Leaf],
+        local: tuple[int, ...] | None = None,
+        start: int = 0,
+    ) -> None:
+        local = tuple(values.shape) if local is None else local
+        as_fp32 = kinds != (WEIGHTS,)
+        for leaf in leaves:
+            for kind in kinds:
+                self._totals.setdefault((kind, leaf.name), 0)
+            found = terms(values, local, leaf.box, start=start, as_fp32=as_fp32)
+            self._waiting += ((kinds, leaf.name, term) for term in found)
+        if self._looks and leaves and values.is_floating_point() and values.numel():
+            extremes = torch.stack(torch.aminmax(values.detach())).double()
+            self._extremes.append((kinds[0], [leaf.name for leaf in leaves], extremes))
+        self._size += values.numel()
+        if self._size >= _WAITING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add up what waits; the tensors may change afterwards."""
+        devices = {term.bits.device for _, _, term in self._waiting}
+        for device in devices:
+            here = [each for each in self._waiting if each[2].bits.device == device]
+            totals = adder(device)([term for _, _, term in here])
+            for (kinds, name, _), total in zip(here, totals, strict=True):
+                for kind in kinds:
+                    self._totals[kind, name] += total
+        if self._extremes:
+            device = self._extremes[0][2].device
+            extremes = torch.stack([each.to(device) for _, _, each in self._extremes]).tolist()
+            for (kind, names, _), ends in zip(self._extremes, extremes, strict=True):
+                if not all(map(math.isfinite, ends)):
+                    self._infinite |= {(kind, name) for name in names}
+                elif kind in FACTORS and ends[0] < 0:
+                    self._negative |= {(kind, name) for name in names}
+        self._waiting, self._extremes, self._size = [], [], 0
+
+    def over_all_ranks(self, names: Names) -> Totals:
+        """Add up over all ranks; what they exchange does not grow with their number.
+
+        Args:
+            names: of all ranks' sums, the same on every rank.
+        """
+        self.flush()
+        known: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name, shape, dtype in names:
+            known.setdefault(name, (shape, dtype))
+        order = {name: place for place, name in enumerate(known)}
+        table = np.zeros((5, len(KINDS), len(known)), np.int64)
+        for (kind, name), total in self._totals.items():
+            table[:2, KINDS.index(kind), order[name]] = signed(unsigned(total)), 1
+        for line, flawed in ((2, self._infinite), (3, self._negative)):
+            for kind, name in flawed:
+                table[line, KINDS.index(kind), order[name]] = 1
+        for name, count in self._differing.items():
+            table[4, 0, order[name]] = count
+        summed = torch.from_numpy(table)
+        if dist.is_initialized():
+            summed = summed.to(_device())
+            dist.all_reduce(summed)  # of integers, modulo 2^64
+        tensors: dict[str, dict[str, Saved]] = {}
+        flaws = []
+        totals, held, infinite, negative, differing = summed.tolist()
+        for at, kind in enumerate(KINDS):
+            axis = AVERAGED.get(kind)
+            for place, (name, (shape, dtype)) in enumerate(known.items()):
+                if not held[at][place]:
+                    continue
+                tensors.setdefault(kind, {})[name] = Saved(
+                    without(shape, axis),
+                    dtype if kind == WEIGHTS else "float32",
+                    unsigned(totals[at][place]),
+                )
+                if infinite[at][place]:
+                    flaws.append((kind, name, "a number that is not finite"))
+                elif negative[at][place]:
+                    flaws.append((kind, name, "a negative number"))
+        return Totals(
+            tensors,
+            flaws,
+            {name: differing[0][at] for name, at in order.items() if differing[0][at]},
+        )
+
+
+def rank() -> int:
+    """Return the rank of this process among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def distinct[T](value: T) -> list[T]:
+    """Return the values that ranks have, each once, in the order of the first ranks with them.
+
+    Args:
+        value: of which ``repr`` says all.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_device())
+    marks = mine.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(marks, mine)
+    owners = {mark: owner for owner, mark in reversed(list(enumerate(marks.tolist())))}
+    values = []
+    for owner in sorted(owners.values()) if len(owners) > 1 else ():
+        found = [value]
+        dist.broadcast_object_list(found, owner)
+        values += found
+    return values or [value]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def as_it_is(values: Tensor) -> Pieces:
+    """One piece."""
+    yield 0, values.detach().reshape(-1)
+
+
+def momentum_pieces(state: Mapping[str, Tensor]) -> Pieces:
+    """The momentum, as it goes into a checkpoint."""
+    momentum = state[MOMENTUM_KEY].detach().view(-1)
+    if momentum.dtype != torch.int8:
+        yield 0, momentum
+        return
+    for begin in range(0, momentum.numel(), _PIECE):
+        piece = momentum[begin : begin + _PIECE]
+        yield begin, int8.dequantize(piece, state[SCALE], begin)
+
+
+def main_pieces(part: Tensor, state: Mapping[str, Tensor]) -> Pieces:
+    """The main weights, in fp32."""
+    part = part.detach().view(-1)
+    if REMAINDER not in state:
+        yield 0, part
+        return
+    remainder = state[REMAINDER].view(-1)
+    for begin in range(0, part.numel(), _PIECE):
+        span = slice(begin, begin + _PIECE)
+        yield begin, join(part[span], remainder[span])

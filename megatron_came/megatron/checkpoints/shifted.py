@@ -1,0 +1,115 @@
+"""A warning of Megatron's fully reshardable checkpoints, which releases before 0.20 save shifted.
+
+CAME's are saved rightly (:func:`.buckets.offsets_as_gathered`); those of the other
+optimizers are Megatron's, which is not changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_came.megatron.patching import Function, wrap
+from megatron_came.megatron.versions import check_version, release
+
+# Folders of checkpoints that were read, and may be shifted.
+_suspects: list[str] = []
+
+
+def install() -> None:
+    """Look, when model and optimizer stand, whether this run's checkpoints get shifted."""
+    if release() < (0, 20):
+        wrap("megatron.training.training", "setup_model_and_optimizer", _with_warning)
+        wrap("megatron.training.checkpointing", "_load_base_checkpoint", _with_note)
+
+
+def _with_warning(original: Function) -> Function:
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training.global_vars import get_args
+
+        _suspects.clear()
+        result = original(*args, **kwargs)
+        settings = get_args()
+        warning = _warning(settings, writes(settings) and padded_anywhere(result[0]))
+        if warning and dist.get_rank() == 0:
+            print(f"megatron_came: {warning}", flush=True)
+        return result
+
+    return setup_model_and_optimizer
+
+
+def _with_note(original: Function) -> Function:
+    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        result = original(load_dir, args, *rest, **kwargs)
+        state = result[0] or {}
+        sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+        if sharding == "fully_reshardable" and _may_shift(state.get("args"), args):
+            _suspects.append(str(load_dir))
+        return result
+
+    return _load_base_checkpoint
+
+
+def _may_shift(saved: Any, args: argparse.Namespace) -> bool:
+    """Whether a run takes another optimizer's state, saved by one with several buckets."""
+    if args.optimizer == "came" or args.finetune or args.no_load_optim:
+        return False
+    tied = not getattr(saved, "untie_embeddings_and_output_weights", False)
+    stages = getattr(saved, "pipeline_model_parallel_size", 1) > 1
+    buckets = getattr(saved, "overlap_grad_reduce", False) or (stages and tied)
+    return bool(buckets) and not getattr(saved, "no_save_optim", False)
+
+
+def writes(args: argparse.Namespace) -> bool:
+    """Whether a run saves another optimizer's state in the format that may get shifted."""
+    return bool(
+        args.optimizer != "came"
+        and args.save is not None
+        and not args.no_save_optim
+        and args.ckpt_format == "torch_dist"
+        and args.dist_ckpt_optim_fully_reshardable
+        and (
+            args.use_distributed_optimizer
+            or getattr(args, "use_layer_wise_distributed_optimizer", False)
+        )
+    )
+
+
+def padded_anywhere(model_chunks: Sequence[Any]) -> bool:
+    """Whether a buffer of any rank has padding before its last bucket. All ranks must ask."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    found = any(
+        bucket.grad_data.numel() != bucket.numel_unpadded
+        for chunk in model_chunks
+        if isinstance(chunk, DistributedDataParallel)
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+        for bucket in buffer.buckets[:-1]
+    )
+    flag = torch.tensor(float(found), device=next(model_chunks[0].parameters()).device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _warning(args: argparse.Namespace, shifts: bool) -> str | None:
+    optimizer, fault = f"--optimizer {args.optimizer}", "NVIDIA/Megatron-LM#5077"
+    if shifts:
+        return (
+            f"WARNING: with {optimizer} and --dist-ckpt-optim-fully-reshardable Megatron "
+            f"{check_version()} saves main weights and optimizer state of this run shifted, "
+            f"because there is padding between the buckets of its buffers ({fault}): leave "
+            "--dist-ckpt-optim-fully-reshardable out, and do not resume from what was saved with "
+            "it, but from its weights with --no-load-optim."
+        )
+    if _suspects:
+        return (
+            f"WARNING: the optimizer state in {_suspects[0]} may be shifted: a Megatron before "
+            f"0.20 saves fully reshardable checkpoints so where a run has padding between the "
+            f"buckets of its buffers ({fault}); if in doubt, give --no-load-optim to go on from "
+            "its weights."
+        )
+    return None

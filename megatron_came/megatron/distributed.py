@@ -1,0 +1,366 @@
+"""CAME on Megatron's ZeRO-1 distributed optimizer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_came.core.parameter_slice import gradient_of
+from megatron_came.core.remainders import join, split
+from megatron_came.core.shard import Shard
+from megatron_came.core.state import FACTORS, REMAINDER, momentum_of, set_momentum
+from megatron_came.megatron.checkpoints.buckets import (
+    arrange,
+    arrangement_problem,
+    offsets_as_gathered,
+    spans_of,
+    with_padding,
+)
+from megatron_came.megatron.checkpoints.contents import damaged, factors_problem
+from megatron_came.megatron.checkpoints.digests.loading import note_slice, watched
+from megatron_came.megatron.checkpoints.factors import FORMAT, load_factors, sharded_factors
+from megatron_came.megatron.checkpoints.settings import own_settings_kept
+from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
+from megatron_came.megatron.parameter_names import Place, place_of
+from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.optimizer import CAME
+
+
+class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
+    """Megatron's ``DistributedOptimizer`` around :class:`megatron_came.CAME`.
+
+    Momentum and main weights are sharded over the data-parallel group as Adam's are. Factors are
+    whole on every rank of it, so that each rank knows every parameter: where its slice of one is
+    empty, an empty tensor stands for it at the end of the parameter group.
+
+    Of a bf16 model, gradients are read where they were reduced, without a copy in fp32, and the
+    step writes the model's weights itself. Megatron does so for its precision-aware optimizer, and
+    asks a flag of the configuration; here the flag of an own copy is set.
+
+    Checkpoints hold the main weights in fp32 and the momentum, in fp32 or bf16, where Adam's would
+    be, and the factors under ``came``: in distributed checkpoints by the names of the parameters,
+    in legacy ones by their order.
+
+    Args:
+        optimizer: None on a rank without parameter groups.
+        config: see :class:`megatron_came.megatron.config.CameOptimizerConfig`.
+        args: further arguments of ``DistributedOptimizer``.
+        model_groups: process groups of the parameters' other shards.
+        places: of the parameters in the whole model, where the momentum's dtype needs them.
+        kwargs: as ``args``.
+    """
+
+    def __init__(
+        self,
+        optimizer: CAME | None,
+        config: Any,
+        *args: Any,
+        model_groups: ModelGroups,
+        places: dict[Tensor, Place] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model_params = (
+            [list(group["params"]) for group in optimizer.param_groups] if optimizer else []
+        )
+        has_remainders = config.main_params == "remainder"
+        config = copy.copy(config)
+        # While Megatron builds, this decides whether its groups hold the 16-bit weights or fp32
+        # copies; afterwards, whether gradients are to be found in ``decoupled_grad``.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = has_remainders
+        super().__init__(optimizer, config, *args, **kwargs)
+        # fp16 gradients are copied, since dividing by the loss scale takes fp32.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = config.bf16
+        self._is_loading = False
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._owned: dict[Any, Any] = {}  # tensors, with attributes of Megatron's
+        if self.is_stub_optimizer:
+            return
+        for whole_groups, part_groups in (
+            (self.model_fp32_groups, self.shard_fp32_groups),
+            (
+                self.model_float16_groups,
+                self.shard_float16_groups
+                if has_remainders
+                else self.shard_fp32_from_float16_groups,
+            ),
+        ):
+            for params, parts in zip(whole_groups, part_groups, strict=True):
+                self._owned.update(zip(params, parts, strict=True))
+        shards: dict[Tensor, Shard] = {}
+        names: dict[Tensor, str] = {}
+        for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
+            for param in params:
+                place = None if places is None else place_of(param, places)
+                part, shard = self._part_of(param, model_groups, place)
+                if place is not None:
+                    names[part] = place.name
+                if not shard.numel:
+                    group["params"].append(part)
+                shards[part] = shard
+                self._parts.append((param, part))
+        self.optimizer.set_shards(shards, None if places is None else names)
+        self.optimizer.init_state()
+        if config.bf16 and not has_remainders:
+            self.optimizer.set_model_weights(
+                {
+                    main: weight
+                    for mains, weights in zip(
+                        self.shard_fp32_from_float16_groups, self.shard_float16_groups, strict=True
+                    )
+                    for main, weight in zip(mains, weights, strict=True)
+                }
+            )
+
+    def _part_of(
+        self, param: Tensor, model_groups: ModelGroups, place: Place | None
+    ) -> tuple[Tensor, Shard]:
+        """Return what the optimizer updates of a parameter on this rank, and where it lies."""
+        owned = param in self._owned
+        start, stop = self._span_of(param) if owned else (0, 0)
+        shard = shard_of(
+            param,
+            model_groups,
+            start=start,
+            stop=stop,
+            dp_group=self.data_parallel_group,
+            place=place,
+        )
+        empty = torch.empty(0, dtype=torch.float32, device=param.device)
+        return self._owned[param] if owned else empty, shard
+
+    def _span_of(self, param: Tensor) -> tuple[int, int]:
+        """First and last element + 1 of the slice of a parameter that this rank owns."""
+        span = self._get_model_param_range_map(param)["param"]
+        return span.start, span.end
+
+    # Gradients that are read, and weights that are written, where Megatron's buffers hold them.
+
+    @property
+    def _in_place(self) -> bool:
+        return bool(self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+
+    def _copy_model_grads_to_main_grads(self) -> None:
+        if not self._in_place or self.is_stub_optimizer:
+            super()._copy_model_grads_to_main_grads()
+            return
+        mixed = len({param.main_grad.dtype for param in self._owned}) > 1
+        for param, part in self._owned.items():
+            start, stop = self._span_of(param)
+            grad = param.main_grad.view(-1)[start:stop]
+            # Fused kernels for norms and clipping take lists of one dtype.
+            part.decoupled_grad = grad.float() if mixed else grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As Megatron's."""
+        super().zero_grad(set_to_none)
+        if not self.is_stub_optimizer:
+            for part in self._owned.values():
+                part.decoupled_grad = None
+
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        if self.is_stub_optimizer:
+            return
+        if self.config.main_params == "remainder":
+            for state in self.optimizer.state.values():
+                if REMAINDER in state:
+                    state[REMAINDER].zero_()
+            return
+        in_place = self._in_place
+        self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
+        try:
+            super()._copy_model_params_to_main_params(state_dict)
+        finally:
+            self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = in_place
+
+    # Megatron's fused kernels for norms and loss scales do not all bear tensors without elements.
+
+    def get_parameters(self) -> list[Tensor]:
+        """The slices that have elements."""
+        return [part for part in super().get_parameters() if part.numel()]
+
+    def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
+        grads = [gradient_of(part) for part in self.get_parameters()]
+        return [grad.data for grad in grads if grad is not None]
+
+    # What Megatron's checkpoint code asks of an optimizer other than Adam.
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        """State that is sharded like the main weights."""
+        return ("exp_avg",)
+
+    def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
+        part = self._owned[model_param]
+        state = self.optimizer.state[part]
+        momentum, weights = momentum_of(state), part
+        if REMAINDER in state:
+            weights = join(part.detach(), state[REMAINDER])
+        elif self._is_loading and model_param.dtype == torch.float32:
+            weights = part.detach().clone()  # the model's own are read there, and looked at
+        return {
+            "param": weights,
+            # Asked for in fp32 when it is loaded, whatever it was saved in.
+            "exp_avg": momentum.float() if self._is_loading else momentum,
+        }
+
+    def _set_main_param_and_optimizer_states(
+        self, model_param: Tensor, tensors: dict[str, Tensor]
+    ) -> None:
+        note_slice(self, model_param, tensors)
+        part = self._owned[model_param]
+        state, weights = self.optimizer.state[part], tensors["param"]
+        if REMAINDER in state:
+            weights, remainder = split(weights.to(part.device))
+            state[REMAINDER].copy_(remainder)
+        part.detach().copy_(weights)
+        set_momentum(state, tensors["exp_avg"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameter groups without parameters, and the loss scale."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        state: dict[str, Any] = {
+            "optimizer": {
+                "param_groups": [
+                    {key: value for key, value in group.items() if key != "params"}
+                    for group in groups
+                ]
+            }
+        }
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    # Distributed checkpoints.
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any = None, is_loading: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Megatron's, with the factors under ``came``."""
+        model_state = model_sharded_state_dict or {}
+        self._is_loading = is_loading
+        try:
+            state: dict[str, Any] = super().sharded_state_dict(model_state, is_loading, **kwargs)
+        finally:
+            self._is_loading = False
+        state["came"] = sharded_factors(self.optimizer, self._parts, model_state)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Megatron's, with the factors."""
+        factors = state_dict.pop("came", None)
+        inner = state_dict["optimizer"]
+        kept = own_settings_kept(self.optimizer, inner["param_groups"])
+        with kept as groups, watched(self.optimizer):
+            super().load_state_dict({**state_dict, "optimizer": {**inner, "param_groups": groups}})
+        if factors is not None:
+            load_factors(self.optimizer, self._parts, factors)
+
+    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, which before 0.20 reads behind padded buckets at the wrong places."""
+        with offsets_as_gathered(self.buffers):
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
+
+    def get_parameter_state_dp_reshardable(self) -> dict[Any, Any]:
+        """As Megatron's, with the padding that belongs to the file."""
+        state: dict[Any, Any] = super().get_parameter_state_dp_reshardable()
+        group, device = self.data_parallel_group, self._parts[0][0].device
+        dtypes = {"param": torch.float32, "exp_avg": self._saved_dtype}
+        for index, ranges in enumerate(self.gbuf_ranges):
+            for dtype in ranges:
+                buckets = zip(state[index][dtype], self.buffers[index].buckets, strict=True)
+                state[index][dtype] = [
+                    with_padding(pieces, bucket, (group.rank(), group.size()), dtypes, device)
+                    for pieces, bucket in buckets
+                ]
+        return state
+
+    @property
+    def _saved_dtype(self) -> torch.dtype:
+        """Of the momentum in checkpoints: bf16 holds int8's values exactly."""
+        small = self.config.momentum_dtype != "fp32" and not self._is_loading
+        return torch.bfloat16 if small else torch.float32
+
+    # Legacy checkpoints: one file a model-parallel rank, gathered to and scattered from
+    # data-parallel rank 0. Fully reshardable ones are gathered in the same way.
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, with the factors; a chain of optimizers saves what this returns."""
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is not None:
+            _cast_momentum(state, self._saved_dtype)
+            state["came"] = {
+                "format": FORMAT,
+                "parameters": self._legacy_factors(),
+                "spans": spans_of(self.buffers),
+            }
+        return state
+
+    def load_parameter_state_from_dp_zero(self, state_dict: Any, **kwargs: Any) -> None:
+        """Load what :meth:`get_parameter_state_dp_zero` returned.
+
+        Raises:
+            SystemExit: on all ranks, if the file holds no factors, or others.
+        """
+        group = self.data_parallel_group_gloo
+        problem = [self._legacy_problem(state_dict) if group.rank() == 0 else None]
+        dist.broadcast_object_list(problem, group=group, group_src=0)
+        if problem[0]:
+            raise SystemExit(f"megatron_came: {problem[0]}")
+        if state_dict is not None:
+            arrange(state_dict, self.buffers)
+            _cast_momentum(state_dict, torch.float32)
+        super().load_parameter_state_from_dp_zero(state_dict, **kwargs)
+        for position, factors in enumerate(self._legacy_factors()):
+            for key, mine in factors.items():
+                if group.rank() == 0:
+                    mine.copy_(state_dict["came"]["parameters"][position][key])
+                dist.broadcast(mine, group=group, group_src=0)
+                self.optimizer.state[self._parts[position][1]][key].copy_(mine)
+
+    def _legacy_factors(self) -> list[dict[str, Tensor]]:
+        """Copy the factors to the CPU, by parameter."""
+        return [
+            {key: state[key].detach().to("cpu", copy=True) for key in FACTORS if key in state}
+            for state in (self.optimizer.state[part] for _, part in self._parts)
+        ]
+
+    def _legacy_problem(self, state_dict: Any) -> str | None:
+        """Say in one sentence why the factors of a legacy file do not fit, or None."""
+        saved = state_dict.get("came") if isinstance(state_dict, dict) else None
+        if saved is None:
+            return (
+                "the checkpoint holds no factors of CAME: another optimizer has written it. Give "
+                "--no-load-optim or --finetune to start CAME afresh from its weights."
+            )
+        if problem := factors_problem(saved):
+            return damaged(problem)
+        shapes = [
+            [{key: _shape_of(value) for key, value in factors.items()} for factors in parameters]
+            for parameters in (saved["parameters"], self._legacy_factors())
+        ]
+        if shapes[0] != shapes[1]:
+            return (
+                "the checkpoint's factors of CAME belong to another model or tensor-parallel size: "
+                "load it with the flags it was saved with, or give --no-load-optim."
+            )
+        for factors in saved["parameters"]:
+            for key, value in factors.items():
+                if value.dtype != torch.float32:
+                    return damaged(f"its distrib_optim.pt has {key} in {value.dtype}, not in fp32")
+        return arrangement_problem(state_dict, self.buffers)
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _cast_momentum(gathered: dict[Any, Any], dtype: torch.dtype) -> None:
+    """Cast the momentum among what Megatron has gathered of each buffer."""
+    for buffers in gathered.values():
+        for tensors in buffers.values() if isinstance(buffers, dict) else ():
+            if isinstance(tensors, dict) and "exp_avg" in tensors:
+                tensors["exp_avg"] = tensors["exp_avg"].to(dtype)

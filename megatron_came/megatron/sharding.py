@@ -1,0 +1,148 @@
+"""From Megatron's parameters to CAME's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_came.core.shard import Shard
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.parameter_names import Place
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGroups:
+    """The process groups that matter to a parameter's statistics, beside data parallelism.
+
+    Attributes:
+        tp: tensor-parallel group of dense parameters.
+        expert_tp: tensor-parallel group of expert parameters.
+        tp_dp: ``tp`` times the data-parallel group of dense parameters, as one group.
+        embedding: ranks that hold copies of tied embeddings; None on stages that hold none.
+    """
+
+    tp: dist.ProcessGroup
+    expert_tp: dist.ProcessGroup
+    embedding: dist.ProcessGroup | None
+    tp_dp: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, collection: Any | None) -> ModelGroups:
+        """Take them from a ``ProcessGroupCollection``; None stands for Megatron's global groups."""
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        if collection is None or not hasattr(collection, "tp"):
+            collection = ProcessGroupCollection.use_mpu_process_groups()
+        return cls(
+            tp=collection.tp,
+            expert_tp=getattr(collection, "expt_tp", None) or collection.tp,
+            embedding=getattr(collection, "embd", None),
+            tp_dp=getattr(collection, "tp_dp_cp", None),
+        )
+
+    def tp_of(self, param: Tensor) -> dist.ProcessGroup:
+        """The tensor-parallel group of a model parameter."""
+        return self.tp if getattr(param, "allreduce", True) else self.expert_tp
+
+    def tp_dp_of(
+        self, param: Tensor, dp_group: dist.ProcessGroup | None
+    ) -> dist.ProcessGroup | None:
+        """The tensor-parallel group times ``dp_group`` as one group, if Megatron has one.
+
+        It has none for experts, nor for one of several distributed-optimizer instances.
+        """
+        if dp_group is None or self.tp_dp is None or self.tp_of(param) is not self.tp:
+            return None
+        whole = self.tp_dp.size() == self.tp.size() * dp_group.size()
+        return self.tp_dp if whole and getattr(param, "allreduce", True) else None
+
+
+def shard_of(
+    param: Tensor,
+    groups: ModelGroups,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    dp_group: dist.ProcessGroup | None = None,
+    place: Place | None = None,
+) -> Shard:
+    """Describe a slice of a model parameter.
+
+    Args:
+        param: parameter of the model, with the attributes of
+            ``megatron.core.tensor_parallel.set_tensor_model_parallel_attributes``.
+        groups: where its other tensor-parallel shards and copies are.
+        start: first flat element of the slice.
+        stop: one past its last; None for the whole parameter.
+        dp_group: ranks that hold the other slices.
+        place: of the parameter in the whole model, where random bits depend on it.
+
+    Raises:
+        UnsupportedError: the parameter is sharded, but along a dimension that it does not say, or
+            otherwise than its place says.
+    """
+    sharded = getattr(param, "tensor_model_parallel", False)
+    tp_dim = getattr(param, "partition_dim", -1) if sharded else None
+    if tp_dim is not None and not 0 <= tp_dim < max(param.dim(), 1):
+        raise UnsupportedError(
+            f"--optimizer came: a tensor-parallel weight of shape {tuple(param.shape)} does not "
+            "say along which dimension it is cut (partition_dim); use layers that do, or "
+            "--tensor-model-parallel-size 1."
+        )
+    tp_group = groups.tp_of(param)
+    tp_rank, tp_parts = 0, 1
+    if place is not None and tp_dim is not None and tp_group.size() > 1:
+        tp_rank, tp_parts = tp_group.rank(), len(place.offsets)
+        place.check(tuple(param.shape), tp_dim, tp_group.size(), tp_rank)
+    return Shard(
+        shape=tuple(param.shape),
+        start=start,
+        stop=param.numel() if stop is None else stop,
+        tp_dim=tp_dim,
+        tp_group=tp_group,
+        tp_rank=tp_rank,
+        tp_parts=tp_parts,
+        dp_group=dp_group,
+        tp_dp_group=groups.tp_dp_of(param, dp_group),
+        copies_group=groups.embedding if getattr(param, "shared_embedding", False) else None,
+    )
+
+
+@torch.no_grad()
+def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
+    """Make sure that parameters said to be whole on every tensor-parallel rank are equal there.
+
+    A layer that cuts its weight without saying so would otherwise get statistics of its own on
+    every rank.
+
+    Raises:
+        UnsupportedError: a parameter differs.
+    """
+    whole = [param for param in params if not getattr(param, "tensor_model_parallel", False)]
+    for group in (groups.tp, groups.expert_tp):
+        here = [param for param in whole if groups.tp_of(param) is group]
+        if group.size() == 1 or not here:
+            continue
+        prints = torch.stack([_fingerprint(param) for param in here])
+        extremes = torch.stack([prints, -prints])
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        differs = (extremes[0] != -extremes[1]).any(dim=1)
+        if differs.any():
+            shape = tuple(here[int(differs.nonzero()[0])].shape)
+            raise UnsupportedError(
+                f"--optimizer came: a weight of shape {shape} differs between tensor-parallel "
+                "ranks but does not say that it is cut (tensor_model_parallel, partition_dim); use "
+                "layers that do, or --tensor-model-parallel-size 1."
+            )
+        if groups.tp is groups.expert_tp:
+            return
+
+
+def _fingerprint(param: Tensor) -> Tensor:
+    values = param.detach().double()
+    return torch.stack([values.sum(), values.square().sum()])

@@ -1,0 +1,155 @@
+"""Whether a run's warm-up is long enough for its beta3.
+
+CAME has no bias correction. The momentum and the instability that it is divided by both start at
+zero, and the instability grows more slowly, so iteration t's update is about 1/sqrt(1 - beta3^t)
+times as large as later ones. A warm-up keeps the rate small meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from megatron_came.core.hyperparameters import Hyperparameters
+
+# Largest root mean square of an update that is no cause for a warning, in units of the learning
+# rate. AdamW's first update is 1, its later ones on noise 0.23, CAME's later ones 0.25.
+LIMIT = 2.0
+
+_TRY = 10  # a run of so few iterations is a try, whose curve nobody keeps
+_FARTHEST = 100_000  # iterations looked at
+_SHORTER = (0.9995, 0.999, 0.995, 0.99, 0.98, 0.95)  # beta3 to offer to a short run
+
+
+def update_sizes(settings: Hyperparameters) -> Iterator[float]:
+    """The root mean square of the updates at iterations 1, 2, ..., in units of the rate.
+
+    Of gradients that are independent noise; a steady gradient makes larger updates. It follows the
+    variances of momentum and residual, whose elements are then sums of independent numbers:
+    u - m_t = beta1 (u - m_(t-1)).
+
+    Args:
+        settings: the betas and the clip threshold, which sets the scale of u while its own
+            statistics, without correction as well, are young.
+    """
+    beta1, beta2, beta3 = settings.beta1, settings.beta2, settings.beta3
+    momentum = instability = 0.0
+    power = 1.0  # beta2^t
+    while True:
+        power *= beta2
+        update = min(settings.clip_threshold**2, 1 / (1 - power))
+        residual = beta1**2 * (update + momentum)
+        instability = beta3 * instability + (1 - beta3) * residual
+        momentum = beta1**2 * momentum + (1 - beta1) ** 2 * update
+        yield math.sqrt(momentum / instability) if instability else math.inf
+
+
+def largest_update(settings: Hyperparameters, warmup: float) -> float:
+    """The largest of the updates while the rate rises, in units of the peak rate.
+
+    Args:
+        settings: CAME's.
+        warmup: iterations over which the rate rises from 0, as Megatron counts them: the first
+            iteration of a run with a warm-up has the rate 0.
+    """
+    shown = islice(update_sizes(settings), min(int(warmup), _FARTHEST) + 1)
+    return max(
+        size * (min(done / warmup, 1.0) if warmup > 0 else 1.0) for done, size in enumerate(shown)
+    )
+
+
+def sufficient_warmup(settings: Hyperparameters) -> int | None:
+    """The fewest iterations of warm-up with which no update is larger than ``LIMIT`` rates.
+
+    None if there are none: with a small beta1 even later updates are larger.
+    """
+    sizes = islice(update_sizes(settings), _FARTHEST)
+    # Its last iteration, which has the full rate, has the largest update of the warm-up.
+    return next((done for done, size in enumerate(sizes) if size <= LIMIT), None)
+
+
+def warning(args: argparse.Namespace, settings: Hyperparameters) -> str | None:
+    """One sentence, if the first updates of the run are too large for its rate.
+
+    Args:
+        args: Megatron's arguments, validated.
+        settings: CAME's.
+    """
+    iterations = _iterations(args)
+    if iterations <= _TRY or _resumes(args):
+        return None
+    warmup = _warmup(args, iterations)
+    largest = largest_update(settings, warmup)
+    if largest <= LIMIT:
+        return None
+    return (
+        f"--came-beta3 {settings.beta3:g} with a warm-up of {warmup:.0f} iterations makes the "
+        f"first updates up to about {largest:.1f} times --lr in RMS, as CAME has no bias "
+        "correction, where AdamW's are at most 1 and CAME's later ones 0.25: "
+        f"{_remedy(settings, max(int(warmup), iterations // 10))}, see docs/tuning.md."
+    )
+
+
+def _remedy(settings: Hyperparameters, room: int) -> str:
+    """What to do.
+
+    Args:
+        settings: CAME's.
+        room: iterations of warm-up that the run has time for.
+    """
+    enough = sufficient_warmup(settings)
+    if enough is None:
+        return "use a smaller --came-beta3 or a larger --came-beta1"
+    said = f"use --lr-warmup-iters {_rounded_up(enough)} or more"
+    if enough <= room:
+        return said
+    for beta3 in (each for each in _SHORTER if settings.beta2 <= each < settings.beta3):
+        needed = sufficient_warmup(dataclasses.replace(settings, beta3=beta3))
+        if needed is not None and needed <= room:
+            return f"{said}, or --came-beta3 {beta3:g} with {max(needed, 1)} or more"
+    return said
+
+
+def _rounded_up(number: int) -> int:
+    """To two digits: a recommendation, not a measurement."""
+    step: int = 10 ** max(len(str(number)) - 2, 0)
+    return -(-number // step) * step
+
+
+def _batch(args: argparse.Namespace) -> int:
+    """Samples of an iteration at the start, where the batch may still grow."""
+    grows = getattr(args, "rampup_batch_size", None)
+    return int(grows[0]) if grows else int(getattr(args, "global_batch_size", None) or 1)
+
+
+def _iterations(args: argparse.Namespace) -> int:
+    """How many iterations the run has at most."""
+    samples = getattr(args, "train_samples", None)
+    total = int(getattr(args, "train_iters", None) or (samples or 0) // _batch(args))
+    return min(total, int(getattr(args, "exit_interval", None) or total))
+
+
+def _warmup(args: argparse.Namespace, iterations: int) -> float:
+    """Iterations over which the rate rises from 0 to its peak; less if it starts higher."""
+    if getattr(args, "lr_warmup_fraction", None) is not None:
+        decay = getattr(args, "lr_decay_iters", None)
+        if decay is None and getattr(args, "lr_decay_samples", None):
+            decay = args.lr_decay_samples / _batch(args)
+        warmup = args.lr_warmup_fraction * (decay or iterations)
+    elif getattr(args, "train_samples", None):
+        warmup = (getattr(args, "lr_warmup_samples", None) or 0) / _batch(args)
+    else:
+        grown = getattr(args, "global_batch_size", None) or 1
+        warmup = (getattr(args, "lr_warmup_iters", None) or 0) * grown / _batch(args)
+    return float(warmup)
+
+
+def _resumes(args: argparse.Namespace) -> bool:
+    """Whether the run goes on from an optimizer's state, whose statistics are no longer young."""
+    folder = getattr(args, "load", None)
+    anew = getattr(args, "finetune", False) or getattr(args, "no_load_optim", False)
+    return bool(folder and not anew and Path(folder, "latest_checkpointed_iteration.txt").exists())

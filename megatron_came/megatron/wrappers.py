@@ -1,0 +1,119 @@
+"""CAME in Megatron's fp32 and fp16/bf16 wrappers, which hold whole local tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from torch import Tensor
+
+from megatron_came.core.state import MOMENTUM, momentum_of
+from megatron_came.megatron.checkpoints.digests.loading import watched
+from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
+from megatron_came.megatron.checkpoints.settings import own_settings_kept
+from megatron_came.megatron.parameter_names import Place, place_of
+from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.optimizer import CAME
+
+
+class _WholeTensors:
+    """Tells CAME its shards in a wrapper of whole local tensors, and checkpoints the factors.
+
+    The wrapper's own checkpoints know only state of the parameter's shape.
+    """
+
+    optimizer: CAME | None
+
+    @staticmethod
+    def _filter_and_reorder_param_groups(
+        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Take the groups as they are: :meth:`load_state_dict` has paired them."""
+        return state_dict_groups
+
+    def adopt(
+        self,
+        model_params: list[list[Tensor]],
+        model_groups: ModelGroups,
+        places: dict[Tensor, Place] | None = None,
+    ) -> None:
+        """Tell the optimizer how tensor parallelism cuts its parameters, and create its state.
+
+        Args:
+            model_params: the model's parameters, by parameter group; the wrapper may have put
+                fp32 copies in their place.
+            model_groups: where their other shards are.
+            places: of them in the whole model, where the momentum's dtype needs them.
+        """
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        if self.optimizer is None:
+            return
+        for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
+            self._parts += zip(params, group["params"], strict=True)
+        at = {} if places is None else {p: place_of(p, places) for p, _ in self._parts}
+        self.optimizer.set_shards(
+            {
+                part: shard_of(param, model_groups, place=at.get(param))
+                for param, part in self._parts
+            },
+            {part: at[param].name for param, part in self._parts} if at else None,
+        )
+        self.optimizer.init_state()
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the wrapper's, with the factors under ``came``; int8 momentum as bf16."""
+        parent = super().sharded_state_dict  # type: ignore[misc]
+        if self.optimizer is None:
+            return parent(model_sharded_state_dict, is_loading, **kwargs)
+        with _as_megatron_knows_it(self.optimizer, is_loading):
+            state = parent(model_sharded_state_dict, is_loading, **kwargs)
+        state["came"] = sharded_factors(self.optimizer, self._parts, model_sharded_state_dict)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the wrapper's; a legacy checkpoint has the factors among the rest of the state."""
+        factors = state_dict.pop("came", None)
+        if self.optimizer is None:
+            super().load_state_dict(state_dict)  # type: ignore[misc]
+            return
+        inner = state_dict.get("optimizer", state_dict)
+        kept = own_settings_kept(self.optimizer, inner["param_groups"])
+        with kept as groups, watched(self.optimizer):
+            inner["param_groups"] = groups
+            super().load_state_dict(state_dict)  # type: ignore[misc]
+        if factors is not None:
+            self.optimizer.init_state()
+            load_factors(self.optimizer, self._parts, factors)
+
+
+class CameFP32Optimizer(_WholeTensors, FP32Optimizer):  # type: ignore[misc]
+    """Megatron's ``FP32Optimizer`` around :class:`megatron_came.CAME`."""
+
+
+class CameFloat16Optimizer(_WholeTensors, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
+    """Megatron's ``Float16OptimizerWithFloat16Params`` around :class:`megatron_came.CAME`."""
+
+
+@contextlib.contextmanager
+def _as_megatron_knows_it(came: CAME, is_loading: bool) -> Iterator[None]:
+    """Leave of the state in the optimizer's ``state_dict()`` the momentum alone, in floats.
+
+    What is loaded is asked for in fp32, whatever it was saved in.
+    """
+
+    def state_dict() -> dict[str, Any]:
+        full = CAME.state_dict(came)
+        for index, state in full["state"].items():
+            momentum = momentum_of(state)
+            full["state"][index] = {MOMENTUM: momentum.float() if is_loading else momentum}
+        return full
+
+    came.state_dict = state_dict  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del came.state_dict

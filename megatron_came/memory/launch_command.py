@@ -1,0 +1,123 @@
+"""From a launch script, a torchrun command or bare flags to Megatron's flags and a world size."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_came.terminal.children import run_alone
+
+_MODULES = ("torch.distributed.run", "torch.distributed.launch")
+_SECONDS = 60
+
+
+class LaunchError(Exception):
+    """No launch of Megatron; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchCommand:
+    """What is to be launched.
+
+    Attributes:
+        flags: Megatron's.
+        ranks: number of ranks that torchrun would start; None where no torchrun is named.
+    """
+
+    flags: list[str]
+    ranks: int | None
+
+
+def from_script(script: Path, words: list[str]) -> LaunchCommand:
+    """Ask a launch script for its command, with ``DRY_RUN=1``.
+
+    Args:
+        script: run by bash; it finds the programs of this Python first.
+        words: its arguments.
+
+    Raises:
+        LaunchError: it is missing, fails, or prints no torchrun command.
+    """
+    if script.is_dir():
+        raise LaunchError(f"--script {script} is a folder: name the launch script in it.")
+    if not script.exists():
+        raise LaunchError(f"--script {script} does not exist: name a launch script.")
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    try:
+        result = run_alone(
+            ["bash", str(script), *words],
+            environment={**os.environ, "DRY_RUN": "1", "PATH": path},
+            seconds=_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            f"--script {script} did not end within {_SECONDS} s: with DRY_RUN=1 it must print its "
+            "torchrun command and start nothing."
+        ) from error
+    if result.returncode:
+        last = (result.stderr.strip() or "no message").splitlines()[-1]
+        raise LaunchError(f"--script {script} ended with status {result.returncode}: {last}")
+    for words in _commands(result.stdout):
+        command = from_words(words)
+        if command.ranks is not None:
+            return command
+    raise LaunchError(
+        f"--script {script} printed no torchrun command: with DRY_RUN=1 it must print the command "
+        "that it would run."
+    )
+
+
+def _commands(printed: str) -> Iterable[list[str]]:
+    """The lines of a shell as words, those that are none left out."""
+    for line in printed.replace("\\\n", " ").splitlines():
+        try:
+            yield shlex.split(line)
+        except ValueError:
+            continue
+
+
+def from_words(words: list[str]) -> LaunchCommand:
+    """Read Megatron's flags, behind a torchrun command or alone.
+
+    Raises:
+        LaunchError: a torchrun command without a script or with a number of ranks that only the
+            machine knows.
+    """
+    for place, word in enumerate(words):
+        if Path(word).name == "torchrun" or word in _MODULES:
+            return _behind_torchrun(words[place + 1 :])
+    return LaunchCommand(words, None)
+
+
+def _behind_torchrun(words: list[str]) -> LaunchCommand:
+    from torch.distributed.run import get_args_parser
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            options = get_args_parser().parse_args(words)
+    except SystemExit as error:
+        raise LaunchError(
+            "the torchrun command cannot be read: name its options before the script, and the "
+            "script before Megatron's flags."
+        ) from error
+    flags = options.training_script_args
+    while flags and not flags[0].startswith("-"):  # the script that megatron_came.launch runs
+        flags = flags[1:]
+    return LaunchCommand(flags, _ranks(options.nproc_per_node, options.nnodes))
+
+
+def _ranks(per_node: str, nodes: str) -> int:
+    nodes = nodes.rpartition(":")[2]  # of a range the largest
+    if not (per_node.isdecimal() and nodes.isdecimal()):
+        raise LaunchError(
+            f"torchrun --nproc-per-node {per_node} --nnodes {nodes} does not say how many ranks "
+            "there are: add --gpus N."
+        )
+    return int(per_node) * int(nodes)

@@ -1,0 +1,157 @@
+"""Megatron's flags read by Megatron's own parser and validation, for a run of any size."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_came.memory.launch_command import LaunchError
+from megatron_came.memory.stand_ins import hopper, replaced
+
+_TENSOR = "use --tensor-model-parallel-size"
+_OURS = "megatron_came: "
+
+
+def parse(flags: list[str], ranks: int) -> argparse.Namespace:
+    """Read and validate the flags of a launch.
+
+    Args:
+        flags: Megatron's, and those of megatron_came.
+        ranks: number of ranks of the launch.
+
+    Returns:
+        Megatron's arguments, with ``padded_vocab_size``.
+
+    Raises:
+        LaunchError: Megatron, or megatron_came, refuses them.
+    """
+    with _alone():
+        try:
+            args = _parsed(flags, ranks)
+            _refuse(args)
+            _validate(args)
+            _pad_vocabulary(args)
+        except LaunchError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise LaunchError(_sentence(error)) from error
+    return args
+
+
+def _sentence(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    if said.startswith(_OURS):
+        return said.removeprefix(_OURS)
+    if not said:  # a bare assertion: its source says what should hold
+        frames = traceback.extract_tb(error.__traceback__)
+        line = frames[-1].line if frames else ""
+        if missing := re.match(r"assert args\.(\w+) is not None", line or ""):
+            return f"Megatron needs --{missing[1].replace('_', '-')}: add it to the flags."
+        said = f"Megatron stops at {line!r}" if line else "Megatron stops without a word"
+    return f"these flags are not a launch of Megatron: {said.removesuffix('.')}."
+
+
+def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:
+    def stop(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise LaunchError(_sentence(ValueError(message)))
+
+    with (
+        replaced(sys, {"argv": ["megatron-came memory", *flags]}),
+        replaced(argparse.ArgumentParser, {"error": stop}),
+    ):
+        from megatron.training import arguments
+
+        args: argparse.Namespace = arguments.parse_args()
+    args.rank, args.world_size = 0, ranks
+    return args
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """Refuse what is not laid out as this package lays it out."""
+    for name, flag, instead in (
+        ("yaml_cfg", "--yaml-cfg", "give the settings as flags"),
+        ("use_megatron_fsdp", "--use-megatron-fsdp", "use --use-distributed-optimizer"),
+        ("use_torch_fsdp2", "--use-torch-fsdp2", "use --use-distributed-optimizer"),
+        ("use_checkpoint_args", "--use-checkpoint-args", "give the model's flags"),
+        ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out"),
+        ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", "leave it out"),
+        ("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", _TENSOR),
+        ("moe_single_grouped_weight", "--moe-single-grouped-weight", "leave it out"),
+    ):
+        if getattr(args, name, None):
+            raise LaunchError(f"memory cannot be predicted with {flag}: {instead}.")
+    if args.optimizer not in ("came", "adam", "sgd"):
+        raise LaunchError(
+            f"memory cannot be predicted with --optimizer {args.optimizer}: give came, adam or sgd."
+        )
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from megatron.training import arguments
+
+    arguments.validate_args(args, {})
+
+
+def _pad_vocabulary(args: argparse.Namespace) -> None:
+    """Set ``padded_vocab_size``, from the tokenizer if its files are here."""
+    from megatron.core.tokenizers.utils.build_tokenizer import (
+        build_tokenizer,
+        vocab_size_with_padding,
+    )
+
+    if args.padded_vocab_size is not None:
+        return
+    files = [file for file in (args.tokenizer_model, args.vocab_file) if file]
+    here = all(Path(file).exists() for file in files)
+    if (files and here) or args.tokenizer_type == "NullTokenizer":
+        _build(build_tokenizer, args, files)
+    if args.padded_vocab_size is None and args.vocab_size:
+        args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args)
+    if args.padded_vocab_size is None:
+        tokenizer = " and ".join(files) or f"of --tokenizer-type {args.tokenizer_type}"
+        raise LaunchError(
+            f"the size of the vocabulary is not known, since the tokenizer {tokenizer} is not on "
+            "this machine: add --vocab-size N."
+        )
+
+
+def _build(
+    build_tokenizer: Callable[[argparse.Namespace], object],
+    args: argparse.Namespace,
+    files: list[str],
+) -> None:
+    try:
+        build_tokenizer(args)
+    except Exception as error:
+        named = " and ".join(files) or f"--tokenizer-type {args.tokenizer_type}"
+        raise LaunchError(
+            f"{named} cannot be loaded as a tokenizer of --tokenizer-type {args.tokenizer_type}: "
+            "name another, or give --tokenizer-type NullTokenizer --vocab-size N."
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Let Megatron think that it is rank 0 of a run on GPUs, and keep what it says to itself."""
+    import torch
+
+    # Megatron insists on the first for tensor parallelism.
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, "RANK": "0"}
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+        replaced(os, {"environ": environment}),
+        replaced(torch.cuda, hopper()),
+    ):
+        warnings.simplefilter("ignore")
+        yield

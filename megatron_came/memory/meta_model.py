@@ -1,0 +1,164 @@
+"""The modules of a pipeline stage, built by Megatron without memory, GPU or other processes."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.memory.grid import Grid
+from megatron_came.memory.stand_ins import nowhere, process_groups
+
+# What decides about kernels, memory of activations or communication, but not about the shapes of
+# parameters; these values need no GPU, Transformer Engine or process groups.
+_ANYWHERE: dict[str, object] = {
+    "transformer_impl": "local",
+    "perform_initialization": False,
+    "init_model_with_meta_device": True,
+    "use_cpu_initialization": False,
+    "sequence_parallel": False,
+    "context_parallel_size": 1,
+    "hierarchical_context_parallel_sizes": None,
+    "tp_comm_overlap": False,
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "fused_residual_rmsnorm": False,
+    "cross_entropy_loss_fusion": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_shared_expert_overlap": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "delay_wgrad_compute": False,
+    "use_te_rng_tracker": False,
+    "cuda_graph_impl": "none",
+    "fp8": None,
+    "fp4": None,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_modules": None,
+    "distribute_saved_activations": False,
+    "cpu_offloading": False,
+    "fine_grained_activation_offloading": False,
+    "batch_invariant_mode": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One model chunk of a pipeline stage; without virtual stages, all of it.
+
+    Attributes:
+        params: its parameters, on the meta device, with Megatron's marks, in Megatron's order.
+        dense_layers: number of transformer layers without experts.
+        expert_layers: number of those with experts.
+        embeds: it holds the embeddings.
+        predicts: it holds the output layer.
+    """
+
+    params: tuple[torch.nn.Parameter, ...]
+    dense_layers: int
+    expert_layers: int
+    embeds: bool
+    predicts: bool
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer layers."""
+        return self.dense_layers + self.expert_layers
+
+
+def build_stage(args: argparse.Namespace, grid: Grid, stage: int) -> list[Chunk]:
+    """Build the model chunks of a pipeline stage as Megatron would.
+
+    Args:
+        args: Megatron's arguments, validated, with ``padded_vocab_size``.
+        grid: the sizes of the layout.
+        stage: number of the stage.
+
+    Raises:
+        UnsupportedError: not a GPT model, or one that Megatron cannot build this way; the message
+            says what it lacks.
+    """
+    _check_model(args)
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.dist_utils import build_virtual_pipeline_stages
+
+    args = copy.copy(args)
+    for name, value in _ANYWHERE.items():
+        if hasattr(args, name):
+            setattr(args, name, value)
+    with nowhere(grid, stage):
+        try:
+            config = gpt_config_from_args(args)
+            models = build_virtual_pipeline_stages(
+                config.get_builder_cls()(config).build_model,
+                process_groups(grid, stage),
+                args.virtual_pipeline_model_parallel_size,
+            )
+        except Exception as error:
+            said = " ".join(str(error).split()).removesuffix(".") or "it does not say why"
+            raise UnsupportedError(
+                "Megatron does not build this model of its local layers, which memory is "
+                f"predicted with: {said}."
+            ) from error
+        if args.fp16 or args.bf16:
+            models = [Float16Module(config.transformer, model) for model in models]
+        for model in models:
+            _make_whole(model, grid)
+    return [_chunk(model) for model in models]
+
+
+def _chunk(model: torch.nn.Module) -> Chunk:
+    inner: Any = model.module if isinstance(model, Float16Module) else model
+    layers = [module for module in inner.modules() if isinstance(module, TransformerLayer)]
+    expert_layers = sum(isinstance(layer.mlp, MoELayer) for layer in layers)
+    return Chunk(
+        params=tuple(model.parameters()),
+        dense_layers=len(layers) - expert_layers,
+        expert_layers=expert_layers,
+        embeds=inner.pre_process,
+        predicts=inner.post_process,
+    )
+
+
+# Of latent attention; Transformer Engine's layers, which it trains with, hold these whole on every
+# tensor-parallel rank.
+_WHOLE = ("linear_q_down_proj", "linear_kv_down_proj")
+
+
+def _make_whole(model: torch.nn.Module, grid: Grid) -> None:
+    for layer in model.modules():
+        for name in _WHOLE:
+            projection = getattr(layer, name, None)
+            if projection is not None and projection.weight.tensor_model_parallel:
+                rows, columns = projection.weight.shape
+                whole = torch.empty(rows * grid.tensor, columns, dtype=projection.weight.dtype)
+                projection.weight = torch.nn.Parameter(whole)
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    for name, flag in (
+        ("hybrid_layer_pattern", "--hybrid-layer-pattern"),
+        ("spec", "--spec"),
+        ("yaml_cfg", "--yaml-cfg"),
+    ):
+        if getattr(args, name, None):
+            raise UnsupportedError(
+                f"memory is predicted for GPT models that Megatron's flags describe, not with "
+                f"{flag}: leave it out."
+            )

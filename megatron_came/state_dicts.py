@@ -1,0 +1,201 @@
+"""State dictionaries are checked before anything of them is taken over."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_came.core import int8
+from megatron_came.core.hyperparameters import check_group
+from megatron_came.core.state import FACTORS, MOMENTUM, REMAINDER, SCALE, momentum_of, set_momentum
+
+_SETTINGS = ("lr", "betas", "eps", "clip_threshold", "weight_decay")
+# Of the authors' class, beside what it shares with ours.
+_AUTHORS_OWN = ("step", "RMS")
+_KNOWN = (MOMENTUM, SCALE, REMAINDER, *FACTORS)
+
+
+def states_in(
+    state_dict: Any,
+    groups: Sequence[Mapping[str, Any]],
+    new_state: Callable[[Tensor], dict[str, Tensor]],
+    is_partial: bool,
+) -> dict[Tensor, dict[str, Tensor]]:
+    """Return the state that a state dictionary holds, one of ``came_pytorch.CAME`` too.
+
+    Args:
+        state_dict: what was given to ``load_state_dict``.
+        groups: the optimizer's own parameter groups.
+        new_state: returns a parameter's state before the first step.
+        is_partial: whether a host loads the rest by other means, as Megatron does.
+
+    Returns:
+        By parameter, in the dtypes that CAME gives them.
+
+    Raises:
+        ValueError: it is another optimizer's, or another model's.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "CAME: a state dictionary has the keys 'state' and 'param_groups'; this "
+            f"{_kind(state_dict)} does not: give what an optimizer's state_dict() returned."
+        )
+    _check_groups(state_dict["param_groups"], groups, is_partial)
+    if not isinstance(state_dict["state"], Mapping):
+        raise ValueError(
+            "CAME: 'state' of the state dictionary must be a dictionary by parameter, not this "
+            f"{_kind(state_dict['state'])}."
+        )
+    saved_params = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    mine = chain.from_iterable(group["params"] for group in groups)
+    pairs = dict(zip(saved_params, mine, strict=True))
+    states = {}
+    for key, state in state_dict["state"].items():
+        if key not in pairs:
+            raise ValueError(
+                f"CAME: the state dictionary holds state of a parameter {key!r} that its "
+                "parameter groups do not list: it is damaged, or was put together by hand."
+            )
+        _check_keys(state, key)
+        saved = {name: value for name, value in state.items() if name not in _AUTHORS_OWN}
+        param, own = pairs[key], new_state(pairs[key])
+        _check_state(saved, own, param, is_partial)
+        states[param] = _as_state(saved, own, param) if saved else {}
+    return states
+
+
+def _check_state(
+    saved: Mapping[str, Tensor], own: Mapping[str, Tensor], param: Tensor, is_partial: bool
+) -> None:
+    """Compare a parameter's saved state with what its state is in this optimizer."""
+    shape = tuple(param.shape)
+    if REMAINDER in saved and REMAINDER not in own:
+        raise ValueError(
+            "CAME: the state dictionary holds the lower halves of fp32 weights, which would "
+            "be lost: give remainders=True, with bf16 parameters."
+        )
+    wanted = [key for key in own if key not in (SCALE, REMAINDER)]
+    is_lacking = saved and not is_partial and not saved.keys() >= set(wanted)
+    if is_lacking or any(key not in own and key != SCALE for key in saved):
+        raise ValueError(
+            f"CAME: the state dictionary's state of a parameter of shape {shape} has the keys "
+            f"{', '.join(map(repr, saved))} where CAME has {', '.join(map(repr, wanted))}: it "
+            "belongs to another optimizer or another model."
+        )
+    for key, value in saved.items():
+        if key not in own or key == SCALE:
+            continue
+        is_flat = is_partial and value.numel() == own[key].numel()
+        if value.shape != own[key].shape and not is_flat:
+            raise ValueError(
+                f"CAME: {key!r} of a parameter of shape {shape} has the shape "
+                f"{tuple(value.shape)} in the state dictionary, not {tuple(own[key].shape)}: it "
+                "belongs to another model, or was saved with another flat_convolutions."
+            )
+    _check_dtypes(saved, shape)
+
+
+def _as_state(
+    saved: Mapping[str, Tensor], own: dict[str, Tensor], param: Tensor
+) -> dict[str, Tensor]:
+    """Give loaded state our dtypes."""
+    for key, value in saved.items():
+        if key == MOMENTUM:
+            if value.dtype == own[key].dtype:
+                own[key] = value.to(param.device).contiguous()
+            else:
+                set_momentum(own, momentum_of(saved))
+        elif key in own and (key != SCALE or saved.get(MOMENTUM, value).dtype == torch.int8):
+            # Not the scale of a momentum of another dtype, which has taken it up.
+            own[key] = value.to(device=param.device, dtype=own[key].dtype).contiguous()
+    return own
+
+
+def _check_groups(saved: Any, groups: Sequence[Mapping[str, Any]], is_partial: bool) -> None:
+    if not isinstance(saved, list | tuple):
+        raise ValueError(
+            "CAME: 'param_groups' of the state dictionary must be a list of dictionaries, not "
+            f"this {_kind(saved)}."
+        )
+    for index, group in enumerate(saved):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise ValueError(
+                f"CAME: parameter group {index} of the state dictionary must be a dictionary with "
+                f"a list 'params', not this {_kind(group)}."
+            )
+        lacking = [key for key in _SETTINGS if key not in group]
+        if lacking and not is_partial:
+            has = ", ".join(repr(key) for key in group if key != "params")
+            raise ValueError(
+                f"CAME: parameter group {index} of the state dictionary has no "
+                f"{' or '.join(map(repr, lacking))} but {has}: it belongs to another optimizer; "
+                "start CAME without it."
+            )
+        if not lacking:
+            check_group(group, f", in parameter group {index} of the state dictionary")
+        _check_step(group.get("step", 0), index)
+    lengths = [len(group["params"]) for group in saved]
+    mine = [len(group["params"]) for group in groups]
+    if lengths != mine:
+        raise ValueError(
+            f"CAME: the parameter groups of the state dictionary have {lengths} parameters, those "
+            f"of this optimizer {mine}: it belongs to another model, or its groups were made in "
+            "another way."
+        )
+
+
+def _check_step(step: Any, index: int) -> None:
+    try:
+        is_count = not isinstance(step, bool) and operator.index(step) >= 0
+    except (TypeError, ValueError, RuntimeError):
+        is_count = False
+    if not is_count:
+        raise ValueError(
+            f"CAME: 'step' of parameter group {index} of the state dictionary is {step!r}; it must "
+            "be a whole number, at least 0."
+        )
+
+
+def _check_keys(state: Any, key: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"CAME: the state dictionary's state of parameter {key!r} must be a dictionary, not "
+            f"this {_kind(state)}."
+        )
+    for name, value in state.items():
+        if name in _AUTHORS_OWN:
+            continue
+        if name not in _KNOWN:
+            raise ValueError(
+                f"CAME: the state dictionary's state of parameter {key!r} has a {name!r}, which "
+                "CAME has not: it belongs to another optimizer; start CAME without it."
+            )
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"CAME: {name!r} of parameter {key!r} in the state dictionary must be a tensor, "
+                f"not this {_kind(value)}."
+            )
+
+
+def _check_dtypes(saved: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    for key, value in saved.items():
+        if key == REMAINDER:
+            fits = value.dtype == torch.int16
+        elif key == MOMENTUM and value.dtype == torch.int8:
+            fits = SCALE in saved and saved[SCALE].numel() == int8.blocks(value.numel())
+        else:
+            fits = value.is_floating_point()
+        if not fits:
+            raise ValueError(
+                f"CAME: {key!r} of a parameter of shape {shape} is {value.dtype} in the state "
+                "dictionary, which CAME does not write: it is damaged."
+            )
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__

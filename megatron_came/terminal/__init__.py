@@ -1,0 +1,1 @@
+"""What commands share: one look of output, progress, Ctrl-C, and processes that end with them."""

@@ -1,0 +1,102 @@
+"""A progress bar that is also readable in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from megatron_came.terminal.console import is_styled, is_terminal
+
+if TYPE_CHECKING:
+    from rich import progress as rich_progress
+
+_REDRAW_SECONDS = 0.1
+_LONG_SECONDS = 2.0  # work that takes longer is told how long it will go on
+
+
+class Progress:
+    """Shows how much of a known amount is done; use it in a ``with`` statement.
+
+    On a terminal it is one line that is drawn again and again, elsewhere one plain line each
+    quarter. Both say how long the rest will take once that can be told.
+
+    Args:
+        label: What is being done, a few words.
+        total: The whole amount, in whatever unit ``advance`` counts.
+        stream: Where to write; standard output by default.
+    """
+
+    def __init__(self, label: str, total: float, stream: TextIO | None = None) -> None:
+        self._label = label
+        self._total = total
+        self._stream = stream if stream is not None else sys.stdout
+        self._done = 0.0
+        self._note = ""
+        self._quarters = 0
+        self._drawn_at = 0.0
+        self._started = time.monotonic()
+        self._bar = _bar(self._stream) if is_terminal(self._stream) else None
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._task = self._bar.add_task(self._label, total=1.0, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._draw(self._bar)
+            self._bar.stop()
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Counts ``amount`` as done; ``note`` is shown behind the percentage."""
+        self._done += amount
+        self._note = note
+        now = time.monotonic()
+        if self._bar is not None:
+            if now - self._drawn_at >= _REDRAW_SECONDS:
+                self._drawn_at = now
+                self._draw(self._bar)
+        elif int(4 * self._fraction) > self._quarters:
+            self._quarters = int(4 * self._fraction)
+            line = f"{self._label}: {self._fraction:4.0%}{self._note}{self._remaining()}"
+            print(line, file=self._stream, flush=True)
+
+    @property
+    def _fraction(self) -> float:
+        return min(1.0, self._done / self._total) if self._total else 1.0
+
+    def _remaining(self) -> str:
+        taken = time.monotonic() - self._started
+        if taken < _LONG_SECONDS or not 0 < self._fraction < 1:
+            return ""
+        seconds = round(taken * (1 / self._fraction - 1))
+        minutes, seconds = divmod(seconds, 60)
+        return f", {minutes} min {seconds} s left" if minutes else f", {seconds} s left"
+
+    def _draw(self, bar: rich_progress.Progress) -> None:
+        note = self._note + self._remaining()
+        bar.update(self._task, completed=self._fraction, note=note)
+        bar.refresh()
+
+
+def _bar(stream: TextIO) -> rich_progress.Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:3.0f}%{task.fields[note]}", markup=False),
+        console=Console(file=stream, no_color=not is_styled(stream)),
+        auto_refresh=False,  # a thread of its own would be there when workers are forked
+        expand=True,
+    )

@@ -1,0 +1,126 @@
+"""``megatron-came repair CHECKPOINT OUTPUT``: main weights made anew from the model's weights."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.folder import TRACKER, Checkpoint, Folder, find, opened
+from megatron_came.core import digests
+from megatron_came.tools.checkpoints import repairing
+from megatron_came.tools.checkpoints.listing import printable, progress
+from megatron_came.tools.checkpoints.main_weights import pairs
+from megatron_came.tools.checkpoints.verifying import verify
+
+_WEIGHTS = "start afresh from its weights with --no-load-optim"
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-came repair",
+        description="Write a copy of a checkpoint in which main weights that are damaged are made "
+        "anew from the model's weights, and momentum that is lost with them begins at zero. Such "
+        "are the fully reshardable checkpoints that Megatron 0.16 to 0.19.2 saved shifted "
+        "(NVIDIA/Megatron-LM#5077).",
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of --save, or of one iteration in it")
+    parser.add_argument("output", type=Path, help="folder to write, for --load; must not be there")
+    options = parser.parse_args(argv)
+    try:
+        for line in repair(options.checkpoint, options.output):
+            print(line)
+    except CheckpointError as error:
+        print(f"megatron-came repair: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"megatron-came repair: {options.output} cannot be written ({error}): remove it, and "
+            "name a folder where there is room.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def repair(source: Path, output: Path) -> list[str]:
+    """Write a repaired copy; returns the lines that say what was lost.
+
+    Raises:
+        CheckpointError: nothing is damaged, or more than can be made anew.
+        OSError: the copy cannot be written.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output} is there already: name a folder that is not.")
+    folder = find(source)
+    with opened(folder) as checkpoint:
+        _refuse(checkpoint)
+        text = checkpoint.common.get(digests.KEY)
+        record = None if text is None else digests.unpack(text)
+        if not repairing.losses(checkpoint, record):
+            raise CheckpointError(f"{folder.path} is not damaged, so nothing was written: load it.")
+    copy = Folder(output / folder.path.name)
+    _copy(folder.path, copy.path)
+    with opened(copy) as checkpoint:
+        losses = repairing.losses(checkpoint, record)
+        repairing.apply(losses)
+        if record is not None:
+            repairing.renew_digests(checkpoint, record)
+    with opened(copy) as checkpoint:
+        wrong = verify(checkpoint).damages
+        iteration = checkpoint.common["iteration"]
+    if wrong:
+        raise CheckpointError(f"the copy in {output} is still damaged, do not load it: {wrong[0]}.")
+    name = "release" if folder.path.name == "release" else str(iteration)
+    (output / TRACKER).write_text(name)
+    momenta = sum(bool(loss.momentum) for loss in losses)
+    return [
+        *(printable(loss.line()) for loss in losses),
+        f"{output} holds iteration {iteration} with {sum(map(repairing.elements, losses))} main "
+        f"weights made anew, in {len(losses)} parts, of which {momenta} have lost their momentum; "
+        "factors and the model's weights are as they were: give it to --load.",
+    ]
+
+
+def _refuse(checkpoint: Checkpoint) -> None:
+    """Raise what repair cannot do anything about."""
+    path, optimizer = checkpoint.folder.path, checkpoint.args.get("optimizer")
+    if not checkpoint.folder.is_distributed:
+        raise CheckpointError(
+            f"{path} is of --ckpt-format torch, whose main weights have no names: {_WEIGHTS}."
+        )
+    if optimizer != "came":
+        raise CheckpointError(
+            f"{path} is of --optimizer {printable(str(optimizer))[:40]}, whose other state is lost "
+            f"with the main weights: {_WEIGHTS}."
+        )
+    verdict = verify(checkpoint)
+    if verdict.damages and not verdict.is_of_main_weights:
+        listed = f"megatron-came inspect --verify {path}"
+        raise CheckpointError(
+            f"{path} is damaged beyond its main weights, as {listed} lists: resume from an earlier "
+            "iteration."
+        )
+    if not any(True for _ in pairs(checkpoint)):
+        raise CheckpointError(
+            f"{path} holds no main weights by name, since it is not of "
+            f"--dist-ckpt-optim-fully-reshardable: if it is damaged, {_WEIGHTS}."
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the files of one iteration."""
+    files = sorted(path for path in source.rglob("*") if not path.is_dir())
+    for path in files:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is no file: remove it.")
+    with progress("Copying", sum(path.stat().st_size for path in files)) as bar:
+        for path in files:
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+            bar.advance(path.stat().st_size)

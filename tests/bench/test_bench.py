@@ -1,0 +1,56 @@
+"""``megatron-came bench``."""
+
+import json
+
+import pytest
+
+from megatron_came.bench import command
+from megatron_came.bench.shapes import shapes_of
+
+
+def test_gpt2_sizes():
+    assert sum(a * b for a, *rest in shapes_of("gpt2-medium") for b in rest or [1]) == 354_871_296
+
+
+def test_a_step_is_timed_and_written(tmp_path, capsys):
+    file = tmp_path / "results" / "one.json"
+    options = ["--model", "gpt2-mini", "--layers", "1", "--steps", "1", "--device", "cpu"]
+    assert command.main([*options, "--only", "came,", "adamw, fused", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    names = [one["name"] for one in report["results"]]
+    came = [f"CAME, {what}" for what in ("fused", "bf16 momentum", "int8 momentum", "plain")]
+    assert names == [*came, "torch AdamW, fused"]
+    assert all(one["milliseconds"] > 0 for one in report["results"])
+    assert report["machine"]["torch"]
+    assert "times as long as CAME, fused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "lion"], "--only matches none of 'CAME, fused'"),
+        (["--iteration", "--model", "llama-7b-layer"], "--iteration needs a whole model"),
+        (["--", "--seq-length", "64"], "flags after -- are for --iteration alone"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, capsys):
+    assert command.main(["--device", "cpu", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_whole_iteration_is_timed_in_parts(tmp_path, capsys):
+    file = tmp_path / "iteration.json"
+    options = ["--iteration", "--model", "gpt2-small", "--layers", "1", "--steps", "2"]
+    small = "--hidden-size 64 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32"
+    options += ["--device", "cpu", "--json", str(file), "--", *small.split()]
+    assert command.main(options) == 0
+    came, adam = json.loads(file.read_text())["iterations"]
+    assert (came["optimizer"], adam["optimizer"]) == ("came", "adam")
+    for one in (came, adam):
+        parts = [one[f"{part}_milliseconds"] for part in ("forward", "backward", "step")]
+        assert min(parts) > 0
+        assert sum(parts) < one["milliseconds"]
+        assert one["iterations"] == 2
+    captured = capsys.readouterr()
+    assert "backward  optimizer's step" in captured.out
+    assert "Training: 100%" in captured.err

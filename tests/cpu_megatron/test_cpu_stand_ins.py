@@ -1,0 +1,49 @@
+"""Stand-ins for what Megatron finds on a GPU, without starting Megatron."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from megatron_came.cpu_megatron import arguments, devices
+from megatron_came.cpu_megatron.parallel_layers import _center_at_zero
+
+
+@pytest.mark.parametrize("name", ["stream", "device"])
+def test_a_stream_and_a_device_can_be_entered_again(name):
+    """Megatron keeps one context for all buckets of two optimizer instances."""
+    context = devices._cuda_functions()[name](devices.Stream())
+    for _ in range(2):
+        with context, context:
+            pass
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_norms_with_weights_around_zero(kind):
+    norm, usual = kind(12), kind(12)
+    _center_at_zero(norm)
+    assert torch.equal(norm.weight, torch.zeros(12))
+    weights, tokens = torch.randn(12), torch.randn(5, 12)
+    with torch.no_grad():
+        norm.weight.copy_(weights)
+        usual.weight.copy_(weights + 1)
+        for param in (norm, usual):
+            if kind is torch.nn.LayerNorm:
+                param.bias.fill_(0.5)
+    for module in (norm, usual):
+        module(tokens).square().sum().backward()
+    assert torch.equal(norm(tokens), usual(tokens))
+    assert torch.equal(norm.weight.grad, usual.weight.grad)
+
+
+def test_norms_without_weights_stay_what_they_are():
+    module = torch.nn.Identity()
+    _center_at_zero(module)
+    assert type(module) is torch.nn.Identity
+
+
+@pytest.mark.parametrize("module", ["layernorm", "moe_act"])
+def test_what_transformer_engine_recomputes_is_refused(module):
+    message = arguments.refusal(Namespace(recompute_modules=["core_attn", module]))
+    assert message.startswith(f"--recompute-modules {module} needs Transformer Engine")
+    assert arguments.refusal(Namespace(recompute_modules=["core_attn", "mlp", "moe"])) is None

@@ -1,0 +1,147 @@
+"""What goes with --optimizer came, and what is refused, without starting Megatron."""
+
+from argparse import Namespace
+from dataclasses import fields
+
+import pytest
+
+from megatron_came.core.hyperparameters import Hyperparameters
+from megatron_came.megatron.arguments import check, given_flags, hyperparameters
+from megatron_came.megatron.checkpoints import refusals as checkpoints
+
+CAME = {f"came_{field.name}": field.default for field in fields(Hyperparameters)}
+
+
+def arguments(**changes):
+    settings = {"optimizer": "came", "came_momentum_dtype": "fp32", "came_main_params": "fp32"}
+    settings |= CAME
+    return Namespace(**{**settings, **changes})
+
+
+def test_the_defaults_are_the_authors():
+    assert hyperparameters(arguments()) == Hyperparameters()
+    check(arguments(), ["--optimizer", "--came-beta1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"bf16": False, "fp16": True}, "the model's are fp16: add --bf16"),
+        ({"use_distributed_optimizer": False}, "add --use-distributed-optimizer"),
+        ({"load_main_params_from_ckpt": True}, "does not go with --load-main-params-from-ckpt"),
+        ({"log_params_norm": True}, "does not go with --log-params-norm"),
+        ({"qk_clip": True}, "does not go with --qk-clip"),
+    ],
+)
+def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
+    fitting = {"came_main_params": "remainder", "bf16": True, "use_distributed_optimizer": True}
+    check(arguments(**fitting), [])
+    with pytest.raises(ValueError, match=sentence):
+        check(arguments(**{**fitting, **changes}), [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"came_beta1": 1.0}, "--came-beta1 1.0 is not allowed: it must be in [0, 1)."),
+        (
+            {"came_momentum_dtype": "fp8"},
+            "--came-momentum-dtype fp8 is not allowed: use fp32 or bf16 or int8.",
+        ),
+        (
+            {"came_main_params": "bf16"},
+            "--came-main-params bf16 is not allowed: use fp32 or remainder.",
+        ),
+        (
+            {"came_beta3": -0.1},
+            "--came-beta3 -0.1 is not allowed: it must be a finite number at",
+        ),
+        ({"came_eps1": 0.0}, "--came-eps1 0.0 is not allowed: it must be a finite number above 0."),
+        ({"came_eps2": float("nan")}, "--came-eps2 nan is not allowed"),
+        ({"came_clip_threshold": 0.0}, "--came-clip-threshold 0.0 is not allowed"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload: leave it out"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp: use --use-distributed-optimizer"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2: use --use-distributed-optimizer"),
+        ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
+        (
+            {"rl_offload_optimizer_during_inference": True},
+            "--rl-offload-optimizer-during-inference",
+        ),
+        ({"fp8_param_gather": True}, "--fp8-param-gather"),
+        ({"fp4_param_gather": True}, "--fp4-param-gather"),
+        (
+            {"gtp_weight_remat_size": 2, "tensor_parallel_num_weight_shards": 4},
+            "--tensor-parallel-num-weight-shards 4: leave it out",
+        ),
+        ({"use_layer_wise_distributed_optimizer": True}, "a layer-wise optimizer"),
+        ({"use_legacy_models": True}, "--use-legacy-models: leave it out"),
+        ({"yaml_cfg": "run.yaml"}, "--yaml-cfg run.yaml: give the settings as flags"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_came_is_refused(changes, sentence):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the sentence is compared below)
+        check(arguments(**changes), [])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_came_flags_without_came_are_refused():
+    with pytest.raises(ValueError, match=r"--came-beta2 is a setting of CAME, .* is adam: add"):
+        check(arguments(optimizer="adam"), given_flags(["--came-beta2=0.95", "--lr", "1"]))
+    check(arguments(optimizer="adam", use_megatron_fsdp=True), [])
+
+
+SAVED = Namespace(
+    optimizer="came",
+    no_save_optim=None,
+    use_distributed_optimizer=True,
+    tensor_model_parallel_size=1,
+    pipeline_model_parallel_size=1,
+)
+RUN = Namespace(**vars(SAVED), finetune=False, no_load_optim=None)
+
+
+def changed(namespace, **changes):
+    return Namespace(**{**vars(namespace), **changes})
+
+
+@pytest.mark.parametrize(
+    ("saved", "run", "sharding", "sentence"),
+    [
+        ({"optimizer": "adam"}, {}, None, "--optimizer adam, this run has --optimizer came"),
+        ({}, {"optimizer": "adam"}, None, "--optimizer came, this run has --optimizer adam"),
+        ({}, {"use_distributed_optimizer": False}, None, "saved with --use-distributed-optimizer"),
+        ({"use_distributed_optimizer": False}, {}, None, "without --use-distributed-optimizer"),
+        (
+            {},
+            {"tensor_model_parallel_size": 2},
+            "dp_reshardable",
+            "--dist-ckpt-optim-fully-reshardable",
+        ),
+    ],
+    ids=str,
+)
+def test_checkpoints_that_cannot_be_resumed_are_refused(saved, run, sharding, sentence):
+    problem = checkpoints.refusal(changed(SAVED, **saved), changed(RUN, **run), sharding)
+    assert sentence in problem
+    assert "--no-load-optim" in problem
+    for way_out in ({"finetune": True}, {"no_load_optim": True}):
+        assert (
+            checkpoints.refusal(changed(SAVED, **saved), changed(RUN, **run, **way_out), sharding)
+            is None
+        )
+
+
+def test_checkpoints_that_can_be_resumed_are_not_refused():
+    other_size = changed(RUN, tensor_model_parallel_size=2)
+    assert checkpoints.refusal(SAVED, RUN, "dp_reshardable") is None
+    assert checkpoints.refusal(SAVED, other_size, "fully_reshardable") is None
+    without = changed(SAVED, no_save_optim=True, optimizer="adam")
+    assert "with --no-save-optim" in checkpoints.refusal(without, RUN, None)
+    assert checkpoints.refusal(without, changed(RUN, no_load_optim=True), None) is None
+    assert (
+        checkpoints.refusal(changed(SAVED, optimizer="sgd"), changed(RUN, optimizer="adam"), None)
+        is None
+    )

@@ -1,0 +1,136 @@
+"""Folders that a run cannot resume from, told by names and sizes of files alone."""
+
+import pathlib
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_came.megatron.checkpoints.folders import TRACKER, folder_problem, legacy_problem
+
+
+def args(**changes):
+    return SimpleNamespace(**{"ckpt_step": None, "non_persistent_ckpt_type": None, **changes})
+
+
+def distributed(place):
+    place.mkdir(parents=True)
+    (place / "metadata.json").write_text("{}")
+    (place / ".metadata").write_bytes(pickle.dumps({}))
+
+
+def legacy(place):
+    (place / "mp_rank_00").mkdir(parents=True)
+    torch.save({}, place / "mp_rank_00" / "model_optim_rng.pt")
+
+
+@pytest.fixture(params=[distributed, legacy])
+def folder(request, tmp_path):
+    """Two checkpoints, the second the latest."""
+    for step in (10, 20):
+        request.param(tmp_path / f"iter_{step:07d}")
+    (tmp_path / TRACKER).write_text("20\n")
+    return tmp_path
+
+
+def test_a_whole_folder_is_no_problem(folder):
+    assert folder_problem(folder, args()) is None
+    assert folder_problem(str(folder), args(ckpt_step=10)) is None
+
+
+@pytest.mark.parametrize(
+    "named", ["", "  \n", "hello", "-20", "20.0", "2o", "\uff11\uff10", "None", "\0" * 4]
+)
+def test_a_tracker_that_names_no_iteration_is_refused(folder, named):
+    (folder / TRACKER).write_text(named)
+    problem = folder_problem(folder, args())
+    assert TRACKER in problem
+    assert "complete there: 10, 20" in problem
+    assert folder_problem(folder, args(ckpt_step=10)) is None  # the way out
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({}, "iter_0000030"), ({"ckpt_step": 5}, "iter_0000005")]
+)
+def test_an_iteration_that_is_not_there_is_refused(folder, changes, named):
+    (folder / TRACKER).write_text("30")
+    problem = folder_problem(folder, args(**changes))
+    assert f"the checkpoint {named}, which is not there" in problem
+    assert "--ckpt-step" in problem
+    assert "10, 20" in problem
+
+
+def test_checkpoints_without_a_tracker_are_refused(folder):
+    (folder / TRACKER).unlink()
+    assert f"no {TRACKER}" in folder_problem(folder, args())
+    assert "write 20 to it" in folder_problem(folder, args())
+
+
+def test_a_release_is_no_iteration(folder):
+    (folder / "iter_0000020").rename(folder / "release")
+    (folder / TRACKER).write_text("release")
+    assert folder_problem(folder, args()) is None
+
+
+def test_a_first_start_is_no_problem(tmp_path):
+    assert folder_problem(tmp_path / "nothing", args()) is None
+    assert folder_problem(tmp_path, args()) is None
+    # A run that was killed in its first save.
+    (tmp_path / "iter_0000010").mkdir()
+    (tmp_path / "iter_0000010" / "__0_0.distcp").write_bytes(b"x")
+    assert folder_problem(tmp_path, args()) is None
+    assert folder_problem(None, args()) is None
+    assert folder_problem("msc://somewhere/run", args()) is None
+
+
+@pytest.mark.parametrize("lost", [".metadata", "metadata.json"])
+def test_a_distributed_checkpoint_without_its_lists_is_refused(tmp_path, lost):
+    distributed(tmp_path / "iter_0000010")
+    (tmp_path / TRACKER).write_text("10")
+    (tmp_path / "iter_0000010" / lost).unlink()
+    assert f"iter_0000010/{lost} is missing" in folder_problem(tmp_path, args())
+
+
+@pytest.mark.parametrize("left", [0, 1, -1])
+def test_a_truncated_list_is_refused(tmp_path, left):
+    distributed(tmp_path / "iter_0000010")
+    (tmp_path / TRACKER).write_text("10")
+    metadata = tmp_path / "iter_0000010" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:left])
+    problem = folder_problem(tmp_path, args())
+    assert "iter_0000010/.metadata is truncated" in problem
+    assert "complete there: none" in problem
+
+
+def test_an_empty_iteration_is_refused(tmp_path):
+    (tmp_path / "iter_0000010").mkdir()
+    (tmp_path / TRACKER).write_text("10")
+    assert "holds no complete checkpoint" in folder_problem(tmp_path, args())
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("x")
+    assert "is a file" in folder_problem(tmp_path / "run", args())
+
+
+def test_a_folder_that_this_user_cannot_read_is_refused(folder, monkeypatch):
+    def denied(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "read_text", denied)
+    problem = folder_problem(folder, args())
+    assert f"{folder / TRACKER} cannot be read (Permission denied)" in problem
+
+
+def test_files_of_a_legacy_checkpoint(tmp_path):
+    legacy(tmp_path / "iter_0000010")
+    whole = tmp_path / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
+    assert legacy_problem(tmp_path, [str(whole)]) is None
+    gone = whole.with_name("distrib_optim.pt")
+    assert "distrib_optim.pt is missing" in legacy_problem(tmp_path, [str(whole), str(gone)])
+    (tmp_path / TRACKER).write_text("20")
+    assert "complete there: 10" in folder_problem(tmp_path, args())
+    whole.write_bytes(whole.read_bytes()[:-30])
+    assert "complete there: none" in folder_problem(tmp_path, args())
+    assert "truncated" in legacy_problem(tmp_path, [str(whole)])

@@ -1,0 +1,308 @@
+"""Predicted memory: known sizes, every kind of layout, activations, and what fits."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.parallel_state import RankGenerator
+from megatron.training import theoretical_memory_usage
+
+from megatron_came.megatron import install
+from megatron_came.memory import buffers, fit
+from megatron_came.memory.activations import activation_bytes, micro_batches_in_flight
+from megatron_came.memory.grid import Grid
+from megatron_came.memory.precisions import ADAMW, came, compared
+from tests.support.memory_flags import BF16, DATA, DO, EXPERTS, MEDIUM, SMALL, launch, pp, tp
+
+
+@pytest.fixture(scope="module", autouse=True)
+def host():
+    install()
+
+
+# Known sizes.
+
+
+def test_gpt2_medium_has_its_known_sizes():
+    run = launch(MEDIUM + BF16)
+    (stage,) = run.stages
+    assert stage.layout.parameters == 354_871_296
+    parts = stage.components(came(run.args))
+    assert parts.momentum / 2**30 == pytest.approx(1.3220, abs=5e-5)
+    assert parts.second_moment / 2**20 == pytest.approx(4.6, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            BF16,
+            {
+                "AdamW": 18,
+                "CAME fp32": 14.01,
+                "CAME bf16": 12.01,
+                "CAME int8": 11.03,
+                "CAME int8 + rem.": 9.03,
+                "SGD": 14,
+                "Adafactor": 10.01,
+            },
+        ),
+        (BF16 + "--grad-reduce-in-bf16 ", {"AdamW": 16, "CAME int8 + rem.": 7.03}),
+        ("", {"AdamW": 16, "CAME fp32": 12.01}),
+        (BF16 + "--sgd-momentum 0 ", {"SGD": 10}),
+    ],
+)
+def test_static_bytes_per_parameter(flags, expected):
+    run = launch(MEDIUM + flags)
+    (stage,) = run.stages
+    found = {
+        optimizer.name: stage.components(optimizer).static / stage.layout.parameters
+        for optimizer in compared(run.args)
+    }
+    for name, size in expected.items():
+        assert found[name] == pytest.approx(size, abs=0.005)
+
+
+def test_16_bit_gradients_have_fp32_copies_until_the_next_iteration():
+    (stage,) = launch(MEDIUM + BF16 + "--grad-reduce-in-bf16 ").stages
+    assert stage.components(ADAMW).buffers == 4 * stage.layout.parameters
+
+
+def test_the_vocabulary_is_padded_as_in_training():
+    whole, half = (launch(MEDIUM + flags, 2).args.padded_vocab_size for flags in ("", tp(2)))
+    assert (whole, half) == (50304, 50432)
+
+
+def test_a_trillion_parameters_on_ten_thousand_gpus():
+    run = launch(
+        DATA
+        + BF16
+        + DO
+        + "--num-layers 64 --hidden-size 8192 --num-attention-heads 64 --seq-length 4096 "
+        "--max-position-embeddings 4096 --global-batch-size 5120 --vocab-size 128000 "
+        "--untie-embeddings-and-output-weights --normalization RMSNorm --group-query-attention "
+        "--num-query-groups 8 --position-embedding-type rope --sequence-parallel "
+        "--num-layers-per-virtual-pipeline-stage 2 --expert-model-parallel-size 32 "
+        "--expert-tensor-parallel-size 1 "
+        + EXPERTS.replace("--num-experts 8", "--num-experts 256").replace("-size 32", "-size 2560")
+        + tp(4)
+        + pp(16),
+        10240,
+    )
+    assert run.parameters == pytest.approx(1.04e12, rel=0.01)
+    assert [stage.layers for stage in run.stages] == [4] * 16
+    # What all ranks hold of the weights: dense ones on every tensor-parallel rank alone.
+    assert run.stages[1].layout.parameters * 16 < run.parameters / 16
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (DO, 8),
+        (DO + "--overlap-grad-reduce --ddp-bucket-size 5003 ", 8),
+        (DO + "--num-distributed-optimizer-instances 2 ", 8),
+        (DO + "--context-parallel-size 2 ", 8),
+        (DO + EXPERTS + "--expert-model-parallel-size 4 ", 8),
+        (DO + EXPERTS + tp(2) + "--sequence-parallel --expert-tensor-parallel-size 1 ", 8),
+    ],
+)
+def test_the_shards_of_a_buffer_hold_every_element_once(flags, ranks):
+    (stage,) = launch(SMALL + flags, ranks).stages
+    layout = stage.layout
+    assert len(layout.slices[0].elements) > 1
+    assert sum(int(part.elements.sum()) for part in layout.slices) == layout.parameters
+    held = sum(int(part.elements.sum()) * part.param_bytes for part in layout.slices)
+    assert held < layout.weights < 1.2 * held
+
+
+def test_blocks_that_share_a_scale_end_with_a_slice():
+    key = SimpleNamespace(
+        param_dtype=torch.bfloat16, grad_dtype=torch.float32, is_expert_parallel=False
+    )
+    layout = SimpleNamespace(
+        bucket_indices=[(0, 1024), (1024, 2048)],
+        param_index_map={"a": (0, 300, 0), "b": (320, 900, 0), "c": (1024, 2048, 1)},
+    )
+    part = buffers._cut(key, layout, 2)
+    # Of a 300, of b 192 and 388, of c 512 and 512.
+    assert part.elements.tolist() == [300 + 192 + 512, 388 + 512]
+    assert part.blocks.tolist() == [2 + 1 + 2, 2 + 2]
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_ranks_hold_the_shards_that_megatron_gives_them(instances):
+    grid = Grid(
+        world=64,
+        tensor=2,
+        pipeline=2,
+        virtual=None,
+        context=2,
+        expert=4,
+        expert_tensor=1,
+        instances=instances,
+        sharded=True,
+    )
+    dense, experts = grid.shards()
+    ranks = RankGenerator(
+        tp=2, ep=1, dp=8, pp=2, cp=2, order="tp-cp-ep-dp-pp", rank_offset=0
+    ).get_ranks("dp-cp")
+    expert_ranks = RankGenerator(
+        tp=1, ep=4, dp=8, pp=2, cp=1, order="tp-cp-ep-dp-pp", rank_offset=0
+    ).get_ranks("dp")
+    for places, groups in ((dense, ranks), (experts, expert_ranks)):
+        for group in groups:
+            for place, rank in enumerate(group):
+                assert int(places[rank % 32]) == place % (len(group) // instances)
+
+
+def test_the_fullest_rank_is_found_among_all():
+    run = launch(SMALL + DO + EXPERTS + "--expert-model-parallel-size 2 ", 8)
+    (stage,) = run.stages
+    totals = [
+        sum(int(part.elements[(dense, expert)[part.of_experts]]) for part in stage.layout.slices)
+        for dense, expert in zip(*(places.tolist() for places in run.grid.shards()), strict=True)
+    ]
+    held = sum(int(part.elements[stage.shards[part.of_experts]]) for part in stage.layout.slices)
+    assert held == max(totals) > min(totals)
+
+
+def test_tied_embeddings_are_counted_once():
+    one, two = (launch(SMALL + flags, 2) for flags in ("", pp(2)))
+    assert one.parameters == two.parameters
+    assert sum(stage.layout.parameters for stage in two.stages) == one.parameters + 48 * 256
+
+
+def test_latent_attention_can_be_laid_out():
+    latent = "--multi-latent-attention --qk-layernorm --kv-lora-rank 16 --q-lora-rank 24 "
+    latent += "--position-embedding-type rope "
+    one, two = (launch(SMALL + latent + flags, 2) for flags in ("", tp(2)))
+    assert one.parameters == two.parameters
+    assert 0.5 < two.stages[0].layout.parameters / one.parameters < 0.6
+
+
+def test_nothing_is_left_behind():
+    launch(SMALL + pp(2) + EXPERTS, 2).stages  # noqa: B018
+    assert not dist.is_initialized()
+    assert parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK is None
+    assert torch.empty(1).device.type == "cpu"
+
+
+# Activations.
+
+
+def _megatron(run):
+    args = run.args
+    args.encoder_seq_length = args.seq_length
+    formula = theoretical_memory_usage.compute_activation_memory_without_sp
+    if args.sequence_parallel and args.recompute_granularity == "selective":
+        formula = theoretical_memory_usage.compute_activation_memory
+    return formula(args, args.global_batch_size // run.grid.data)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        tp(2),
+        tp(2) + "--sequence-parallel --recompute-activations ",
+        pp(2),
+        pp(2) + "--global-batch-size 2 ",
+        pp(2) + "--num-layers-per-virtual-pipeline-stage 1 ",
+    ],
+)
+def test_the_first_stage_has_what_megatron_says(flags):
+    run = launch(SMALL + BF16 + flags, 2)
+    assert run.stages[0].activations == pytest.approx(_megatron(run), rel=1e-3)
+
+
+def test_later_stages_hold_fewer_micro_batches():
+    run = launch(SMALL + BF16 + pp(4), 4)
+    assert [micro_batches_in_flight(run.args, run.grid, stage) for stage in range(4)] == [
+        4,
+        3,
+        2,
+        1,
+    ]
+    middle = [stage.activations for stage in run.stages[1:3]]
+    assert middle[0] / middle[1] == pytest.approx(3 / 2, rel=1e-3)
+
+
+def test_recomputation_context_parallelism_and_precision_change_activations():
+    full = "--recompute-granularity full --recompute-num-layers "
+    flags = {
+        "bf16": (BF16, 1),
+        "fp32": ("", 1),
+        "context": (BF16 + "--context-parallel-size 2 ", 2),
+        "uniform": (BF16 + full + "1 --recompute-method uniform ", 1),
+        "all together": (BF16 + full + "4 --recompute-method uniform ", 1),
+        "block": (BF16 + full + "2 --recompute-method block ", 1),
+    }
+    found = {
+        name: launch(SMALL + more, ranks).stages[0].activations
+        for name, (more, ranks) in flags.items()
+    }
+    assert found["fp32"] == pytest.approx(2 * found["bf16"], rel=1e-3)
+    assert found["context"] == pytest.approx(found["bf16"] / 2, rel=1e-3)
+    assert found["uniform"] < found["block"] < found["bf16"] < found["all together"]
+    assert found["uniform"] < found["bf16"] / 2
+
+
+def test_experts_are_counted_by_what_a_token_goes_through():
+    flags = SMALL + BF16 + EXPERTS + tp(2) + "--sequence-parallel --recompute-activations "
+    few, many = (
+        launch(flags.replace("topk 2", f"topk {count}"), 2).stages[0].activations
+        for count in (2, 4)
+    )
+    tokens, layers = 32, 4
+    assert many - few == pytest.approx(4 * 2 * 32 * tokens * layers / 2, rel=1e-3)
+
+
+def test_an_estimate_needs_no_layers():
+    run = launch(SMALL + BF16)
+    (chunk,) = run.chunks[0]
+    empty = replace(chunk, dense_layers=0, embeds=False, predicts=False)
+    assert activation_bytes(run.args, run.grid, 0, [empty]) == 0
+
+
+# What fits.
+
+
+@pytest.mark.parametrize("flags", ["", DO])
+def test_what_fits_fits_and_the_next_does_not(flags):
+    run = launch(SMALL + flags, 4)
+    sizes = {}
+    for micro_batch in (1, 2, 4, 8, 16):
+        sizes[micro_batch] = run.stages_at(4, micro_batch)[0].total(came(run.args))
+    assert sorted(sizes.values()) == list(sizes.values())
+    found = fit.fit(run, came(run.args), sizes[4])
+    assert found.micro_batch == 4
+    assert fit.fit(run, came(run.args), sizes[1] - 1).micro_batch is None
+    assert fit.fit(run, came(run.args), 2**40).micro_batch == 16
+
+
+def test_the_fewest_gpus():
+    run = launch(SMALL + DO + tp(2), 8)
+    sizes = {data: run.stages_at(data, 1)[0].total(came(run.args)) for data in (1, 2, 4, 8)}
+    assert sorted(sizes.values(), reverse=True) == list(sizes.values())
+    assert fit.fit(run, came(run.args), sizes[4]).gpus == 8
+    assert fit.fit(run, came(run.args), sizes[2]).gpus == 4
+    assert fit.fit(run, came(run.args), 2**10).gpus is None
+
+
+def test_what_fits_without_a_global_batch_size():
+    run = launch(SMALL.replace("--global-batch-size 64 ", ""), 2)
+    found = fit.fit(run, came(run.args), run.stages_at(2, 8)[0].total(came(run.args)))
+    assert found.micro_batch == 8
+
+
+@pytest.mark.parametrize(
+    ("said", "size"), [("80GiB", 80 * 2**30), ("1.5 GB", 1_500_000_000), ("7MiB", 7 * 2**20)]
+)
+def test_sizes(said, size):
+    assert fit.parse_size(said) == size

@@ -1,0 +1,247 @@
+"""``megatron-came memory`` as a command, and reports of ``--came-report-memory``."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_came.memory import command as memory
+from megatron_came.memory import measurement, plot, report
+from megatron_came.memory.components import Components
+from megatron_came.memory.launch_command import LaunchError, from_script, from_words
+from megatron_came.memory.records import Record
+from tests.support.memory_flags import BF16, DO, EXPERTS, SMALL, pp, tp
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_flags_behind_torchrun():
+    words = "srun env A=1 /bin/torchrun --standalone --nnodes 2 --nproc-per-node 4 -m a.b --x 1"
+    command = from_words(words.split())
+    assert (command.flags, command.ranks) == (["--x", "1"], 8)
+    words = "python -m torch.distributed.run --nproc-per-node=2 launch.py pretrain.py --x 1"
+    command = from_words(words.split())
+    assert (command.flags, command.ranks) == (["--x", "1"], 2)
+
+
+def test_a_script_is_asked_for_its_command(tmp_path):
+    script = tmp_path / "train.sh"
+    script.write_text(
+        'echo "it\'s a line of its own"\n[[ $DRY_RUN == 1 ]] || exit 1\n'
+        "printf '%s \\\\\\n    ' torchrun --nproc-per-node 2 x.py '--name \"a b\"' \"$@\"\n"
+    )
+    command = from_script(script, ["--more", "2"])
+    assert (command.flags, command.ranks) == (["--name", "a b", "--more", "2"], 2)
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*/train_[!s]*.sh")), ids=str)
+def test_the_examples_can_be_predicted(script, capsys):
+    assert memory.main(["--script", str(script), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    if script.parent.name == "gpt2_medium":
+        assert values["parameters"] == 354_871_296
+
+
+FAILING = {
+    "unknown flag": (SMALL + "--gpus 1 --nonsense 3", "unrecognized arguments: --nonsense 3."),
+    "bad value": (SMALL + "--gpus 1 --num-layers x", "--num-layers: invalid int value: 'x'."),
+    "impossible sizes": (SMALL + "--gpus 8 " + tp(3), "world size (8) is not divisible"),
+    "uneven experts": (
+        SMALL + "--gpus 9 --expert-model-parallel-size 3 --global-batch-size 9 " + EXPERTS,
+        "Number of experts should be a multiple",
+    ),
+    "no gpus": (SMALL, "add --gpus N"),
+    "too few gpus": (SMALL + "--gpus 0", "--gpus 0 is not allowed"),
+    "no flags": ("--gpus 1", "name the flags of a launch"),
+    "no script": ("--script nowhere.sh", "nowhere.sh does not exist"),
+    "size": (SMALL + "--gpus 1 --fit 80", "--fit 80 is no size"),
+    "both precisions": (SMALL + "--gpus 1 --fp16 --bf16", "assert not args.bf16"),
+    "came": (SMALL + "--gpus 1 --optimizer came --came-beta2 2", "--came-beta2 2.0 is not"),
+    "fsdp": (SMALL + "--gpus 1 --use-megatron-fsdp", "use --use-distributed-optimizer"),
+    "model": (SMALL + "--gpus 1 --spec local x", "not with --spec"),
+    "tokenizer": (
+        SMALL + "--gpus 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model x --vocab-size 0",
+        "add --vocab-size N",
+    ),
+    "machine": ("torchrun --nproc-per-node gpu x.py --num-layers 1", "add --gpus N"),
+    "torchrun": ("torchrun --num-layers 1", "torchrun command cannot be read"),
+    "unknown optimizer": (SMALL + "--gpus 1 --optimizer lion", "--optimizer lion: give came, adam"),
+    "missing flag": ("--gpus 1 --num-layers 2", "Megatron needs --micro-batch-size: add it"),
+    "no tokenizer": (
+        SMALL + f"--gpus 1 --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {__file__}",
+        "test_memory_command.py cannot be loaded as a tokenizer",
+    ),
+    "script is a folder": (f"--script {ROOT}", "is a folder: name the launch script in it"),
+    "report is a folder": (f"--compare {ROOT}", f"{ROOT} cannot be used (is a directory): name"),
+    "json nowhere": (
+        SMALL + "--gpus 1 --json /nowhere/x.json",
+        "/nowhere/x.json cannot be used (no such file or directory): name another file.",
+    ),
+    "missing report": (
+        "--compare nowhere.json",
+        "nowhere.json cannot be used (no such file or directory): name another file.",
+    ),
+    "flags to compare": ("--compare nowhere.json --num-layers 1", "takes files alone"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_bad_input_is_one_sentence(name, capsys):
+    words, expected = FAILING[name]
+    assert memory.main(words.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("megatron-came memory: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("exit 3", "status 3: no message"), ("echo hello", "printed no torchrun command")],
+)
+def test_scripts_that_print_no_command(text, expected, tmp_path):
+    script = tmp_path / "x.sh"
+    script.write_text(text)
+    with pytest.raises(LaunchError, match=expected):
+        from_script(script, [])
+
+
+def test_json_plot_and_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    picture, file = tmp_path / "x.png", tmp_path / "x.json"
+    words = [*(SMALL + BF16 + pp(2)).split(), "--gpus", "4", "--fit", "1GiB"]
+    assert memory.main([*words, "--plot", str(picture), "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    values = json.loads(file.read_text())
+    assert values["sizes"]["data"] == 2
+    stage = values["stages"][values["fullest_stage"]]
+    assert stage["bytes"]["CAME fp32"]["static"] < stage["bytes"]["AdamW"]["static"]
+    assert f"{stage['parameters']:,} parameters" in text
+    assert "micro-batch: the largest --micro-batch-size on 4 GPUs" in text
+    assert "CAME bf16" in text
+    assert "CAME int8 + rem." in text
+    assert values["fit"]["optimizers"][0]["micro_batch"] == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "own", "hints", "no_hints"),
+    [
+        (
+            DO + "--optimizer came --came-momentum-dtype int8",
+            "CAME int8 *",
+            ["reduce-in", "remai"],
+            ["use-d"],
+        ),
+        ("", "AdamW *", ["--use-distributed", "--optimizer came", "int8"], ["--bf16"]),
+        ("--grad-reduce-in-bf16", "AdamW *", ["--use-distributed"], ["reduce-in"]),
+        (
+            DO + "--optimizer came --came-main-params remainder",
+            "CAME fp32 + rem. *",
+            ["int8", "--recompute"],
+            ["remainder"],
+        ),
+    ],
+)
+def test_what_would_help_where_nothing_fits(flags, own, hints, no_hints, capsys):
+    words = [*(SMALL + BF16 + flags).split(), "--gpus", "4", "--fit"]
+    assert memory.main([*words, "0.1MiB"]) == 0
+    what_fits, helps = capsys.readouterr().out.split("This launch does not fit: it needs ")
+    assert own in what_fits
+    assert "none" in what_fits.split(own)[1].splitlines()[0]
+    assert "more than there are" in helps
+    assert all(hint in helps for hint in hints)
+    assert not any(hint in helps for hint in no_hints)
+    assert memory.main([*words, "1GiB"]) == 0
+    printed = capsys.readouterr().out
+    assert "does not fit" not in printed
+    assert "1 (data 1)" in printed.split(own)[1].splitlines()[0]
+
+
+def test_json_alone_goes_to_stdout(capsys):
+    assert memory.main(["--gpus", "1", "--json", *SMALL.split()]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"] == 1
+
+
+def test_a_plot_without_matplotlib(monkeypatch):
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="pip install matplotlib"):
+        plot.check_installed()
+
+
+# Reports.
+
+
+def _record(rank=0, **changes):
+    parts = Components(2000, 4000, 4000, 4000, 40, 160)
+    values = {"rank": rank, "stage": 0, "optimizer": "CAME fp32", "parameters": 1000}
+    return Record(**{**values, "measured": parts, "predicted": parts, "activations": 7, **changes})
+
+
+def test_reports_are_compared(tmp_path, capsys):
+    more = Components(2000, 4000, 4000, 5404, 40, 160)
+    allocator = {"peak_before": 9 * 2**20, "before": 1, "peak_during": 2, "after": 3}
+    _record().write(tmp_path)
+    _record(1, measured=more, allocator=allocator).write(tmp_path)
+    files = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert memory.main(["--compare", *files]) == 0
+    text = capsys.readouterr().out
+    assert "rank 1, pipeline stage 0, CAME fp32" in text
+    assert "(+10.00%); allocator's peak 9.00 MiB" in text
+    assert "(+0.00%)" in text
+
+
+def test_a_file_that_is_no_report(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{}")
+    assert memory.main(["--compare", str(tmp_path / "x.json")]) == 2
+    assert "is no report of --came-report-memory" in capsys.readouterr().err
+
+
+def test_the_allocator_is_asked_around_the_step(monkeypatch):
+    counts = {"now": 100, "peak": 500}
+
+    def reset():
+        counts["peak"] = counts["now"]
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: counts["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: counts["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+
+    class Optimizer:
+        def step(self):
+            counts.update(now=110, peak=180)
+            return True, 1.0, None
+
+    optimizer = Optimizer()
+    on_cuda = [SimpleNamespace(parameters=lambda: [SimpleNamespace(is_cuda=True)])]
+    with measurement.watch_step(on_cuda, optimizer) as seen:
+        assert optimizer.step() == (True, 1.0, None)
+    assert [each.as_dict() for each in seen] == [
+        {"peak_before": 500, "before": 100, "peak_during": 180, "after": 110}
+    ]
+    assert "step" not in vars(optimizer)
+    on_cpu = [torch.nn.Linear(1, 1)]
+    with measurement.watch_step(on_cpu, optimizer) as seen:
+        optimizer.step()
+    assert seen == []
+
+
+def test_the_command_is_registered(monkeypatch, capsys):
+    from megatron_came.tools import cli
+
+    monkeypatch.setattr(sys, "argv", ["megatron-came", "memory", "--gpus", "1"])
+    assert cli.main() == 2
+    assert "name the flags of a launch" in capsys.readouterr().err
+
+
+def test_where_reports_go():
+    given = SimpleNamespace(came_memory_dir="x", save="y")
+    assert report._folder(given) == Path("x")
+    given.came_memory_dir = None
+    assert report._folder(given) == Path("y/came_memory")
+    given.save = None
+    assert report._folder(given) is None

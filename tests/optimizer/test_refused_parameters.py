@@ -1,0 +1,231 @@
+"""Parameters that CAME would train wrongly, frozen ones, and settings that are no numbers."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_came import CAME, Shard
+from megatron_came import voice as warnings
+from megatron_came.parameter_checks import LONG_VECTOR
+
+
+@pytest.fixture
+def lines(caplog):
+    warnings.warn_once.cache_clear()
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.message for record in caplog.records]
+
+
+def parameter(*shape):
+    return torch.nn.Parameter(torch.ones(shape))
+
+
+def step(optimizer):
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+
+
+def flattened(param):
+    param._fsdp_flattened = True
+    return param
+
+
+def test_what_fsdp_has_flattened_is_refused():
+    flat = [flattened(parameter(60)), flattened(parameter(0))]
+    with pytest.raises(ValueError, match=r"use_orig_params=True with ShardingStrategy\.NO_SHARD"):
+        CAME(flat, lr=1e-2)
+    optimizer = CAME([parameter(6, 10)], lr=1e-2)
+    optimizer.param_groups[0]["params"] = flat
+    with pytest.raises(ValueError, match="FullyShardedDataParallel"):
+        step(optimizer)
+
+
+def test_what_fsdp_leaves_in_its_shape_is_trained():
+    params = [flattened(parameter(6, 10)), flattened(parameter(6))]
+    step(CAME(params, lr=1e-2))
+    assert all((param < 1).all() for param in params)
+
+
+def test_a_parameter_that_fsdp_flattens_later_is_refused():
+    param = parameter(6, 10)
+    optimizer = CAME([param], lr=1e-2)
+    step(optimizer)
+    flattened(param).data = torch.ones(30)
+    with pytest.raises(ValueError, match="FullyShardedDataParallel"):
+        step(optimizer)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_flat_vectors_in_the_place_of_matrices_are_refused(steps_before):
+    optimizer = CAME([{"params": [parameter(6, 10), parameter(6)]}, {"params": [parameter(3)]}], 1)
+    for _ in range(steps_before):
+        step(optimizer)
+    before = optimizer.param_groups[0]["params"]
+    flat = parameter(66)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"group 0 was built with matrices .* one of 66 elements"):
+        step(optimizer)
+    assert (flat == 1).all()
+    optimizer.param_groups[0]["params"] = before
+    step(optimizer)
+
+
+def test_flat_vectors_with_shards_are_trained():
+    optimizer = CAME([parameter(6, 10)], lr=1e-2)
+    flat = parameter(60)
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.set_shards({flat: Shard((6, 10), 0, 60)})
+    step(optimizer)
+    assert optimizer.state[flat]["exp_avg_sq_row"].shape == (6,)
+
+
+def test_vectors_that_were_there_may_be_all_that_is_left():
+    matrix, vector = parameter(6, 10), parameter(6)
+    optimizer = CAME([matrix, vector], lr=1e-2)
+    optimizer.param_groups[0]["params"] = [vector]
+    step(optimizer)
+    step(CAME([vector], lr=1e-2))
+    optimizer.param_groups[0]["params"] = [parameter(6, 10), vector]  # another object
+    step(optimizer)
+
+
+def test_groups_that_come_and_go():
+    first, second = {"params": [parameter(6, 10)]}, {"params": [parameter(6)]}
+    optimizer = CAME([first, second], lr=1e-2)
+    del optimizer.param_groups[0]
+    step(optimizer)
+    optimizer.add_param_group({"params": [parameter(7)]})
+    step(optimizer)
+
+
+def test_long_vectors_are_said_once(lines):
+    for _ in range(2):
+        step(CAME([parameter(LONG_VECTOR + 1)], lr=1e-2))
+    assert [line for line in lines() if f"vector of {LONG_VECTOR + 1} elements" in line] == lines()
+    assert len(lines()) == 1
+
+
+def test_usual_vectors_and_shards_are_not(lines):
+    shared = parameter(LONG_VECTOR + 1)
+    optimizer = CAME([parameter(4, 3), shared], lr=1e-2, kernels="plain")
+    warnings.warn_once.cache_clear()
+    del lines()[:]
+    optimizer.set_shards({shared: Shard((1, LONG_VECTOR + 1), 0, LONG_VECTOR + 1)})
+    step(CAME([parameter(LONG_VECTOR)], lr=1e-2, kernels="plain"))
+    assert not any(f"{LONG_VECTOR} elements" in line for line in lines())
+
+
+def test_dtensors_are_refused():
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        made = True
+    else:
+        made = False
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = torch.nn.Parameter(tensor.distribute_tensor(torch.ones(6, 4), mesh))
+        with pytest.raises(ValueError, match=r"\(6, 4\) is a DTensor, as fully_shard"):
+            CAME([sharded], lr=1e-2)
+        optimizer = CAME([parameter(6, 4)], lr=1e-2)
+        optimizer.param_groups[0]["params"] = [sharded]
+        with pytest.raises(ValueError, match="is a DTensor"):
+            optimizer.step()
+    finally:
+        if made:
+            dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool, torch.cfloat])
+def test_frozen_weights_of_other_kinds_are_left_alone(dtype):
+    packed = torch.nn.Parameter(torch.zeros(8, 2).to(dtype), requires_grad=False)
+    weight = parameter(4, 4)
+    optimizer = CAME([packed, weight], lr=1e-2, momentum_dtype=torch.int8)
+    optimizer.init_state()
+    step_of = torch.ones(4, 4)
+    weight.grad = step_of
+    optimizer.step()
+    assert packed not in optimizer.state
+    assert (packed == 0).all()
+    assert (weight < 1).all()
+    twin = CAME([packed, weight], lr=1e-2, momentum_dtype=torch.int8)
+    twin.load_state_dict(optimizer.state_dict())
+    twin.step()
+
+
+def test_a_group_that_is_refused_is_not_added():
+    optimizer = CAME([parameter(4, 4)], lr=1e-2)
+    for group in (
+        {"params": [torch.nn.Parameter(torch.ones(3, dtype=torch.cfloat))]},
+        {"params": [parameter(3)], "lr": "1e-3"},
+        {"params": [parameter(3)], "betas": (0.9, 0.99)},
+        {"params": optimizer.param_groups[0]["params"]},
+    ):
+        with pytest.raises(ValueError, match=r"\S"):
+            optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    step(optimizer)
+
+
+BAD = ["1e-4", b"1", True, np.bool_(True), torch.tensor(True), torch.ones(2), None, math.nan, 1j]
+
+
+@pytest.mark.parametrize("value", BAD, ids=repr)
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "clip_threshold"])
+def test_what_is_no_number_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"CAME: {name} = .* must be a finite number"):
+        CAME([parameter(3, 2)], **{"lr": 1e-3, name: value})
+    with pytest.raises(ValueError, match=f"CAME: {name} = "):
+        CAME([{"params": [parameter(3, 2)], name: value}], lr=1e-3)
+
+
+@pytest.mark.parametrize("value", ["x", 0.9, ("0.9", 0.99, 0.999), (True, 0.9, 0.9)], ids=repr)
+def test_betas_that_are_no_numbers_are_refused(value):
+    with pytest.raises(ValueError, match=r"CAME: beta.* = .* is not allowed"):
+        CAME([parameter(3, 2)], lr=1e-3, betas=value)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [math.nan, -1.0, "1e-3"], ids=repr)
+def test_a_schedule_that_sets_what_is_no_number_is_refused(name, value):
+    optimizer = CAME([parameter(3, 2)], lr=1e-3)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"CAME: {name} = "):
+        step(optimizer)
+    assert (optimizer.param_groups[0]["params"][0] == 1).all()
+
+
+@pytest.mark.parametrize("value", [np.float64(1e-2), np.float32(1e-2), np.int64(1), 1], ids=repr)
+def test_numbers_of_other_kinds_are_taken(value, tmp_path):
+    optimizer = CAME([parameter(3, 2)], lr=value, weight_decay=value, betas=(np.float64(0), 0, 0))
+    step(optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    optimizer.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+
+
+def test_positional_arguments_are_in_the_order_of_the_authors():
+    eps, betas = (1e-20, 1e-10), (0.8, 0.9, 0.95)
+    group = CAME([parameter(3)], 1e-3, eps, 0.5, betas, 0.1).param_groups[0]
+    assert group["eps"] == eps
+    assert group["betas"] == betas
+    assert (group["clip_threshold"], group["weight_decay"]) == (0.5, 0.1)
+    with pytest.raises(ValueError, match=r"eps = .* a tuple of 2 numbers"):
+        CAME([parameter(3)], 1e-3, betas)
+
+
+def test_parameters_left_to_plain_pytorch_are_counted_by_reason(lines):
+    many = torch.nn.Parameter(torch.ones(70, 3, 3))
+    turned = torch.nn.Parameter(torch.ones(5, 8).t())
+    half = [torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(3)]
+    step(CAME([parameter(4, 4), many, turned, *half], lr=1e-2, kernels="numba"))
+    (line,) = lines()
+    assert "for 5 of 6 parameters: 3 with bfloat16 weights, 1 " in line
+    assert "not contiguous" in line
+    assert "batches of many small matrices" in line

@@ -1,0 +1,469 @@
+"""The launch scripts in examples/."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_came.data.indexed import DatasetWriter
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/train_*.sh"))
+GPT2 = [name for name in SCRIPTS if name.startswith("gpt2_medium/")]
+# torchrun and python of the environment that runs the tests are the first on the path.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+# Python imports it at its start: for whoever asks, the package is not installed.
+WITHOUT_TRANSFORMERS = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == "transformers" else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+
+# Reads command lines and world sizes, and writes what Megatron makes of each.
+PARSE = """
+import json, os, sys
+from megatron_came.launch import prepare
+prepare()
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+from megatron.training.arguments import parse_args, validate_args
+parsed = []
+for flags, world_size in json.loads(sys.argv[1]):
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world_size)}
+    sys.argv[1:] = flags
+    args = parse_args()
+    validate_args(args)
+    args.padded = vocab_size_with_padding(args.vocab_size, args)
+    parsed.append({key: value for key, value in vars(args).items() if type(value) in
+                   (int, float, str, bool)})
+print("PARSED" + json.dumps(parsed))
+"""
+
+
+def run(
+    script: str, *arguments: str, path: str = PATH, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script with these variables and none of its others."""
+    ours = set(re.findall(r"`([A-Z_]{5,})`", (EXAMPLES / "README.md").read_text()))
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not name.startswith(("SLURM", "RANK", "WORLD_SIZE", "MASTER"))
+    }
+    return subprocess.run(
+        # On a SIGTERM torchrun ends its workers; a SIGKILL would leave them behind.
+        ["timeout", "300", str(EXAMPLES / script), *arguments],
+        env={**kept, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def dry_run(script: str, *arguments: str, **variables: str) -> list[str]:
+    """The words of the command that a script prints."""
+    done = run(script, *arguments, DRY_RUN="1", **variables)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout.replace("\\\n", ""))
+
+
+def smoke(script: str, output: Path, **variables: str) -> str:
+    """Run a script for real, shrunken and on the CPU; returns all that it printed."""
+    done = run(script, SMOKE="1", OUTPUT=str(output), MEGATRON_CAME_CPU="1", **variables)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-6000:]
+    assert "SMOKE=1: processes" in done.stderr
+    return printed
+
+
+def losses(log: str) -> dict[int, float]:
+    """The training losses by iteration."""
+    found = re.findall(r" iteration +(\d+)/.*?lm loss: (\S+)", log)
+    return {int(iteration): float(loss) for iteration, loss in found}
+
+
+class TestCommands:
+    """What DRY_RUN=1 prints."""
+
+    @pytest.fixture(scope="class")
+    def parsed(self) -> dict[tuple[str, str], dict]:
+        """What Megatron makes of each script's command, by script and optimizer."""
+        keys = [(script, optimizer) for script in SCRIPTS for optimizer in ("came", "adam")]
+        commands = []
+        for script, optimizer in keys:
+            words = dry_run(script, OPTIMIZER=optimizer)
+            after = words.index("megatron_came.pretrain_gpt") + 1
+            world_size = int(words[words.index("--nproc-per-node") + 1])
+            commands.append((words[after:], world_size))
+        done = subprocess.run(
+            [sys.executable, "-c", PARSE, json.dumps(commands)],
+            env={**os.environ, "MEGATRON_CAME_CPU": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+        found = re.search("^PARSED(.*)$", done.stdout, re.MULTILINE)
+        assert found
+        return dict(zip(keys, json.loads(found[1]), strict=True))
+
+    def test_all_scripts_are_there(self) -> None:
+        assert len(GPT2) == 4
+        assert set(SCRIPTS) - set(GPT2) == {"llama/train_8gpus.sh", "moe/train_8gpus.sh"}
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    def test_megatron_takes_them(self, parsed: dict, script: str) -> None:
+        came, adam = parsed[script, "came"], parsed[script, "adam"]
+        assert (came["optimizer"], adam["optimizer"]) == ("came", "adam")
+        # The authors' advice.
+        assert 0.5 <= came["lr"] / adam["lr"] <= 0.9
+        # Only the optimizer's settings and the folder named after it differ.
+        different = {key for key in came if came[key] != adam.get(key)}
+        folders = {"save", "load", "tensorboard_dir", "data_cache_path"}
+        assert different <= folders | {"optimizer", "lr", "min_lr"} | {
+            key for key in came if key.startswith(("came_", "adam_"))
+        }
+        assert came["bf16"]
+        assert came["use_distributed_optimizer"]
+        assert came["save"] == came["load"]
+        assert came["tensorboard_dir"]
+        assert came["lr_warmup_iters"] >= 1000
+
+    @pytest.mark.parametrize("script", GPT2)
+    def test_gpt2_medium(self, parsed: dict, script: str) -> None:
+        args = parsed[script, "came"]
+        sizes = [args[key] for key in ("num_layers", "hidden_size", "num_attention_heads")]
+        assert sizes == [24, 1024, 16]
+        assert args["seq_length"] == 1024
+        assert args["padded"] == 50304
+        assert not args["untie_embeddings_and_output_weights"]
+        assert args["global_batch_size"] == 64
+
+    def test_layouts(self, parsed: dict) -> None:
+        def layout(script: str) -> tuple[int, ...]:
+            args = parsed[script, "came"]
+            kinds = ("tensor_model", "pipeline_model", "expert_model")
+            return (
+                *(args[f"{kind}_parallel_size"] for kind in kinds),
+                args["data_parallel_size"],
+            )
+
+        assert {script: layout(script) for script in SCRIPTS} == {
+            "gpt2_medium/train_1gpu.sh": (1, 1, 1, 1),
+            "gpt2_medium/train_8gpus.sh": (1, 1, 1, 8),
+            "gpt2_medium/train_tp2_pp2_dp2.sh": (2, 2, 1, 2),
+            "gpt2_medium/train_slurm.sh": (1, 1, 1, 8),
+            "llama/train_8gpus.sh": (1, 1, 1, 8),
+            "moe/train_8gpus.sh": (1, 1, 8, 8),
+        }
+
+    def test_a_shorter_run_shrinks_the_schedule(self) -> None:
+        words = dry_run(GPT2[0], TRAIN_ITERS="1000")
+        assert words[words.index("--lr-decay-iters") + 1] == "640"
+        assert words[words.index("--lr-warmup-iters") + 1] == "64"
+
+    def test_paths_with_spaces_survive(self, tmp_path: Path) -> None:
+        words = dry_run(GPT2[0], "--wandb-project", "a b", OUTPUT=str(tmp_path / "my run"))
+        assert words[words.index("--save") + 1] == str(tmp_path / "my run" / "checkpoints")
+        assert words[-1] == "a b"
+
+    def test_a_checkout(self, tmp_path: Path) -> None:
+        (tmp_path / "pretrain_gpt.py").touch()
+        words = dry_run(GPT2[0], MEGATRON_LM=str(tmp_path))
+        after = words.index("megatron_came.launch")
+        assert words[after + 1] == str(tmp_path / "pretrain_gpt.py")
+
+    @pytest.mark.parametrize(
+        ("variables", "flags"),
+        [
+            ({}, "--tokenizer-type NullTokenizer --vocab-size 50257"),
+            (
+                {"TOKENIZER_MODEL": "t.model"},
+                "--tokenizer-type GPTSentencePieceTokenizer --tokenizer-model t.model",
+            ),
+            (
+                {"TOKENIZER_MODEL": str(ROOT)},
+                f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {ROOT}",
+            ),
+        ],
+        ids=["none", "sentencepiece", "huggingface"],
+    )
+    def test_tokenizers(self, variables: dict[str, str], flags: str) -> None:
+        words = " ".join(dry_run(GPT2[0], DATA_PATH="my/text", **variables))
+        assert f" --data-path my/text --split 95,5,0 {flags} " in words
+        assert "--mock-data" not in words
+
+    def test_what_lies_beside_the_dataset(self, tmp_path: Path) -> None:
+        for name in ("text_train.idx", "text_valid.idx", "text.model"):
+            (tmp_path / name).touch()
+        data = str(tmp_path / "text")
+        words = " ".join(dry_run(GPT2[0], DATA_PATH=data))
+        assert (
+            f" --train-data-path {data}_train --valid-data-path {data}_valid --tokenizer-type"
+            f" GPTSentencePieceTokenizer --tokenizer-model {data}.model "
+        ) in words
+        assert "--split" not in words
+
+    def test_slurm(self, tmp_path: Path) -> None:
+        cluster = Cluster(tmp_path, nodes=3)
+        # SLURM runs a copy of the script, from elsewhere.
+        copy = tmp_path / "slurm_script"
+        shutil.copy(EXAMPLES / "gpt2_medium" / "train_slurm.sh", copy)
+        words = dry_run(str(copy), path=cluster.path, **cluster.variables)
+        assert shlex.join(words).startswith(
+            "srun --nodes 3 --ntasks-per-node 1 --cpu-bind none env "
+        )
+        assert words[words.index("--nnodes") + 1] == "3"
+        assert words[words.index("--nproc-per-node") + 1] == "8"
+        assert words[words.index("--rdzv-endpoint") + 1] == "localhost:29500"
+
+
+class Cluster:
+    """Stand-ins for srun and scontrol: "nodes" that are all this machine."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        programs = folder / "bin"
+        programs.mkdir()
+        self.path = os.pathsep.join([str(programs), PATH])
+        self.variables = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_JOB_NODELIST": "all",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+        }
+        for name, body in (
+            ("scontrol", "echo localhost; echo others"),
+            (
+                "srun",
+                'n=$2; shift 6; for ((; n > 0; n--)); do "$@" & p+=($!); done; wait "${p[@]}"',
+            ),
+        ):
+            (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+            (programs / name).chmod(0o755)
+
+
+NUMBERS = [
+    "DRY_RUN",
+    "SMOKE",
+    "TRAIN_ITERS",
+    "MICRO_BATCH_SIZE",
+    "GLOBAL_BATCH_SIZE",
+    "GPUS_PER_NODE",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_JOB_NUM_NODES",
+    "OMP_NUM_THREADS",
+    "MASTER_PORT",
+    "SLURM_JOB_ID",
+    "MEGATRON_CAME_CPU",
+]
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"OPTIMIZER": "lion"}, "No learning rate is known for OPTIMIZER=lion: add --lr"),
+            ({"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1, not yes."),
+            (
+                {"TRAIN_ITERS": "1e5"},
+                "TRAIN_ITERS must be a whole number from 1 to 999999999, not 1e5.",
+            ),
+            ({"MEGATRON_LM": "/none"}, "MEGATRON_LM=/none has no pretrain_gpt.py: name a checkout"),
+            (
+                {"DATA_PATH": "/none/text", "DRY_RUN": "0", "MEGATRON_CAME_CPU": "1"},
+                "DATA_PATH=/none/text names no dataset, as there is no /none/text.idx: make",
+            ),
+            ({"DRY_RUN": "0", "CUDA_VISIBLE_DEVICES": ""}, "GPUs needed 1, there are 0: take"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_mistakes(self, variables: dict[str, str], message: str) -> None:
+        done = run("gpt2_medium/train_1gpu.sh", **{"DRY_RUN": "1", **variables})
+        assert done.returncode == 1
+        assert f"train_1gpu.sh: {message}" in done.stderr
+        assert done.stdout == ""
+
+    def test_without_transformers(self, tmp_path: Path) -> None:
+        (tmp_path / "sitecustomize.py").write_text(WITHOUT_TRANSFORMERS)
+        variables = {"DATA_PATH": "text", "VOCAB_FILE": "v", "MERGE_FILE": "m"}
+        done = run(GPT2[0], DRY_RUN="1", PYTHONPATH=str(tmp_path), **variables)
+        assert done.returncode == 1
+        assert "GPT2BPETokenizer needs the package transformers: install it, or" in done.stderr
+
+    @pytest.mark.parametrize("script", ["gpt2_medium/train_slurm.sh", "llama/train_8gpus.sh"])
+    @pytest.mark.parametrize("name", NUMBERS)
+    @pytest.mark.parametrize(
+        "value", ["PATH[$(touch {})]", "eight", "-1", "0x8", "08", "1 2", "1e3", "9" * 20]
+    )
+    def test_numbers_are_checked(self, tmp_path: Path, script: str, name: str, value: str) -> None:
+        value = value.format(tmp_path / "marker")
+        done = run(script, **{"DRY_RUN": "1", name: value})
+        assert not (tmp_path / "marker").exists()
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert f"{name} must be" in done.stderr
+        assert f", not {value}." in done.stderr
+        assert done.stdout == ""
+
+    def test_all_numbers_are_among_them(self) -> None:
+        """What scripts read with a default, but for words and paths."""
+        scripts = "".join(path.read_text() for path in EXAMPLES.rglob("*.sh"))
+        read = set(re.findall(r"\$\{([A-Z_]+):?[-}]", scripts))
+        words = "OPTIMIZER MEGATRON_LM OUTPUT CHECKPOINTS TENSORBOARD DATA_PATH TOKENIZER_MODEL"
+        words += " VOCAB_FILE MERGE_FILE SLURM_SUBMIT_DIR"
+        # What the scripts themselves set.
+        own = "EVAL_ITERS ENVIRONMENT BASH_SOURCE"
+        assert read - {*words.split(), *own.split()} == set(NUMBERS)
+
+    def test_words_are_no_programs(self, tmp_path: Path) -> None:
+        evil = f"$(touch {tmp_path / 'marker'});`touch {tmp_path / 'marker'}`"
+        for name in ("DATA_PATH", "TOKENIZER_MODEL", "OUTPUT", "CHECKPOINTS", "TENSORBOARD"):
+            words = dry_run(GPT2[0], **{"DATA_PATH": "x", name: evil})
+            assert any(evil in word for word in words), name
+        assert not (tmp_path / "marker").exists()
+
+    def test_a_broken_index(self, tmp_path: Path) -> None:
+        (tmp_path / "text.idx").write_text("short")
+        done = run(GPT2[0], DRY_RUN="1", DATA_PATH=str(tmp_path / "text"))
+        assert done.returncode == 1
+        assert "has no header; make one with" in done.stderr
+
+    def test_another_optimizer(self) -> None:
+        words = dry_run(GPT2[0], "--lr", "1", "--min-lr=0", OPTIMIZER="lion")
+        assert words[words.index("--optimizer") + 1] == "lion"
+        assert not [word for word in words if word.startswith(("--came", "--adam"))]
+
+    def test_outside_of_slurm(self) -> None:
+        done = run("gpt2_medium/train_slurm.sh")
+        assert done.returncode == 1
+        assert "start it with sbatch" in done.stderr
+
+    def test_a_try_outside_of_slurm(self) -> None:
+        words = dry_run("gpt2_medium/train_slurm.sh", SMOKE="1", MEGATRON_CAME_CPU="1")
+        assert "srun" not in words
+        assert words[words.index("--nnodes") + 1] == "1"
+        assert words[words.index("--nproc-per-node") + 1] == "2"
+
+    def test_made_up_tokens_are_no_secret(self) -> None:
+        done = run(GPT2[0], DRY_RUN="1")
+        assert 'Make a dataset of your own text with "megatron-came data"' in done.stderr
+
+
+def test_variables_are_documented() -> None:
+    readme = (EXAMPLES / "README.md").read_text()
+    scripts = "".join(path.read_text() for path in EXAMPLES.rglob("*.sh"))
+    read = set(re.findall(r"\$\{([A-Z_]+):-", scripts))
+    elsewhere = {"MASTER_PORT", "OMP_NUM_THREADS", "MEGATRON_CAME_CPU"}
+    slurm = {name for name in read if name.startswith("SLURM")}
+    assert read - elsewhere - slurm == {
+        name
+        for line in re.findall(r"^\| (`[A-Z_`, ]+) \|", readme, re.MULTILINE)
+        for name in re.findall("[A-Z_]+", line)
+    }
+
+
+def write_dataset(prefix: Path, documents: int) -> None:
+    """Documents of 90 tokens of GPT-2's vocabulary."""
+    writer = DatasetWriter(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), vocab_size=50257)
+    for start in range(documents):
+        writer.add(np.arange(start, start + 90, dtype=np.int32))
+    writer.finish()
+
+
+def test_few_documents_are_not_split(tmp_path: Path) -> None:
+    for documents, flags in ((19, "--split 100,0,0"), (20, "--split 95,5,0")):
+        write_dataset(tmp_path / "text", documents)
+        words = " ".join(dry_run(GPT2[0], DATA_PATH=str(tmp_path / "text")))
+        assert flags in words
+        assert ("--eval-iters 0" in words) == (documents < 20)
+
+
+@pytest.fixture(scope="module")
+def run_of_ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path, str]:
+    """A dataset as the scripts' variables name it, a run on it, and its log."""
+    folder = tmp_path_factory.mktemp("run")
+    write_dataset(folder / "text", 100)
+    data = {"DATA_PATH": str(folder / "text")}
+    return data, folder, smoke("gpt2_medium/train_8gpus.sh", folder / "run", **data)
+
+
+def test_on_data(run_of_ours: tuple[dict[str, str], Path, str]) -> None:
+    _, _, log = run_of_ours
+    assert sorted(losses(log)) == [1, 2, 3, 4]
+    assert "padded vocab (size: 50257) with 47 dummy tokens (new size: 50304)" in log
+    assert "--num-layers 24 -> 4" in log
+
+
+def test_tensorboard_gets_a_log(run_of_ours: tuple[dict[str, str], Path, str]) -> None:
+    pytest.importorskip("tensorboard")
+    _, folder, _ = run_of_ours
+    assert list((folder / "run" / "tensorboard-smoke").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "gpt2_medium/train_1gpu.sh",
+        pytest.param("gpt2_medium/train_tp2_pp2_dp2.sh", marks=pytest.mark.matrix),
+    ],
+)
+def test_resumed_in_another_layout(
+    run_of_ours: tuple[dict[str, str], Path, str], script: str, tmp_path: Path
+) -> None:
+    data, folder, _ = run_of_ours
+    shutil.copytree(folder / "run", tmp_path / "run")
+    log = smoke(script, tmp_path / "run", **data)
+    assert "SMOKE=1: resuming from" in log
+    assert sorted(losses(log)) == [5, 6, 7, 8]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("script", ["llama/train_8gpus.sh", "moe/train_8gpus.sh"])
+def test_smoke(tmp_path: Path, script: str) -> None:
+    log = smoke(script, tmp_path)
+    seen = losses(log)
+    assert sorted(seen) == [1, 2, 3, 4]
+    assert all(8 < loss < 13 for loss in seen.values())
+
+
+@pytest.mark.matrix
+def test_several_nodes_and_adam(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, nodes=2)
+    log = smoke(
+        "gpt2_medium/train_slurm.sh",
+        tmp_path / "run",
+        path=cluster.path,
+        OPTIMIZER="adam",
+        **cluster.variables,
+    )
+    assert "processes 16 -> 2" in log
+    assert sorted(losses(log)) == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck", path=PATH) is None, reason="no shellcheck here")
+def test_shellcheck() -> None:
+    scripts = [str(path.relative_to(ROOT)) for path in EXAMPLES.glob("*/train_*.sh")]
+    done = subprocess.run(
+        ["shellcheck", "-x", *scripts],
+        cwd=ROOT,
+        env={**os.environ, "PATH": PATH},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

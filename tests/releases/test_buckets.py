@@ -1,0 +1,13 @@
+"""Buckets with padding between them, saved and loaded, on the core of every release."""
+
+import pytest
+
+from tests.releases.places import wheel
+from tests.training.test_buckets import come_back
+
+RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.0")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_parameter_comes_back(tmp_path, release):
+    come_back(tmp_path, (2, 3), search_path=wheel(release))

@@ -1,0 +1,315 @@
+"""``megatron-came``: its help, its flags, its width, and Ctrl-C."""
+
+import argparse
+import contextlib
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import megatron_came
+from megatron_came.terminal.console import Head, table, wrapped
+from megatron_came.tools import cli, flags
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["bench", "data", "flags", "inspect", "memory", "patch"]
+FIRST = 'import sys; sys.modules["torch"] = None; sys.argv[0] = "megatron-came"; '
+
+
+def run(*words, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        env={**os.environ, "MEGATRON_CAME_CPU": "1", "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class TestHelp:
+    def test_it_needs_no_pytorch(self):
+        code = FIRST + "from megatron_came.tools.cli import main; sys.exit(main())"
+        for words in (["--help"], ["--version"], ["help"], []):
+            done = subprocess.run(
+                [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+            )
+            assert (done.returncode, done.stderr) == (0, "")
+
+    def test_the_optimizer_is_imported_when_it_is_asked_for(self):
+        assert megatron_came.CAME.__module__ == "megatron_came.optimizer"
+        assert {"CAME", "Shard", "__version__"} <= set(dir(megatron_came))
+        with pytest.raises(AttributeError, match="no attribute 'NAME'"):
+            _ = megatron_came.NAME
+
+    def test_the_module_is_the_command(self):
+        assert run("megatron_came", "--version").stdout == run_version()
+        assert run("megatron_came").stdout == run("megatron_came.tools.cli", "--help").stdout
+
+    def test_a_command_is_explained(self, monkeypatch, capsys):
+        for command in COMMANDS:
+            for words in (["help", command], [command, "--help"]):
+                monkeypatch.setattr(sys, "argv", ["megatron-came", *words])
+                with pytest.raises(SystemExit) as end:
+                    cli.main()
+                assert end.value.code == 0
+                assert capsys.readouterr().out.startswith(f"usage: megatron-came {command}")
+
+    @pytest.mark.parametrize("words", [["train"], ["help", "train"]])
+    def test_there_is_no_such_command(self, words, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["megatron-came", *words])
+        assert cli.main() == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("megatron-came: there is no command train.\n")
+        assert captured.out == ""
+
+    @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
+    def test_it_fits(self, command, monkeypatch, capsys):
+        for columns in (60, 80, 120):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            monkeypatch.setattr(sys, "argv", ["megatron-came", *command, "--help"])
+            with contextlib.suppress(SystemExit):
+                cli.main()
+            longest = max(map(len, capsys.readouterr().out.splitlines()))
+            assert longest <= max(columns, 80)
+
+
+def run_version():
+    return f"megatron-came {megatron_came.__version__}\n"
+
+
+class TestMegatronsHelp:
+    """Which ends in a stack trace as Megatron ships it: one text has a bare percent sign."""
+
+    def test_it_lists_the_flags_of_came(self, tmp_path):
+        script = tmp_path / "pretrain.py"
+        script.write_text(
+            "from megatron.training.arguments import parse_args\n"
+            "parse_args()\n"
+            "print('Training starts.')\n"
+        )
+        for words in (["megatron_came.pretrain_gpt"], ["megatron_came.launch", str(script)]):
+            done = run(*words, "--help")
+            assert done.returncode == 0
+            assert "Traceback" not in done.stderr
+            assert "Training starts." not in done.stdout
+            listed = set(re.findall(r"^  (--[\w-]+)", done.stdout, re.MULTILINE))
+            ours = {action.option_strings[0] for action in flags.came_flags()}
+            assert ours <= listed
+            assert {"--num-layers", "--lr", "--optimizer"} <= listed
+
+    def test_texts_are_escaped_only_where_they_must_be(self):
+        from megatron_came.megatron.arguments import with_flags
+
+        parser = argparse.ArgumentParser(prog="x")
+        parser.add_argument("--optimizer", choices=["adam"], help="of %(prog)s: %(choices)s")
+        parser.add_argument("--bare", default=3, help="at 50% (or more), %(default)s")
+        parser.add_argument("--none")
+        parser.add_argument("--hidden", help=argparse.SUPPRESS)
+        text = with_flags(lambda parser: parser)(parser).format_help()
+        assert "of x: adam, came" in text
+        assert "at 50% (or more)" in text
+
+
+class TestFlags:
+    def test_all_of_them_are_listed_with_default_and_meaning(self):
+        text = "\n".join(flags.text(1000))
+        for action in flags.came_flags():
+            name = action.option_strings[0]
+            (entry,) = re.findall(rf"^  {name}( .*)?\n      (.+)$", text, re.MULTILINE)
+            if action.default is not None and action.nargs != 0:
+                assert entry[0].endswith(f"({action.default})")
+            assert entry[1].replace("%", "%%")[:20] == action.help[:20]
+        readme = (ROOT / "README.md").read_text()
+        listed = re.findall(r"^\| `(--came-[\w-]+)` \| (\S+) \|", readme, re.MULTILINE)
+        assert listed
+        for name, default in listed:
+            assert re.search(rf"^  {name} .*\({default}\)$", text, re.MULTILINE)
+
+    def test_variables_are_those_that_are_read(self):
+        examples = "".join(path.read_text() for path in (ROOT / "examples").rglob("*.sh"))
+        read = set(re.findall(r"\$\{([A-Z_]+):-", examples))
+        given_by_others = {name for name in read if name.startswith("SLURM")}
+        launches = {name for name, _, _ in flags._LAUNCH}
+        assert read - given_by_others - launches == {name for name, _, _ in flags._EXAMPLES}
+        package = "".join(path.read_text() for path in (ROOT / "megatron_came").rglob("*.py"))
+        ours = set(re.findall(r'"(MEGATRON_CAME_[A-Z_]+|CAME_[A-Z_]+)"', package))
+        assert ours <= launches
+        assert "MEGATRON_CAME_CPU" in ours
+
+    @pytest.mark.parametrize("columns", [60, 80, 120])
+    def test_they_fit(self, columns, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert flags.main([]) == 0
+        printed = capsys.readouterr().out
+        assert "\x1b" not in printed
+        longest = max(map(len, printed.splitlines()))
+        assert columns - 20 < longest <= columns or columns == 120
+
+
+class TestTables:
+    ROWS = (["GiB", "CAME fp32", "CAME int8 + rem.", "AdamW"], ["second moment", "1", "2", "33.3"])
+
+    def test_one_that_fits_is_one_block(self):
+        assert table(self.ROWS, 60) == [
+            "GiB            CAME fp32  CAME int8 + rem.  AdamW",
+            "second moment          1                 2   33.3",
+        ]
+
+    def test_heads_are_broken_first(self):
+        assert table(self.ROWS, 40) == [
+            "                     CAME",
+            "                     int8",
+            "               CAME     +",
+            "GiB            fp32  rem.  AdamW",
+            "second moment     1     2   33.3",
+        ]
+
+    def test_then_labels(self):
+        rows = (self.ROWS[0], ["a label of many more words", "1", "2", "33.3"])
+        assert table(rows, 40)[3:] == [
+            "GiB                   fp32  rem.  AdamW",
+            "a label of many more",
+            "  words                  1     2   33.3",
+        ]
+
+    def test_then_columns_are_put_below(self):
+        assert table(self.ROWS, 20) == [
+            "               CAME",
+            "GiB            fp32",
+            "second moment     1",
+            "",
+            "               CAME",
+            "               int8",
+            "                  +",
+            "GiB            rem.",
+            "second moment     2",
+            "",
+            "GiB            AdamW",
+            "second moment   33.3",
+        ]
+
+    def test_heads_are_told_from_cells(self):
+        assert [isinstance(line, Head) for line in table(self.ROWS, 40)] == [True] * 4 + [False]
+
+    def test_sentences_keep_their_indentation(self):
+        assert wrapped("  a bb ccc dddd", 8) == ["  a bb", "  ccc", "  dddd"]
+        assert wrapped("") == [""]
+
+
+def on_a_terminal(words, columns, **variables):
+    """What a program writes to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    environment = {"TERM": "xterm-256color", "COLUMNS": str(columns), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        env={**os.environ, **environment, **variables},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    written = b""
+    while select.select([ours], [], [], 120)[0]:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(ours)
+    assert process.wait() == 0
+    return written.decode().replace("\r\n", "\n")
+
+
+BENCH = ["megatron_came", "bench", "--device", "cpu", "--layers", "1", "--model", "nanogpt-char"]
+BENCH += ["--steps", "2", "--only", "came, fused", "adamw, fused"]
+
+
+@pytest.mark.parametrize(
+    ("words", "columns"),
+    [(BENCH, 60), pytest.param(BENCH, 120, marks=pytest.mark.matrix)],
+    ids=lambda value: str(value) if isinstance(value, int) else value[1],
+)
+def test_a_terminal_is_filled_and_has_bold_heads(words, columns):
+    written = on_a_terminal(words, columns)
+    assert "\x1b[1m" in written
+    plain = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", written)
+    shown = [line.split("\r")[-1] for line in plain.splitlines()]
+    assert max(map(len, shown)) <= columns
+    assert ("100%" in plain) == (words is BENCH)
+
+
+def test_a_terminal_that_wants_no_colours_gets_none():
+    written = on_a_terminal(["megatron_came", "flags"], 80, NO_COLOR="1")
+    assert "\x1b" not in written
+    assert "--came-beta3" in written
+
+
+INTERRUPTED = {
+    "bench": ["megatron_came", "bench", "--device", "cpu", "--model", "gpt2-small"],
+    "iteration": [*BENCH[:4], "--iteration", "--model", "gpt2-small", "--steps", "50"],
+    "memory": ["megatron_came", "memory", "--script", "SLOW"],
+    "inspect": ["megatron_came", "inspect", str(ROOT / "tests" / "support" / "checkpoint-v1")],
+    "flags": ["megatron_came", "flags"],
+    "quickstart": ["megatron_came.quickstart", "--folder", "FOLDER"],
+}
+
+
+def is_there(group):
+    """Whether a process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [
+        ("bench", 0.4),
+        ("bench", 4),
+        ("iteration", 8),
+        ("memory", 4),
+        ("inspect", 1),
+        ("flags", 0.7),
+        ("quickstart", 1),
+        pytest.param("quickstart", 5, marks=pytest.mark.matrix),
+    ],
+)
+def test_ctrl_c_ends_a_command_in_one_line(name, seconds, tmp_path):
+    slow = tmp_path / "slow.sh"
+    slow.write_text("sleep 30\n")
+    replaced = {"SLOW": str(slow), "FOLDER": str(tmp_path / "quickstart")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *(replaced.get(word, word) for word in INTERRUPTED[name])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MEGATRON_CAME_CPU": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    assert process.poll() is None, process.communicate()
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)  # to it alone: those that it has started must end as well
+    _, written = process.communicate(timeout=30)
+    taken = time.monotonic() - start
+    assert process.returncode == 130
+    said = [line for line in written.splitlines() if "interrupted" in line.lower()]
+    assert len(said) == 1
+    assert written.splitlines()[-1] == said[0]
+    assert "Traceback" not in written
+    # Two seconds on a machine that does nothing else.
+    assert taken < 6
+    while time.monotonic() - start < 20 and is_there(process.pid):
+        time.sleep(0.1)  # what was killed is there until it is waited for
+    assert not is_there(process.pid)

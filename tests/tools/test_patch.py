@@ -1,0 +1,181 @@
+"""``megatron-came patch`` on small trees that look like checkouts; tests/releases has real ones."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megatron_came.megatron.versions import SUPPORTED
+from megatron_came.tools import patch
+from megatron_came.tools.patch import PATCHES, Patch, RefusedError, run
+
+pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+
+LINE = "import megatron_came.hook  # --optimizer came\n"
+# Two lines that the patch stands between, at another place than in the release, and a line that
+# a careless writer would change.
+SCRIPT = "import torch\r\n\n\nfrom gpt_builders import gpt_builder\n# the end, with no newline"
+
+
+def git(tree, *arguments):
+    identity = ("-c", "user.name=Somebody", "-c", "user.email=somebody@example.org")
+    done = subprocess.run(
+        ["git", "-C", str(tree), *identity, *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def make_tree(folder, *, minor="19", script=SCRIPT):
+    (folder / "megatron" / "core").mkdir(parents=True)
+    (folder / "megatron" / "core" / "package_info.py").write_text(
+        f"# Copyright\nMAJOR = 0\nMINOR = {minor}\nPATCH = 1\nPRE_RELEASE = ''\n"
+    )
+    (folder / "pretrain_gpt.py").write_bytes(script.encode())
+    return folder
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A committed tree of core 0.19."""
+    tree = make_tree(tmp_path / "Megatron-LM")
+    git(tree, "init", "-q")
+    git(tree, "add", ".")
+    git(tree, "commit", "-q", "-m", "as released")
+    return tree
+
+
+def contents(tree):
+    return (tree / "pretrain_gpt.py").read_bytes().decode()
+
+
+def status(tree, **options):
+    return run(tree, **{"check": False, "undo": False, **options})[0]
+
+
+def test_apply_check_and_undo(tree):
+    assert status(tree, check=True) == 1
+    assert contents(tree) == SCRIPT
+    assert status(tree) == 0
+    assert contents(tree) == SCRIPT.replace("from gpt_builders", LINE + "from gpt_builders")
+    assert status(tree, check=True) == 0
+    assert status(tree, undo=True) == 0
+    assert contents(tree) == SCRIPT
+    assert git(tree, "status", "--porcelain") == ""
+
+
+def test_applying_or_undoing_twice_changes_nothing_more(tree):
+    assert status(tree) == status(tree) == 0
+    assert contents(tree).count(LINE) == 1
+    assert status(tree, undo=True) == status(tree, undo=True) == 0
+    assert contents(tree) == SCRIPT
+
+
+def test_a_committed_patch_is_undone(tree):
+    status(tree)
+    git(tree, "commit", "-q", "-a", "-m", "CAME")
+    assert status(tree, check=True) == 0
+    assert status(tree, undo=True) == 0
+    assert contents(tree) == SCRIPT
+
+
+def test_changes_in_the_script_are_refused(tree):
+    with (tree / "pretrain_gpt.py").open("a") as script:
+        script.write("\n# mine\n")
+    for options in ({}, {"check": True}, {"undo": True}):
+        with pytest.raises(RefusedError, match=r"^pretrain_gpt.py of .* has changes: commit them"):
+            status(tree, **options)
+    assert LINE not in contents(tree)
+    git(tree, "commit", "-q", "-a", "-m", "mine")
+    assert status(tree) == 0
+
+
+def test_undo_refuses_changes_beside_the_patch(tree):
+    status(tree)
+    with (tree / "pretrain_gpt.py").open("a") as script:
+        script.write("\n# mine\n")
+    assert status(tree, check=True) == 0
+    with pytest.raises(RefusedError, match="has changes"):
+        status(tree, undo=True)
+    assert LINE in contents(tree)
+
+
+def test_changes_elsewhere_do_not_matter(tree):
+    (tree / "notes.txt").write_text("mine")
+    (tree / "megatron" / "core" / "mine.py").write_text("mine = 1\n")
+    assert status(tree) == 0
+
+
+def test_a_tree_without_git_must_be_as_released(tmp_path, monkeypatch):
+    tree = make_tree(tmp_path / "Megatron-LM")
+    with pytest.raises(RefusedError, match=r"is not that of core_v0\.19\.0"):
+        status(tree)
+    blob = subprocess.run(
+        ["git", "hash-object", "--stdin"], input=SCRIPT.encode(), capture_output=True, check=True
+    )
+    original = Patch.read
+
+    def as_if_released(path):
+        patch = original(path)
+        return Patch(patch.path, patch.files, (blob.stdout.decode().strip(),))
+
+    monkeypatch.setattr(Patch, "read", as_if_released)
+    assert status(tree) == 0
+    assert status(tree, undo=True) == 0
+    assert contents(tree) == SCRIPT
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"minor": "15"},
+            r"is Megatron-LM 0\.15, and there are patches for 0\.16, 0\.17, .* check",
+        ),
+        ({"script": "import torch\n"}, "put its added line into the file by hand"),
+    ],
+    ids=["release", "script"],
+)
+def test_unknown_trees_are_refused(tmp_path, change, sentence):
+    tree = make_tree(tmp_path / "tree", **change)
+    with pytest.raises(RefusedError, match=sentence):
+        status(tree)
+
+
+def test_the_command_says_a_sentence(tmp_path, tree, capsys):
+    assert patch.main([str(tmp_path)]) == 2
+    assert patch.main([str(tree), "--check"]) == 1
+    captured = capsys.readouterr()
+    assert "is no Megatron-LM checkout" in captured.err
+    assert captured.out == f"megatron-came patch: core_v0.19.0.patch is not applied to {tree}.\n"
+
+
+def test_there_is_a_patch_for_every_supported_release():
+    found = [path.stem.removeprefix("core_v").rsplit(".", 1)[0] for path in PATCHES.glob("*.patch")]
+    assert sorted(found) == sorted(SUPPORTED)
+
+
+@pytest.mark.parametrize("path", sorted(PATCHES.glob("*.patch")), ids=lambda path: path.stem)
+def test_patches_are_small_and_say_what_they_are(path):
+    header, diff = path.read_text().split("diff --git", 1)
+    for word in (path.stem, "Release:", "hunk:", "Apply:", "Undo:"):
+        assert word in header
+    changed = [line for line in diff.splitlines()[5:] if line[0] in "+-"]
+    assert changed == ["+" + LINE.rstrip()]
+    patch = Patch.read(path)
+    assert patch.files == ("pretrain_gpt.py",)
+    assert len(patch.before) == 1
+
+
+def test_the_hook_prepares_megatron_and_reports_in_a_sentence():
+    program = (
+        "import sys, megatron_came.launch as launch\n"
+        "launch.prepare = lambda: print('prepared')\n"
+        "import megatron_came.hook\n"
+        "from megatron_came.megatron.errors import UnsupportedError\n"
+        "raise UnsupportedError('--optimizer came does not go with it.')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "prepared\n"
+    assert done.stderr == "megatron_came: --optimizer came does not go with it.\n"
+    assert done.returncode == 1

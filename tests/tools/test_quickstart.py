@@ -1,0 +1,432 @@
+"""The quick start: set-up, parts and, once, the whole of it."""
+
+import os
+import random
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_came.quickstart import command as command_line
+from megatron_came.quickstart.meter import Measured, Meter, count_bytes
+from megatron_came.quickstart.plot import plot_losses
+from megatron_came.quickstart.report import check_same_start, summary
+from megatron_came.quickstart.settings import OPTIMIZERS, QuickstartError, Settings
+from megatron_came.quickstart.steps import Steps
+from megatron_came.quickstart.train import Result, choose_port, last_words, read_iteration
+
+ROOT = Path(__file__).parents[2]
+
+LINE = (
+    " [2026-01-02 03:04:05.678901] iteration        7/     120 | consumed samples:          112 |"
+    " elapsed time per iteration (ms): 658.0 | learning rate: 1.000000E-03 | global batch size:"
+    "    16 | lm loss: 6.969738E+00 | loss scale: 1.0 | grad norm: 2.125 |"
+    " number of skipped iterations:   0 | number of nan iterations:   0 |\n"
+)
+
+TORCHRUN = """\
+E0102 03:04:05.678901 7 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: -9)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: worker FAILED
+exitcode  : 1 (pid: 2500)
+"""
+FAILED = f"""\
+[rank0]: Traceback (most recent call last):
+[rank0]:   File "training.py", line 3, in <module>
+[rank0]: ValueError: hidden size 255 cannot be split over 4 heads
+[rank1]: RuntimeError: [gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:29857
+{TORCHRUN}"""
+
+
+@pytest.fixture
+def pythons(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the only programs are the basic ones and fake interpreters."""
+    for tool in ("bash", "env", "grep", "ls"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
+    return {"PATH": str(tmp_path), "HOME": str(tmp_path), "LC_ALL": "C"}
+
+
+def fake_python(path: Path, answer: str, status: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\necho "{answer}"\nexit {status}\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def find_python(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    # System-wide interpreters are no business of the test: a copy of the script without them.
+    script = Path(environment["HOME"]) / "find_python.sh"
+    lines = (ROOT / "scripts" / "find_python.sh").read_text()
+    script.write_text(lines.replace(" /usr/", " /none/").replace(" /opt/", " /none/"))
+    return subprocess.run(
+        ["/bin/bash", str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+class TestFindPython:
+    def test_the_one_on_the_path(self, pythons: dict[str, str], tmp_path: Path) -> None:
+        fake_python(tmp_path / "python3", "3.13 /right")
+        assert find_python(pythons).stdout == "/right\n"
+
+    def test_the_best_tested_version_comes_first(
+        self, pythons: dict[str, str], tmp_path: Path
+    ) -> None:
+        fake_python(tmp_path / "python3.13", "3.13 /newer")
+        fake_python(tmp_path / ".pyenv" / "versions" / "3.12.1" / "bin" / "python3", "3.12 /right")
+        assert find_python(pythons).stdout == "/right\n"
+
+    def test_a_shim_that_fails_is_passed_over(
+        self, pythons: dict[str, str], tmp_path: Path
+    ) -> None:
+        fake_python(tmp_path / "python3.12", "command not found", status=127)
+        fake_python(tmp_path / "python3", "3.11 /old")
+        fake_python(tmp_path / "roots" / "versions" / "3.12.1" / "bin" / "python3", "3.12 /right")
+        environment = {**pythons, "PYENV_ROOT": str(tmp_path / "roots")}
+        assert find_python(environment).stdout == "/right\n"
+
+    def test_none(self, pythons: dict[str, str], tmp_path: Path) -> None:
+        fake_python(tmp_path / "python3", "3.11 /old")
+        found = find_python(pythons)
+        assert found.returncode == 1
+        assert found.stdout == ""
+        assert found.stderr.startswith("No Python 3.12 or 3.13 with venv was found: install one")
+        assert found.stderr.count("\n") == 1
+
+    def test_the_one_that_is_named(self, pythons: dict[str, str], tmp_path: Path) -> None:
+        named = fake_python(tmp_path / "named" / "python", "3.13 /right")
+        fake_python(tmp_path / "python3.12", "3.12 /other")
+        assert find_python({**pythons, "PYTHON": str(named)}).stdout == "/right\n"
+
+    @pytest.mark.parametrize("answer", ["3.11 /old", ""])
+    def test_the_one_that_is_named_must_do(
+        self, pythons: dict[str, str], tmp_path: Path, answer: str
+    ) -> None:
+        named = fake_python(tmp_path / "named" / "python", answer)
+        fake_python(tmp_path / "python3.12", "3.12 /other")
+        found = find_python({**pythons, "PYTHON": str(named)})
+        assert found.returncode == 1
+        assert found.stderr.startswith(f"PYTHON={named} is not a working Python 3.12 or 3.13")
+
+
+class TestMakeVenv:
+    """The script in a copy of its own, with an interpreter that only pretends."""
+
+    @pytest.fixture
+    def tree(self, tmp_path: Path) -> Path:
+        (tmp_path / "scripts").mkdir()
+        shutil.copy(ROOT / "scripts" / "make_venv.sh", tmp_path / "scripts")
+        fake_python(tmp_path / "scripts" / "find_python.sh", str(tmp_path / "python"))
+        installs = tmp_path / "installs"
+        (tmp_path / "python").write_text(
+            "#!/bin/sh\n"
+            f'[ "$2" = pip ] && echo "$@" >> {installs}\n'
+            f'[ "$2" = venv ] && mkdir -p "$3/bin" && cp {tmp_path}/python "$3/bin/python"\n'
+            f'[ "$2" = pip ] && [ -e {tmp_path}/offline ] && echo "ERROR: no network" && exit 1\n'
+            "exit 0\n"
+        )
+        (tmp_path / "python").chmod(0o755)
+        for name in ("pyproject.toml", "constraints.txt"):
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (1e9, 1e9))
+        # Plenty of space, whatever the disk of the test holds.
+        fake_python(tmp_path / "bin" / "df", "disk\nsize 1 1 99999999 1 /")
+        return tmp_path
+
+    def make(self, tree: Path, torch: str = "") -> subprocess.CompletedProcess[str]:
+        path = f"{tree / 'bin'}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "TORCH": torch}
+        return subprocess.run(
+            [tree / "scripts" / "make_venv.sh"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def installs(self, tree: Path) -> int:
+        return len((tree / "installs").read_text().splitlines())
+
+    def test_it_is_built_once(self, tree: Path) -> None:
+        assert self.make(tree).stdout.endswith(".venv is ready.\n")
+        assert self.make(tree).stdout == ""
+        assert self.installs(tree) == 1
+
+    def test_changed_dependencies_are_installed(self, tree: Path) -> None:
+        self.make(tree)
+        os.utime(tree / "constraints.txt", (4e9, 4e9))
+        self.make(tree)
+        assert self.installs(tree) == 2
+
+    def test_another_pytorch_is_installed(self, tree: Path) -> None:
+        (tree / "constraints.txt").write_text("numpy==2\ntorch==2.13.0\ntriton==3.7.1\n")
+        os.utime(tree / "constraints.txt", (1e9, 1e9))
+        used = tree / ".venv" / "constraints.txt"
+        for number, (version, constraints) in enumerate(
+            {
+                "": "numpy==2\ntorch==2.13.0\ntriton==3.7.1\n",
+                "newest": "numpy==2\n",
+                "2.14.1": "numpy==2\ntorch==2.14.1\n",
+                "pinned": "numpy==2\ntorch==2.13.0\ntriton==3.7.1\n",
+            }.items(),
+            start=1,
+        ):
+            assert self.make(tree, version).returncode == 0
+            assert self.make(tree, version).stdout == ""
+            assert self.installs(tree) == number
+            assert used.read_text() == constraints
+
+    def test_no_other_word_names_a_pytorch(self, tree: Path) -> None:
+        failed = self.make(tree, "nightly")
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("TORCH=nightly is not allowed: use newest, a version")
+
+    def test_a_failed_build_does_not_count(self, tree: Path) -> None:
+        (tree / "offline").touch()
+        failed = self.make(tree)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("Installing the packages failed")
+        assert failed.stderr.endswith("ERROR: no network\n")
+        (tree / "offline").unlink()
+        (tree / ".venv" / "left behind").touch()
+        assert self.make(tree).returncode == 0
+        assert not (tree / ".venv" / "left behind").exists()
+
+    def test_somebody_elses_environment_is_left_alone(self, tree: Path) -> None:
+        (tree / ".venv").mkdir()
+        refused = self.make(tree)
+        assert refused.returncode == 1
+        assert 'was not made by "make venv"' in refused.stderr
+
+    def test_a_full_disk(self, tree: Path) -> None:
+        fake_python(tree / "bin" / "df", "disk\nsize 1 1 1048576 1 /")
+        refused = self.make(tree)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith(f"The packages need 8 GiB and {tree} has 1 GiB free")
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"ranks": 3}, "cannot be split over 3 ranks: take one of 1, 2, 4, 8, 16"),
+            ({"ranks": 0}, "cannot be split over 0 ranks"),
+            ({"iterations": 0}, "0 iterations are none"),
+            ({"port": 70000}, "70000 is no port"),
+        ],
+    )
+    def test_bad_values(self, change: dict[str, int], message: str) -> None:
+        with pytest.raises(QuickstartError, match=message):
+            Settings(**change)
+
+    def test_only_the_optimizer_differs(self) -> None:
+        adam, came = (set(Settings().megatron_flags(each)) for each in OPTIMIZERS)
+        assert "--bf16" not in adam
+        assert adam - came <= {"adam", *OPTIMIZERS[0].flags}
+
+
+class TestSteps:
+    def test_a_step_is_skipped_until_its_inputs_change(self, tmp_path: Path) -> None:
+        output, runs = tmp_path / "output", []
+
+        def make() -> None:
+            runs.append(1)
+            output.touch()
+
+        for inputs, expected in (({"a": 1}, 1), ({"a": 1}, 1), ({"a": 2}, 2)):
+            Steps(tmp_path / "steps.json").run("Step", inputs, [output], make)
+            assert len(runs) == expected
+        output.unlink()
+        Steps(tmp_path / "steps.json").run("Step", {"a": 2}, [output], make)
+        assert len(runs) == 3
+
+    def test_a_step_that_fails_is_done_again(self, tmp_path: Path) -> None:
+        output = tmp_path / "output"
+        output.touch()
+        steps = Steps(tmp_path / "steps.json")
+        steps.run("Step", {}, [output], lambda: None)
+
+        def fail() -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            steps.run("Step", {"new": 1}, [output], fail)
+        runs: list[int] = []
+        Steps(tmp_path / "steps.json").run("Step", {}, [output], lambda: runs.append(1))
+        assert runs
+
+
+class TestMeter:
+    def test_adamw(self) -> None:
+        weight, bias = torch.nn.Parameter(torch.ones(3, 5)), torch.nn.Parameter(torch.ones(5))
+        meter = Meter()
+        optimizer = torch.optim.AdamW([weight, bias])
+        for param in (weight, bias):
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        measured = meter.read(main_weights=True)
+        expected = Measured(20, 80, 80, 80, step_seconds=measured.step_seconds)
+        assert measured == expected
+        assert measured.step_seconds > 0
+        assert measured.memory == 240
+
+    def test_came(self) -> None:
+        weight, bias = torch.nn.Parameter(torch.ones(3, 5)), torch.nn.Parameter(torch.ones(5))
+        optimizer = torch.optim.SGD([weight, bias])
+        rows, columns = torch.ones(3), torch.ones(5)
+        optimizer.state[weight] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.ones(15),
+            **{"exp_avg_sq_row": rows, "exp_avg_sq_col": columns},
+            **{"exp_avg_res_row": rows, "exp_avg_res_col": columns},
+        }
+        optimizer.state[bias] = {"exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(5), "step": 1}
+        assert count_bytes([optimizer], main_weights=False) == {
+            "weights": 20,
+            "main_weights": 0,
+            "momentum": 4 * 20,
+            "second_moment": 4 * (2 * (3 + 5) + 5),
+        }
+
+
+class TestTrain:
+    def test_a_line_of_the_log(self) -> None:
+        assert read_iteration(LINE) == (7, 658.0, 6.969738)
+        assert read_iteration("[rank0]: iteration 7" + LINE) == (7, 658.0, 6.969738)
+        assert read_iteration("training ...") is None
+
+    def test_a_failure_is_told_by_its_cause(self) -> None:
+        cause = "  ValueError: hidden size 255 cannot be split over 4 heads"
+        assert last_words(FAILED.replace("-9", "1")) == cause
+        assert last_words(f"one\n\ntwo\ntwo\n{TORCHRUN}").splitlines() == [
+            "  one",
+            "  two",
+            "  The system killed it, most likely because memory ran out.",
+        ]
+
+    def test_a_port_in_use(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(QuickstartError, match=rf"Port {port} cannot be used \(address"):
+                choose_port(port)
+        assert choose_port(port) == port
+        assert choose_port(None) > 0
+
+
+def results() -> dict[str, Result]:
+    adam = Measured(2_000_000, 0, 4 * 2**20, 4 * 2**20, 0.008)
+    came = replace(adam, second_moment=2**18, step_seconds=0.012)
+    return {
+        "AdamW": Result([8.3] + [5.5] * 19, [5000.0] + [650.0] * 19, [adam, adam]),
+        "CAME": Result([8.3] + [5.25] * 19, [5000.0] + [660.0] * 19, [came, came]),
+    }
+
+
+class TestReport:
+    def test_the_summary(self) -> None:
+        assert summary(Settings(iterations=20), results(), "on the CPU").splitlines() == [
+            "GPT-2 of 4.0 M weights, fp32, 20 iterations of 16 x 256 tokens, 2 ranks on the CPU",
+            "",
+            "                                  AdamW        CAME",
+            "loss at the start                8.3000      8.3000   the same weights and data",
+            "loss at the end                  5.5000      5.2500   mean of the last 10 iterations",
+            "optimizer memory per rank      8.00 MiB    4.25 MiB",
+            "  main weights                 0.00 MiB    0.00 MiB   fp32: they are the model's own",
+            "  momentum                     4.00 MiB    4.00 MiB",
+            "  second moment or factors     4.00 MiB    0.25 MiB   CAME has the factors",
+            "time per step                    650 ms      660 ms   median",
+            "  of it in the optimizer         8.0 ms     12.0 ms",
+        ]
+
+    def test_runs_that_start_elsewhere_are_an_error(self) -> None:
+        runs = results()
+        check_same_start(runs)
+        runs["CAME"].losses[0] = 8.3001
+        with pytest.raises(QuickstartError, match=r"AdamW 8.300000, CAME 8.300100"):
+            check_same_start(runs)
+
+    def test_results_are_saved_and_plotted(self, tmp_path: Path) -> None:
+        runs = results()
+        runs["CAME"].save(tmp_path / "came.json")
+        assert Result.load(tmp_path / "came.json") == runs["CAME"]
+        plot_losses(runs, tmp_path / "loss.png")
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+class TestCommandLine:
+    def run(self, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_came.quickstart",
+            "--folder",
+            str(tmp_path / "q"),
+        ]
+        return subprocess.run(
+            [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    def test_an_empty_file(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").touch()
+        ended = self.run(tmp_path, "--text", str(tmp_path / "notes.txt"))
+        assert ended.returncode == 1
+        assert ended.stderr == (
+            f"{tmp_path}/notes.txt is empty: put some text in, or name another file.\n"
+        )
+
+    def test_too_little_text(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("word " * 1000)
+        ended = self.run(tmp_path, "--text", str(tmp_path / "notes.txt"))
+        assert ended.returncode == 1
+        assert ended.stderr == (
+            "There are 5 kB of text, and the quick start needs 200 kB: name more or larger files.\n"
+        )
+
+    def test_a_folder_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "q").touch()
+        ended = self.run(tmp_path)
+        assert ended.returncode == 1
+        assert ended.stderr == (
+            f"{tmp_path}/q cannot be used (file exists): put that right, or choose another folder"
+            " with --folder.\n"
+        )
+
+
+def test_the_whole(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_CAME_CPU", "1")
+    letters = random.Random(1).choices("abcdefghijkl ", k=9000)
+    (tmp_path / "a.txt").write_text("".join(letters))
+    settings = Settings(
+        folder=tmp_path / "quickstart",
+        text=(tmp_path / "a.txt",),
+        bf16=True,
+        iterations=4,
+        layers=1,
+        hidden=32,
+        heads=2,
+        sequence=32,
+        vocabulary=280,
+        smallest_text=1,
+    )
+    command_line.run(settings, "on the CPU")
+    printed = capfd.readouterr().out
+    assert "2 ranks on the CPU" in printed
+    assert f"Loss curves: {settings.plot}" in printed
+    adam, came = (Result.load(settings.result(each)) for each in OPTIMIZERS)
+    assert adam.losses[0] == came.losses[0]
+    assert len(came.losses) == settings.iterations
+    for measured_adam, measured_came in zip(adam.ranks, came.ranks, strict=True):
+        assert measured_adam.main_weights == 4 * measured_adam.weights == measured_came.main_weights
+        assert measured_adam.momentum == measured_came.momentum
+        assert 0 < measured_came.second_moment < measured_adam.second_moment
+    # Nothing is made a second time.
+    command_line.run(settings, "on the CPU")
+    assert capfd.readouterr().out.count("already there") == 5
