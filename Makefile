@@ -14,7 +14,7 @@ OPTIONS = $(if $(value TEXT),--text $$text) $(if $(value RANKS),--ranks $(call q
 	$(if $(value PORT),--port $(call quoted,PORT)) \
 	$(if $(value ITERATIONS),--iterations $(call quoted,ITERATIONS))
 
-.PHONY: help venv quickstart test test-all test-triton test-hosts check-mutations gpu-check benchmarks check lock clean-quickstart
+.PHONY: help venv quickstart test test-all test-triton test-hosts check-mutations gpu-check kernel-report benchmarks check lock clean-quickstart
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ check-mutations: venv  ## break the package on purpose, one fault at a time, to 
 
 gpu-check:  ## check and time the Triton kernels (PYTHON=python; needs PyTorch, NumPy, Triton, a C compiler and a GPU alone)
 	@python=$(call quoted,PYTHON); "$${python:-python3}" scripts/gpu_check.py
+
+kernel-report: venv  ## judge the Triton kernels by their machine code, without a GPU (ARCH=sm_90, TRITON=folder, JSON=file)
+	@$(BIN)/python scripts/kernel_report.py $(if $(value ARCH),--arch $(call quoted,ARCH)) \
+		$(if $(value TRITON),--triton $(call quoted,TRITON)) $(if $(value JSON),--json $(call quoted,JSON))
 
 benchmarks: venv  ## measure what docs/performance.md shows on this machine's CPU, and write that page
 	@scripts/benchmarks.sh

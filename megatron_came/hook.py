@@ -5,7 +5,6 @@ imports this module, above anything of Megatron; the same line does the same in 
 the checkout. It does what :mod:`megatron_came.launch` does before it starts a script.
 """
 
-import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ from types import TracebackType
 from megatron_came.launch import prepare
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.search_path import other_megatron, use_checkout_of
+from megatron_came.voice import PREFIX, say
 
 _report = sys.excepthook
 
@@ -22,7 +22,7 @@ def _report_in_a_sentence(
 ) -> None:
     """End with a sentence where a model is not one that CAME can train."""
     if isinstance(error, UnsupportedError):
-        print(f"megatron_came: {error}", file=sys.stderr)
+        print(f"{PREFIX}{error}", file=sys.stderr)
     else:
         _report(kind, error, trace)
 
@@ -35,9 +35,8 @@ def _prepare() -> None:
     if checkout is None:
         sys.path[:] = path
     prepare()
-    other = other_megatron(checkout) if checkout is not None else None
-    if other and os.environ.get("RANK", "0") == "0":
-        print(f"megatron_came: {other}", flush=True)
+    if checkout is not None and (other := other_megatron(checkout)):
+        say(other)
 
 
 _prepare()

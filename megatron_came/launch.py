@@ -10,19 +10,17 @@ What is added is the choice ``came`` of ``--optimizer``, and machines without a 
 """
 
 import contextlib
-import os
 import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_came import cpu_megatron
-from megatron_came.cpu_megatron.host_functions import use_compiled_dataset_helpers
-from megatron_came.megatron import install
-from megatron_came.megatron.errors import HostError, UnsupportedError
-from megatron_came.megatron.versions import check_version, has_training_loop
+from megatron_came import cpu_megatron, megatron, memory
+from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.search_path import other_megatron, use_checkout_of
+from megatron_came.versions import MegatronError, check_version, has_training_loop
+from megatron_came.voice import PREFIX, say, stop
 
 _INTERRUPTED = 130  # what a shell gives a program that SIGINT has ended
 
@@ -49,19 +47,16 @@ def prepare(*, training_loop: bool = False) -> None:
     """
     try:
         cpu_megatron.enable()
-    except (ValueError, HostError) as error:
-        _stop("megatron_came", str(error))
-    try:
-        install()
-    except HostError as error:
-        _stop("megatron_came", str(error))
+        megatron.install()
+        memory.install()
+    except (ValueError, MegatronError) as error:
+        _stop(PREFIX, str(error))
     if training_loop and not has_training_loop():
         _stop(
-            "megatron_came",
+            PREFIX,
             f"megatron-core {check_version()} of pip has no training loop: install 0.17 or newer, "
             "or use -m megatron_came.launch with the script of a Megatron-LM checkout.",
         )
-    use_compiled_dataset_helpers()
 
 
 @contextlib.contextmanager
@@ -70,13 +65,13 @@ def refusals_in_a_sentence() -> Iterator[None]:
     try:
         yield
     except UnsupportedError as error:
-        raise SystemExit(f"megatron_came: {error}") from error
+        stop(str(error), error)
     except KeyboardInterrupt:  # of which torchrun says enough
         raise SystemExit(_INTERRUPTED) from None
 
 
-def _stop(program: str, problem: str) -> NoReturn:
-    print(f"{program}: {problem}", file=sys.stderr)
+def _stop(prefix: str, problem: str) -> NoReturn:
+    print(prefix + problem, file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -92,7 +87,7 @@ def _script(arguments: list[str]) -> Path:
             return script
         what = "is a directory: name the script in it" if script.is_dir() else "does not exist"
         problem = f"{script} {what}."
-    _stop("megatron_came.launch", problem)
+    _stop("megatron_came.launch: ", problem)
 
 
 def main(arguments: list[str]) -> None:
@@ -108,9 +103,8 @@ def main(arguments: list[str]) -> None:
     sys.argv = [str(script), *arguments[1:]]
     checkout = use_checkout_of(script)
     prepare()
-    other = other_megatron(checkout)
-    if other and os.environ.get("RANK", "0") == "0":
-        print(f"megatron_came: {other}", flush=True)
+    if other := other_megatron(checkout):
+        say(other)
     with refusals_in_a_sentence():
         runpy.run_path(str(script), run_name="__main__")
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 from megatron_came.compiling import outside_compiler
 from megatron_came.core import state as state_of
 from megatron_came.core.hyperparameters import Hyperparameters, check_group, with_plain_numbers
-from megatron_came.core.parameter_slice import ParameterSlice, gradient_of
+from megatron_came.core.parameter_slice import ParameterSlice, StepInputs, gradient_of
 from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard, check_shards
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
@@ -128,14 +128,8 @@ class CAME(torch.optim.Optimizer):
         self._choices: dict[torch.device, Choice] = {}
         self._model_weights: dict[Tensor, Tensor] = {}
         self._plan: Plan | None = None
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "clip_threshold": clip_threshold,
-            "weight_decay": weight_decay,
-            "step": 0,
-        }
+        own = {"betas": betas, "eps": eps, "clip_threshold": clip_threshold}
+        defaults = {"lr": lr, **own, "weight_decay": weight_decay, "step": 0}
         check_group(defaults)
         with_plain_numbers(defaults)
         super().__init__(params, defaults)
@@ -258,30 +252,24 @@ class CAME(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._current_plan()
-        active = {
-            work: grad for work in plan.works if work.takes_part(grad := gradient_of(work.param))
+        grads = {
+            slice_: grad
+            for slice_ in plan.slices
+            if slice_.takes_part(grad := gradient_of(slice_.param))
         }
-        hypers = {id(group): Hyperparameters.at_step(group) for group in self.param_groups}
-        for work, grad in active.items():
-            weight = self._model_weights.get(work.param)
-            work.begin(self._state_of(work), hypers[id(work.group)], weight, grad)
-
-        # While the sums of the shared chunks travel, the local ones are computed.
-        for chunk in plan.shared:
-            chunk.add_square_sums(active)
-        for chunk in plan.local:
-            chunk.step(active)
-        for chunk in plan.shared:
-            chunk.add_instability_sums()
-        for chunk in plan.shared:
-            chunk.apply()
-        for chunk in plan.shared:
-            chunk.apply_copies()
-
-        for work in active:
-            work.end()
-        if active:  # kernels write behind autograd's back
-            torch.autograd.graph.increment_version([work.param for work in active])
+        settings = [self._settings_of(group) for group in self.param_groups]
+        inputs = {
+            slice_: StepInputs(
+                self._state_of(slice_.param),
+                slice_.param if grad is None else grad,  # both without elements
+                *settings[slice_.group],
+                self._model_weights.get(slice_.param),
+            )
+            for slice_, grad in grads.items()
+        }
+        plan.step(inputs)
+        if inputs:  # kernels write behind autograd's back
+            torch.autograd.graph.increment_version([slice_.param for slice_ in inputs])
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
         return loss
@@ -336,10 +324,17 @@ class CAME(torch.optim.Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         return [param for param in params if param.is_floating_point()]
 
-    def _state_of(self, work: ParameterSlice) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[work.param]
+    def _settings_of(
+        self, group: Mapping[str, Any]
+    ) -> tuple[Hyperparameters, float | Tensor, float, int]:
+        """Read a group as it is now: schedules and hosts change it."""
+        hyper = Hyperparameters.at_step(group)
+        return hyper, group["lr"], float(group["weight_decay"]), group.get("step", 0)
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
         if not state:
-            state.update(self._new_state(work.param))
+            state.update(self._new_state(param))
         return state
 
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -351,7 +346,11 @@ class CAME(torch.optim.Optimizer):
         """Return the plan, made anew where the host has replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
             self._guard.check(self.param_groups, self._shards)
-            group_of = {param: group for group in self.param_groups for param in group["params"]}
+            group_of = {
+                param: number
+                for number, group in enumerate(self.param_groups)
+                for param in group["params"]
+            }
             if any(param not in group_of for param in self._shards):
                 raise ValueError(
                     "CAME: a parameter with a shard is in no parameter group any more: "
@@ -361,33 +360,33 @@ class CAME(torch.optim.Optimizer):
             # ranks.
             params = dict.fromkeys(chain(self._shards, self._params()))
             place = {param: str(index) for index, param in enumerate(group_of)}
-            works = [
+            slices = [
                 ParameterSlice(
                     param,
-                    group_of[param],
                     self.shard_of(param),
+                    group_of[param],
                     parameter_key(self._seed, self._names.get(param, place[param])),
                     self._remainders,
                 )
                 for param in params
             ]
             self._choose_kernels()
-            kernels = {device: choice.kernels for device, choice in self._choices.items()}
-            self._plan = Plan(works, kernels, self.param_groups)
+            backends = {device: choice.backend for device, choice in self._choices.items()}
+            self._plan = Plan(slices, backends, self.param_groups)
             if self._plan.left:
-                warn_once(left_to_plain(self._plan.left, len(works)))
+                warn_once(left_to_plain(self._plan.left, len(slices)))
         return self._plan
 
     @property
     def kernel_choices(self) -> list[str]:
         """Who computes the step and why, a sentence for each device that no warning was about."""
-        return [choice.reason for choice in self._choices.values() if not choice.is_lesser]
+        return [choice.reason for choice in self._choices.values() if not choice.should_warn]
 
     def _choose_kernels(self) -> None:
         for group in self.param_groups:
             for device in {param.device for param in group["params"]} - self._choices.keys():
                 self._choices[device] = choice = choose(self._wanted_kernels, device)
-                if choice.is_lesser:
+                if choice.should_warn:
                     warn_once(choice.reason)
                 else:
                     _logger.debug(choice.reason)  # hosts have their own line, on one rank

@@ -42,36 +42,46 @@ from megatron_came.megatron.compat.pretraining import (
     share_batch,
     train,
 )
+from megatron_came.rules import Rule
+from megatron_came.versions import before
 
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 _INPUTS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 _SPIKE = 10  # --check-for-spiky-loss reports a loss this many times above the largest seen
 
-# What only other scripts do, by the name of the argument that asks for it.
-_LEFT_OUT = {
-    "sft": "--sft (supervised fine-tuning)",
-    "fim_data": "--fim-data (fill in the middle)",
-    "logits_load_dir": "--logits-load-dir (distillation)",
-    "logits_save_dir": "--logits-save-dir (distillation)",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking (packed sequences)",
-    "hybrid_context_parallel": "--hybrid-context-parallel (packed sequences)",
-    "hybrid_layer_pattern": "--hybrid-layer-pattern (layers other than a GPT's)",
-    "perform_rl_step": "--perform-rl-step (reinforcement learning)",
-}
+# What only other scripts do, or only with newer releases.
+_ELSEWHERE = "-m megatron_came.launch with the script of a Megatron-LM checkout."
+_RULES = (
+    *(
+        Rule(f"megatron_came.pretrain_gpt does not support {flag} ({what}): use {_ELSEWHERE}", flag)
+        for flag, what in {
+            "--sft": "supervised fine-tuning",
+            "--fim-data": "fill in the middle",
+            "--logits-load-dir": "distillation",
+            "--logits-save-dir": "distillation",
+            "--dataloader-inter-document-masking": "packed sequences",
+            "--hybrid-context-parallel": "packed sequences",
+            "--hybrid-layer-pattern": "layers other than a GPT's",
+            "--perform-rl-step": "reinforcement learning",
+        }.items()
+    ),
+    *(
+        Rule(
+            f"megatron_came.pretrain_gpt supports {flag} from Megatron 0.19 on: use it, or "
+            f"{_ELSEWHERE}",
+            flag,
+            releases=before("0.19"),
+        )
+        for flag in (
+            "--spec",
+            "--heterogeneous-layers-config-path",
+            "--experimental-attention-variant",
+        )
+    ),
+)
 
 _straggler_detector = StragglerDetector()
-
-
-def refusal(args: Namespace) -> str | None:
-    """The sentence that says what of ``args`` this script leaves out, or None."""
-    for name, flag in _LEFT_OUT.items():
-        if getattr(args, name, None):
-            return (
-                f"megatron_came.pretrain_gpt does not support {flag}: use "
-                f"-m megatron_came.launch with the script of a Megatron-LM checkout."
-            )
-    return None
 
 
 def _predicts_further(vp_stage: int | None) -> bool:
@@ -224,7 +234,7 @@ def main() -> None:
     """
     set_startup_timestamps(program_start=_STARTED, main_entry=time.time())
     with refusals_in_a_sentence():
-        train(datasets, forward_step, embedding_ranks, refusal)
+        train(datasets, forward_step, embedding_ranks, _RULES)
 
 
 if __name__ == "__main__":

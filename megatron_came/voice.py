@@ -1,17 +1,81 @@
-"""Warnings that a process gives once, though it may make several optimizers."""
+"""What users are told: on one rank, once; and how all ranks end with one sentence."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
+
+PREFIX = "megatron_came: "
 
 _logger = logging.getLogger("megatron_came")
 
 
+def rank() -> int:
+    """Return the rank of this process among all, 0 without others."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def say(sentence: str) -> None:
+    """Print a sentence, on rank 0."""
+    if rank() == 0:
+        print(PREFIX + sentence, flush=True)
+
+
+@functools.cache
+def say_once(sentence: str) -> None:
+    """Print a sentence, on rank 0, if this process has not said it yet."""
+    say(sentence)
+
+
 @functools.cache
 def warn_once(sentence: str) -> None:
-    """Log a sentence as a warning, if it has not been logged before; on one rank of several."""
+    """Log a sentence as a warning, on rank 0, if this process has not logged it yet."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         _logger.warning(sentence)
+
+
+def stop(problem: str, cause: BaseException | None = None) -> NoReturn:
+    """End this process with a sentence.
+
+    Raises:
+        SystemExit: always.
+    """
+    raise SystemExit(PREFIX + problem) from cause
+
+
+def of_all_ranks(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return a value of every rank of a group, by default of all; a collective."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def end_if(
+    problem: str | None, choose: Callable[[list[str]], str] = lambda problems: problems[0]
+) -> None:
+    """End all ranks with one sentence, if one of them has a problem; a collective.
+
+    Args:
+        problem: of this rank.
+        choose: which of several ranks' problems is said; by default the first.
+
+    Raises:
+        SystemExit: on all ranks.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        any_has = torch.tensor(problem is not None, dtype=torch.int32, device=device)
+        dist.all_reduce(any_has, op=dist.ReduceOp.MAX)  # sentences are gathered if there are any
+        if not any_has.item():
+            return
+    problems = [each for each in of_all_ranks(problem) if each is not None]
+    if problems:
+        stop(choose(problems))

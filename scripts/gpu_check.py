@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_came import CAME
 from megatron_came.bench import command
 from megatron_came.bench.peak import peak_of
-from megatron_came.kernels.triton.launch import TritonKernels
+from megatron_came.kernels.triton.launch import TritonBackend
 from megatron_came.kernels.triton.tiling import Tiling
 from tests.support.kernel_cases import (
     CASES,
@@ -52,11 +52,11 @@ def check_cases() -> None:
         first, second = (train(case, "triton", CUDA, torch.float32) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case.name
         print(f"ok  {case.name}: {distance:.1e} of the update", flush=True)
-    with mock.patch.object(TritonKernels, "cache_elements", 1000):
+    with mock.patch.object(TritonBackend, "cache_elements", 1000):
         assert all(worst_distance(case, "triton", CUDA) <= TOLERANCE for case in CASES)
     print("ok  the same in blocks that fit a cache", flush=True)
     for tiling in (Tiling(8, 64, 3, strip=16, tallest=64), Tiling(8, 16, 1, strip=16, tallest=32)):
-        with mock.patch.object(TritonKernels, "tiling", tiling):
+        with mock.patch.object(TritonBackend, "tiling", tiling):
             assert all(worst_distance(case, "triton", CUDA) <= TOLERANCE for case in CASES)
     print("ok  the same in tiles that have grown", flush=True)
 

@@ -214,9 +214,7 @@ def main() -> None:
             fastest=max(bandwidths),
             gpu="were timed on the GPU named below"
             if gpu
-            else "have not been timed: no GPU was at hand. They are proved under Triton's "
-            "interpreter and compile for an H100 (tests/kernels/test_kernels.py); `make gpu-check` checks "
-            "and times them on a machine with one",
+            else "have not been timed, see [gpu.md](gpu.md)",
         )
     ]
     parts += [peers(report) for report in (*gpu, *latest(lambda n: n == "cpu-peers"))]

@@ -130,8 +130,8 @@ def _floor_bytes(
     """What a step reads and writes at least."""
     if contender.floor is None:
         return None
-    kernels = choose("auto", params[0].device).kernels
-    fitting = (kernels.cache_elements or 0) if kernels is not None else 0
+    backend = choose("auto", params[0].device).backend
+    fitting = getattr(backend, "cache_elements", None) or 0
     total = 0
     for param in params:
         # With several ranks an all-reduce over all parameters comes between two passes.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 
@@ -28,16 +28,15 @@ class HyperparameterError(ValueError):
         return HyperparameterError(f"{self.name} of {where}", self.value, self.allowed)
 
 
-def check_number(name: str, value: object, low: float, *, open_low: bool = False) -> float:
-    """Return ``value`` as a float if it is finite and at least (``open_low``: above) ``low``.
+def check_number(name: str, value: object, low: float) -> float:
+    """Return ``value`` as a float if it is finite and at least ``low``.
 
     Raises:
         HyperparameterError: if it is not.
     """
     number = _number(value)
-    if not math.isfinite(number) or number < low or (open_low and number == low):
-        relation = "above" if open_low else "at least"
-        raise HyperparameterError(name, value, f"a finite number {relation} {low:g}")
+    if not math.isfinite(number) or number < low:
+        raise HyperparameterError(name, value, f"a finite number at least {low:g}")
     return number
 
 
@@ -55,58 +54,91 @@ def _number(value: Any) -> float:
         return math.nan
 
 
+class _Range(NamedTuple):
+    """What values are allowed: in words, and which."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_DECAY = _Range("in [0, 1)", lambda value: 0.0 <= value < 1.0)
+_POSITIVE = _Range("a finite number above 0", lambda value: 0.0 < value < math.inf)
+
+
+def _hyperparameter(default: float, allowed: _Range, help_: str, *, key: str | None = None) -> Any:
+    """Declare one: see :class:`Hyperparameters`.
+
+    Args:
+        default: the authors'.
+        allowed: its range.
+        help_: of its flag.
+        key: in parameter groups, of a tuple of all that have it, in order; None for its own name.
+    """
+    return field(default=default, metadata={"allowed": allowed, "help": help_, "key": key})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
     """What CAME has beyond a learning rate and weight decay; the authors' defaults.
 
-    Args:
-        beta1: decay of the momentum, in [0, 1).
-        beta2: decay of the squared-gradient statistics, in [0, 1).
-        beta3: decay of the instability statistics, in [0, 1).
-        eps1: added to the squared gradient, above 0.
-        eps2: added to the squared residual, above 0.
-        clip_threshold: largest root mean square of an update before momentum (d in the paper),
-            above 0.
+    This is the one table of them. Parameter groups, their checks, flags, Megatron's configuration,
+    what ranks compare and the columns of Triton's tables are made of it, by :data:`TABLE`.
 
     Raises:
         HyperparameterError: a value outside its range, with its name.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    beta3: float = 0.9999
-    eps1: float = 1e-30
-    eps2: float = 1e-16
-    clip_threshold: float = 1.0
+    beta1: float = _hyperparameter(0.9, _DECAY, "decay of CAME's momentum", key="betas")
+    beta2: float = _hyperparameter(
+        0.999, _DECAY, "decay of CAME's squared-gradient statistics", key="betas"
+    )
+    beta3: float = _hyperparameter(
+        0.9999,
+        _DECAY,
+        "decay of CAME's instability statistics; there is no bias correction, so with the default "
+        "the first updates are up to 11 times the learning rate in RMS: warm up",
+        key="betas",
+    )
+    eps1: float = _hyperparameter(1e-30, _POSITIVE, "added to the squared gradient", key="eps")
+    eps2: float = _hyperparameter(1e-16, _POSITIVE, "added to the squared residual", key="eps")
+    clip_threshold: float = _hyperparameter(
+        1.0, _POSITIVE, "largest root mean square of an update before momentum"
+    )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.startswith("beta"):
-                if not check_number(field.name, value, 0.0) < 1.0:
-                    raise HyperparameterError(field.name, value, "in [0, 1)")
-            else:
-                check_number(field.name, value, 0.0, open_low=True)
+        for row in TABLE:
+            value = getattr(self, row.name)
+            if not row.allowed.holds(_number(value)):
+                raise HyperparameterError(row.name, value, row.allowed.words)
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Self:
-        """Read a ``torch.optim`` parameter group (keys betas, eps, clip_threshold).
+        """Read a ``torch.optim`` parameter group; one that it lacks has its default.
 
         Raises:
             HyperparameterError: also for a wrong number of betas or eps.
         """
-        betas, eps = group["betas"], group["eps"]
-        for name, values, count in (("betas", betas, 3), ("eps", eps, 2)):
-            if not isinstance(values, tuple | list) or len(values) != count:
-                raise HyperparameterError(name, values, f"a tuple of {count} numbers")
-        return cls(
-            beta1=betas[0],
-            beta2=betas[1],
-            beta3=betas[2],
-            eps1=eps[0],
-            eps2=eps[1],
-            clip_threshold=group["clip_threshold"],
-        )
+        values = {}
+        for key, names in _KEYS.items():
+            if key not in group:
+                continue
+            found = group[key]
+            if names == [key]:
+                values[key] = found
+            elif not isinstance(found, tuple | list) or len(found) != len(names):
+                raise HyperparameterError(key, found, f"a tuple of {len(names)} numbers")
+            else:
+                values.update(zip(names, found, strict=True))
+        return cls(**values)
+
+    def as_group(self) -> dict[str, Any]:
+        """Return the keys of a ``torch.optim`` parameter group that hold them."""
+        return {
+            key: getattr(self, key)
+            if names == [key]
+            else tuple(getattr(self, name) for name in names)
+            for key, names in _KEYS.items()
+        }
 
     @classmethod
     def at_step(cls, group: Mapping[str, Any]) -> Self:
@@ -120,18 +152,40 @@ class Hyperparameters:
                 check_number(key, group[key], 0.0)
         return cls.from_group(group)
 
-    @property
-    def betas(self) -> tuple[float, float, float]:
-        """As in a parameter group."""
-        return self.beta1, self.beta2, self.beta3
 
-    @property
-    def eps(self) -> tuple[float, float]:
-        """As in a parameter group."""
-        return self.eps1, self.eps2
+class Row(NamedTuple):
+    """One hyperparameter, for whoever makes something of all of them.
+
+    Attributes:
+        name: of the field; its flag is ``--came-`` and the name.
+        type: of its value.
+        default: the authors'.
+        allowed: its range.
+        help: of the flag.
+        key: in parameter groups.
+    """
+
+    name: str
+    type: type
+    default: float
+    allowed: _Range
+    help: str
+    key: str
 
 
-_SINGLE = ("lr", "weight_decay", "clip_threshold")
+TABLE = tuple(
+    Row(
+        each.name,
+        type(each.default),
+        cast(float, each.default),
+        each.metadata["allowed"],
+        each.metadata["help"],
+        each.metadata["key"] or each.name,
+    )
+    for each in fields(Hyperparameters)
+)
+# By key of a parameter group: the names of what it holds.
+_KEYS = {row.key: [each.name for each in TABLE if each.key == row.key] for row in TABLE}
 
 
 def check_group(group: Mapping[str, Any], where: str = "") -> None:
@@ -157,10 +211,9 @@ def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
 
     Tensors are kept: a learning rate on a device is read there.
     """
-    for key in _SINGLE:
+    for key in ("lr", "weight_decay", *_KEYS):
         value = group.get(key)
-        if value is not None and type(value) not in (int, float, torch.Tensor):
+        if isinstance(value, tuple | list):
+            group[key] = tuple(map(float, value))
+        elif value is not None and type(value) not in (int, float, torch.Tensor):
             group[key] = float(value)
-    for key in ("betas", "eps"):
-        if key in group:
-            group[key] = tuple(map(float, group[key]))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 Axis = Literal["batch", "rows", "columns"]
 
@@ -106,6 +106,11 @@ class Shard:
         return len(self.shape) < 2
 
     @property
+    def has_copies(self) -> bool:
+        """Whether another rank holds a copy of this slice."""
+        return self.copies_group is not None and self.copies_group.size() > 1
+
+    @property
     def local_matrix(self) -> tuple[int, int, int]:
         """The whole local tensor as (batch, rows, columns)."""
         if self.is_vector:
@@ -151,6 +156,17 @@ class Shard:
         """Columns of one full matrix: the divisor of row means."""
         return self.local_matrix[2] * (self.tp_size if self.tp_axis == "columns" else 1)
 
+    def full_places(self, box: Box, device: torch.device) -> Tensor:
+        """Return the flat place in the full tensor of each element of a box, int64."""
+        batch, rows, columns = (
+            torch.arange(axis.start, axis.stop, device=device) + offset
+            for axis, offset in zip((box.batch, box.rows, box.columns), self.offsets, strict=True)
+        )
+        size, jump = self.row_parts
+        rows = rows + torch.arange(box.rows.start, box.rows.stop, device=device) // size * jump
+        row = batch.view(-1, 1, 1) * self.full_rows + rows.view(-1, 1)
+        return row * self.full_columns + columns
+
     @property
     def full_numel(self) -> int:
         """Elements of the full tensor: the divisor of the clipping RMS."""
@@ -175,7 +191,7 @@ def check_shards(shards: Mapping[Tensor, Shard], known: Container[Tensor]) -> No
             )
 
 
-class Block(NamedTuple):
+class Box(NamedTuple):
     """A box of a slice: its flat elements [start, stop), seen as (batch, rows, columns)."""
 
     start: int
@@ -191,8 +207,23 @@ class Block(NamedTuple):
         batch, rows, columns = sizes
         return batch, rows, columns
 
+    @property
+    def flat(self) -> slice:
+        """Index of its elements in the flat slice."""
+        return slice(self.start, self.stop)
 
-def blocks(shard: Shard, limit: int) -> Iterator[Block]:
+    @property
+    def in_rows(self) -> tuple[slice, slice]:
+        """Index of what belongs to its rows, in tensors of (batch, rows)."""
+        return self.batch, self.rows
+
+    @property
+    def in_columns(self) -> tuple[slice, slice]:
+        """Index of what belongs to its columns, in tensors of (batch, columns)."""
+        return self.batch, self.columns
+
+
+def boxes(shard: Shard, limit: int) -> Iterator[Box]:
     """Cut the slice of a shard into boxes, in order, each of at most ``limit`` elements.
 
     A slice is a partial row, rows up to the end of a matrix, whole matrices, rows, and a partial
@@ -214,7 +245,7 @@ def blocks(shard: Shard, limit: int) -> Iterator[Block]:
                 box = (1, min(rows - row, whole_rows, max(1, limit // columns)), columns)
         size = math.prod(box)
         offset = position - shard.start
-        yield Block(
+        yield Box(
             start=offset,
             stop=offset + size,
             batch=slice(matrix, matrix + box[0]),

@@ -1,4 +1,4 @@
-"""Sums over ranks: one flat float64 buffer, one all-reduce a group; one broadcast for copies.
+"""Sums over ranks: one flat float64 buffer, one all-reduce for each group.
 
 The number of collectives does not grow with the number of parameters, a group of one rank costs
 none, and they run while the caller computes something else.
@@ -6,13 +6,12 @@ none, and they run while the caller computes something else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron_came.core.shard import ProcessGroup
@@ -20,73 +19,82 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A piece of the buffer and the ranks it is summed over.
+    """Sums that a parameter needs, and the ranks that hold their addends.
 
     Args:
-        shape: shape of the view that the piece is read and written through.
+        shape: of the view that they are read and written through.
         dp_group: first summed over these ranks.
         tp_group: then over these.
+        copies_group: these ranks then hold the same sums, added up in another order: all go on
+            from the largest, so that what they compute stays the same to the last bit. Of equal
+            numbers, however many, that is the number itself.
     """
 
     shape: tuple[int, ...]
     dp_group: ProcessGroup | None = None
     tp_group: ProcessGroup | None = None
+    copies_group: ProcessGroup | None = None
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Number of sums."""
         return torch.Size(self.shape).numel()
 
-
-class _Buffer:
-    """Collectives that run on a flat float64 buffer."""
-
-    def __init__(self, numel: int, device: torch.device) -> None:
-        self.flat = torch.zeros(numel, dtype=torch.float64, device=device)
-        self._under_way: list[dist.Work] = []
-
-    def _note(self, work: dist.Work | None) -> None:
-        if work is not None:  # on ranks outside the group
-            self._under_way.append(work)
-
-    def _wait(self) -> None:
-        """Wait for what runs. Waits on the device's stream where it has one."""
-        for work in self._under_way:
-            work.wait()
-        self._under_way.clear()
+    @property
+    def groups(self) -> tuple[ProcessGroup | None, ProcessGroup | None, ProcessGroup | None]:
+        """All three."""
+        return self.dp_group, self.tp_group, self.copies_group
 
 
-class SumBuffer(_Buffer):
+class _Reduction(NamedTuple):
+    """One all-reduce of neighbouring sums: [start, stop) of the buffer."""
+
+    start: int
+    stop: int
+    group: ProcessGroup
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+
+
+class SumBuffer:
     """Local sums that :meth:`start` and :meth:`finish` complete.
 
     Every rank of a group must build its buffer from the same requests in the same order, those
-    of parameters it holds no element of included.
+    of parameters it holds no element of included. Ranks with copies may differ in all others.
 
     Args:
-        requests: the pieces; ``self.views[i]`` belongs to ``requests[i]``.
+        requests: ``self.views[i]`` belongs to ``requests[i]``.
         device: where the buffer lies.
     """
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
-        super().__init__(sum(request.numel for request in requests), device)
-        requests = [Request(r.shape, _several(r.dp_group), _several(r.tp_group)) for r in requests]
-        views: dict[int, Tensor] = {}
-        offsets: list[tuple[int, int, Request]] = []
-        offset = 0
+        numel = sum(request.numel for request in requests)
+        self.flat = torch.zeros(numel, dtype=torch.float64, device=device)
+        requests = [Request(r.shape, *map(_several, r.groups)) for r in requests]
+        bounds: dict[int, tuple[int, int]] = {}
+        stop = 0
         for index in _order(requests):
-            request = requests[index]
-            views[index] = self.flat[offset : offset + request.numel].view(request.shape)
-            offsets.append((offset, offset + request.numel, request))
-            offset += request.numel
-        self.views = [views[index] for index in range(len(requests))]
-        # Pieces whose sums over the first group are not complete yet wait for a second one.
-        self._first = _runs(offsets, "dp_group")
-        self._second = _runs(offsets, "tp_group")
+            start, stop = stop, stop + requests[index].numel
+            bounds[index] = start, stop
+        self.views = [
+            self.flat[slice(*bounds[index])].view(request.shape)
+            for index, request in enumerate(requests)
+        ]
+        over_dp = _merged((*bounds[index], requests[index].dp_group) for index in bounds)
+        over_tp = _merged((*bounds[index], requests[index].tp_group) for index in bounds)
+        # Not merged, in the order of the requests: the ranks' buffers may differ in all others.
+        over_copies = [
+            _Reduction(*bounds[index], request.copies_group, dist.ReduceOp.MAX)
+            for index, request in enumerate(requests)
+            if request.copies_group is not None
+        ]
+        # A round begins when the one before it is complete.
+        self._rounds = [each for each in (over_dp, over_tp, over_copies) if each]
+        self._under_way: list[dist.Work] = []
 
     @property
     def is_reduced(self) -> bool:
-        """Whether any piece goes over ranks at all."""
-        return bool(self._first or self._second)
+        """Whether any sum goes over ranks at all."""
+        return bool(self._rounds)
 
     def zero_(self) -> None:
         """Forget the sums of the last step, also of one that has failed on the way."""
@@ -97,79 +105,42 @@ class SumBuffer(_Buffer):
             self.flat.zero_()
 
     def start(self) -> None:
-        """Start to complete every piece over its process groups; :meth:`finish` must follow."""
-        self._all_reduce(self._first or self._second)
+        """Start to complete all sums over their process groups; :meth:`finish` must follow."""
+        for reductions in self._rounds[:1]:
+            self._reduce(reductions)
 
     def finish(self) -> None:
-        """Wait until every piece is complete."""
+        """Wait until all sums are complete."""
         self._wait()
-        if self._first and self._second:
-            self._all_reduce(self._second)
+        for reductions in self._rounds[1:]:
+            self._reduce(reductions)
             self._wait()
 
-    def _all_reduce(self, runs: list[tuple[int, int, ProcessGroup]]) -> None:
-        for start, stop, group in runs:
-            piece = self.flat[start:stop]
-            self._note(dist.all_reduce(piece, group=cast(dist.ProcessGroup, group), async_op=True))
+    def _reduce(self, reductions: Sequence[_Reduction]) -> None:
+        for start, stop, group, op in reductions:
+            group = cast(dist.ProcessGroup, group)
+            work = dist.all_reduce(self.flat[start:stop], op=op, group=group, async_op=True)
+            if work is not None:  # on ranks outside the group
+                self._under_way.append(work)
 
-
-class CopyBuffer(_Buffer):
-    """Complete sums of tensors that other ranks hold copies of.
-
-    Those ranks have computed the same sums of the same numbers, in possibly another order:
-    :meth:`start` and :meth:`finish` replace them by the sums of the group's first rank.
-
-    Args:
-        pieces: pieces of a sum buffer, and the ranks that hold the copies; in an order that is
-            the same on these ranks.
-        device: where the buffer lies.
-    """
-
-    def __init__(self, pieces: Sequence[tuple[Tensor, ProcessGroup]], device: torch.device) -> None:
-        super().__init__(sum(view.numel() for view, _ in pieces), device)
-        self._groups = list({id(group): group for _, group in pieces}.values())
-        self._views = [
-            [view.view(-1) for view, other in pieces if other is group] for group in self._groups
-        ]
-        self._parts: list[Tensor] = []
-        offset = 0
-        for views in self._views:
-            size = sum(view.numel() for view in views)
-            self._parts.append(self.flat[offset : offset + size])
-            offset += size
-
-    def start(self) -> None:
-        """Send them on their way: one broadcast a group; :meth:`finish` must follow."""
-        self._wait()  # after a step that has failed on the way
-        for part, views, group in zip(self._parts, self._views, self._groups, strict=True):
-            torch.cat(views, out=part)
-            self._note(
-                dist.broadcast(
-                    part, group=cast(dist.ProcessGroup, group), group_src=0, async_op=True
-                )
-            )
-
-    def finish(self) -> None:
-        """Wait for them and write them to the sum buffers."""
-        self._wait()
-        for part, views in zip(self._parts, self._views, strict=True):
-            offset = 0
-            for view in views:
-                view.copy_(part[offset : offset + view.numel()])
-                offset += view.numel()
+    def _wait(self) -> None:
+        """Wait for what is under way: on the device's stream, where it has one."""
+        for work in self._under_way:
+            work.wait()
+        self._under_way.clear()
 
 
 def _order(requests: Sequence[Request]) -> list[int]:
-    """Order the pieces so that those which one collective can take are neighbours."""
-    # In the order of their first request, which is the same on all ranks.
-    places: dict[int, int] = {id(None): -1}
+    """Order the requests so that those which one collective can take are neighbours."""
+    # Groups count in the order of their first request, which is the same on all ranks.
+    numbers: dict[int, int] = {id(None): -1}
     for request in requests:
         for group in (request.dp_group, request.tp_group):
-            places.setdefault(id(group), len(places))
+            numbers.setdefault(id(group), len(numbers))
 
     def key(index: int) -> tuple[int, int]:
         request = requests[index]
-        return places[id(request.dp_group)], places[id(request.tp_group)]
+        return numbers[id(request.dp_group)], numbers[id(request.tp_group)]
 
     return sorted(range(len(requests)), key=key)
 
@@ -178,17 +149,14 @@ def _several(group: ProcessGroup | None) -> ProcessGroup | None:
     return None if group is None or group.size() == 1 else group
 
 
-def _runs(
-    offsets: Sequence[tuple[int, int, Request]], attribute: str
-) -> list[tuple[int, int, ProcessGroup]]:
-    """Merge neighbouring pieces that share the process group ``attribute``."""
-    runs: list[tuple[int, int, ProcessGroup]] = []
-    for start, stop, request in offsets:
-        group: ProcessGroup | None = getattr(request, attribute)
+def _merged(sums: Iterable[tuple[int, int, ProcessGroup | None]]) -> list[_Reduction]:
+    """Take neighbours of one group, [start, stop) of each, together."""
+    merged: list[_Reduction] = []
+    for start, stop, group in sums:
         if group is None:
             continue
-        if runs and runs[-1][2] is group and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], stop, group)
+        if merged and merged[-1].group is group and merged[-1].stop == start:
+            merged[-1] = merged[-1]._replace(stop=stop)
         else:
-            runs.append((start, stop, group))
-    return runs
+            merged.append(_Reduction(start, stop, group))
+    return merged

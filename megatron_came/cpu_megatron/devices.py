@@ -6,6 +6,8 @@ those that go through a torch function, in the thread that installs it (the one 
 functions of the module ``torch.cuda`` are replaced.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import functools
@@ -15,7 +17,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -39,83 +41,59 @@ _GPU_PACKAGES = (
 )
 
 
-class Stream:
+class _Idle(contextlib.ContextDecorator):
+    """Takes anything, can be entered again and again, and has nothing to do or to wait for."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        """Whether all is done: always."""
+        return True
+
+    def _nothing(self, *args: object) -> None:
+        pass
+
+    synchronize = wait = wait_event = wait_stream = _nothing
+
+
+class Stream(_Idle):
     """``torch.cuda.Stream`` where everything has already happened in order."""
 
     cuda_stream = 0
     device = CPU
     priority = 0
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
     @staticmethod
     def priority_range() -> tuple[int, int]:
         """The lowest and the highest priority."""
         return 0, 0
 
-    def query(self) -> bool:
-        """Whether all work is done: always."""
-        return True
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
+    def record_event(self, event: Event | None = None) -> Event:
         """Record ``event``, or a new one."""
         event = event or Event()
         event.record()
         return event
 
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
 
-    def wait_event(self, event: "Event") -> None:
-        """Nothing to wait for."""
-
-    def wait_stream(self, stream: "Stream") -> None:
-        """Nothing to wait for."""
-
-
-class Event:
+class Event(_Idle):
     """``torch.cuda.Event`` that notes the time of day, so that ``elapsed_time`` is a true one."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self._time = 0.0
+    _time = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         """Note the time."""
         self._time = time.perf_counter()
 
-    def elapsed_time(self, end: "Event") -> float:
+    def elapsed_time(self, end: Event) -> float:
         """Milliseconds from this event to ``end``."""
         return (end._time - self._time) * 1e3
-
-    def query(self) -> bool:
-        """Whether the event has happened: always."""
-        return True
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def wait(self, stream: Stream | None = None) -> None:
-        """Nothing to wait for."""
-
-
-class Context(contextlib.ContextDecorator):
-    """A context in which nothing changes; like ``torch.cuda.stream``'s, to be entered again."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc: object) -> None:
-        pass
 
 
 def _is_cuda(device: object) -> bool:
@@ -143,10 +121,6 @@ def _type(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) ->
 
 def _itself(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     return tensor
-
-
-def _nothing(*args: object, **kwargs: object) -> None:
-    pass
 
 
 _METHODS: dict[Any, Callable[..., Any]] = {
@@ -201,7 +175,7 @@ def _memory_stats(device: object = None) -> dict[str, int]:
     return stats
 
 
-def _properties(device: object = None) -> types.SimpleNamespace:
+def _properties() -> types.SimpleNamespace:
     """The device's description: that of a Hopper GPU where Megatron has to be told one."""
     return types.SimpleNamespace(
         name="CPU",
@@ -210,13 +184,6 @@ def _properties(device: object = None) -> types.SimpleNamespace:
         total_memory=psutil.virtual_memory().total,
         multi_processor_count=os.cpu_count() or 1,
     )
-
-
-def _constant(value: object) -> Callable[..., Any]:
-    def answer(*args: object, **kwargs: object) -> object:
-        return value
-
-    return answer
 
 
 def _compile(model: Any = None, **kwargs: object) -> Any:
@@ -239,65 +206,55 @@ def _without_pinned_memory(init: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _answer(value: Any) -> Callable[..., Any]:
+    """Return a function with one answer, a new one: torch._dynamo refuses one with two names."""
+    return lambda *args, **kwargs: value
+
+
+def _measured(measure: Callable[[], Any]) -> Callable[..., Any]:
+    """Return a function of a device, which is the only one."""
+    return lambda device=None: measure()
+
+
+# What functions of ``torch.cuda`` answer; those that measure are below.
+_ANSWERS: dict[str, object] = {
+    "is_available": True,
+    "is_initialized": True,
+    "is_bf16_supported": True,
+    "is_current_stream_capturing": False,
+    "device_count": 1,
+    "current_device": 0,
+    "get_device_capability": (9, 0),
+    "get_device_name": "CPU",
+    **dict.fromkeys(("utilization", "temperature", "power_draw", "clock_rate"), 0),
+    **dict.fromkeys(("_lazy_init", "init", "set_device", "set_stream", "synchronize")),
+    **dict.fromkeys(("empty_cache", "ipc_collect")),
+    **dict.fromkeys(("reset_peak_memory_stats", "reset_max_memory_allocated")),
+}
+_MEASURED: dict[str, Callable[[], Any]] = {
+    "get_device_properties": _properties,
+    "memory_stats": _memory_stats,
+    **dict.fromkeys(("memory_allocated", "memory_reserved", "device_memory_used"), _resident),
+    **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), _peak),
+    "mem_get_info": lambda: (psutil.virtual_memory().available, psutil.virtual_memory().total),
+}
+_TENSORS = ("Float", "Half", "BFloat16", "Double", "Byte", "Bool", "Char", "Short", "Int", "Long")
+
+
 def _cuda_functions() -> dict[str, Any]:
     """All names of ``torch.cuda`` that are replaced."""
     stream = Stream()
-    replaced: dict[str, Any] = {
-        "is_available": _constant(True),
-        "is_initialized": _constant(True),
-        "is_bf16_supported": _constant(True),
-        "is_current_stream_capturing": _constant(False),
-        "device_count": _constant(1),
-        "current_device": _constant(0),
-        "get_device_capability": lambda device=None: (9, 0),
-        "get_device_name": lambda device=None: "CPU",
-        "get_device_properties": _properties,
+    return {
         "Stream": Stream,
         "Event": Event,
-        "device": Context,
-        "stream": Context,
-        "current_stream": _constant(stream),
-        "default_stream": _constant(stream),
-        "memory_allocated": lambda device=None: _resident(),
-        "memory_reserved": lambda device=None: _resident(),
-        "device_memory_used": lambda device=None: _resident(),
-        "max_memory_allocated": lambda device=None: _peak(),
-        "max_memory_reserved": lambda device=None: _peak(),
-        "memory_stats": _memory_stats,
-        "mem_get_info": lambda device=None: (
-            psutil.virtual_memory().available,
-            psutil.virtual_memory().total,
-        ),
+        "device": _Idle,
+        "stream": _Idle,
+        "current_stream": _answer(stream),
+        "default_stream": _answer(stream),
+        **{name: _answer(value) for name, value in _ANSWERS.items()},
+        **{name: _measured(measure) for name, measure in _MEASURED.items()},
+        **{f"{kind}Tensor": getattr(torch, f"{kind}Tensor") for kind in _TENSORS},
     }
-    # A new function for each: torch._dynamo refuses one object that goes by two names.
-    for name in (
-        "_lazy_init",
-        "init",
-        "set_device",
-        "set_stream",
-        "synchronize",
-        "empty_cache",
-        "ipc_collect",
-        "reset_peak_memory_stats",
-        "reset_max_memory_allocated",
-    ):
-        replaced[name] = _constant(None)
-    for name in ("utilization", "temperature", "power_draw", "clock_rate"):
-        replaced[name] = _constant(0)
-    for kind in (
-        "Float",
-        "Half",
-        "BFloat16",
-        "Double",
-        "Byte",
-        "Bool",
-        "Char",
-        "Short",
-        "Int",
-        "Long",
-    ):
-        replaced[f"{kind}Tensor"] = getattr(torch, f"{kind}Tensor")
-    return replaced
 
 
 def install() -> None:
@@ -308,13 +265,13 @@ def install() -> None:
     for name, stand_in in _cuda_functions().items():
         setattr(torch.cuda, name, stand_in)
     for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):
-        setattr(torch.cuda.nvtx, name, _constant(None))
-    torch.cuda.nvtx.range = Context  # type: ignore[assignment]
+        setattr(torch.cuda.nvtx, name, _answer(None))
+    torch.cuda.nvtx.range = _Idle  # type: ignore[assignment]
     torch.compile = _compile
     # Not a torch function, so no mode sees it.
-    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign]
+    torch.Tensor.record_stream = _answer(None)  # type: ignore[method-assign]
     if hasattr(torch, "accelerator"):  # torch itself asks there: its optimizers, its data loader
-        torch.accelerator.is_available = _constant(False)
+        torch.accelerator.is_available = _answer(False)
     loader: Any = torch.utils.data.DataLoader
     loader.__init__ = _without_pinned_memory(loader.__init__)
     CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]

@@ -5,43 +5,35 @@ that only Transformer Engine and apex have, and experts a gather that gloo lacks
 for debugging and tests: right, not fast.
 """
 
+from __future__ import annotations
+
 import copy
-import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-
-def install() -> None:
-    """Put the stand-ins in place, for good."""
-    _norms_of_all_kinds()
-    _attention_for_context_parallelism()
-    _uneven_splits_for_experts()
+from megatron_came.patching import Function
 
 
-def _norms_of_all_kinds() -> None:
+def norms_of_all_kinds(original: Function) -> Function:
     """Let torch's norms run on a part of the sequence, and with weights around zero.
 
-    A norm treats every token alone.  All that sequence parallelism asks of it is a mark on its
+    A norm treats every token alone. All that sequence parallelism asks of it is a mark on its
     weights: their gradients are partial sums, which Megatron adds up over tensor-parallel ranks.
     """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    build = WrappedTorchNorm.__new__
-
-    @functools.wraps(build)
     def build_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         whole = copy.copy(config)
         whole.sequence_parallel = whole.layernorm_zero_centered_gamma = False
-        norm: torch.nn.Module = build(cls, whole, *args, **kwargs)
+        norm: torch.nn.Module = original(cls, whole, *args, **kwargs)
         if config.layernorm_zero_centered_gamma:
             _center_at_zero(norm)
         for param in norm.parameters():
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
-    WrappedTorchNorm.__new__ = staticmethod(build_marked)
+    return build_marked
 
 
 def _center_at_zero(norm: torch.nn.Module) -> None:
@@ -69,20 +61,20 @@ class _ZeroCenteredRMSNorm(torch.nn.RMSNorm):
         )
 
 
-def _attention_for_context_parallelism() -> None:
-    """Let the unfused attention see the keys and values of all context-parallel ranks."""
-    from megatron.core import parallel_state
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
+def starting_alone(original: Function) -> Function:
+    """Let the unfused attention be built with context parallelism, which it refuses."""
 
-    start, attend = DotProductAttention.__init__, DotProductAttention.forward
-
-    @functools.wraps(start)
     def start_alone(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         alone = copy.copy(config)
         alone.context_parallel_size = 1
-        start(self, alone, *args, **kwargs)
+        original(self, alone, *args, **kwargs)
 
-    @functools.wraps(attend)
+    return start_alone
+
+
+def attending_to_all(original: Function) -> Function:
+    """Let the unfused attention see the keys and values of all context-parallel ranks."""
+
     def attend_to_all(
         self: Any,
         query: torch.Tensor,
@@ -91,7 +83,9 @@ def _attention_for_context_parallelism() -> None:
         attention_mask: torch.Tensor | None,
         *args: Any,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
+        from megatron.core import parallel_state
+
         group = parallel_state.get_context_parallel_group()
         if group.size() > 1:
             if attention_mask is None:
@@ -101,52 +95,41 @@ def _attention_for_context_parallelism() -> None:
                 )
             # The mask has this rank's queries and all keys.
             key, value = _whole_sequence(key, group), _whole_sequence(value, group)
-        attended: torch.Tensor = attend(self, query, key, value, attention_mask, *args, **kwargs)
-        return attended
+        return original(self, query, key, value, attention_mask, *args, **kwargs)
 
-    DotProductAttention.__init__ = start_alone
-    DotProductAttention.forward = attend_to_all
+    return attend_to_all
 
 
-def _uneven_splits_for_experts() -> None:
-    """Gather and scatter parts of unlike sizes, which gloo does not.
+def gathering_unlike(original: Function) -> Function:
+    """Gather parts of unlike sizes."""
 
-    Tensor-parallel ranks of an expert hold unlike numbers of tokens.
-    """
-    from megatron.core.tensor_parallel import mappings
-
-    gather, reduce_scatter = (
-        mappings._gather_along_first_dim,
-        mappings._reduce_scatter_along_first_dim,
-    )
-
-    @functools.wraps(gather)
     def gather_unlike(
         part: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    ) -> Any:
         if sizes is None or group.size() == 1:
-            even: torch.Tensor = gather(part, group, sizes, *args, **kwargs)
-            return even
+            return original(part, group, sizes, *args, **kwargs)
         padded = part.new_zeros((max(sizes), *part.shape[1:]))
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=group)
         return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
 
-    @functools.wraps(reduce_scatter)
+    return gather_unlike
+
+
+def scattering_unlike(original: Function) -> Function:
+    """Add up, and scatter parts of unlike sizes."""
+
     def reduce_scatter_unlike(
         whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    ) -> Any:
         if sizes is None or group.size() == 1:
-            even: torch.Tensor = reduce_scatter(whole, group, sizes, *args, **kwargs)
-            return even
+            return original(whole, group, sizes, *args, **kwargs)
         total = whole.clone()
         dist.all_reduce(total, group=group)
-        own: torch.Tensor = torch.split(total, sizes)[group.rank()].clone()
-        return own
+        return torch.split(total, sizes)[group.rank()].clone()
 
-    mappings._gather_along_first_dim = gather_unlike
-    mappings._reduce_scatter_along_first_dim = reduce_scatter_unlike
+    return reduce_scatter_unlike
 
 
 def _whole_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -7,6 +7,8 @@ import sys
 import torch
 import torch.distributed
 
+from megatron_came.voice import say
+
 VARIABLE = "MEGATRON_CAME_CPU"
 
 _enabled = False
@@ -41,7 +43,7 @@ def enable() -> bool:
     Raises:
         ValueError: ``MEGATRON_CAME_CPU`` is set to something else than 0 or 1.
         RuntimeError: Megatron was imported before this call.
-        HostError: Megatron is missing, of a release that is not supported, or lacks a flag that
+        MegatronError: Megatron is missing, of a release that is not supported, or lacks a flag that
             has to be set.
     """
     global _enabled
@@ -60,21 +62,11 @@ def enable() -> bool:
     randomness.install()
     _enabled = True
 
-    # These import Megatron, which has to find the stand-ins in place.
-    from megatron_came.cpu_megatron import arguments, host_functions, parallel_layers, torch_adam
-    from megatron_came.megatron.compat import cpu as releases
-    from megatron_came.megatron.versions import check_version, has_training_loop
+    from megatron_came.cpu_megatron.install import install  # Megatron finds the stand-ins in place
 
-    check_version()
-    releases.install()
-    if has_training_loop():
-        arguments.install()
-    host_functions.install()
-    parallel_layers.install()
-    torch_adam.install()
+    install()
     atexit.register(_leave_process_groups)
-    if os.environ.get("RANK", "0") == "0":
-        print(_announcement(), flush=True)
+    say(_announcement())
     return True
 
 
@@ -104,6 +96,6 @@ def _announcement() -> str:
     """Two lines of 80 columns at most: Megatron's own list of arguments shows all of them."""
     reason = f"{VARIABLE}=1" if os.environ.get(VARIABLE) == "1" else "no GPU"
     return (
-        f"megatron_came: training on the CPU over gloo ({reason}), unfused,\n"
+        f"training on the CPU over gloo ({reason}), unfused,\n"
         "by default --transformer-impl local --attention-backend unfused --num-workers 0."
     )

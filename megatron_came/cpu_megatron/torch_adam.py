@@ -4,11 +4,14 @@ On a GPU it has the Adam of Transformer Engine or apex.  With torch's, which it 
 places of the loading of a checkpoint fail or lose the step count, and each has its stand-in here.
 """
 
-import functools
+from __future__ import annotations
+
 import itertools
 from typing import Any
 
 import torch
+
+from megatron_came.patching import Function
 
 
 def _is_plain_adam(optimizer: object) -> bool:
@@ -36,35 +39,39 @@ def _restore_steps(adam: torch.optim.Optimizer) -> None:
                 adam.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
 
-def install() -> None:
-    """Put the stand-ins in place, for good."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+def with_state(original: Function) -> Function:
+    """Describe a state that is to be loaded, though there is none yet."""
 
-    describe = DistributedOptimizer.sharded_state_dict
-    load = DistributedOptimizer.load_state_dict
-    copy_shard = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    @functools.wraps(describe)
     def sharded_state_dict(
         self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         if is_loading and _is_plain_adam(self.optimizer) and not self.optimizer.state:
             _prepare_state(self.optimizer)
-        return describe(self, model, is_loading, *args, **kwargs)
+        return original(self, model, is_loading, *args, **kwargs)
 
-    @functools.wraps(load)
+    return sharded_state_dict
+
+
+def with_steps(original: Function) -> Function:
+    """Restore step counts after the rest of the state."""
+
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        load(self, state_dict)
+        original(self, state_dict)
         if _is_plain_adam(self.optimizer):
             _restore_steps(self.optimizer)
 
-    @functools.wraps(copy_shard)
-    @torch.no_grad()  # a shard of an fp32 weight is copied in place, which autograd forbids
-    def copy_shard_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        if _is_plain_adam(self.optimizer):
-            tensors = {**tensors, "step": None}  # some checkpoint formats have it, others do not
-        copy_shard(self, model_param, tensors)
+    return load_state_dict
 
-    DistributedOptimizer.sharded_state_dict = sharded_state_dict
-    DistributedOptimizer.load_state_dict = load_state_dict
-    DistributedOptimizer._set_main_param_and_optimizer_states = copy_shard_without_step
+
+def without_step(original: Function) -> Function:
+    """Copy a slice without its step, which some checkpoint formats have and others do not."""
+
+    @torch.no_grad()  # a slice of an fp32 weight is copied in place, which autograd forbids
+    def _set_main_param_and_optimizer_states(
+        self: Any, model_param: Any, tensors: dict[str, Any]
+    ) -> None:
+        if _is_plain_adam(self.optimizer):
+            tensors = {**tensors, "step": None}
+        original(self, model_param, tensors)
+
+    return _set_main_param_and_optimizer_states

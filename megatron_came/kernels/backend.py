@@ -1,113 +1,115 @@
-"""What the kernels of a device are: the tables that they share, and what they can do."""
+"""What a back end fulfils: eager PyTorch for all that there is, Triton on GPUs, Numba on CPUs.
+
+A :class:`Backend` computes on one device. :meth:`Backend.passes` makes, once for a set of
+parameters, what outlives a step (tables, room); :meth:`Passes.begin` makes of that and of what a
+step brings a :class:`Step`, which is dropped after it. Three methods of it are the three passes;
+between them ``step.py`` completes the sums over ranks.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_came.core.shard import Shard
-from megatron_came.kernels.triton.schedule import Schedule
-from megatron_came.kernels.triton.tables import IntTable
-from megatron_came.kernels.triton.tiling import Tiling
+from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
+
+# A batch of more matrices, each of fewer elements, is left to eager PyTorch: tiles of it would be
+# mostly empty.
+_MANY_MATRICES, _SMALL_MATRIX = 64, 1024
 
 
-@dataclass(slots=True)
-class Tables:
-    """What the kernels read and write, on their device; see ``kernels.triton.tables``.
+class Step(Protocol):
+    """The passes of one step over the parameters that take part in it.
 
-    Arrays lie in one piece, row by row: kernels are given their addresses.
-
-    Attributes:
-        tiling: how the matrices are cut.
-        matrices: table of ``MatrixField``.
-        vectors: table of ``VectorField``.
-        tiles: table of ``TileField``.
-        spans: table of ``SpanField``; empty unless momentum is int8.
-        strips: table of ``StripField``.
-        factors: (matrices, 2): matrix parameter and place in its batch.
-        groups: table of ``GroupField``, float64.
-        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        scratch: (slots, 3, ``tiling.slot_sums``), fp32.
-        aligned: whether the matrices allow vector loads.
+    Sums are added to the tensors that :meth:`Backend.passes` was given; they are zero before.
     """
 
-    tiling: Tiling
-    matrices: Any
-    vectors: Any
-    tiles: Any
-    spans: Any
-    strips: Any
-    factors: Any
-    groups: Any
-    divisors: Any
-    scratch: Any
-    aligned: bool = False
+    def add_square_sums(self) -> None:
+        """Pass 1: add the row and column sums of g^2; of a vector, write g^2."""
+        ...
+
+    def add_instability_sums(self) -> None:
+        """With the sums of pass 1 complete: update r and c (v), and add the sums of pass 2.
+
+        They are the row and column sums of e^2, u e and u^2 with e = u/d0 - m, and the total of
+        u^2; of a vector, the total alone.
+        """
+        ...
+
+    def apply(self) -> None:
+        """With the sums of pass 2 complete: update R and C; pass 3 updates momentum and weights.
+
+        The model's 16-bit weights, where there are some, are rewritten as well.
+        """
+        ...
+
+    def run(self) -> None:
+        """All three, where no sum goes over ranks: matrix by matrix, if that saves traffic."""
+        ...
 
 
-class Kernels(Protocol):
-    """The fused twins of the passes on one device.
+class Passes(Protocol):
+    """The passes over some parameters, of step after step."""
+
+    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> Step:
+        """Take up what a step brings, before anything is changed.
+
+        A step that has failed, here or later, leaves nothing behind that the next one relies on.
+
+        Args:
+            inputs: of those of the parameters that take part, in the order in which
+                :meth:`Backend.passes` was given them; perhaps of none.
+
+        Raises:
+            ValueError: state that does not fit its parameter.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """Who computes the passes on one device.
 
     Attributes:
-        tiling: how they like matrices to be cut.
+        name: one of ``dispatch.CHOICES``; of others than "plain" the package that compiles the
+            kernels.
     """
 
-    tiling: Tiling
-
     @property
-    def written_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the model weights that they can write beside the fp32 ones."""
+    def name(self) -> str:
+        """See above."""
         ...
 
-    @property
-    def cache_elements(self) -> int | None:
-        """Elements whose fp32 gradient and momentum fill the last cache; None: no limit."""
+    def unsupported(self, slice_: ParameterSlice) -> str | None:
+        """Return why it does not update a parameter, as "with float64 weights"; None if it does.
+
+        What one back end does not update, eager PyTorch does.
+        """
         ...
 
-    def aligned(self, matrices: IntTable) -> bool:
-        """Whether all rows of a table of matrices allow vector loads."""
-        ...
+    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> Passes:
+        """Return the passes over some parameters, all of which it supports, on one device.
 
-    def obstacle(self, param: Tensor, shard: Shard) -> str | None:
-        """Return why they cannot, or should not, update this parameter, in words; None if not."""
-        ...
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """Make the parameters' device the current one."""
-        ...
-
-    def place(self, table: np.ndarray[Any, Any]) -> Any:
-        """Copy a table to where the kernels read it, without waiting for the device."""
-        ...
-
-    def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
-        """Write a group's learning rate to its table."""
-        ...
-
-    def count_step(self, tables: Tables) -> None:
-        """Add one to all groups' steps in their table."""
-        ...
-
-    def scratch(self, slots: int, sums: int) -> Any:
-        """Return a buffer of (slots, 3, sums); all passes on the device share it."""
-        ...
-
-    def run(self, tables: Tables, schedule: Schedule) -> None:
-        """Launch what a schedule lists, one after another."""
+        Args:
+            sums: where each parameter's sums go; the order is the same on all ranks.
+            is_local: whether no sum goes over ranks, so that matrices may go through all passes
+                one after another, see :meth:`Step.run`.
+        """
         ...
 
 
-def usual_obstacle(param: Tensor, shard: Shard) -> str | None:
-    """Return what hinders all kernels: not one piece that an address describes; small matrices."""
+def unsupported_by_kernels(slice_: ParameterSlice) -> str | None:
+    """Return what hinders all kernels: they work on addresses, and on fp32 weights."""
+    param = slice_.param
+    if not slice_.has_fp32_weights:
+        return f"with {str(param.dtype).removeprefix('torch.')} weights"
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"in tensors of type {type(param).__name__}"
     if not param.is_contiguous():
         return "in tensors that are not contiguous"
-    batch, rows, columns = shard.local_matrix
-    if batch > 64 and rows * columns < 1024:  # tiles would be mostly empty
+    batch, rows, columns = slice_.shard.local_matrix
+    if batch > _MANY_MATRICES and rows * columns < _SMALL_MATRIX:
         return "with batches of many small matrices, as convolutions are (see flat_convolutions)"
     return None

@@ -1,8 +1,4 @@
-"""Who computes a step: Triton on GPUs, Numba on CPUs, plain PyTorch for all else.
-
-:func:`choose` picks the kernels of a device, and :func:`obstacle` is the one place that decides
-whether they or plain PyTorch update a parameter.
-"""
+"""Who computes a step: Triton on GPUs, Numba on CPUs, plain PyTorch for all else."""
 
 from __future__ import annotations
 
@@ -13,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_came.core.parameter_slice import ParameterSlice
-from megatron_came.kernels.backend import Kernels
+from megatron_came.kernels.backend import Backend
 from megatron_came.kernels.cpu import threads  # imported at once: it remembers the process
+from megatron_came.kernels.eager import EagerBackend
 
 CHOICES = ("auto", "plain", "numba", "triton")
 
@@ -28,36 +24,21 @@ class Choice(NamedTuple):
     """Who computes a step on one device.
 
     Attributes:
-        kernels: None for plain PyTorch.
+        backend: that computes.
         reason: one sentence.
-        is_lesser: whether there could be kernels that are faster, or sooner there, but they cannot
-            be used.
+        should_warn: whether a faster back end, or one that starts sooner, is not usable.
     """
 
-    kernels: Kernels | None
+    backend: Backend
     reason: str
-    is_lesser: bool = False
-
-
-def obstacle(kernels: Kernels | None, work: ParameterSlice) -> str | None:
-    """Return why kernels do not update a parameter, so that plain PyTorch does; None if they do.
-
-    They do fp32 weights, in one piece or two; and vectors only where no other rank holds copies.
-    """
-    if kernels is None:
-        return "there are no kernels"
-    if not work.has_fp32_weights:
-        return f"with {str(work.param.dtype).removeprefix('torch.')} weights"
-    if work.shard.is_vector and work.copies_group is not None:
-        return "with copies on other ranks, of vectors"
-    return kernels.obstacle(work.param, work.shard)
+    should_warn: bool = False
 
 
 def left_to_plain(reasons: Sequence[str], total: int) -> str:
     """Return a sentence about parameters that kernels leave to plain PyTorch.
 
     Args:
-        reasons: of each of them, see :func:`obstacle`.
+        reasons: of each of them, see :meth:`Backend.unsupported`.
         total: number of all parameters.
     """
     counts = [f"{count} {reason}" for reason, count in Counter(reasons).most_common()]
@@ -80,12 +61,13 @@ def choose(wanted: str, device: torch.device) -> Choice:
     if wanted not in CHOICES:
         raise ValueError(f"CAME: kernels {wanted!r} is not one of {', '.join(CHOICES)}.")
     if wanted == "plain":
-        return Choice(None, "CAME's step runs in plain PyTorch, as asked for.")
+        return Choice(EagerBackend(), "CAME's step runs in plain PyTorch, as asked for.")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     usual = {"cpu": "numba", "cuda": "triton"}.get(device.type)
     if wanted == "auto" and usual is None:
         return Choice(
-            None, f"CAME's step runs in plain PyTorch: there are no kernels for {device.type}."
+            EagerBackend(),
+            f"CAME's step runs in plain PyTorch: there are no kernels for {device.type}.",
         )
     name = usual if wanted == "auto" else wanted
     runs_there = name == usual or (name == "triton" and interpreted)
@@ -94,7 +76,7 @@ def choose(wanted: str, device: torch.device) -> Choice:
             f"CAME: kernels {wanted!r} do not run on {device.type}: use 'auto' or 'plain'."
         )
     try:
-        return _kernels(str(name), device)
+        return _compiled(str(name), device)
     except _UNUSABLE as error:  # not installed, or not working here
         reason, command = _why_not(error), _INSTALL[str(name)]
         if wanted != "auto":
@@ -102,10 +84,10 @@ def choose(wanted: str, device: torch.device) -> Choice:
                 f"CAME: kernels {wanted!r} need {name}, which cannot be used ({reason}): {command}."
             ) from error
         return Choice(
-            None,
+            EagerBackend(),
             f"CAME's step runs in plain PyTorch, which is slower: {name} cannot be used ({reason});"
             f" {command}.",
-            is_lesser=True,
+            should_warn=True,
         )
 
 
@@ -118,19 +100,19 @@ def _why_not(error: Exception) -> str:
     return (lines or [f"its import ends in {type(error).__name__}"])[0].rstrip(".")
 
 
-def _kernels(name: str, device: torch.device) -> Choice:
+def _compiled(name: str, device: torch.device) -> Choice:
     if name == "numba":
-        from megatron_came.kernels.cpu.launch import NumbaKernels
+        from megatron_came.kernels.cpu.launch import NumbaBackend
 
         obstacle = threads.obstacle()
         limit = "" if obstacle is None else f", on one thread: {obstacle}"
         why = "the weights are on a CPU, and Numba is installed"
-        kernels = NumbaKernels()
-        note = f" {kernels.note}" if kernels.note else ""
+        backend = NumbaBackend()
+        note = f" {backend.note}" if backend.note else ""
         return Choice(
-            kernels, f"CAME's step runs in Numba's kernels ({why}){limit}.{note}", bool(note)
+            backend, f"CAME's step runs in Numba's kernels ({why}){limit}.{note}", bool(note)
         )
-    from megatron_came.kernels.triton.launch import TritonKernels
+    from megatron_came.kernels.triton.launch import TritonBackend
 
     why = f"the weights are on {device}, and Triton is installed"
-    return Choice(TritonKernels(device), f"CAME's step runs in Triton's kernels ({why}).")
+    return Choice(TritonBackend(device), f"CAME's step runs in Triton's kernels ({why}).")

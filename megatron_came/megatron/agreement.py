@@ -23,15 +23,15 @@ from megatron_came.megatron.rank_settings import (
     Settings,
     difference,
     names_of,
-    optimizer_of,
     parameters_of,
     settings_of,
 )
+from megatron_came.voice import of_all_ranks
 
 _NO_OPINION = -(2**62)
 
 # How the reason of plain PyTorch begins where there could be kernels.
-_LESSER = "CAME's step runs in plain PyTorch, which is slower: "
+_SLOWER = "CAME's step runs in plain PyTorch, which is slower: "
 
 Groups = Sequence[dist.ProcessGroup | None]  # None: all ranks
 
@@ -65,28 +65,24 @@ def agree(
     Raises:
         UnsupportedError: on all ranks, if they have other settings or parameters.
     """
-    everyone = _groups_of_all(collection)
+    everyone: Groups = [None]
+    if collection is not None:  # groups that together, one after the other, connect all ranks
+        groups = (getattr(collection, "mp", None), _data_parallel(collection))
+        everyone = [group for group in groups if group is not None]
+    tell_optimizer(config, everyone)
     _refuse_other_settings(settings_of(config), everyone)
     config = _with_common_kernels(config, model_chunks, everyone)
     _refuse_other_parameters(model_chunks, collection, everyone)
     return config
 
 
-def tell_other_optimizer(config: Any) -> None:
-    """Let ranks with CAME know that this one has another optimizer.
+def tell_optimizer(config: Any, everyone: Groups = (None,)) -> None:
+    """Compare the one setting that ranks with CAME and others have in common.
 
     Raises:
-        UnsupportedError: on all ranks, if they have not chosen the same.
+        UnsupportedError: on all ranks, if they have not chosen the same optimizer.
     """
-    _refuse_other_settings(optimizer_of(config), _groups_of_all(None))
-
-
-def _groups_of_all(collection: Any | None) -> Groups:
-    """Groups that together, one after the other, connect all ranks that train the model."""
-    if collection is None:
-        return [None]
-    groups = (getattr(collection, "mp", None), _data_parallel(collection))
-    return [group for group in groups if group is not None]
+    _refuse_other_settings({"--optimizer": str(config.optimizer)}, everyone)
 
 
 def _data_parallel(collection: Any) -> dist.ProcessGroup | None:
@@ -94,14 +90,9 @@ def _data_parallel(collection: Any) -> dist.ProcessGroup | None:
 
 
 def _refuse_other_settings(settings: Settings, everyone: Groups) -> None:
-    # Ranks with different optimizers have only that setting in common: it decides.
-    optimizer = {"--optimizer": settings["--optimizer"]}
-    for compared in (optimizer, settings):
-        if _differ(repr(sorted(compared.items())), everyone):
-            clause = difference(_gather(compared, everyone))
-            raise UnsupportedError(
-                f"{clause}: all ranks of a run need the same, so start them alike."
-            )
+    clause = _compare(settings, everyone)
+    if clause is not None:
+        raise UnsupportedError(f"{clause}: all ranks of a run need the same, so start them alike.")
 
 
 def _with_common_kernels(
@@ -119,8 +110,9 @@ def _with_common_kernels(
             f"--came-kernels {config.kernels} cannot be used on {names_of(missing)}: "
             f"{with_weights[missing[0]].reason}"
         )
-    names = {rank: {"kernels": str(kernels.name)} for rank, kernels in with_weights.items()}
-    clause = difference(names)
+    clause = difference(
+        {rank: {"kernels": str(kernels.name)} for rank, kernels in with_weights.items()}
+    )
     if clause is None:
         return config
     if config.kernels != "auto":
@@ -128,8 +120,8 @@ def _with_common_kernels(
             f"--came-kernels {config.kernels}: {clause}, which round otherwise: install one "
             "version everywhere, or leave --came-kernels out."
         )
-    lesser = [rank for rank, kernels in with_weights.items() if kernels.name == "plain"]
-    why = with_weights[lesser[0]].reason.removeprefix(_LESSER) if lesser else "install one version"
+    plain = (kernels.reason for kernels in with_weights.values() if kernels.name == "plain")
+    why = next(plain, "install one version").removeprefix(_SLOWER)
     config = copy.copy(config)
     config.kernels = "plain"
     config.why_plain = (
@@ -148,17 +140,15 @@ def _kernels_here(wanted: str, model_chunks: list[Any]) -> Kernels | None:
         return Kernels(None, str(error).removeprefix("CAME: "))
     if not choices:
         return None
-    names = dict.fromkeys(_name(choice.kernels) for choice in choices)
+    names = dict.fromkeys(_name(choice.backend.name) for choice in choices)
     return Kernels(" and ".join(names), " ".join(choice.reason for choice in choices))
 
 
-def _name(kernels: object) -> str:
-    """Return whose kernels these are, with the version, on which the last bits depend."""
-    if kernels is None:
-        return "plain"
-    room = type(kernels).__module__.split(".")[-2]  # megatron_came.kernels.ROOM.launch
-    package = {"cpu": "numba"}.get(room, room)
-    return f"{package} {importlib.import_module(package).__version__}"
+def _name(backend: str) -> str:
+    """Return a back end with the version of what compiles it, on which the last bits depend."""
+    if backend == "plain":
+        return backend
+    return f"{backend} {importlib.import_module(backend).__version__}"
 
 
 def _refuse_other_parameters(
@@ -169,17 +159,25 @@ def _refuse_other_parameters(
 
     if collection is None:
         collection = ProcessGroupCollection.use_mpu_process_groups()
-    named = list(_named_parameters(model_chunks))
-    dense = [(name, param) for name, param in named if getattr(param, "allreduce", True)]
-    experts = [(name, param) for name, param in named if not getattr(param, "allreduce", True)]
-    # Copies go by other names on the last stage.
-    tied = [("tied embeddings", p) for _, p in named if getattr(p, "shared_embedding", False)]
-    groups_of_dense = (getattr(collection, "tp", None), _data_parallel(collection))
-    groups_of_experts = (getattr(collection, name, None) for name in ("expt_tp", "expt_dp"))
-    clauses = [_compare(parameters_of(dense), group) for group in groups_of_dense]
-    clauses += [_compare(parameters_of(experts), group) for group in groups_of_experts]
-    if tied:
-        clauses.append(_compare(parameters_of(tied[:1]), getattr(collection, "embd", None)))
+    dense: dict[str, Tensor] = {}
+    experts: dict[str, Tensor] = {}
+    tied: dict[str, Tensor] = {}
+    for name, param in _named_parameters(model_chunks):
+        (dense if getattr(param, "allreduce", True) else experts)[name] = param
+        if getattr(param, "shared_embedding", False):  # it has other names on the last stage
+            tied = {"tied embeddings": param}
+    compared = [
+        (dense, getattr(collection, "tp", None)),
+        (dense, _data_parallel(collection)),
+        (experts, getattr(collection, "expt_tp", None)),
+        (experts, getattr(collection, "expt_dp", None)),
+        *([(tied, getattr(collection, "embd", None))] if tied else []),
+    ]
+    clauses = [
+        _compare(parameters_of(named), [group])
+        for named, group in compared
+        if group is not None and group.size() > 1
+    ]
     clause = next(filter(None, clauses), None)
     if _differ(clause or "", everyone):
         # Other groups have found nothing, or something else.
@@ -191,13 +189,6 @@ def _refuse_other_parameters(
         )
 
 
-def _compare(parameters: Settings, group: dist.ProcessGroup | None) -> str | None:
-    if group is None or group.size() == 1 or not _differ(repr(parameters), [group]):
-        return None
-    found = _gather(parameters, [group])
-    return difference(found) or "ranks hold their parameters in another order"
-
-
 def _named_parameters(model_chunks: list[Any]) -> Iterable[tuple[str, Tensor]]:
     """All parameters, trained or not; several chunks' by the number of their chunk, too."""
     for index, chunk in enumerate(model_chunks):
@@ -206,6 +197,13 @@ def _named_parameters(model_chunks: list[Any]) -> Iterable[tuple[str, Tensor]]:
             while name.startswith("module."):
                 name = name.removeprefix("module.")
             yield prefix + name, param
+
+
+def _compare(mine: Settings, groups: Groups) -> str | None:
+    """Say in a clause where ranks differ, or return None."""
+    if not _differ(repr(list(mine.items())), groups):
+        return None
+    return difference(_gather(mine, groups)) or "ranks hold their parameters in another order"
 
 
 def _differ(text: str | None, groups: Groups) -> bool:
@@ -227,7 +225,5 @@ def _gather(mine: Any, groups: Groups) -> dict[int, Any]:
     """Return what every rank has, by rank."""
     found = {dist.get_rank(): mine}
     for group in groups:
-        parts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, found, group=group)
-        found = {rank: value for part in parts for rank, value in part.items()}
+        found = {rank: value for each in of_all_ranks(found, group) for rank, value in each.items()}
     return dict(sorted(found.items()))

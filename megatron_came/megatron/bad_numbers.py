@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_came.megatron.patching import Function, wrap, wrap_method
+from megatron_came.patching import Function
+from megatron_came.voice import end_if, rank
 
 _LOSS = "the loss is"
 _BUCKET = re.compile(r"bucket #(\d+)")
@@ -69,21 +69,9 @@ class _Watch:
 _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 
 
-def install() -> None:
-    """Look at what Megatron checks, and end all ranks before it would save."""
-    machine = ("megatron.core.rerun_state_machine", "RerunStateMachine")
-    wrap("megatron.training.training", "train_step", _watched)
-    wrap_method(*machine, "validate_result", _noted)
-    wrap_method(*machine, "should_checkpoint_and_exit", _ended)
-    wrap_method(
-        "megatron.core.distributed.param_and_grad_buffer",
-        "_ParamAndGradBucketGroup",
-        "check_grads",
-        _with_buckets,
-    )
+def watched(original: Function) -> Function:
+    """Look for bad numbers in an iteration of CAME's."""
 
-
-def _watched(original: Function) -> Function:
     def train_step(
         forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -92,9 +80,8 @@ def _watched(original: Function) -> Function:
         run = get_args()
         watch = None
         if run.optimizer == "came" and run.check_for_nan_in_loss_and_grad:
-            rank = dist.get_rank() if dist.is_initialized() else 0
             iteration = getattr(run, "curr_iteration", 0) + 1
-            watch = _Watch(model, f"iteration {iteration}, rank {rank}")
+            watch = _Watch(model, f"iteration {iteration}, rank {rank()}")
         token = _watch.set(watch)
         try:
             return original(forward_step_func, data_iterator, model, *args, **kwargs)
@@ -104,7 +91,9 @@ def _watched(original: Function) -> Function:
     return train_step
 
 
-def _with_buckets(original: Function) -> Function:
+def with_buckets(original: Function) -> Function:
+    """Remember whose gradients are being looked at."""
+
     def check_grads(self: Any, *args: Any, **kwargs: Any) -> Any:
         watch = _watch.get()
         if watch is not None:
@@ -114,7 +103,9 @@ def _with_buckets(original: Function) -> Function:
     return check_grads
 
 
-def _noted(original: Function) -> Function:
+def noted(original: Function) -> Function:
+    """Remember what is wrong instead of ending one rank alone."""
+
     def validate_result(
         self: Any, result: Any, rejection_func: Any, message: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -132,31 +123,22 @@ def _noted(original: Function) -> Function:
     return validate_result
 
 
-def _ended(original: Function) -> Function:
+def ended(original: Function) -> Function:
+    """End all ranks with one sentence before Megatron would save."""
+
     def should_checkpoint_and_exit(self: Any) -> Any:
         result = original(self)
         watch = _watch.get()
-        if watch is not None and (sentence := _first(watch.sentence)):
-            raise SystemExit(f"megatron_came: {sentence}")
+        if watch is not None:
+            end_if(watch.sentence, _first)
         return result
 
     return should_checkpoint_and_exit
 
 
-def _first(sentence: str | None) -> str | None:
-    """The sentence of the first rank that has one, on all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return sentence
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.tensor(sentence is not None, dtype=torch.int32, device=device)
-    dist.all_reduce(found)
-    if not found.item():
-        return None
-    sentences: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, sentence)
-    given = [each for each in sentences if each]
-    # A loss comes before the gradients that it spoils on other pipeline stages.
-    return next((each for each in given if _LOSS in each), given[0])
+def _first(problems: list[str]) -> str:
+    """The first rank's; a loss comes before the gradients that it spoils on other stages."""
+    return next((each for each in problems if _LOSS in each), problems[0])
 
 
 def _names(model: Iterable[Any]) -> dict[Tensor, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -10,31 +11,22 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.state import MOMENTUM_DTYPES
-from megatron_came.megatron.agreement import agree, tell_other_optimizer
-from megatron_came.megatron.arguments import say_once
-from megatron_came.megatron.compat.refusals import check_model
-from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.agreement import agree, tell_optimizer
+from megatron_came.megatron.config import OWN, CameOptimizerConfig
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.parameter_names import places
-from megatron_came.megatron.patching import Function, wrap
+from megatron_came.megatron.parameter_names import identities
 from megatron_came.megatron.rank_settings import arguments
+from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas
 from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
+from megatron_came.patching import Function
+from megatron_came.voice import say_once
 
 
-def install() -> None:
-    """Let Megatron's two builders know CAME."""
-    wrap("megatron.core.optimizer", "get_megatron_optimizer", _with_came)
-    wrap(
-        "megatron.core.optimizer",
-        "_get_megatron_optimizer_based_on_param_groups",
-        _with_came_for_groups,
-    )
-
-
-def _with_came(original: Function) -> Function:
+def with_came(original: Function) -> Function:
+    """Stand in for ``get_megatron_optimizer``."""
     signature = inspect.signature(original)
 
     def get_megatron_optimizer(
@@ -43,7 +35,7 @@ def _with_came(original: Function) -> Function:
         given = signature.bind(config, model_chunks, *args, **kwargs).arguments
         collection = given.get("pg_collection")
         if isinstance(config, CameOptimizerConfig):
-            _check_model(config, model_chunks)
+            refuse(settings_of_model(config, model_chunks))
             config = agree(config, model_chunks, collection).as_standard()
         elif getattr(config, "optimizer", None) == "came":
             raise UnsupportedError(
@@ -51,49 +43,29 @@ def _with_came(original: Function) -> Function:
                 "megatron_came.megatron.config.CameOptimizerConfig."
             )
         elif arguments() and collection is None:
-            tell_other_optimizer(config)
+            tell_optimizer(config)
         return original(config, model_chunks, *args, **kwargs)
 
     return get_megatron_optimizer
 
 
-def _check_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> None:
-    """Refuse models and settings that reach the builder without passing the command line."""
-    from megatron.core.models.mimo.model.base import MimoModel
+def settings_of_model(config: Any, model_chunks: list[Any]) -> SimpleNamespace:
+    """Return what is known where CAME is built, perhaps without a command line.
 
-    model = model_chunks[0]
-    while not isinstance(model, MimoModel) and hasattr(model, "module"):
-        model = model.module  # out of its wrappers
-    if isinstance(model, MimoModel):
-        raise UnsupportedError(
-            "--optimizer came does not support MiMo models, which build their own optimizers: "
-            "use --optimizer adam."
-        )
-    if not config.decoupled_weight_decay:
-        raise UnsupportedError(
-            "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on."
-        )
-    if config.momentum_dtype not in MOMENTUM_DTYPES:
-        raise UnsupportedError(
-            f"--came-momentum-dtype {config.momentum_dtype} is not one of "
-            f"{', '.join(MOMENTUM_DTYPES)}."
-        )
-    if config.main_params not in ("fp32", "remainder"):
-        raise UnsupportedError(f"--came-main-params {config.main_params} is not fp32 or remainder.")
-    if config.main_params == "remainder" and not (config.bf16 and config.use_distributed_optimizer):
-        raise UnsupportedError(
-            "--came-main-params remainder needs bf16 weights and the distributed optimizer: set "
-            "bf16 and use_distributed_optimizer, or leave it at fp32."
-        )
-    if model_chunks[0].ddp_config.use_megatron_fsdp:
-        raise UnsupportedError(
-            "--optimizer came does not go with --use-megatron-fsdp: "
-            "use --use-distributed-optimizer."
-        )
-    check_model(model_chunks)
+    Args:
+        config: see :class:`megatron_came.megatron.config.CameOptimizerConfig`.
+        model_chunks: the model.
+    """
+    configs = [getattr(model_chunks[0], name, None) for name in ("config", "ddp_config")]
+    settings = {key: value for each in configs if each for key, value in vars(each).items()}
+    settings |= vars(config)
+    own = {f"came_{name}": getattr(config, name) for name in OWN}
+    return SimpleNamespace(**settings, **own, model_chunks=model_chunks)
 
 
-def _with_came_for_groups(original: Function) -> Function:
+def with_came_for_groups(original: Function) -> Function:
+    """Stand in for the builder of one group of optimizers."""
+
     def _get_megatron_optimizer_based_on_param_groups(
         config: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -129,7 +101,7 @@ def build(
     if model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
         check_replicas([param for params in model_params for param in params], model_groups)
     came = _came(config, param_groups)
-    known = None if config.momentum_dtype == "fp32" else places(model_chunks)
+    known = None if config.momentum_dtype == "fp32" else identities(model_chunks)
 
     wrapper: Any
     if config.use_distributed_optimizer:
@@ -145,7 +117,7 @@ def build(
             data_parallel_group_idx=data_parallel_group_idx,
             distributed_optimizer_instance_id=distributed_optimizer_instance_id,
             model_groups=model_groups,
-            places=known,
+            identities=known,
         )
         wrapper.grad_stats_parallel_group = intra_dist_opt_group
     else:
@@ -166,9 +138,7 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
     came = CAME(
         param_groups,
         lr=config.lr,
-        betas=config.came.betas,
-        eps=config.came.eps,
-        clip_threshold=config.came.clip_threshold,
+        **config.came.as_group(),
         weight_decay=config.weight_decay,
         kernels=config.kernels,
         momentum_dtype=MOMENTUM_DTYPES[config.momentum_dtype],

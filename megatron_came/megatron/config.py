@@ -10,15 +10,15 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_came.core.hyperparameters import Hyperparameters
 from megatron_came.megatron.arguments import hyperparameters
-from megatron_came.megatron.patching import Function, wrap
+from megatron_came.patching import Function
+
+# What CAME's flags say beyond its hyperparameters: ``--came-`` and the name.
+OWN = ("kernels", "momentum_dtype", "main_params")
 
 
-def install() -> None:
-    """Let Megatron's reading of the arguments make a configuration of this type."""
-    wrap("megatron.training.training", "get_megatron_optimizer_config", _with_came)
+def with_came(original: Function) -> Function:
+    """Let Megatron's reading of the arguments make a configuration of CAME's type."""
 
-
-def _with_came(original: Function) -> Function:
     def get_megatron_optimizer_config(args: Any) -> Any:
         if args.optimizer != "came":
             return original(args)
@@ -63,9 +63,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
         return cls(
             **{**values, "optimizer": "came"},
             came=hyperparameters(args),
-            kernels=args.came_kernels,
-            momentum_dtype=args.came_momentum_dtype,
-            main_params=args.came_main_params,
+            **{name: getattr(args, f"came_{name}") for name in OWN},
             seed=args.seed,
         )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,9 +28,25 @@ from megatron_came.megatron.checkpoints.digests.loading import note_slice, watch
 from megatron_came.megatron.checkpoints.factors import FORMAT, load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.settings import own_settings_kept
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
-from megatron_came.megatron.parameter_names import Place, place_of
+from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
+from megatron_came.voice import stop
+
+# Megatron's precision-aware optimizer reads gradients where they were reduced, which this private
+# setting of its configuration decides.
+_PRECISION_AWARE = "use_precision_aware_optimizer_no_fp8_or_ds_fp8"
+
+
+@contextlib.contextmanager
+def _precision_aware(config: Any, value: bool) -> Iterator[None]:
+    """Set it for a while."""
+    usual = getattr(config, _PRECISION_AWARE)
+    setattr(config, _PRECISION_AWARE, value)
+    try:
+        yield
+    finally:
+        setattr(config, _PRECISION_AWARE, usual)
 
 
 class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
@@ -38,8 +57,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     empty, an empty tensor stands for it at the end of the parameter group.
 
     Of a bf16 model, gradients are read where they were reduced, without a copy in fp32, and the
-    step writes the model's weights itself. Megatron does so for its precision-aware optimizer, and
-    asks a flag of the configuration; here the flag of an own copy is set.
+    step writes the model's weights itself.
 
     Checkpoints hold the main weights in fp32 and the momentum, in fp32 or bf16, where Adam's would
     be, and the factors under ``came``: in distributed checkpoints by the names of the parameters,
@@ -50,7 +68,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         config: see :class:`megatron_came.megatron.config.CameOptimizerConfig`.
         args: further arguments of ``DistributedOptimizer``.
         model_groups: process groups of the parameters' other shards.
-        places: of the parameters in the whole model, where the momentum's dtype needs them.
+        identities: of the parameters, where the rounding of momentum depends on these.
         kwargs: as ``args``.
     """
 
@@ -60,7 +78,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         config: Any,
         *args: Any,
         model_groups: ModelGroups,
-        places: dict[Tensor, Place] | None = None,
+        identities: dict[Tensor, Identity] | None = None,
         **kwargs: Any,
     ) -> None:
         model_params = (
@@ -69,54 +87,43 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         has_remainders = config.main_params == "remainder"
         config = copy.copy(config)
         # While Megatron builds, this decides whether its groups hold the 16-bit weights or fp32
-        # copies; afterwards, whether gradients are to be found in ``decoupled_grad``.
-        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = has_remainders
-        super().__init__(optimizer, config, *args, **kwargs)
-        # fp16 gradients are copied, since dividing by the loss scale takes fp32.
-        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = config.bf16
+        # copies; afterwards, whether gradients are to be found in ``decoupled_grad``. fp16 ones are
+        # copied, since dividing by the loss scale takes fp32.
+        setattr(config, _PRECISION_AWARE, config.bf16)
+        with _precision_aware(config, has_remainders):
+            super().__init__(optimizer, config, *args, **kwargs)
         self._is_loading = False
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._owned: dict[Any, Any] = {}  # tensors, with attributes of Megatron's
         if self.is_stub_optimizer:
             return
-        for whole_groups, part_groups in (
-            (self.model_fp32_groups, self.shard_fp32_groups),
-            (
-                self.model_float16_groups,
-                self.shard_float16_groups
-                if has_remainders
-                else self.shard_fp32_from_float16_groups,
-            ),
-        ):
-            for params, parts in zip(whole_groups, part_groups, strict=True):
-                self._owned.update(zip(params, parts, strict=True))
+        mains = self.shard_fp32_from_float16_groups
+        of_float16 = self.shard_float16_groups if has_remainders else mains
+        whole = [*self.model_fp32_groups, *self.model_float16_groups]
+        for params, parts in zip(whole, [*self.shard_fp32_groups, *of_float16], strict=True):
+            self._owned.update(zip(params, parts, strict=True))
         shards: dict[Tensor, Shard] = {}
         names: dict[Tensor, str] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             for param in params:
-                place = None if places is None else place_of(param, places)
-                part, shard = self._part_of(param, model_groups, place)
-                if place is not None:
-                    names[part] = place.name
+                identity = None if identities is None else identity_of(param, identities)
+                part, shard = self._part_of(param, model_groups, identity)
+                if identity is not None:
+                    names[part] = identity.name
                 if not shard.numel:
                     group["params"].append(part)
                 shards[part] = shard
                 self._parts.append((param, part))
-        self.optimizer.set_shards(shards, None if places is None else names)
+        self.optimizer.set_shards(shards, None if identities is None else names)
         self.optimizer.init_state()
         if config.bf16 and not has_remainders:
+            weights = chain.from_iterable(self.shard_float16_groups)
             self.optimizer.set_model_weights(
-                {
-                    main: weight
-                    for mains, weights in zip(
-                        self.shard_fp32_from_float16_groups, self.shard_float16_groups, strict=True
-                    )
-                    for main, weight in zip(mains, weights, strict=True)
-                }
+                dict(zip(chain.from_iterable(mains), weights, strict=True))
             )
 
     def _part_of(
-        self, param: Tensor, model_groups: ModelGroups, place: Place | None
+        self, param: Tensor, model_groups: ModelGroups, identity: Identity | None
     ) -> tuple[Tensor, Shard]:
         """Return what the optimizer updates of a parameter on this rank, and where it lies."""
         owned = param in self._owned
@@ -127,7 +134,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             start=start,
             stop=stop,
             dp_group=self.data_parallel_group,
-            place=place,
+            identity=identity,
         )
         empty = torch.empty(0, dtype=torch.float32, device=param.device)
         return self._owned[param] if owned else empty, shard
@@ -141,7 +148,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     @property
     def _in_place(self) -> bool:
-        return bool(self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+        return bool(getattr(self.config, _PRECISION_AWARE))
 
     def _copy_model_grads_to_main_grads(self) -> None:
         if not self._in_place or self.is_stub_optimizer:
@@ -169,14 +176,10 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 if REMAINDER in state:
                     state[REMAINDER].zero_()
             return
-        in_place = self._in_place
-        self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
-        try:
+        with _precision_aware(self.config, False):
             super()._copy_model_params_to_main_params(state_dict)
-        finally:
-            self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = in_place
 
-    # Megatron's fused kernels for norms and loss scales do not all bear tensors without elements.
+    # Megatron's fused kernels for norms and loss scales do not all take tensors without elements.
 
     def get_parameters(self) -> list[Tensor]:
         """The slices that have elements."""
@@ -309,7 +312,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         problem = [self._legacy_problem(state_dict) if group.rank() == 0 else None]
         dist.broadcast_object_list(problem, group=group, group_src=0)
         if problem[0]:
-            raise SystemExit(f"megatron_came: {problem[0]}")
+            stop(problem[0])
         if state_dict is not None:
             arrange(state_dict, self.buffers)
             _cast_momentum(state_dict, torch.float32)

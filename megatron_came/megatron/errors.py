@@ -1,8 +1,4 @@
-"""Errors whose message is a sentence for the user; the launchers show it without a stack trace."""
-
-
-class HostError(RuntimeError):
-    """The installed Megatron is not one that CAME can be added to."""
+"""An error whose message is a sentence for the user; launchers show it without a stack trace."""
 
 
 class UnsupportedError(ValueError):

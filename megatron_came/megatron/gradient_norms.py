@@ -6,19 +6,16 @@ from typing import Any
 
 import torch
 
-from megatron_came.megatron.patching import Function, wrap
+from megatron_came.patching import Function
 
 
-def install() -> None:
+def in_fp32(original: Function) -> Function:
     """Let Megatron's fallback for apex's and Transformer Engine's norm compute in fp32.
 
     Those do so by themselves; the fallback would round the norm of bf16 gradients to bf16, and two
     layouts would clip unlike each other.
     """
-    wrap("megatron.core.utils", "local_multi_tensor_l2_norm", _in_fp32)
 
-
-def _in_fp32(original: Function) -> Function:
     def local_multi_tensor_l2_norm(
         chunk_size: Any, noop_flag: Any, tensor_lists: Any, per_tensor: bool, *args: Any
     ) -> Any:

@@ -1,37 +1,79 @@
-"""Putting the pieces of the host room in place."""
+"""Every name of Megatron's that is replaced for CAME: by what, why, and in which releases.
+
+Of one name, the later row is called first. What is replaced on a CPU is in
+``cpu_megatron/install.py``, for memory in ``memory/__init__.py``.
+"""
 
 from __future__ import annotations
 
-from megatron_came.megatron.versions import check_version, has_training_loop
+from megatron_came.patching import put_in_place, table
+from megatron_came.versions import since
+
+_HELPERS = "megatron_came.versions:with_compiled_helpers"
+
+# fmt: off
+REPLACEMENTS = table("megatron_came.megatron", {
+    "megatron.core.optimizer": (
+        ("get_megatron_optimizer", "builder:with_came", "CAME passes as Adam, if ranks agree"),
+        ("_get_megatron_optimizer_based_on_param_groups", "builder:with_came_for_groups",
+         "CAME is built where its configuration is given"),
+    ),
+    "megatron.core.utils": (
+        ("local_multi_tensor_l2_norm", "gradient_norms:in_fp32", "norms are not rounded to bf16"),
+    ),
+    "megatron.core.rerun_state_machine": (
+        ("RerunStateMachine.validate_result", "bad_numbers:noted", "bad numbers are remembered"),
+        ("RerunStateMachine.should_checkpoint_and_exit", "bad_numbers:ended",
+         "all ranks end before the step, and nothing is saved"),
+    ),
+    "megatron.core.distributed.param_and_grad_buffer": (
+        ("_ParamAndGradBucketGroup.check_grads", "bad_numbers:with_buckets",
+         "a bad gradient is named by its parameter"),
+    ),
+    "megatron.core.datasets.utils": (
+        ("compile_helpers", _HELPERS, "the wheel has compiled helpers and no Makefile"),
+    ),
+    "megatron.core.dist_checkpointing.strategies.async_utils": (
+        ("PersistentAsyncCaller.async_loop", "checkpoints.workers:with_trainer",
+         "the process that writes checkpoints ends with its trainer"),
+    ),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+        ("_get_write_results_queue", "checkpoints.workers:with_queue", "so does its queue's",
+         ("0.16",)),
+        ("get_write_results_queue", "checkpoints.workers:with_queue", "so does its queue's",
+         since("0.17")),
+    ),
+    "megatron.training.arguments": (
+        ("add_megatron_arguments", "arguments:with_flags", "--optimizer came and its flags exist"),
+        ("validate_args", "arguments:with_checks", "CAME passes as Adam; misfits are refused"),
+    ),
+    "megatron.training.training": (
+        ("get_megatron_optimizer_config", "config:with_came", "a configuration says: CAME"),
+        ("setup_model_and_optimizer", "checkpoints.shifted:with_warning",
+         "a run whose checkpoints Megatron shifts is warned"),
+        ("train_step", "bad_numbers:watched", "bad numbers of this iteration are looked for"),
+    ),
+    "megatron.training.checkpointing": (
+        ("save_checkpoint", "checkpoints.digests.saving:with_digests", "digests are computed"),
+        ("generate_state_dict", "checkpoints.digests.saving:with_record", "and saved"),
+        ("load_checkpoint", "checkpoints.resume:with_sentences", "a failure is a sentence"),
+        ("load_checkpoint", "checkpoints.digests.loading:verified", "digests are compared"),
+        ("_load_base_checkpoint", "checkpoints.resumed_buckets:with_reason",
+         "a load that fails because of other buckets says so"),
+        ("_load_base_checkpoint", "checkpoints.shifted:with_note", "suspects are remembered"),
+        ("_load_base_checkpoint", "checkpoints.resume:with_checks",
+         "a run that cannot resume as its flags say ends before it loads"),
+        ("_load_base_checkpoint", "checkpoints.digests.loading:noted", "what is read is added up"),
+    ),
+})
+# fmt: on
 
 
 def install() -> None:
     """Make ``--optimizer came`` known to the Megatron that is first on the search path. Idempotent.
 
     Raises:
-        HostError: Megatron is missing, of a release that is not supported, or lacks what is to
+        MegatronError: Megatron is missing, of a release that is not supported, or lacks what is to
             be replaced.
     """
-    check_version()
-    from megatron_came.megatron import builder, gradient_norms
-    from megatron_came.megatron.checkpoints import workers
-
-    builder.install()
-    gradient_norms.install()
-    workers.install()
-    if not has_training_loop():
-        return
-    from megatron_came import memory
-    from megatron_came.megatron import arguments, bad_numbers, config
-    from megatron_came.megatron.checkpoints import resume, resumed_buckets, shifted
-    from megatron_came.megatron.checkpoints.digests import loading, saving
-
-    config.install()
-    arguments.install()
-    resumed_buckets.install()  # its sentence is the better one, so it goes first
-    shifted.install()
-    saving.install()
-    memory.install()
-    resume.install()
-    loading.install()
-    bad_numbers.install()
+    put_in_place(REPLACEMENTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 
 from megatron_came import __version__
+from megatron_came.megatron.config import OWN
+from megatron_came.rules import flag_of
 
 Settings = dict[str, str]
 
-# Arguments that may differ: places on a rank's own disk, what it reports, and who it is.
-_OWN_PLACE = re.compile(
+# Arguments that may differ: where a rank's own files are, what it reports, and who it is.
+_OWN_FILES = re.compile(
     r"(^|_)(path|paths|dir|file|files|prefix|name|id|host|load|save|url|model)(_|$)"
 )
 _OWN_BUSINESS = re.compile(
     r"(^|_)(rank|ranks|logger|logging|tensorboard|wandb|profile|profiler|nsys|workers|port"
     r"|timeout|gc|verbose|debug|snapshot)(_|$)"
 )
-# Parts of the environment that decide how the same numbers are computed.
+# Variables of the environment that decide how the same numbers are computed.
 _ENVIRONMENT = (
     "TRITON_INTERPRET",
     "NUMBA_DISABLE_JIT",
@@ -52,34 +54,22 @@ def settings_of(config: Any) -> Settings:
         config: an ``OptimizerConfig``; Megatron's arguments are added where its training loop has
             read some.
     """
-    found = {
-        **_versions(),
-        **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-    }
-    args = arguments()
-    plain = {f.name: getattr(config, f.name) for f in fields(config)}
-    hyperparameters = plain.pop("came", None)
-    if hyperparameters is not None:
-        came = {f.name: getattr(hyperparameters, f.name) for f in fields(hyperparameters)}
-        came |= {name: plain.pop(name) for name in ("kernels", "momentum_dtype", "main_params")}
-        plain |= {f"came_{name}": value for name, value in came.items()}
-    # Those of the command line first: others are made of them.
-    for name, value in {**args, **plain, **args}.items():
-        if _is_common(name, value):
-            found["--" + name.replace("_", "-")] = _text(value)
-    return found
-
-
-def optimizer_of(config: Any) -> Settings:
-    """Return the one setting that ranks with another optimizer have to tell those with CAME."""
-    return {"--optimizer": str(config.optimizer)}
-
-
-def _versions() -> Settings:
-    versions = {"PyTorch": torch.__version__, "megatron_came": __version__}
     from megatron.core import __version__ as megatron
 
-    return {**versions, "Megatron": str(megatron)}
+    found = {"PyTorch": torch.__version__, "megatron_came": __version__, "Megatron": str(megatron)}
+    found |= {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    hyperparameters = values.pop("came", None)
+    if hyperparameters is not None:
+        own = {each.name: getattr(hyperparameters, each.name) for each in fields(hyperparameters)}
+        own |= {name: values.pop(name) for name in OWN}
+        values |= {f"came_{name}": value for name, value in own.items()}
+    # Those of the command line first: others are made of them.
+    args = arguments()
+    for name, value in {**args, **values, **args}.items():
+        if _is_common(name, value):
+            found[flag_of(name)] = _text(value)
+    return found
 
 
 def arguments() -> Mapping[str, Any]:
@@ -98,7 +88,7 @@ def _is_common(name: str, value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_common(name, item) for item in value)
     if value is None or isinstance(value, str):
-        return not _OWN_PLACE.search(name) and os.sep not in (value or "")
+        return not _OWN_FILES.search(name) and os.sep not in (value or "")
     return isinstance(value, bool | int | float | torch.dtype | enum.Enum)
 
 
@@ -108,18 +98,16 @@ def _text(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def parameters_of(named: Iterable[tuple[str, Tensor]]) -> Settings:
+def parameters_of(named: Mapping[str, Tensor]) -> Settings:
     """Return parameters by name: their shape, dtype, and how tensor parallelism cuts them."""
-    return dict(_described(named))
-
-
-def _described(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
-    for name, param in named:
+    described = {}
+    for name, param in named.items():
         shape = "x".join(map(str, param.shape)) or "scalar"
         words = [*([] if param.requires_grad else ["frozen"]), shape, _text(param.dtype)]
         if getattr(param, "tensor_model_parallel", False):
             words.append(f"cut along dimension {getattr(param, 'partition_dim', -1)}")
-        yield name, " ".join(words)
+        described[name] = " ".join(words)
+    return described
 
 
 def difference(found: Mapping[int, Settings]) -> str | None:
@@ -145,16 +133,16 @@ def difference(found: Mapping[int, Settings]) -> str | None:
 def _clause(name: str, ranks: Mapping[str | None, list[int]]) -> str:
     """As ``rank 1 has --lr 0.1, rank 0 0.2``: first what the fewest have."""
     order = sorted(ranks.items(), key=lambda item: (len(item[1]), -item[1][0]))
-    parts = []
-    for value, those in order:
+    said: list[str] = []
+    for value, those in order[:4]:
         have = "has" if len(those) == 1 else "have"
         if value is None:
-            parts.append(f"{names_of(those)} {have} no {name}")
-        elif not parts or None in ranks:
-            parts.append(f"{names_of(those)} {have} {name} {value}")
+            said.append(f"{names_of(those)} {have} no {name}")
+        elif not said or None in ranks:
+            said.append(f"{names_of(those)} {have} {name} {value}")
         else:
-            parts.append(f"{names_of(those)} {value}")
-    return ", ".join(parts[:4])
+            said.append(f"{names_of(those)} {value}")
+    return ", ".join(said)
 
 
 def names_of(ranks: list[int]) -> str:

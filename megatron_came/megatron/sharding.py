@@ -1,4 +1,4 @@
-"""From Megatron's parameters to CAME's shards."""
+"""From Megatron's optimizers and parameters to CAME's shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from megatron_came.core.shard import Shard
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.parameter_names import Place
+from megatron_came.megatron.parameter_names import Identity
+
+
+def chain_of(optimizer: Any) -> list[Any]:
+    """Return Megatron's optimizers: those of its chain, or the one that there is."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ def shard_of(
     start: int = 0,
     stop: int | None = None,
     dp_group: dist.ProcessGroup | None = None,
-    place: Place | None = None,
+    identity: Identity | None = None,
 ) -> Shard:
     """Describe a slice of a model parameter.
 
@@ -80,11 +85,11 @@ def shard_of(
         start: first flat element of the slice.
         stop: one past its last; None for the whole parameter.
         dp_group: ranks that hold the other slices.
-        place: of the parameter in the whole model, where random bits depend on it.
+        identity: of the parameter, where random bits depend on it.
 
     Raises:
         UnsupportedError: the parameter is sharded, but along a dimension that it does not say, or
-            otherwise than its place says.
+            otherwise than its identity says.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
     tp_dim = getattr(param, "partition_dim", -1) if sharded else None
@@ -96,9 +101,9 @@ def shard_of(
         )
     tp_group = groups.tp_of(param)
     tp_rank, tp_parts = 0, 1
-    if place is not None and tp_dim is not None and tp_group.size() > 1:
-        tp_rank, tp_parts = tp_group.rank(), len(place.offsets)
-        place.check(tuple(param.shape), tp_dim, tp_group.size(), tp_rank)
+    if identity is not None and tp_dim is not None and tp_group.size() > 1:
+        tp_rank, tp_parts = tp_group.rank(), len(identity.offsets)
+        identity.check(tuple(param.shape), tp_dim, tp_group.size(), tp_rank)
     return Shard(
         shape=tuple(param.shape),
         start=start,

@@ -13,7 +13,7 @@ from megatron_came.core.state import MOMENTUM, momentum_of
 from megatron_came.megatron.checkpoints.digests.loading import watched
 from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.settings import own_settings_kept
-from megatron_came.megatron.parameter_names import Place, place_of
+from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
 
@@ -37,7 +37,7 @@ class _WholeTensors:
         self,
         model_params: list[list[Tensor]],
         model_groups: ModelGroups,
-        places: dict[Tensor, Place] | None = None,
+        identities: dict[Tensor, Identity] | None = None,
     ) -> None:
         """Tell the optimizer how tensor parallelism cuts its parameters, and create its state.
 
@@ -45,17 +45,19 @@ class _WholeTensors:
             model_params: the model's parameters, by parameter group; the wrapper may have put
                 fp32 copies in their place.
             model_groups: where their other shards are.
-            places: of them in the whole model, where the momentum's dtype needs them.
+            identities: of them, where the rounding of momentum depends on these.
         """
         self._parts: list[tuple[Tensor, Tensor]] = []
         if self.optimizer is None:
             return
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             self._parts += zip(params, group["params"], strict=True)
-        at = {} if places is None else {p: place_of(p, places) for p, _ in self._parts}
+        at = {}
+        if identities is not None:
+            at = {param: identity_of(param, identities) for param, _ in self._parts}
         self.optimizer.set_shards(
             {
-                part: shard_of(param, model_groups, place=at.get(param))
+                part: shard_of(param, model_groups, identity=at.get(param))
                 for param, part in self._parts
             },
             {part: at[param].name for param, part in self._parts} if at else None,

@@ -6,10 +6,28 @@
 
 from __future__ import annotations
 
-from megatron_came.memory import footprint, report
+from megatron_came.patching import put_in_place, table
+
+# Every name of Megatron's that is replaced for memory.
+# fmt: off
+REPLACEMENTS = table("megatron_came.memory", {
+    "megatron.training.theoretical_memory_usage": (
+        ("compute_weight_and_optimizer_memory", "footprint:for_came", "it knows Adam alone"),
+    ),
+    "megatron.training.arguments": (
+        ("add_megatron_arguments", "report:with_flags", "the report has its flags"),
+    ),
+    "megatron.training.training": (
+        ("train_step", "report:with_report", "memory is measured around the first step"),
+    ),
+})
+# fmt: on
 
 
 def install() -> None:
-    """Correct what Megatron logs of memory, and let it report what it uses."""
-    footprint.install()
-    report.install()
+    """Correct what Megatron logs of memory, and let it report what it uses.
+
+    Raises:
+        MegatronError: as :func:`megatron_came.megatron.install`.
+    """
+    put_in_place(REPLACEMENTS)

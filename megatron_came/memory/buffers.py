@@ -203,13 +203,12 @@ def _extras(params: Iterable[Tensor], grid: Grid) -> list[_Extras]:
 def _extras_of(param: Tensor, shard: Shard) -> _Extras:
     state = new_state(param, shard)
     shared = (*VECTOR_FACTORS, *MATRIX_FACTORS[:2])
-    work = ParameterSlice(param, {}, shard)
-    sums = SumBuffer([*work.square_requests(), *work.instability_requests()], META)
+    slice_ = ParameterSlice(param, shard)
+    sums = SumBuffer([*slice_.square_requests(), *slice_.instability_requests()], META)
     return _Extras(
         factors=sum(_bytes(state[key]) for key in shared if key in state),
         confidence=sum(_bytes(state[key]) for key in MATRIX_FACTORS[2:] if key in state),
-        # Those that copies share are sent from a buffer of their own.
-        sums=_bytes(sums.flat) * (1 if work.copies_group is None else 2),
+        sums=_bytes(sums.flat),
     )
 
 

@@ -28,16 +28,18 @@ def main(argv: list[str]) -> int:
     # No GPU is needed, so none is taken from others.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with _quiet():
-        from megatron_came.megatron import install
-        from megatron_came.megatron.errors import HostError, UnsupportedError
+        from megatron_came import megatron, memory
+        from megatron_came.megatron.errors import UnsupportedError
+        from megatron_came.versions import MegatronError
 
         try:
             if options.compare:
                 _compare(options.compare, words)
             else:
-                install()
+                megatron.install()
+                memory.install()
                 _predict(options, words)
-        except (HostError, LaunchError, OSError, UnsupportedError, ValueError) as error:
+        except (MegatronError, LaunchError, OSError, UnsupportedError, ValueError) as error:
             print(f"megatron-came memory: {_sentence(error)}", file=sys.stderr)
             return 2
     return 0

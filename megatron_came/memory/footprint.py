@@ -5,19 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron_came.megatron.patching import Function, wrap
+from megatron_came.patching import Function
 
 
-def install() -> None:
+def for_came(original: Function) -> Function:
     """Correct what Megatron logs at the first iteration."""
-    wrap(
-        "megatron.training.theoretical_memory_usage",
-        "compute_weight_and_optimizer_memory",
-        _for_came,
-    )
 
-
-def _for_came(original: Function) -> Function:
     def compute_weight_and_optimizer_memory(args: Any, *rest: Any, **kwargs: Any) -> Any:
         total = original(args, *rest, **kwargs)
         if args.optimizer != "came":

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.state import FACTORS, REMAINDER
-from megatron_came.core.sums import CopyBuffer, SumBuffer
+from megatron_came.core.sums import SumBuffer
+from megatron_came.megatron.sharding import chain_of
 from megatron_came.memory.components import Components
 
 # Of what torch's, apex's and Transformer Engine's optimizers call their momentum.
@@ -78,8 +79,8 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
         model: the model chunks, in Megatron's ``DistributedDataParallel``.
         optimizer: Megatron's, after a step.
     """
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [part.optimizer for part in chain if getattr(part, "optimizer", None) is not None]
+    chain = chain_of(optimizer)
+    inner = [each.optimizer for each in chain if getattr(each, "optimizer", None) is not None]
     weights = _Storages(param for chunk in model for param in chunk.parameters())
     buffers = [
         buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
@@ -143,7 +144,7 @@ class _Storages:
         return sum(self._sizes.values())
 
 
-def _buffers_of_sums(root: Any) -> Iterator[SumBuffer | CopyBuffer]:
+def _buffers_of_sums(root: Any) -> Iterator[SumBuffer]:
     """Find the buffers of sums over ranks among all that optimizers refer to."""
     seen: set[int] = set()
     found = [root]
@@ -152,7 +153,7 @@ def _buffers_of_sums(root: Any) -> Iterator[SumBuffer | CopyBuffer]:
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if isinstance(each, SumBuffer | CopyBuffer):
+        if isinstance(each, SumBuffer):
             yield each
         elif isinstance(each, list | tuple | set):
             found.extend(each)

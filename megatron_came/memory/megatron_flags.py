@@ -16,9 +16,9 @@ from typing import NoReturn
 
 from megatron_came.memory.launch_command import LaunchError
 from megatron_came.memory.stand_ins import hopper, replaced
+from megatron_came.voice import PREFIX
 
 _TENSOR = "use --tensor-model-parallel-size"
-_OURS = "megatron_came: "
 
 
 def parse(flags: list[str], ranks: int) -> argparse.Namespace:
@@ -49,8 +49,8 @@ def parse(flags: list[str], ranks: int) -> argparse.Namespace:
 
 def _sentence(error: BaseException) -> str:
     said = " ".join(str(error).split())
-    if said.startswith(_OURS):
-        return said.removeprefix(_OURS)
+    if said.startswith(PREFIX):
+        return said.removeprefix(PREFIX)
     if not said:  # a bare assertion: its source says what should hold
         frames = traceback.extract_tb(error.__traceback__)
         line = frames[-1].line if frames else ""

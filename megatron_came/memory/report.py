@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.patching import Function, wrap
 from megatron_came.memory.components import LABELS, Components
 from megatron_came.memory.measurement import Allocated, measure, parameters, watch_step
 from megatron_came.memory.records import Record, describe, fullest, line
+from megatron_came.patching import Function
 
 _ALLOCATED = [field.name for field in fields(Allocated)]
 
@@ -24,12 +24,9 @@ _ALLOCATED = [field.name for field in fields(Allocated)]
 _reported: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def install() -> None:
+def with_report(original: Function) -> Function:
     """Let Megatron's training step report, where ``--came-report-memory`` asks for it."""
-    wrap("megatron.training.training", "train_step", _with_report)
 
-
-def _with_report(original: Function) -> Function:
     def train_step(
         forward_step_func: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any
     ) -> Any:
@@ -197,19 +194,23 @@ def _write_to_tensorboard(args: argparse.Namespace, record: Record) -> None:
         writer.add_scalar(f"memory-MiB/allocator-{key}", size / 2**20, iteration)
 
 
-def add_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of the report to Megatron's."""
-    group.add_argument(
-        "--came-report-memory",
-        action="store_true",
-        help="print each rank's memory after the first optimizer step, measured and predicted, "
-        "with any --optimizer; resets the peak of CUDA's allocator once",
-    )
-    group.add_argument(
-        "--came-memory-dir",
-        help="folder for the report of every rank (default: came_memory in the folder of --save)",
-    )
+def with_flags(original: Function) -> Function:
+    """Let a function that adds Megatron's flags to a parser add those of the report."""
 
+    def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parser = original(parser, *args, **kwargs)
+        group = parser.add_argument_group(title="memory of a run, with any --optimizer")
+        group.add_argument(
+            "--came-report-memory",
+            action="store_true",
+            help="print each rank's memory after the first optimizer step, measured and predicted; "
+            "resets the peak of CUDA's allocator once",
+        )
+        group.add_argument(
+            "--came-memory-dir",
+            help="folder for the report of every rank (default: came_memory in the folder of "
+            "--save)",
+        )
+        return parser
 
-# Of any optimizer, not of CAME alone.
-FLAGS = ("--came-report-memory", "--came-memory-dir")
+    return add_megatron_arguments

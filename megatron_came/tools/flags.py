@@ -36,12 +36,13 @@ _EXAMPLES = (
 
 
 def came_flags() -> list[argparse.Action]:
-    """The flags that CAME adds to Megatron's parser, from the code that adds them."""
-    from megatron_came.megatron.arguments import with_flags
+    """The flags that this package adds to Megatron's parser, from the code that adds them."""
+    from megatron_came.megatron import arguments
+    from megatron_came.memory import report
 
     parser = argparse.ArgumentParser(add_help=False)
     optimizer = parser.add_argument("--optimizer", choices=["adam", "sgd"])
-    with_flags(lambda parser: parser)(parser)
+    report.with_flags(arguments.with_flags(lambda parser: parser))(parser)
     return [action for action in parser._actions if action is not optimizer]
 
 

@@ -10,10 +10,8 @@ import torch
 from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core import int8, remainders
-from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.rounding import random_bits
-from megatron_came.core.shard import blocks
-from megatron_came.kernels.eager import PlainPasses
+from megatron_came.core.shard import boxes
 from tests.kernels.test_kernels import LAUNCHERS, ON_REAL_DEVICES
 from tests.support.oracle import DEVICES
 
@@ -224,9 +222,8 @@ def test_a_slice_draws_the_bits_of_its_place():
     full = torch.randn(16, 70, generator=torch.Generator().manual_seed(2))
     local = torch.cat([full[4:8], full[12:16]])  # of the second rank
     shard = Shard((8, 70), 33, 501, tp_dim=0, tp_group=TwoRanks(), tp_rank=1, tp_parts=2)
-    work = ParameterSlice(torch.nn.Parameter(local.view(-1)[33:501]), {}, shard)
-    (part,) = PlainPasses([work])._parts.values()
-    places = torch.cat([part._places(block).view(-1) for block in blocks(shard, 100)])
+    device = torch.device("cpu")
+    places = torch.cat([shard.full_places(box, device).view(-1) for box in boxes(shard, 100)])
     assert torch.equal(full.view(-1)[places], local.view(-1)[33:501])
 
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_came import cpu_megatron, launch
 from megatron_came.cpu_megatron import switch
-from megatron_came.cpu_megatron.arguments import refusal
+from megatron_came.cpu_megatron.rules import refusal
 from tests.training import harness
 
 TINY = shlex.split(

@@ -67,7 +67,7 @@ def test_a_step_after_one_that_could_not_place_its_tables(call, kernels, monkeyp
                 param.grad = grad.view_as(param)
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 + step)
             if fails and step:
-                made, calls = type(optimizer._choices[device].kernels), itertools.count()
+                made, calls = type(optimizer._choices[device].backend), itertools.count()
 
                 def refuse(self, table, place=made.place, calls=calls):
                     if next(calls) == call:
@@ -104,7 +104,7 @@ def test_a_step_after_one_that_was_not_counted(kernels, monkeypatch):
         optimizer = CAME([param], lr=1e-2, kernels=kernels, momentum_dtype=torch.bfloat16)
         for step in range(4):
             if fails and step == 2:
-                made = type(optimizer._choices[device].kernels)
+                made = type(optimizer._choices[device].backend)
                 with monkeypatch.context() as patch:
                     patch.setattr(made, "count_step", lambda self, tables: None)
                     patch.setattr(made, "run", mock.Mock(side_effect=RuntimeError("not now")))
@@ -127,7 +127,7 @@ def test_what_a_failed_step_has_seen_and_the_next_one_finds_undone(undone, kerne
         optimizer.step()
         if fails:
             with monkeypatch.context() as patch:
-                made = type(optimizer._choices[device].kernels)
+                made = type(optimizer._choices[device].backend)
                 patch.setattr(made, "place", mock.Mock(side_effect=RuntimeError("not now")))
                 if undone == "gradient":
                     param.grad = second = first.square()

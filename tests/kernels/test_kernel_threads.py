@@ -14,7 +14,7 @@ from megatron_came.kernels.dispatch import choose
 from megatron_came.kernels.triton.tiling import Tiling
 from tests.support.kernel_cases import CASES, train
 
-TILING = "megatron_came.kernels.cpu.launch.NumbaKernels.tiling"
+TILING = "megatron_came.kernels.cpu.launch.NumbaBackend.tiling"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_every_thread_has_room_for_what_it_widens(set_threads):
             set_threads(count)
             optimizer.step()
         (choice,) = optimizer._choices.values()
-        assert len(choice.kernels._room) == counts[-1]
+        assert len(choice.backend._room) == counts[-1]
     assert torch.equal(*params)
 
 

@@ -11,9 +11,10 @@ import torch
 
 from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
+from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.kernels.dispatch import choose
 from megatron_came.kernels.triton.launch import blocks_save_time
-from megatron_came.kernels.triton.tables import StripField, Sums
+from megatron_came.kernels.triton.tables import StripField
 from megatron_came.kernels.triton.tiling import Tiling, cache_blocks, cut
 from megatron_came.voice import warn_once
 from tests.core.test_sharded import MID_ROW
@@ -29,8 +30,8 @@ from tests.support.oracle import DEVICES
 from tests.support.sharded_cases import Layout
 
 LAUNCHERS = {
-    "numba": "megatron_came.kernels.cpu.launch.NumbaKernels",
-    "triton": "megatron_came.kernels.triton.launch.TritonKernels",
+    "numba": "megatron_came.kernels.cpu.launch.NumbaBackend",
+    "triton": "megatron_came.kernels.triton.launch.TritonBackend",
 }
 on_both = pytest.mark.parametrize("kernels", LAUNCHERS)
 
@@ -63,7 +64,7 @@ def test_the_size_of_the_cache_changes_no_order_of_sums():
         batch, rows, columns = shard.local_matrix
         sizes = [(batch, rows), (batch, columns), (), (3, batch, rows), (3, batch, columns)]
         tensors = [torch.zeros(size, dtype=torch.float64) for size in sizes]
-        sums.append(Sums(tensors[:2], tensors[2], tensors[3:]))
+        sums.append(SliceSums(tensors[:2], tensors[2], tensors[3:]))
     tables = []
     for limit in (None, 1, 2500, 12000):
         together = list(cache_blocks([shard.numel for shard in shards], limit))
@@ -208,7 +209,7 @@ def test_without_numba_the_step_is_plain_and_says_what_is_lost(monkeypatch, capl
     # As if importing it failed.
     monkeypatch.setitem(sys.modules, "megatron_came.kernels.cpu.launch", None)
     choice = choose("auto", torch.device("cpu"))
-    assert choice.kernels is None
+    assert choice.backend.name == "plain"
     assert "slower: numba cannot be used" in choice.reason
     with pytest.raises(ValueError, match=r"need numba, .*: pip install 'megatron-came\[cpu\]'"):
         choose("numba", torch.device("cpu"))

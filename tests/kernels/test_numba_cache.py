@@ -28,8 +28,8 @@ def test_the_note_stands_in_the_line_about_the_kernels(monkeypatch: pytest.Monke
     noted = task.compiled()._replace(note="They were compiled in memory.")
     monkeypatch.setattr(launch, "compiled", lambda: noted)
     chosen = choose("auto", torch.device("cpu"))
-    assert chosen.kernels is not None
-    assert chosen.is_lesser
+    assert chosen.backend.name == "numba"
+    assert chosen.should_warn
     assert chosen.reason.endswith("Numba is installed). They were compiled in memory.")
 
 
@@ -58,8 +58,8 @@ def test_what_is_missing_is_named(
 
     monkeypatch.setattr(builtins, "__import__", imported)
     chosen = choose("auto", torch.device("cpu"))
-    assert chosen.kernels is None
-    assert chosen.is_lesser
+    assert chosen.backend.name == "plain"
+    assert chosen.should_warn
     assert reason in chosen.reason
     assert chosen.reason.endswith("); pip install 'megatron-came[cpu]'.")
     with pytest.raises(ValueError, match=r"pip install 'megatron-came\[cpu\]'\.$"):

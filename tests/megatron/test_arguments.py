@@ -54,7 +54,7 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
         ),
         (
             {"came_beta3": -0.1},
-            "--came-beta3 -0.1 is not allowed: it must be a finite number at",
+            "--came-beta3 -0.1 is not allowed: it must be in [0, 1).",
         ),
         ({"came_eps1": 0.0}, "--came-eps1 0.0 is not allowed: it must be a finite number above 0."),
         ({"came_eps2": float("nan")}, "--came-eps2 nan is not allowed"),

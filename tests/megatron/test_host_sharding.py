@@ -6,10 +6,11 @@ import pytest
 import torch
 from megatron.core.models.mimo.model.base import MimoModel
 
-from megatron_came.megatron.builder import _check_model
+from megatron_came.megatron.builder import settings_of_model
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.parameter_names import Place
+from megatron_came.megatron.parameter_names import Identity
+from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas, shard_of
 from tests.support.simulated_ranks import SimulatedGroup, run_ranks
 
@@ -42,9 +43,9 @@ def test_a_dimension_that_is_not_stated_is_refused(attributes):
         shard_of(param, GROUPS)
 
 
-def _mamba_place(tp_rank, sizes):
+def _mamba_identity(tp_rank, sizes):
     """As Mamba's sharded state has them: parts of unlike sizes, each a tensor of its own."""
-    return Place("decoder.layers.mixer.in_proj.weight.z", tuple((tp_rank * s, 0) for s in sizes))
+    return Identity("decoder.layers.mixer.in_proj.weight.z", tuple((tp_rank * s, 0) for s in sizes))
 
 
 class _Pair(SimulatedGroup):
@@ -59,14 +60,14 @@ def test_parts_of_unlike_sizes_have_no_random_bits_and_are_refused(sizes, column
     param = parameter((sum(sizes), *columns), tensor_model_parallel=True, partition_dim=0)
     sentence = r"in_proj.weight.z of shape .* that the random bits .*: use --came-momentum-dtype fp"
     with pytest.raises(UnsupportedError, match=sentence):
-        shard_of(param, groups, place=_mamba_place(1, sizes))
+        shard_of(param, groups, identity=_mamba_identity(1, sizes))
     assert shard_of(param, groups).tp_dim == 0  # with momentum in fp32, which needs no bits
 
 
 def test_equal_parts_have_random_bits():
     groups = ModelGroups(tp=_Pair([0, 1]), expert_tp=_Pair([0, 1]), embedding=None)
     param = parameter((8, 6), tensor_model_parallel=True, partition_dim=0)
-    shard = shard_of(param, groups, place=Place("mlp.linear_fc1.weight", ((4, 0), (12, 0))))
+    shard = shard_of(param, groups, identity=Identity("mlp.linear_fc1.weight", ((4, 0), (12, 0))))
     assert (shard.tp_rank, shard.tp_parts) == (1, 2)
 
 
@@ -76,7 +77,7 @@ def test_mimo_models_are_refused_inside_their_wrappers(wrappers):
     for _ in range(wrappers):
         model = Namespace(module=model)
     with pytest.raises(UnsupportedError, match="does not support MiMo models"):
-        _check_model(CameOptimizerConfig(lr=1e-3), [model])
+        refuse(settings_of_model(CameOptimizerConfig(lr=1e-3), [model]))
 
 
 def _check_on_two_ranks(**attributes):

@@ -89,7 +89,7 @@ def test_parameters_say_what_ranks_must_share():
     weight, norm = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4).half())
     weight.tensor_model_parallel, weight.partition_dim = True, 1
     norm.requires_grad = False
-    assert parameters_of([("weight", weight), ("norm", norm)]) == {
+    assert parameters_of({"weight": weight, "norm": norm}) == {
         "weight": "2x3 float32 cut along dimension 1",
         "norm": "frozen 4 float16",
     }

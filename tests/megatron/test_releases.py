@@ -5,14 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_came.megatron.compat import refusals
-from megatron_came.megatron.errors import HostError, UnsupportedError
+from megatron_came import rules
+from megatron_came.megatron.builder import settings_of_model
+from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.rules import refuse
+from megatron_came.versions import MegatronError
 
 OLDER, NEWEST = (0, 17), (0, 19)
 
 
 def choose(monkeypatch, release):
-    monkeypatch.setattr(refusals, "release", lambda: release)
+    monkeypatch.setattr(rules, "release", lambda: release)
+
+
+def check_model(chunks):
+    refuse(settings_of_model(CameOptimizerConfig(lr=1e-3), chunks))
 
 
 class EnginesLinear(torch.nn.Linear):
@@ -72,22 +80,22 @@ def test_models_that_an_older_release_is_not_exact_with_are_refused(monkeypatch,
     chunks = model(layer, **sizes)
     choose(monkeypatch, OLDER)
     with pytest.raises(UnsupportedError) as error:
-        refusals.check_model(chunks)
+        check_model(chunks)
     sentence = str(error.value)
     assert sentence.startswith(f"--optimizer came does not go with {flags}")
     assert "0.17" in sentence
     assert "or Megatron 0.19." in sentence
     assert "\n" not in sentence
     choose(monkeypatch, NEWEST)
-    refusals.check_model(chunks)
+    check_model(chunks)
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Linear, EnginesLinear])
 def test_other_models_are_not_refused(monkeypatch, layer):
     choose(monkeypatch, OLDER)
-    refusals.check_model(model(layer))
-    refusals.check_model(model(torch.nn.Linear, **CUT))
-    refusals.check_model(model(layer, num_moe_experts=None, **CUT))
+    check_model(model(layer))
+    check_model(model(torch.nn.Linear, **CUT))
+    check_model(model(layer, num_moe_experts=None, **CUT))
 
 
 def test_a_method_that_does_not_name_adams_state_is_refused():
@@ -98,5 +106,5 @@ def test_a_method_that_does_not_name_adams_state_is_refused():
 
     assert _with_keys(gather)(None) == ["EXP_AVG"]
     assert gather(None) == ["EXP_AVG", "EXP_AVG_SQ"]
-    with pytest.raises(HostError, match="does not name the state of Adam"):
+    with pytest.raises(MegatronError, match="does not name the state of Adam"):
         _with_keys(lambda self: ("param", "exp_avg"))

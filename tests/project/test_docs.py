@@ -11,7 +11,9 @@ from megatron_came.core.hyperparameters import Hyperparameters
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = README + "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+PAGES = README + "".join(
+    page.read_text() for page in (ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+)
 CODE = re.findall(r"`([^`\n]+)`", PAGES) + re.findall(r"```\w*\n(.*?)```", PAGES, re.DOTALL)
 
 
@@ -48,6 +50,28 @@ def test_flags_and_defaults_are_those_of_the_code():
 
 def test_the_changelog_has_this_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_links_lead_to_files():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
+    dead = [
+        (page.name, link)
+        for page in pages
+        if page.name != "CHANGELOG.md"
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / link).exists()
+    ]
+    assert dead == []
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert [page for page in pages if f"]({page})" not in index] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "README.md", ".ci/run"])

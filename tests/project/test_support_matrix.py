@@ -1,4 +1,4 @@
-"""The README's table of layouts says what the tests compare with the authors' optimizer."""
+"""The table of layouts in docs/support.md says what the tests compare with the authors."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.training import layouts, test_training
 from tests.training.harness import data_parallel_size, parallel_size
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "support.md").read_text()
 MODELS = ("gpt2", "llama", "moe")
 
 
@@ -54,7 +54,7 @@ ROWS = {
 
 
 def _table():
-    lines = README.split("| layout |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    lines = PAGE.split("| layout |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {re.sub(r" \[\d\]", "", row[0]): row[1:] for row in cells}
 

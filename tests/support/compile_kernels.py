@@ -14,11 +14,11 @@ from triton.compiler import ASTSource
 
 from megatron_came.core import int8
 from megatron_came.kernels.triton import factors, tiles, vectors
-from megatron_came.kernels.triton.launch import _BLOCK, _STEP, _STRIP_TILES, TritonKernels
+from megatron_came.kernels.triton.launch import _BLOCK, _STEP, _STRIP_TILES, TritonBackend
 
 TABLE = "*i64"
 POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
-tiling = TritonKernels.tiling
+tiling = TritonBackend.tiling
 TILE = {"COLUMNS": tiling.columns, "STEP": _STEP}
 TALLEST = replace(tiling, rows=tiling.tallest)
 SLOTS = [{"ROWS": each.slot_rows, **TILE} for each in (tiling, TALLEST)]

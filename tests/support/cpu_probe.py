@@ -111,14 +111,18 @@ def parser() -> dict[str, Any]:
     """What Megatron's parser makes of no flags and of all those that are refused."""
     from megatron.training import arguments as megatron_arguments
 
-    from megatron_came.cpu_megatron.arguments import REFUSALS, refusal
+    from megatron_came.cpu_megatron.rules import RULES, refusal
 
     flags = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     known = {flag: action.dest for action in flags._actions for flag in action.option_strings}
     given = flags.parse_args(["--num-workers", "2", "--attention-backend", "auto"])
     defaults = flags.parse_args([])
     return {
-        "unknown": [r.flag for r in REFUSALS if known.get(r.flag) != r.destination],
+        "unknown": [
+            rule.flag
+            for rule in RULES
+            if rule.flag and "0.19" in rule.releases and known.get(rule.flag) != rule.destination
+        ],
         "defaults_refused": refusal(defaults),
         "defaults": [defaults.transformer_impl, defaults.attention_backend.name],
         "given": [given.num_workers, given.attention_backend.name, refusal(given)],

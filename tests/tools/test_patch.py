@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from megatron_came.megatron.versions import SUPPORTED
 from megatron_came.tools import patch
 from megatron_came.tools.patch import PATCHES, Patch, RefusedError, run
+from megatron_came.versions import SUPPORTED
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 

@@ -86,9 +86,10 @@ def test_a_command_that_is_interrupted_meanwhile(tmp_path: Path, signum: signal.
 _TRAINER = """
 import os, sys, time
 if __name__ == "__main__":
-    from megatron_came.megatron import cpu, install
+    from megatron_came import cpu_megatron
+    from megatron_came.megatron import install
     os.environ["MEGATRON_CAME_CPU"] = "1"
-    cpu.enable()
+    cpu_megatron.enable()
     install()
     install()
     from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async

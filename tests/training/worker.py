@@ -20,7 +20,7 @@ from megatron_came.launch import prepare
 prepare()  # before anything imports Megatron
 
 from megatron_came import pretrain_gpt  # noqa: E402
-from megatron_came.megatron.checkpoints import settings  # noqa: E402
+from megatron_came.voice import say_once  # noqa: E402
 from tests.training import variants  # noqa: E402
 from tests.training.groups import connect, meet  # noqa: E402
 from tests.training.recording import Recorder  # noqa: E402
@@ -56,7 +56,7 @@ def forget() -> None:
     global_vars.destroy_global_vars()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
-    settings.say_once.cache_clear()
+    say_once.cache_clear()
     dist.destroy_process_group()  # their threads would slow down all later cases
     gc.collect()
 

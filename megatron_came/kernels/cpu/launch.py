@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_came.core.shard import Shard
-from megatron_came.kernels.backend import Tables, usual_obstacle
+from megatron_came.core.parameter_slice import ParameterSlice, SliceSums
+from megatron_came.kernels.backend import unsupported_by_kernels
 from megatron_came.kernels.cpu import threads
 from megatron_came.kernels.cpu.task import TaskField, compiled
 from megatron_came.kernels.cpu.tiles import room_elements
+from megatron_came.kernels.triton.fused import FusedPasses, Tables
 from megatron_came.kernels.triton.schedule import LaunchField, Schedule
 from megatron_came.kernels.triton.tables import GroupField
 from megatron_came.kernels.triton.tiling import Tiling
@@ -25,8 +27,8 @@ _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3")
 _USUAL_CACHE = 16 * 2**20
 
 
-class NumbaKernels:
-    """:class:`megatron_came.kernels.backend.Kernels` for the CPU.
+class NumbaBackend:
+    """:class:`megatron_came.kernels.backend.Backend` for the CPU.
 
     PyTorch's threads (``torch.get_num_threads``) share every schedule. Making one compiles the
     kernels, or loads them from Numba's cache.
@@ -35,6 +37,7 @@ class NumbaKernels:
         note: what of that did not go as it should, in a sentence; empty if all did.
     """
 
+    name = "numba"
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     # Rows are read whole where they are no longer than this: memory read in pieces, with gaps
     # between them, is read at half the speed.
@@ -55,9 +58,13 @@ class NumbaKernels:
         """What the last-level caches hold of gradient and momentum."""
         return _last_caches(threads.usable()) // 8
 
-    def obstacle(self, param: Tensor, shard: Shard) -> str | None:
-        """None beyond the usual ones."""
-        return usual_obstacle(param, shard)
+    def unsupported(self, slice_: ParameterSlice) -> str | None:
+        """Nothing beyond what hinders all kernels."""
+        return unsupported_by_kernels(slice_)
+
+    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> FusedPasses:
+        """Make the passes, with tables of these parameters."""
+        return FusedPasses(sums, self, is_local)
 
     def place(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return a copy: the original may change."""

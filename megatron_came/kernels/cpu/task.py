@@ -38,7 +38,7 @@ _LOOKS = 256
 class TaskField(IntEnum):
     """Rows of a task, what threads share: address and length of an array, unless said otherwise.
 
-    Tables are as in ``megatron_came.kernels.backend.Tables``.
+    Tables are as in ``megatron_came.kernels.triton.fused.Tables``.
     """
 
     THREADS = 0  # how many have come, and for how many there are shares; both numbers

@@ -2,124 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_came.core import int8
-from megatron_came.core.parameter_slice import ParameterSlice
+from megatron_came.core.parameter_slice import ParameterSlice, StepInputs
 from megatron_came.core.state import MOMENTUM, REMAINDER, SCALE
-from megatron_came.kernels.backend import Kernels
 from megatron_came.kernels.triton.tables import IntTable
+
+if TYPE_CHECKING:
+    from megatron_came.kernels.triton.fused import Kernels
+
+State = Mapping[str, Tensor]
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+class Seen(NamedTuple):
+    """What a step has found, to be kept until its end.
+
+    Attributes:
+        table: where the kernels read it; another object than before if it has changed.
+        rounds: whether any momentum is rounded with random bits, which differ from step to step.
+        copied: parameters whose model weights kernels cannot write.
+        grads: copies of gradients that kernels cannot read as they are.
+    """
+
+    table: Any
+    rounds: bool
+    copied: Sequence[ParameterSlice]
+    grads: Sequence[Tensor]
 
 
 class Addresses:
     """Writes the first columns of a table: what the host may change between steps.
 
     Args:
-        works: the parameters in the order of the table; all of them have begun a step.
+        slices: the parameters in the order of the table.
         table: of ``MatrixField`` or ``VectorField``.
         factors: keys of the state, in the order of the table's columns.
         kernels: that read the table.
         is_int8: whether the momentum is.
-
-    Attributes:
-        copied: parameters of this step whose model weights kernels cannot write.
-        rounds: whether any momentum is rounded with random bits, which differ from step to step.
     """
 
     def __init__(
         self,
-        works: Sequence[ParameterSlice],
+        slices: Sequence[ParameterSlice],
         table: IntTable,
         factors: Sequence[str],
         kernels: Kernels,
         is_int8: bool,
     ) -> None:
-        self._works, self._table, self._factors = works, table, factors
+        self._slices, self._table, self._factors = slices, table, factors
         self._kernels, self._is_int8 = kernels, is_int8
-        self._wanted = [_wanted_state(work, factors, is_int8) for work in works]
+        self._wanted = [_wanted_state(slice_, factors, is_int8) for slice_ in slices]
         self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [
             itemgetter(*wanted) for wanted in self._wanted
         ]
-        self._seen: list[tuple[Any, ...]] = [()] * len(works)
+        self._rows: list[tuple[Any, ...]] = [()] * len(slices)
         self._placed: Any = None  # none, or not that of this table
-        self._grads: list[Tensor] = []
-        self.copied: list[ParameterSlice] = []
-        self.rounds = False
 
-    def refresh(self) -> Any:
+    def refresh(self, inputs: Mapping[ParameterSlice, StepInputs]) -> Seen:
         """Look where the tensors lie in this step.
-
-        Returns:
-            The table, where the kernels read it; another object if it has changed.
 
         Raises:
             ValueError: state that does not fit its parameter.
         """
-        self.release()
-        self.rounds = False
-        for index, work in enumerate(self._works):
-            grad, weight = self._gradient(work), self._model_weight(work)
+        rounds, copied, grads = False, [], []
+        for index, slice_ in enumerate(self._slices):
+            state, grad, *_, weight = inputs[slice_]
+            if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
+                grad = grad.to(torch.float32).contiguous()
+                grads.append(grad)
+            if weight is not None and weight.dtype not in self._kernels.written_dtypes:
+                copied.append(slice_)
+                weight = None
             try:
-                state = self._get[index](work.state)
+                tensors = self._get[index](state)
             except KeyError:
-                self._check(index)
+                self._check(index, state)
                 raise
-            seen = (
-                work.param.data_ptr(),
+            row = (
+                slice_.param.data_ptr(),
                 grad.data_ptr(),
                 grad.dtype,
                 weight is not None and (weight.data_ptr(), weight.dtype),
                 [
                     (tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous())
-                    for tensor in state
+                    for tensor in tensors
                 ],
             )
-            self.rounds = self.rounds or work.state[MOMENTUM].dtype != torch.float32
-            if seen != self._seen[index]:
-                self._check(index)
-                row = self._row(work, grad, weight)
-                self._seen[index], self._placed = (), None  # until all is written
-                self._table[index, : len(row)] = row
-                self._seen[index] = seen
+            rounds = rounds or state[MOMENTUM].dtype != torch.float32
+            if row != self._rows[index]:
+                self._check(index, state)
+                self._rows[index], self._placed = (), None  # until all is written
+                columns = self._columns(slice_, state, grad, weight)
+                self._table[index, : len(columns)] = columns
+                self._rows[index] = row
         if self._placed is None:
             self._placed = self._kernels.place(self._table)
-        return self._placed
+        return Seen(self._placed, rounds, copied, grads)
 
-    def release(self) -> None:
-        """Let go of what only this step needs."""
-        self._grads, self.copied = [], []
-
-    def _gradient(self, work: ParameterSlice) -> Tensor:
-        grad = work.grad
-        if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
-            grad = grad.to(torch.float32).contiguous()
-            self._grads.append(grad)
-        return grad
-
-    def _model_weight(self, work: ParameterSlice) -> Tensor | None:
-        weight = work.model_weight
-        if weight is not None and weight.dtype not in self._kernels.written_dtypes:
-            self.copied.append(work)
-            return None
-        return weight
-
-    def _row(self, work: ParameterSlice, grad: Tensor, weight: Tensor | None) -> list[int]:
-        state = work.state
+    def _columns(
+        self, slice_: ParameterSlice, state: State, grad: Tensor, weight: Tensor | None
+    ) -> list[int]:
         momentum = state[MOMENTUM]
         return [
-            work.param.data_ptr(),
+            slice_.param.data_ptr(),
             grad.data_ptr(),
             momentum.data_ptr(),
             state[SCALE].data_ptr() if self._is_int8 else 0,
-            state[REMAINDER].data_ptr() if _has_remainder(work) else 0,
+            state[REMAINDER].data_ptr() if _has_remainder(slice_) else 0,
             0 if weight is None else weight.data_ptr(),
             *(state[key].data_ptr() for key in self._factors),
             grad.dtype == torch.bfloat16,
@@ -127,36 +125,36 @@ class Addresses:
             momentum.dtype == torch.bfloat16,
         ]
 
-    def _check(self, index: int) -> None:
+    def _check(self, index: int, state: State) -> None:
         """Compare the state with what kernels rely on.
 
         Raises:
             ValueError: another size, dtype, device or layout, or none.
         """
-        work = self._works[index]
-        momentum = work.state.get(MOMENTUM)
+        slice_ = self._slices[index]
+        momentum = state.get(MOMENTUM)
         known = momentum is not None and momentum.dtype in _MOMENTUM_DTYPES
-        if known and is_int8_momentum(work) != self._is_int8:
+        if known and is_int8_momentum(state) != self._is_int8:
             raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
         for key, wanted in self._wanted[index].items():
-            if key not in work.state:
+            if key not in state:
                 raise ValueError(
-                    f"CAME: a parameter of shape {work.shard.shape} has no state {key!r}: it "
+                    f"CAME: a parameter of shape {slice_.shard.shape} has no state {key!r}: it "
                     "belongs to another model, or something has taken it away."
                 )
-            value = work.state[key]
+            value = state[key]
             fits = value.numel() == wanted.numel and value.dtype in wanted.dtypes
-            if not fits or not value.is_contiguous() or value.device != work.param.device:
+            if not fits or not value.is_contiguous() or value.device != slice_.param.device:
                 raise ValueError(
-                    f"CAME: state {key!r} of a parameter of shape {work.shard.shape} has the shape "
-                    f"{tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to "
+                    f"CAME: state {key!r} of a parameter of shape {slice_.shard.shape} has the "
+                    f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to "
                     "another model, or something has changed it."
                 )
 
 
-def is_int8_momentum(work: ParameterSlice) -> bool:
+def is_int8_momentum(state: State) -> bool:
     """Whether a parameter's momentum is."""
-    return MOMENTUM in work.state and work.state[MOMENTUM].dtype == torch.int8
+    return MOMENTUM in state and state[MOMENTUM].dtype == torch.int8
 
 
 class _Wanted(NamedTuple):
@@ -166,21 +164,21 @@ class _Wanted(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-def _has_remainder(work: ParameterSlice) -> bool:
-    """Kernels bear a bf16 parameter only where it is the upper half of fp32 weights."""
-    return work.param.dtype == torch.bfloat16
+def _has_remainder(slice_: ParameterSlice) -> bool:
+    """Kernels take a bf16 parameter only where it is the upper half of fp32 weights."""
+    return slice_.param.dtype == torch.bfloat16
 
 
 def _wanted_state(
-    work: ParameterSlice, factors: Sequence[str], is_int8: bool
+    slice_: ParameterSlice, factors: Sequence[str], is_int8: bool
 ) -> dict[str, _Wanted]:
     """All that kernels touch of a parameter's state."""
-    batch, rows, columns = work.shard.local_matrix
-    numel = work.shard.numel
+    batch, rows, columns = slice_.shard.local_matrix
+    numel = slice_.shard.numel
     wanted = {MOMENTUM: _Wanted(numel, _MOMENTUM_DTYPES)}
     if is_int8:
         wanted[SCALE] = _Wanted(int8.blocks(numel), (torch.float32,))
-    if _has_remainder(work):
+    if _has_remainder(slice_):
         wanted[REMAINDER] = _Wanted(numel, (torch.int16,))
     for key in factors:
         size = batch * (columns if key.endswith("_col") else rows)

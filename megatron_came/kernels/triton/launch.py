@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_came.core.int8 import BLOCK as INT8_BLOCK
-from megatron_came.core.shard import Shard
-from megatron_came.kernels.backend import Tables, usual_obstacle
+from megatron_came.core.parameter_slice import ParameterSlice, SliceSums
+from megatron_came.kernels.backend import unsupported_by_kernels
 from megatron_came.kernels.triton import factors, tiles, vectors
+from megatron_came.kernels.triton.fused import FusedPasses, Tables
 from megatron_came.kernels.triton.schedule import Kernel, Schedule
 from megatron_came.kernels.triton.tables import GroupField, MatrixField
 from megatron_came.kernels.triton.tiling import PLACES, Tiling
@@ -44,8 +46,8 @@ def blocks_save_time(cache_elements: int, bytes_per_second: float) -> bool:
     return saved > _BLOCK_LAUNCHES * _LAUNCH_SECONDS
 
 
-class TritonKernels:
-    """:class:`megatron_came.kernels.backend.Kernels` for GPUs.
+class TritonBackend:
+    """:class:`megatron_came.kernels.backend.Backend` for GPUs.
 
     Under ``TRITON_INTERPRET=1`` for the CPU.
 
@@ -53,6 +55,7 @@ class TritonKernels:
         device: where the parameters lie.
     """
 
+    name = "triton"
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     tiling = Tiling(rows=64, columns=256, slots=4096, tallest=512)
 
@@ -72,11 +75,15 @@ class TritonKernels:
         elements = device.L2_cache_size // 8
         return elements if blocks_save_time(elements, 2e3 * kilohertz * bits / 8) else None
 
-    def obstacle(self, param: Tensor, shard: Shard) -> str | None:
-        """Beyond the usual ones, places in a tile that do not fit 32 bits."""
-        if shard.local_matrix[2] * self.tiling.slot_rows >= PLACES:
+    def unsupported(self, slice_: ParameterSlice) -> str | None:
+        """Beyond what hinders all kernels, places in a tile that do not fit 32 bits."""
+        if slice_.shard.local_matrix[2] * self.tiling.slot_rows >= PLACES:
             return "with rows of more than 16 million elements"
-        return usual_obstacle(param, shard)
+        return unsupported_by_kernels(slice_)
+
+    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> FusedPasses:
+        """Make the passes, with tables of these parameters."""
+        return FusedPasses(sums, self, is_local)
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Make the parameters' device the current one, on which Triton launches."""

@@ -47,22 +47,19 @@ class Schedules(NamedTuple):
     Attributes:
         squares: pass 1.
         instability: second moments and pass 2.
-        apply: instabilities and pass 3, but of copies.
-        apply_copies: of copies the same, with second moments anew.
+        apply: instabilities and pass 3.
         step: all passes, where all sums are local.
     """
 
     squares: Schedule
     instability: Schedule
     apply: Schedule
-    apply_copies: Schedule
     step: Schedule
 
     @classmethod
     def of(
         cls,
         blocks: Sequence[Block],
-        own_blocks: int,
         first_factors: Sequence[int],
         first_spans: Sequence[int],
         vectors: int,
@@ -72,7 +69,6 @@ class Schedules(NamedTuple):
 
         Args:
             blocks: of the matrix parameters.
-            own_blocks: how many of them; the rest are of tensors that other ranks hold copies of.
             first_factors: by matrix parameter, the first row of its factors, and the end.
             first_spans: likewise, of its spans.
             vectors: how many vector parameters.
@@ -83,14 +79,12 @@ class Schedules(NamedTuple):
         instability = [_launch(Kernel.UPDATE_VECTOR_MOMENTS, all_vectors)]
         apply = [_launch(Kernel.APPLY_VECTORS, all_vectors)]
         step = squares + instability + apply
-        apply_copies: list[list[int]] = []
-        for number, block in enumerate(blocks):
+        for block in blocks:
             members = block.matrices
             factors = slice(first_factors[members.start], first_factors[members.stop])
             spans_of = slice(first_spans[members.start], first_spans[members.stop])
             first: list[list[int]] = []
-            moments = [_launch(Kernel.UPDATE_SECOND_MOMENTS, factors)]
-            second = list(moments)
+            second = [_launch(Kernel.UPDATE_SECOND_MOMENTS, factors)]
             for tiles, strips in block.segments:
                 first.append(_launch(Kernel.SQUARE_TILES, tiles))
                 first.append(_launch(Kernel.ADD_SQUARE_STRIPS, strips))
@@ -107,12 +101,9 @@ class Schedules(NamedTuple):
                 third += [_launch(Kernel.APPLY_TILES, tiles) for tiles, _ in block.segments]
             squares += first
             instability += second
-            if number < own_blocks:
-                apply += third
-            else:
-                apply_copies += moments + third
+            apply += third
             step += first + second + third
-        return cls(*map(_schedule, (squares, instability, apply, apply_copies, step)))
+        return cls(*map(_schedule, (squares, instability, apply, step)))
 
 
 def _launch(kernel: Kernel, rows: slice, backwards: bool = False) -> list[int]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum, auto
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from megatron_came.core.shard import Shard
+from megatron_came.core.parameter_slice import ParameterSlice, SliceSums
 
 IntTable = npt.NDArray[np.int64]
 
@@ -144,19 +143,11 @@ TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupField
 FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in TABLES]).encode())
 
 
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """Where a parameter's sums over elements go; see ``ParameterSlice.bind``."""
-
-    squares: Sequence[Tensor]
-    total: Tensor
-    residuals: Sequence[Tensor] = ()
-
-
-def vector_row(shard: Shard, sums: Sums, group: int, key: int) -> IntTable:
+def vector_row(slice_: ParameterSlice, sums: SliceSums, group: int) -> IntTable:
     """Describe a vector parameter."""
+    shard = slice_.shard
     row = np.zeros(len(VectorField), np.int64)
-    row[VectorField.KEY] = key
+    row[VectorField.KEY] = slice_.key
     row[VectorField.START], row[VectorField.STOP] = shard.start, shard.stop
     row[VectorField.SIZE] = shard.local_matrix[1]
     row[VectorField.FULL_NUMEL] = shard.full_numel
@@ -169,21 +160,24 @@ def vector_row(shard: Shard, sums: Sums, group: int, key: int) -> IntTable:
 
 
 def matrix_row(
-    shard: Shard, sums: Sums, group: int, key: int, scales: Sequence[Tensor], first_matrix: int
+    slice_: ParameterSlice,
+    sums: SliceSums,
+    group: int,
+    scales: Sequence[Tensor],
+    first_matrix: int,
 ) -> IntTable:
     """Describe a matrix parameter.
 
     Args:
-        shard: where the slice lies.
+        slice_: the parameter.
         sums: where its sums go.
         group: row of its group's hyperparameters.
-        key: of its random bits.
         scales: row and column scale, row and column confidence.
         first_matrix: row of its first matrix in the table of clip divisors.
     """
-    field = MatrixField
+    field, shard = MatrixField, slice_.shard
     row = np.zeros(len(field), np.int64)
-    row[field.KEY] = key
+    row[field.KEY] = slice_.key
     row[field.START], row[field.STOP] = shard.start, shard.stop
     row[field.BATCH], row[field.ROWS], row[field.COLUMNS] = shard.local_matrix
     row[field.FULL_ROWS], row[field.FULL_COLUMNS] = shard.full_rows, shard.full_columns
@@ -195,7 +189,7 @@ def matrix_row(
     row[field.GROUP] = group
     row[field.SQUARE_ROWS : field.SQUARE_COLUMNS + 1] = [s.data_ptr() for s in sums.squares]
     row[field.TOTAL] = sums.total.data_ptr()
-    row[field.RESIDUAL_ROWS : field.RESIDUAL_COLUMNS + 1] = [s.data_ptr() for s in sums.residuals]
+    row[field.RESIDUAL_ROWS : field.RESIDUAL_COLUMNS + 1] = [s.data_ptr() for s in sums.instability]
     row[field.ROW_SCALE : field.COLUMN_CONFIDENCE + 1] = [s.data_ptr() for s in scales]
     row[field.FIRST_MATRIX] = first_matrix
     return row

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.core.shard import Shard
-from megatron_came.kernels.triton.tables import IntTable, SpanField, StripField, Sums, TileField
+from megatron_came.kernels.triton.tables import IntTable, SpanField, StripField, TileField
 
 # Places in a tile fit 32 bits.
 PLACES = 2**30
@@ -153,7 +154,7 @@ def cache_blocks(sizes: Sequence[int], limit: int | None) -> Iterator[range]:
 
 
 def cut(
-    shards: Sequence[Shard], sums: Sequence[Sums], tiling: Tiling, together: Sequence[range]
+    shards: Sequence[Shard], sums: Sequence[SliceSums], tiling: Tiling, together: Sequence[range]
 ) -> tuple[IntTable, IntTable, tuple[Block, ...], int]:
     """Cut the slices of matrix parameters.
 
@@ -234,14 +235,17 @@ def _tiles(bands: _Bands, across: int, tiling: Tiling) -> IntTable:
 
 
 def _strips(
-    bands: _Bands, across: int, tiling: Tiling, slot: int, shard: Shard, sums: Sums
+    bands: _Bands, across: int, tiling: Tiling, slot: int, shard: Shard, sums: SliceSums
 ) -> list[list[int]]:
     """Return the strips that add up the bands' tiles: columns downwards, rows side by side.
 
     Those of columns come first: they take longest.
     """
     batch, rows, columns = shard.local_matrix
-    (row_squares, column_squares), (row_residuals, column_residuals) = sums.squares, sums.residuals
+    (row_squares, column_squares), (row_residuals, column_residuals) = (
+        sums.squares,
+        sums.instability,
+    )
     strips = []
     for column in range(0, columns, tiling.columns):
         top = slot + column // tiling.columns

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.megatron.arguments import say_once
-from megatron_came.megatron.versions import release
+from megatron_came.versions import release
+from megatron_came.voice import say_once
 
 _ALIGNMENT = 64  # of the parameters' first elements
 

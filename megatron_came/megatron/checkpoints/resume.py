@@ -18,9 +18,9 @@ from megatron_came.megatron.checkpoints import changed_flags, contents, model_di
 from megatron_came.megatron.checkpoints.contents import AFRESH
 from megatron_came.megatron.checkpoints.folders import folder_problem, tracked
 from megatron_came.megatron.checkpoints.groups import own_rates, same_order
-from megatron_came.megatron.checkpoints.loads import Load, current, end_if, stop
+from megatron_came.megatron.checkpoints.loads import Load, current
 from megatron_came.megatron.checkpoints.refusals import refusal
-from megatron_came.megatron.checkpoints.settings import say_conversions, say_once
+from megatron_came.megatron.checkpoints.settings import say_conversions
 from megatron_came.megatron.checkpoints.tensors import (
     compare_legacy_tensors,
     compare_tensors,
@@ -29,16 +29,13 @@ from megatron_came.megatron.checkpoints.tensors import (
     missing_state,
 )
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.patching import Function, wrap
+from megatron_came.patching import Function
+from megatron_came.voice import end_if, say_once, stop
 
 
-def install() -> None:
-    """Check checkpoints while Megatron loads them."""
-    wrap("megatron.training.checkpointing", "load_checkpoint", _with_sentences)
-    wrap("megatron.training.checkpointing", "_load_base_checkpoint", _with_checks)
+def with_sentences(original: Function) -> Function:
+    """End all ranks with one sentence where a load fails."""
 
-
-def _with_sentences(original: Function) -> Function:
     def load_checkpoint(
         ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -86,7 +83,9 @@ def _after(scheduler: Any, iteration: int, args: Any) -> None:
         )
 
 
-def _with_checks(original: Function) -> Function:
+def with_checks(original: Function) -> Function:
+    """Check a checkpoint while Megatron reads it."""
+
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         load = current.get()
         if load is None and (dist.is_initialized() or args.optimizer != "came"):

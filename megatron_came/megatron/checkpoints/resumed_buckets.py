@@ -7,18 +7,16 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_came.megatron.patching import Function, wrap
+from megatron_came.patching import Function
+from megatron_came.voice import stop
 
 # What differs of the flags that decide on buckets, by folder of the checkpoint.
 _differences: dict[str, str] = {}
 
 
-def install() -> None:
-    """Where a load of CAME's state fails because of other buckets, say so."""
-    wrap("megatron.training.checkpointing", "_load_base_checkpoint", _with_reason)
+def with_reason(original: Function) -> Function:
+    """Say so where a load of CAME's state fails because of other buckets."""
 
-
-def _with_reason(original: Function) -> Function:
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         # Megatron reads a checkpoint's arguments first, and its tensors in another call.
         try:
@@ -27,13 +25,13 @@ def _with_reason(original: Function) -> Function:
             found = _differences.get(str(load_dir))
             if found is None or not _is_of_a_bucket(error):
                 raise
-            raise SystemExit(
-                f"megatron_came: the checkpoint in {load_dir} was cut into other buckets "
-                f"({found}), which its format of optimizer state does not allow: resume with "
-                "those, save there with --ckpt-format torch_dist "
-                "--dist-ckpt-optim-fully-reshardable and resume from that, or give "
-                "--no-load-optim or --finetune."
-            ) from error
+            stop(
+                f"the checkpoint in {load_dir} was cut into other buckets ({found}), which its "
+                "format of optimizer state does not allow: resume with those, save there with "
+                "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable and resume from "
+                "that, or give --no-load-optim or --finetune.",
+                error,
+            )
         state = result[0] or {}
         sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
         _differences.pop(str(load_dir), None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_came.megatron.checkpoints.groups import settings_to_load
 from megatron_came.optimizer import CAME
+from megatron_came.voice import say_once
 
 _FLAGS = {
     "betas": ("--came-beta1", "--came-beta2", "--came-beta3"),
@@ -101,10 +99,3 @@ def _layout(args: Any) -> tuple[object, ...]:
     padding = ("ddp_pad_buckets_for_high_nccl_busbw", "make_vocab_size_divisible_by")
     names = (*sizes, *more, *experts, *slices, *padding)
     return tuple(getattr(args, name, None) for name in names)
-
-
-@functools.cache
-def say_once(sentence: str) -> None:
-    """Say a sentence once, though dense and expert parameters have an optimizer each; on a rank."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"megatron_came: {sentence}", flush=True)

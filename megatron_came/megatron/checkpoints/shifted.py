@@ -13,21 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_came.megatron.patching import Function, wrap
-from megatron_came.megatron.versions import check_version, release
+from megatron_came.patching import Function
+from megatron_came.versions import check_version
+from megatron_came.voice import say
 
 # Folders of checkpoints that were read, and may be shifted.
 _suspects: list[str] = []
 
 
-def install() -> None:
+def with_warning(original: Function) -> Function:
     """Look, when model and optimizer stand, whether this run's checkpoints get shifted."""
-    if release() < (0, 20):
-        wrap("megatron.training.training", "setup_model_and_optimizer", _with_warning)
-        wrap("megatron.training.checkpointing", "_load_base_checkpoint", _with_note)
 
-
-def _with_warning(original: Function) -> Function:
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         from megatron.training.global_vars import get_args
 
@@ -35,14 +31,16 @@ def _with_warning(original: Function) -> Function:
         result = original(*args, **kwargs)
         settings = get_args()
         warning = _warning(settings, writes(settings) and padded_anywhere(result[0]))
-        if warning and dist.get_rank() == 0:
-            print(f"megatron_came: {warning}", flush=True)
+        if warning:
+            say(warning)
         return result
 
     return setup_model_and_optimizer
 
 
-def _with_note(original: Function) -> Function:
+def with_note(original: Function) -> Function:
+    """Remember a checkpoint that may be shifted."""
+
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         result = original(load_dir, args, *rest, **kwargs)
         state = result[0] or {}

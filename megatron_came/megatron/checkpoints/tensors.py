@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.megatron.checkpoints import model_differences
 from megatron_came.megatron.checkpoints.folders import legacy_problem, tracked
-from megatron_came.megatron.checkpoints.loads import Load, current, end_if
-from megatron_came.megatron.checkpoints.settings import say_once
+from megatron_came.megatron.checkpoints.loads import Load, current
+from megatron_came.voice import end_if, say_once
 
 
 def compare_tensors(

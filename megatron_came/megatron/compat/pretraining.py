@@ -17,18 +17,12 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer import multi_token_prediction
 from megatron.training import get_args, inprocess_restart, pretrain, print_rank_0
 
-from megatron_came.megatron.versions import release
+from megatron_came.rules import Rule, refusal
+from megatron_came.versions import release
 
 Batch = dict[str, Any]  # tensors, or None for what the rank has no use of
 
 _DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
-
-# What the model below leaves out, by the name of the argument that asks for it.
-_LEFT_OUT = {
-    "spec": "--spec",
-    "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
-    "experimental_attention_variant": "--experimental-attention-variant",
-}
 
 
 def build_tokenizer(args: Namespace) -> Any:
@@ -118,7 +112,7 @@ def train(
     datasets: Callable[..., Any],
     forward_step: Callable[..., Any],
     embedding_ranks: Callable[[list[int]], list[int]],
-    refusal: Callable[[Namespace], str | None],
+    rules: Iterable[Rule],
 ) -> None:
     """Read the flags and train as they say.
 
@@ -126,10 +120,10 @@ def train(
         datasets: builds the data sets.
         forward_step: runs the model on a micro-batch.
         embedding_ranks: which ranks of a pipeline hold the word embeddings.
-        refusal: says in one sentence what of the flags cannot be done, or None.
+        rules: what of the flags is refused.
 
     Raises:
-        SystemExit: something cannot be done.
+        SystemExit: a rule refuses the flags.
     """
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     more = {"store": store, "get_embedding_ranks": embedding_ranks}
@@ -137,14 +131,14 @@ def train(
     if release() < (0, 18):
         from megatron.training.arguments import parse_args
 
-        _stop_if(refusal, parse_args())
+        _stop_if_refused(rules, parse_args())
         run(datasets, build_gpt, kind, forward_step, args_defaults=_DEFAULTS, **more)
         return
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(args_defaults=_DEFAULTS)
-    _stop_if(refusal, args)
+    _stop_if_refused(rules, args)
     if release() < (0, 19):
         settings = pretrain_cfg_container_from_args(args)
         run(settings, datasets, build_gpt, kind, forward_step, **more)
@@ -155,16 +149,10 @@ def train(
     run(settings, datasets, kind, forward_step, **more)
 
 
-def _stop_if(refusal: Callable[[Namespace], str | None], args: Namespace) -> None:
-    message = refusal(args)
-    for name, flag in _LEFT_OUT.items():
-        if release() < (0, 19) and getattr(args, name, None):
-            message = message or (
-                f"megatron_came.pretrain_gpt supports {flag} from Megatron 0.19 on: use it, or "
-                "-m megatron_came.launch with the script of a Megatron-LM checkout."
-            )
-    if message is not None:
-        raise SystemExit(message)
+def _stop_if_refused(rules: Iterable[Rule], args: Namespace) -> None:
+    problem = refusal(rules, args)
+    if problem is not None:
+        raise SystemExit(problem)
 
 
 def build_gpt(

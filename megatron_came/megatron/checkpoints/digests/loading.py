@@ -33,21 +33,17 @@ from megatron_came.megatron.checkpoints.digests.sums import (
     as_it_is,
     distinct,
     main_pieces,
-    rank,
 )
-from megatron_came.megatron.patching import Function, wrap
 from megatron_came.optimizer import CAME
+from megatron_came.patching import Function
+from megatron_came.voice import rank, say, stop
 
 _current: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
 
-def install() -> None:
-    """Let Megatron verify the checkpoints that it loads."""
-    wrap("megatron.training.checkpointing", "load_checkpoint", _verified)
-    wrap("megatron.training.checkpointing", "_load_base_checkpoint", _noted)
+def verified(original: Function) -> Function:
+    """Compare what was loaded with the digests that were saved with it."""
 
-
-def _verified(original: Function) -> Function:
     def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training.global_vars import get_args
 
@@ -66,7 +62,9 @@ def _verified(original: Function) -> Function:
     return load_checkpoint
 
 
-def _noted(original: Function) -> Function:
+def noted(original: Function) -> Function:
+    """Add up what is read."""
+
     def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         result = original(load_dir, args, *rest, **kwargs)
         loading, first_look = _current.get(), kwargs.get("rank0", rest[0] if rest else False)
@@ -115,7 +113,8 @@ class Loading:
             with_optimizer=not (afresh or self._settings.no_load_optim),
         )
         seen = distinct((problem, source.file, source.identity))
-        stop(next((problem for problem, _, _ in seen if problem), None))
+        if found := next((problem for problem, _, _ in seen if problem), None):
+            stop(found)
         other = next((file for _, file, identity in seen if identity != seen[0][2]), None)
         if other is not None:
             stop(
@@ -217,9 +216,10 @@ class Loading:
             holders=lambda: distinct((source.file, self._sums.held)),
         )
         problem, remarks = judge(source, found)
-        for remark in remarks if rank() == 0 else ():
-            print(f"megatron_came: {remark}", flush=True)
-        stop(problem)
+        for remark in remarks:
+            say(remark)
+        if problem:
+            stop(problem)
 
     def _add_rest(self, wrapper: Any) -> None:
         """Add factors, and the main weights of an optimizer of whole tensors."""
@@ -268,9 +268,3 @@ def _under_way() -> Loading | None:
     """
     loading = _current.get()
     return loading if loading is not None and loading.has_begun else None
-
-
-def stop(problem: str | None) -> None:
-    """End the program with a sentence, if there is one."""
-    if problem:
-        raise SystemExit(f"megatron_came: {problem}")

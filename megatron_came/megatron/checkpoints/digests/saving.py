@@ -25,19 +25,16 @@ from megatron_came.megatron.checkpoints.digests.sums import (
     main_pieces,
     momentum_pieces,
 )
-from megatron_came.megatron.patching import Function, wrap
+from megatron_came.megatron.sharding import chain_of
+from megatron_came.patching import Function
 
 # What goes into the checkpoint that is being saved.
 _record: ContextVar[str | None] = ContextVar("record", default=None)
 
 
-def install() -> None:
-    """Let Megatron's checkpoints hold a record of digests."""
-    wrap("megatron.training.checkpointing", "save_checkpoint", _with_digests)
-    wrap("megatron.training.checkpointing", "generate_state_dict", _with_record)
+def with_digests(original: Function) -> Function:
+    """Compute the digests of what is about to be saved."""
 
-
-def _with_digests(original: Function) -> Function:
     def save_checkpoint(
         iteration: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -57,7 +54,9 @@ def _with_digests(original: Function) -> Function:
     return save_checkpoint
 
 
-def _with_record(original: Function) -> Function:
+def with_record(original: Function) -> Function:
+    """Add them to what is saved."""
+
     def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
         state = original(*args, **kwargs)
         record = _record.get()
@@ -116,7 +115,7 @@ def wrappers_of(optimizer: Any) -> Iterator[Any]:
     """The optimizers of a chain that hold a CAME."""
     if optimizer is None:
         return
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in chain_of(optimizer):
         if getattr(inner, "optimizer", None) is not None:
             yield inner
 
@@ -164,9 +163,9 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
 def _buckets(optimizer: Any, entries: dict[int, Entry]) -> dict[str, tuple[InBucket, ...]]:
     """Say where parameters lie in buckets; ranks that share these say the same."""
     found: dict[str, tuple[InBucket, ...]] = {}
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
-    for position, wrapper in enumerate(chain):
-        prefix = f"chained_{position}." if len(chain) > 1 else ""  # as Megatron's chain has it
+    optimizers = chain_of(optimizer)
+    for position, wrapper in enumerate(optimizers):
+        prefix = f"chained_{position}." if len(optimizers) > 1 else ""  # as Megatron's chain has it
         if getattr(wrapper, "optimizer", None) is None or not counts(wrapper):
             continue
         for index, ranges in enumerate(getattr(wrapper, "gbuf_ranges", ())):

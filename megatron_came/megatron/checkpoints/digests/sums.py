@@ -217,11 +217,6 @@ class Sums:
         )
 
 
-def rank() -> int:
-    """Return the rank of this process among all."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def distinct[T](value: T) -> list[T]:
     """Return the values that ranks have, each once, in the order of the first ranks with them.
 

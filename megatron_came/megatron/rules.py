@@ -1,0 +1,215 @@
+"""What --optimizer came does not go with: on the command line, and where it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_came.core.state import MOMENTUM_DTYPES
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.rules import Rule, refusal
+from megatron_came.versions import before
+
+# Values of CAME's flags that are looked at here: argparse would print all of Megatron's flags
+# before its sentence.
+CHOICES = {
+    "--came-momentum-dtype": tuple(MOMENTUM_DTYPES),
+    "--came-main-params": ("fp32", "remainder"),
+}
+
+_REMAINDER = "--came-main-params remainder"
+_LEAVE_OUT = "leave it out, or use --optimizer adam"
+_SHARDING = "use --use-distributed-optimizer, which shards CAME's momentum and main weights"
+_SEPARATE = "leave it out: CAME has statistics of its own for each expert"
+_SHARDS = "leave it out and use --tensor-model-parallel-size"
+_EXPERT_SHARDS = "leave it out and use --expert-tensor-parallel-size"
+
+
+def _not_with(flag: str, remedy: str, what: str = "{given}", **more: Any) -> Rule:
+    return Rule(f"--optimizer came does not go with {what}: {remedy}.", flag, **more)
+
+
+def _value(name: str) -> Callable[[Any], Any]:
+    """Return a function that reads one of the settings, None where there is none."""
+    return lambda settings: getattr(settings, name, None)
+
+
+def _has_remainders(settings: Any) -> bool:
+    return bool(settings.came_main_params == "remainder")
+
+
+def _has(weights: str) -> Callable[[Any], bool]:
+    """Return a condition: remainders, and weights of a dtype that they cannot complete."""
+    return lambda settings: (
+        _has_remainders(settings)
+        and not settings.bf16
+        and bool(settings.fp16) == (weights == "fp16")
+    )
+
+
+def _cut_offsets(settings: Any) -> bool:
+    """Whether attention learns offsets, which tensor parallelism cuts without saying so."""
+    learns = _value("softmax_type")(settings) == "learnable"
+    return learns and bool(settings.tensor_model_parallel_size > 1)
+
+
+def _is_mimo(settings: Any) -> bool:
+    model = next(iter(getattr(settings, "model_chunks", ())), None)
+    if model is None:
+        return False  # on the command line
+    from megatron.core.models.mimo.model.base import MimoModel
+
+    while not isinstance(model, MimoModel) and hasattr(model, "module"):
+        model = model.module  # out of its wrappers
+    return isinstance(model, MimoModel)
+
+
+# Experts whose layout a release before 0.19 does not say.
+
+
+def _experts(settings: Any) -> Iterator[Any]:
+    """All modules that hold the experts of a layer."""
+    from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+
+    if _value("num_moe_experts")(settings):
+        for chunk in getattr(settings, "model_chunks", ()):
+            for module in chunk.modules():
+                if isinstance(module, BaseMoELayer):
+                    yield module.experts
+
+
+def _reduces_experts_wrongly(settings: Any) -> bool:
+    return bool(
+        _value("num_moe_experts")(settings)
+        and settings.expert_model_parallel_size == 1
+        and settings.expert_tensor_parallel_size != settings.tensor_model_parallel_size
+    )
+
+
+def _packs_experts(settings: Any) -> bool:
+    return any(type(experts).__name__ == "GroupedMLP" for experts in _experts(settings))
+
+
+def _cuts_experts_in_silence(settings: Any) -> bool:
+    return any(
+        base.__module__.split(".")[0] == "transformer_engine"
+        for experts in _experts(settings)
+        for module in experts.modules()
+        for base in type(module).__mro__
+    )
+
+
+_OLDER = {"releases": before("0.19")}
+
+RULES = (
+    *(
+        Rule("{given} is not allowed: use " + " or ".join(values) + ".", flag, works=values)
+        for flag, values in CHOICES.items()
+    ),
+    _not_with("--optimizer-cpu-offload", _LEAVE_OUT),
+    _not_with("--use-precision-aware-optimizer", _LEAVE_OUT),
+    _not_with("--use-megatron-fsdp", _SHARDING),
+    _not_with("--use-torch-fsdp2", _SHARDING),
+    _not_with("--optimizer-cuda-graph", _LEAVE_OUT),
+    _not_with("--rl-offload-optimizer-during-inference", _LEAVE_OUT),
+    _not_with("--fp8-param-gather", "leave it out"),
+    _not_with("--fp4-param-gather", "leave it out"),
+    _not_with("--reuse-grad-buf-for-mxfp8-param-ag", "leave it out"),
+    # Megatron's validation derives these two from the flags.
+    _not_with(
+        "--tensor-parallel-num-weight-shards",
+        _SHARDS,
+        argument="gtp_weight_remat_size",
+        works=(1,),
+    ),
+    _not_with(
+        "--expert-tensor-parallel-num-weight-shards",
+        _EXPERT_SHARDS,
+        argument="expert_gtp_weight_remat_size",
+        works=(1,),
+    ),
+    _not_with("--moe-single-grouped-weight", _SEPARATE),
+    _not_with("--moe-single-grouped-bias", _SEPARATE),
+    _not_with("--use-layer-wise-distributed-optimizer", _SHARDING, "a layer-wise optimizer"),
+    _not_with("--use-legacy-models", "leave it out"),
+    _not_with("--yaml-cfg", "give the settings as flags"),
+    _not_with(
+        "",
+        "use another --softmax-type, or size 1",
+        "--softmax-type learnable at --tensor-model-parallel-size above 1",
+        when=_cut_offsets,
+    ),
+    *(
+        Rule(
+            f"{_REMAINDER} completes bf16 weights, and the model's are {weights}: add --bf16, or "
+            f"leave {_REMAINDER} out.",
+            when=_has(weights),
+        )
+        for weights in ("fp16", "fp32")
+    ),
+    Rule(
+        f"{_REMAINDER} needs the distributed optimizer: add --use-distributed-optimizer, or leave "
+        f"{_REMAINDER} out.",
+        when=lambda settings: _has_remainders(settings) and not settings.use_distributed_optimizer,
+    ),
+    *(  # they ask for main weights in fp32
+        Rule(
+            f"{_REMAINDER} does not go with {flag}: leave one of them out.",
+            flag,
+            when=_has_remainders,
+        )
+        for flag in ("--load-main-params-from-ckpt", "--log-params-norm", "--qk-clip")
+    ),
+    # Where it is built.
+    Rule(
+        "--optimizer came does not support MiMo models, which build their own optimizers: use "
+        "--optimizer adam.",
+        when=_is_mimo,
+    ),
+    Rule(
+        "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on.",
+        when=lambda settings: not getattr(settings, "decoupled_weight_decay", True),
+    ),
+    _not_with(
+        "--expert-tensor-parallel-size",
+        "use --expert-tensor-parallel-size {at.tensor_model_parallel_size}, or Megatron 0.19",
+        "{given} at --tensor-model-parallel-size {at.tensor_model_parallel_size} and "
+        "--expert-model-parallel-size 1 on Megatron {release}, which reduces the gradients of such "
+        "experts over the wrong ranks",
+        when=_reduces_experts_wrongly,
+        **_OLDER,
+    ),
+    _not_with(
+        "",
+        "use --transformer-impl transformer_engine without --moe-use-legacy-grouped-gemm, leave "
+        "--moe-grouped-gemm out, or Megatron 0.19",
+        "--moe-grouped-gemm where Megatron {release} packs all experts of a rank into one weight "
+        "(its legacy GroupedMLP)",
+        when=_packs_experts,
+        **_OLDER,
+    ),
+    _not_with(
+        "--expert-tensor-parallel-size",
+        "use --expert-tensor-parallel-size 1 with --expert-model-parallel-size above 1, "
+        "--transformer-impl local, or Megatron 0.19",
+        "{given} and --transformer-impl transformer_engine on Megatron {release}, whose expert "
+        "layers do not say how they are cut",
+        works=(1,),
+        when=_cuts_experts_in_silence,
+        **_OLDER,
+    ),
+)
+
+
+def refuse(settings: Any) -> None:
+    """Refuse what does not go with CAME.
+
+    Args:
+        settings: Megatron's arguments, or what :func:`.builder.settings_of_model` returns.
+
+    Raises:
+        UnsupportedError: one sentence with flag, value and remedy.
+    """
+    problem = refusal(RULES, settings)
+    if problem is not None:
+        raise UnsupportedError(problem)

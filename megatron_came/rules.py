@@ -1,0 +1,69 @@
+"""What is refused: one kind of rule, of which each room that refuses something has a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_came.versions import SUPPORTED, release
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A flag of which some values are refused, or settings that do not go together.
+
+    Attributes:
+        sentence: says what is wrong and what to do, with ``{given}`` for the flag as it was typed,
+            ``{at.NAME}`` for another of the settings and ``{release}`` for Megatron's.
+        flag: whose values are refused; none where ``when`` alone decides.
+        works: values that are not, beside "not given" (None, False, 0 or nothing).
+        when: a further condition, on all settings.
+        argument: the flag's name among the settings, where it is another.
+        releases: of Megatron in which the rule holds.
+    """
+
+    sentence: str
+    flag: str = ""
+    works: tuple[object, ...] = ()
+    when: Callable[[Any], object] = lambda settings: True
+    argument: str = ""
+    releases: tuple[str, ...] = SUPPORTED
+
+    @property
+    def destination(self) -> str:
+        """The flag's name among the settings."""
+        return self.argument or name_of(self.flag)
+
+    def problem(self, settings: Any) -> str | None:
+        """Return the sentence, if the settings are refused."""
+        installed = "" if self.releases == SUPPORTED else "{}.{}".format(*release())
+        if installed and installed not in self.releases:
+            return None
+        value = getattr(settings, self.destination, None) if self.flag else True
+        if not value or getattr(value, "name", value) in self.works or not self.when(settings):
+            return None
+        typed = getattr(settings, name_of(self.flag), value)  # Megatron may derive one from it
+        given = self.flag if typed is True else f"{self.flag} {_as_typed(typed)}"
+        return self.sentence.format(given=given, at=settings, release=installed)
+
+
+def refusal(rules: Iterable[Rule], settings: Any) -> str | None:
+    """Return the sentence of the first rule that refuses the settings, or None."""
+    return next(filter(None, (rule.problem(settings) for rule in rules)), None)
+
+
+def name_of(flag: str) -> str:
+    """Return how argparse calls a flag."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def flag_of(name: str) -> str:
+    """Return the flag that argparse calls so."""
+    return "--" + name.replace("_", "-")
+
+
+def _as_typed(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_as_typed, value))
+    return str(getattr(value, "name", value))

@@ -1,0 +1,95 @@
+"""The machine code of the Triton kernels keeps within budgets; compiling takes no GPU."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is missing")
+
+from scripts.machine_code import _instructions, _longest_path, _main_loop
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most, on sm_90 with the pinned Triton; warps at least."""
+
+    registers: int
+    instructions: float
+    barriers: int
+    warps: int
+
+
+# A tenth above what docs/kernels.md has, so that another release of ptxas fits.
+BUDGETS = {
+    "square_tiles aligned": Budget(53, 15.3, 5, 32),
+    "square_tiles unaligned": Budget(70, 36.0, 5, 24),
+    "instability_tiles aligned": Budget(70, 49.0, 15, 24),
+    "apply_tiles aligned": Budget(88, 80.0, 0, 16),
+    "apply_spans int8 momentum": Budget(200, 255.0, 10, 8),
+    "update_second_moments factors": Budget(126, 86.0, 0, 16),
+    "update_instabilities factors": Budget(106, 79.0, 0, 16),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("report") / "kernels.json"
+    command = [sys.executable, "scripts/kernel_report.py", "--arch", "sm_90", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {
+        f"{row['kernel']} {row['variant']}": row for row in json.loads(file.read_text())["kernels"]
+    }
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_kernel_keeps_to_its_budget(name, rows):
+    row, budget = rows[name], BUDGETS[name]
+    assert row["registers"] <= budget.registers
+    assert row["instructions_per_parameter"] <= budget.instructions
+    assert row["barriers"] <= budget.barriers
+    assert row["resident_warps"] >= budget.warps
+    assert row["spilled_bytes"] == (24 if "instabilities" in name else 0)
+
+
+def test_every_kernel_is_in_the_report(rows):
+    from megatron_came.kernels.triton.schedule import Kernel
+
+    compiled = {name.split()[0] for name in rows}
+    strips = {"add_square_strips", "add_instability_strips"}  # both are add_strips
+    assert {kernel.name.lower() for kernel in Kernel} - strips < compiled
+
+
+# A loop with a choice in it: the longer way has the barrier, and the back branch ends the loop.
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, [R2] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/                   BAR.SYNC 0x0 ;
+        /*0040*/                   SHFL.BFLY R0, R1 ;
+.L_x_2:
+        /*0050*/                   FADD R0, R0, R4 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_the_longest_way_through_the_loop_is_counted():
+    found = _instructions(LISTING)
+    assert _main_loop(found) == (1, 6)
+    names = [found[index].name for index in _longest_path(found, 1, 6)]
+    assert names == ["LDG.E.128", "BRA", "BAR.SYNC", "SHFL.BFLY", "FADD", "BRA"]
+
+
+def test_a_folder_without_triton_is_a_sentence(tmp_path):
+    command = [sys.executable, "scripts/kernel_report.py", "--triton", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "no Triton in" in done.stdout
