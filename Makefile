@@ -14,7 +14,7 @@ OPTIONS = $(if $(value TEXT),--text $$text) $(if $(value RANKS),--ranks $(call q
 	$(if $(value PORT),--port $(call quoted,PORT)) \
 	$(if $(value ITERATIONS),--iterations $(call quoted,ITERATIONS))
 
-.PHONY: help venv quickstart test test-all test-triton test-hosts check-mutations gpu-check kernel-report benchmarks check lock clean-quickstart
+.PHONY: help venv quickstart test test-all test-triton test-hosts check-mutations gpu-check kernel-report benchmarks pictures check lock clean-quickstart
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ kernel-report: venv  ## judge the Triton kernels by their machine code, without 
 
 benchmarks: venv  ## measure what docs/performance.md shows on this machine's CPU, and write that page
 	@scripts/benchmarks.sh
+
+pictures: venv  ## draw the pictures of README and docs
+	@$(BIN)/python scripts/pictures.py && $(BIN)/python scripts/architecture.py
 
 # The releases that are tested beside the installed one, each in a folder of its own.
 HOSTS := $(addprefix build/hosts/,0.16.1 0.17.1 0.18.2 0.19.0)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from megatron_came.compiling import outside_compiler
-from megatron_came.core import state as state_of
 from megatron_came.core.hyperparameters import Hyperparameters, check_group, with_plain_numbers
+from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs, gradient_of
 from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard, check_shards
+from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.parameter_checks import Guard
 from megatron_came.state_dicts import states_in
@@ -73,7 +74,7 @@ class CAME(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups.
         lr: learning rate, a number or a scalar tensor; the authors advise 0.5 to 0.9 times AdamW's.
-        eps: added to squared gradient and squared residual, both above 0.
+        eps: added to squared gradient and instability, both above 0.
         clip_threshold: largest RMS of an update before momentum, above 0.
         betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1). No
             bias correction: with the default beta3 the first updates are up to 11 lr in RMS, so
@@ -119,7 +120,7 @@ class CAME(torch.optim.Optimizer):
         names: Mapping[Tensor, str] | None = None,
         flat_convolutions: bool = False,
     ) -> None:
-        state_of.check_momentum_dtype(momentum_dtype)
+        check_momentum_dtype(momentum_dtype)
         self._momentum_dtype, self._seed, self._remainders = momentum_dtype, seed, remainders
         self._flat_convolutions = flat_convolutions
         self._guard = Guard()
@@ -286,7 +287,7 @@ class CAME(torch.optim.Optimizer):
         states: dict[Tensor, dict[str, Tensor]] = {}
 
         def take(_: torch.optim.Optimizer, final: Any) -> None:
-            # Of sharded parameters, hosts load the factors by other means.
+            # Of sharded parameters, Megatron's wrappers load the factors themselves.
             is_partial = bool(self._shards)
             states.update(states_in(final, self.param_groups, self._new_state, is_partial))
 
@@ -327,7 +328,7 @@ class CAME(torch.optim.Optimizer):
     def _settings_of(
         self, group: Mapping[str, Any]
     ) -> tuple[Hyperparameters, float | Tensor, float, int]:
-        """Read a group as it is now: schedules and hosts change it."""
+        """Read a group as it is now: schedules change it."""
         hyper = Hyperparameters.at_step(group)
         return hyper, group["lr"], float(group["weight_decay"]), group.get("step", 0)
 
@@ -338,12 +339,10 @@ class CAME(torch.optim.Optimizer):
         return state
 
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
-        return state_of.new_state(
-            param, self.shard_of(param), self._momentum_dtype, self._remainders
-        )
+        return new_state(param, self.shard_of(param), self._momentum_dtype, self._remainders)
 
     def _current_plan(self) -> Plan:
-        """Return the plan, made anew where the host has replaced or moved something."""
+        """Return the plan, made anew where others have replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
             self._guard.check(self.param_groups, self._shards)
             group_of = {
@@ -378,6 +377,12 @@ class CAME(torch.optim.Optimizer):
         return self._plan
 
     @property
+    def sums(self) -> list[Tensor]:
+        """The buffers of its sums over ranks, which a step has made."""
+        chunks = [] if self._plan is None else [*self._plan.local, *self._plan.shared]
+        return [buffer for chunk in chunks for buffer in chunk.buffers]
+
+    @property
     def kernel_choices(self) -> list[str]:
         """Who computes the step and why, a sentence for each device that no warning was about."""
         return [choice.reason for choice in self._choices.values() if not choice.should_warn]
@@ -389,7 +394,7 @@ class CAME(torch.optim.Optimizer):
                 if choice.should_warn:
                     warn_once(choice.reason)
                 else:
-                    _logger.debug(choice.reason)  # hosts have their own line, on one rank
+                    _logger.debug(choice.reason)  # Megatron's builder says it on one rank
 
 
 @functools.cache

@@ -36,7 +36,7 @@ _LONG = (
 
 
 class Guard:
-    """Looks at an optimizer's parameters when it is made, and again where a host has changed them.
+    """Looks at an optimizer's parameters when it is made, and again where others have changed them.
 
     Args:
         groups: parameter groups that there are already.

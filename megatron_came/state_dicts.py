@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.core import int8
 from megatron_came.core.hyperparameters import check_group
-from megatron_came.core.state import FACTORS, MOMENTUM, REMAINDER, SCALE, momentum_of, set_momentum
+from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete, momentum_of, set_momentum
+from megatron_came.core.state import FACTORS, REMAINDER
 
 _SETTINGS = ("lr", "betas", "eps", "clip_threshold", "weight_decay")
 # Of the authors' class, beside what it shares with ours.
@@ -32,7 +32,7 @@ def states_in(
         state_dict: what was given to ``load_state_dict``.
         groups: the optimizer's own parameter groups.
         new_state: returns a parameter's state before the first step.
-        is_partial: whether a host loads the rest by other means, as Megatron does.
+        is_partial: whether Megatron's wrappers load the rest.
 
     Returns:
         By parameter, in the dtypes that CAME gives them.
@@ -186,8 +186,8 @@ def _check_dtypes(saved: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
     for key, value in saved.items():
         if key == REMAINDER:
             fits = value.dtype == torch.int16
-        elif key == MOMENTUM and value.dtype == torch.int8:
-            fits = SCALE in saved and saved[SCALE].numel() == int8.blocks(value.numel())
+        elif key == MOMENTUM:
+            fits = is_complete(saved)
         else:
             fits = value.is_floating_point()
         if not fits:

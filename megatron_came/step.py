@@ -55,6 +55,11 @@ class Bundle:
             if members
         ]
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The memory that its sums lie in."""
+        return [self.squares.flat, self.instability.flat]
+
     def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> _BundleStep:
         """Take up what a step brings to those of the parameters that take part in it."""
         self.squares.zero_()

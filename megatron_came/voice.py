@@ -58,24 +58,31 @@ def of_all_ranks(value: Any, group: dist.ProcessGroup | None = None) -> list[Any
     return values
 
 
-def end_if(
+def of_any_rank(
     problem: str | None, choose: Callable[[list[str]], str] = lambda problems: problems[0]
-) -> None:
-    """End all ranks with one sentence, if one of them has a problem; a collective.
+) -> str | None:
+    """Return on all ranks the problem that one of them has, None if none has; a collective.
 
     Args:
         problem: of this rank.
-        choose: which of several ranks' problems is said; by default the first.
-
-    Raises:
-        SystemExit: on all ranks.
+        choose: which of several ranks' problems it is; by default the first.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         any_has = torch.tensor(problem is not None, dtype=torch.int32, device=device)
         dist.all_reduce(any_has, op=dist.ReduceOp.MAX)  # sentences are gathered if there are any
         if not any_has.item():
-            return
+            return None
     problems = [each for each in of_all_ranks(problem) if each is not None]
-    if problems:
-        stop(choose(problems))
+    return choose(problems) if problems else None
+
+
+def end_if(problem: str | None) -> None:
+    """End all ranks with one sentence, if one of them has a problem; a collective.
+
+    Raises:
+        SystemExit: on all ranks.
+    """
+    found = of_any_rank(problem)
+    if found is not None:
+        stop(found)

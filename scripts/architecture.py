@@ -85,7 +85,7 @@ def _box(axes: plt.Axes, x: float, y: float, width: float, text: str, color: str
         (x, y), width, 0.62, boxstyle="round,pad=0.02", facecolor=color, edgecolor="#666666"
     )
     axes.add_patch(shape)
-    axes.text(x + width / 2, y + 0.31, text, ha="center", va="center", fontsize=8)
+    axes.text(x + width / 2, y + 0.31, text, ha="center", va="center", fontsize=7)
 
 
 def _arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float]) -> None:

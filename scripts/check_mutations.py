@@ -3,7 +3,7 @@
     .venv/bin/python scripts/check_mutations.py [NAME...]
 
 Each fault is one replacement in one file of a copy of the repository. A fault survives if the tests
-named with it still pass; the script then fails. ``make test-all`` runs it.
+named with it still pass; the script then fails. ``make check-mutations`` runs it.
 """
 
 import shutil
@@ -20,7 +20,7 @@ KERNELS = "tests/kernels/test_kernels.py"
 ADDRESSES = "tests/kernels/test_kernel_addresses.py"
 THREADS = "tests/kernels/test_kernel_threads.py"
 SMALLER = "tests/core/test_smaller_state.py"
-HOST = "tests/megatron/test_host_sharding.py"
+SHARDING = "tests/megatron/test_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
 
@@ -40,14 +40,14 @@ FAULTS = (
     Fault(
         "skip the DP reduction",
         "core/sums.py",
-        'self._first = _runs(offsets, "dp_group")',
-        "self._first = []",
+        "over_dp = _merged((*bounds[index], requests[index].dp_group) for index in bounds)",
+        "over_dp = []",
     ),
     Fault(
         "skip the TP reduction",
         "core/sums.py",
-        'self._second = _runs(offsets, "tp_group")',
-        "self._second = []",
+        "over_tp = _merged((*bounds[index], requests[index].tp_group) for index in bounds)",
+        "over_tp = []",
     ),
     Fault(
         "reduce over the wrong group",
@@ -64,14 +64,14 @@ FAULTS = (
     Fault(
         "mean of a factor that is not whole",
         "kernels/eager.py",
-        'pair[1 if self._shard.tp_axis == "rows" else 0]',
-        "pair[0]",
+        'return factors.mean_of(column if shard.tp_axis == "rows" else row)',
+        "return factors.mean_of(row)",
     ),
     Fault(
-        "alias residual and gradient statistics",
+        "alias instability and gradient statistics",
         "kernels/eager.py",
-        "pair = self._factors(*MATRIX_FACTORS[2:])",
-        "pair = self._factors(*MATRIX_FACTORS[:2])",
+        "r, c, R, C = (boxes.factor(key) for key in MATRIX_FACTORS)",
+        "r, c, R, C = (boxes.factor(key) for key in MATRIX_FACTORS[:2] * 2)",
     ),
     Fault(
         "scale a vector's momentum by lr in place",
@@ -100,11 +100,11 @@ FAULTS = (
     Fault(
         "the guess used as the clip divisor",
         "kernels/eager.py",
-        "self._divisor = divisor.to(work.dtype)",
-        'self._divisor = getattr(self, "_guess", divisor).to(work.dtype)',
+        "            divisor,\n            row_scale[box.in_rows],",
+        "            guess,\n            row_scale[box.in_rows],",
     ),
     Fault(
-        "residuals with the guess",
+        "instability with the guess",
         "core/factors.py",
         "delta = divisor.reciprocal() - guess.to(torch.float64).reciprocal()",
         "delta = torch.zeros_like(divisor)",
@@ -118,26 +118,26 @@ FAULTS = (
     Fault(
         "drop eps1",
         "kernels/eager.py",
-        "factors.update_moment(moment, sums, count=count, eps=eps, beta=beta)",
-        "factors.update_moment(moment, sums, count=count, eps=0.0, beta=beta)",
+        "factors.update_moment(moment, squares, count=count, eps=hyper.eps1, beta=hyper.beta2)",
+        "factors.update_moment(moment, squares, count=count, eps=0.0, beta=hyper.beta2)",
     ),
     Fault(
         "copies go on from their own sums",
         "core/sums.py",
-        "view.copy_(part[offset : offset + view.numel()])",
-        "pass",
+        "if request.copies_group is not None",
+        "if False",
     ),
     Fault(
-        "copies update their second moments twice",
-        "core/parameter_slice.py",
-        "self.state[key].copy_(value)",
-        "pass",
+        "copies add their sums",
+        "core/sums.py",
+        "request.copies_group, dist.ReduceOp.MAX",
+        "request.copies_group, dist.ReduceOp.SUM",
     ),
     Fault(
         "Triton: tiles that have grown taken for others",
         "kernels/triton/launch.py",
-        '{"ROWS": tiling.slot_rows, **tile}',
-        '{"ROWS": self.tiling.slot_rows, **tile}',
+        "**constants(self.tiling),",
+        '**constants(self.tiling), "ROWS": 64,',
         KERNELS,
     ),
     Fault(
@@ -150,8 +150,8 @@ FAULTS = (
     Fault(
         "a gradient copied as a whole",
         "kernels/eager.py",
-        "self._grad = self.work.grad.reshape(-1)",
-        "self._grad = self.work.grad.reshape(-1).clone()",
+        "self._grad = given.grad.reshape(-1)",
+        "self._grad = given.grad.reshape(-1).clone()",
         KERNELS,
     ),
     Fault(
@@ -192,8 +192,8 @@ FAULTS = (
     Fault(
         "addresses not refreshed",
         "kernels/triton/addresses.py",
-        "if seen != self._seen[index]:",
-        "if not self._seen[index]:",
+        "if row != self._rows[index]:",
+        "if not self._rows[index]:",
         ADDRESSES,
     ),
     Fault(
@@ -201,7 +201,7 @@ FAULTS = (
         "megatron/sharding.py",
         'return self.tp if getattr(param, "allreduce", True) else self.expert_tp',
         "return self.tp",
-        HOST,
+        SHARDING,
     ),
     Fault(
         "factors not saved",
@@ -232,7 +232,7 @@ def survives(fault: Fault, folder: Path) -> bool:
     copy = folder / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir()
-    for name in ("megatron_came", "tests"):
+    for name in ("megatron_came", "scripts", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     file = copy / "megatron_came" / fault.file

@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 from megatron_came import CAME
 from megatron_came.bench import command
 from megatron_came.bench.peak import peak_of
-from megatron_came.kernels.triton.launch import TritonBackend
+from megatron_came.kernels.triton.backend import TritonBackend
 from megatron_came.kernels.triton.tiling import Tiling
-from tests.support.kernel_cases import (
+from scripts.cases.kernels import (
     CASES,
     TOLERANCE,
     bad_gradients,
@@ -32,7 +32,7 @@ from tests.support.kernel_cases import (
     weights_after_moves,
     worst_distance,
 )
-from tests.support.sharded_cases import Layout, train_sharded
+from scripts.cases.slices import Layout, train_sharded
 
 CUDA = torch.device("cuda")
 # (model, layers)
@@ -54,11 +54,14 @@ def check_cases() -> None:
         print(f"ok  {case.name}: {distance:.1e} of the update", flush=True)
     with mock.patch.object(TritonBackend, "cache_elements", 1000):
         assert all(worst_distance(case, "triton", CUDA) <= TOLERANCE for case in CASES)
-    print("ok  the same in blocks that fit a cache", flush=True)
-    for tiling in (Tiling(8, 64, 3, strip=16, tallest=64), Tiling(8, 16, 1, strip=16, tallest=32)):
+    print("ok  the same in sets that fit a cache", flush=True)
+    for tiling in (
+        Tiling(8, 64, 3, addition=16, tallest=64),
+        Tiling(8, 16, 1, addition=16, tallest=32),
+    ):
         with mock.patch.object(TritonBackend, "tiling", tiling):
             assert all(worst_distance(case, "triton", CUDA) <= TOLERANCE for case in CASES)
-    print("ok  the same in tiles that have grown", flush=True)
+    print("ok  the same in higher tiles", flush=True)
 
 
 def check_bad_gradients() -> None:

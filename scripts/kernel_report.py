@@ -134,7 +134,7 @@ def milliseconds(rows: list[Row], gpu: Gpu, setting: str, parameters: int) -> fl
         for row in rows
         if row.architecture == gpu.architecture and "unaligned" not in row.variant
     }
-    last = "apply_spans" if "int8" in setting else "apply_tiles"
+    last = "apply_blocks" if "int8" in setting else "apply_tiles"
     issue = gpu.sms * 128 * gpu.gigahertz * 1e9  # threads' instructions a second
     seconds = LAUNCHES * LAUNCH_SECONDS
     for kernel, moved in zip(

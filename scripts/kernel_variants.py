@@ -7,23 +7,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_came.core import int8
-from megatron_came.kernels.triton import factors, tiles, vectors
-from megatron_came.kernels.triton.launch import (
-    _BLOCK,
-    _STEP,
-    _STRIP_TILES,
-    _TILE_WARPS,
-    TritonKernels,
-)
+from megatron_came.kernels.triton import factors, launch, tiles, vectors
+from megatron_came.kernels.triton.backend import TritonBackend
+from megatron_came.kernels.triton.tiling import Tiling
 
 # Triton's own default, which the kernels over factors and vectors take.
 _WARPS = 4
 _POINTERS = {"groups": "*fp64", "divisors": "*fp32", "scratch": "*fp32"}
 _TABLE = "*i64"
 _OTHERS = {
-    "factors": ("update_second_moments", "update_instabilities", "sum_squared_updates"),
-    "vectors": ("square_vectors", "update_vector_moments", "apply_vectors"),
+    "factors": (
+        factors.update_second_moments,
+        factors.update_instabilities,
+        factors.sum_squared_updates,
+    ),
+    "vectors": (vectors.square_vectors, vectors.update_vector_moments, vectors.apply_vectors),
 }
 
 
@@ -47,31 +45,32 @@ class Variant:
 
 
 def _variants() -> list[Variant]:
-    usual = TritonKernels.tiling
+    usual = TritonBackend.tiling
     tall = replace(usual, rows=usual.tallest)
-    tile = {"COLUMNS": usual.columns, "STEP": _STEP}
-    turn = usual.columns * _STEP
+    turn = usual.columns * launch.STEP
     found = []
     for aligned in (True, False):
         name = "aligned" if aligned else "unaligned"
-        for kernel in ("square_tiles", "instability_tiles"):
+        for kernel in (tiles.square_tiles, tiles.instability_tiles):
             for tiling, suffix in ((usual, ""), (tall, ", tall")):
-                constants = {"ROWS": tiling.slot_rows, **tile, "ALIGNED": aligned}
-                found.append(Variant(kernel, name + suffix, constants, _TILE_WARPS, turn))
-        constants = {**tile, "ALIGNED": aligned}
-        found.append(Variant("apply_tiles", name, constants, _TILE_WARPS, turn))
-    blocks = {"BLOCKS": usual.span // int8.BLOCK}
-    found.append(Variant("apply_spans", "int8 momentum", blocks, _TILE_WARPS, usual.span))
+                found.append(_variant(kernel, name + suffix, tiling, turn, ALIGNED=aligned))
+        found.append(_variant(tiles.apply_tiles, name, usual, turn, ALIGNED=aligned))
+    found.append(_variant(tiles.apply_blocks, "int8 momentum", usual, usual.block_elements))
     for tiling, suffix in ((usual, ""), (tall, ", tall")):
-        strip = {"WIDTH": tiling.slot_sums, "TILES": _STRIP_TILES, "COUNT": tiling.strip}
         for squares, name in ((True, "pass 1"), (False, "pass 2")):
-            constants = {**strip, "SQUARES": squares}
-            turn = _STRIP_TILES * tiling.strip
-            found.append(Variant("add_strips", name + suffix, constants, _WARPS, turn))
-    block = {"BLOCK": _BLOCK}
+            turn = launch.ADDITION_TILES * tiling.addition
+            kernel = tiles.add_tile_sums
+            found.append(_variant(kernel, name + suffix, tiling, turn, SQUARES=squares))
     for name, kernels in _OTHERS.items():
-        found += [Variant(kernel, name, block, _WARPS, _BLOCK) for kernel in kernels]
+        found += [_variant(kernel, name, usual, launch.BLOCK) for kernel in kernels]
     return found
+
+
+def _variant(kernel: Any, name: str, tiling: Tiling, elements: int, **flags: bool) -> Variant:
+    sizes = launch.constants(tiling)
+    own = {size: value for size, value in sizes.items() if size in kernel.arg_names}
+    warps = launch.WARPS if own.keys() & {"COLUMNS", "BLOCKS"} else _WARPS
+    return Variant(kernel.__name__, name, {**own, **flags}, warps, elements)
 
 
 VARIANTS = _variants()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ class Contender:
         build: from parameters and their shards to an optimizer.
         floor: bytes a parameter that a step reads and writes at least; None where nobody has
             counted.
-        cached_floor: likewise, of a matrix whose gradient and momentum stay in the cache.
+        cached_floor: likewise, of a matrix whose gradient and momentum stay in a GPU's cache.
+        traffic: whose passes it has, "came" or "adam"; see ``floors``.
+        momentum: dtype of its momentum.
         sharded: whether it can update slices of tensors.
     """
 
@@ -34,6 +37,8 @@ class Contender:
     build: Callable[[list[Tensor], Mapping[Tensor, Shard]], torch.optim.Optimizer]
     floor: int | None = None
     cached_floor: int | None = None
+    traffic: str = "adam"
+    momentum: torch.dtype = torch.float32
     sharded: bool = False
 
 
@@ -50,35 +55,43 @@ def _came(
     )
 
 
-def _plain(make: Callable[..., Any]) -> Callable[..., torch.optim.Optimizer]:
+def _of_came(
+    name: str,
+    kernels: str,
+    floor: int,
+    cached_floor: int | None,
+    momentum: torch.dtype = torch.float32,
+) -> Contender:
+    build = _came(kernels, momentum)
+    return Contender(f"CAME, {name}", build, floor, cached_floor, "came", momentum, sharded=True)
+
+
+def _other(make: Callable[..., Any]) -> Callable[..., torch.optim.Optimizer]:
     return lambda params, shards: make(params, lr=_LR)
-
-
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def contenders(device: torch.device) -> list[Contender]:
     """Return those that are installed and run on the device."""
     fused = "triton" if device.type == "cuda" else "numba"
     found = [
-        Contender("CAME, fused", _came(fused), 32, 20, sharded=True),
-        Contender("CAME, bf16 momentum", _came(fused, torch.bfloat16), 26, 16, sharded=True),
-        Contender("CAME, int8 momentum", _came(fused, torch.int8), 23, 14, sharded=True),
-        Contender("CAME, plain", _came("plain"), 32, sharded=True),
-        Contender("torch AdamW, fused", _plain(partial(torch.optim.AdamW, fused=True)), 28),
-        Contender("torch AdamW, foreach", _plain(partial(torch.optim.AdamW, foreach=True)), 28),
-        Contender("torch Adafactor", _plain(torch.optim.Adafactor)),
+        _of_came("fused", fused, 32, 20),
+        _of_came("bf16 momentum", fused, 26, 16, torch.bfloat16),
+        _of_came("int8 momentum", fused, 23, 14, torch.int8),
+        _of_came("plain", "plain", 32, None),
+        Contender("torch AdamW, fused", _other(partial(torch.optim.AdamW, fused=True)), 28),
+        Contender("torch AdamW, foreach", _other(partial(torch.optim.AdamW, foreach=True)), 28),
+        Contender("torch Adafactor", _other(torch.optim.Adafactor)),
     ]
-    optional = [("came_pytorch", "came_pytorch", "CAME", None)]
+    optional: list[tuple[str, str, str, int | None]] = [
+        ("came_pytorch", "came_pytorch", "CAME", None)
+    ]
     if device.type == "cuda":
         optional += [
-            ("apex FusedAdam", "apex.optimizers", "FusedAdam", 28),  # type: ignore[list-item]
-            ("TE FusedAdam", "transformer_engine.pytorch.optimizers", "FusedAdam", 28),  # type: ignore[list-item]
+            ("apex FusedAdam", "apex.optimizers", "FusedAdam", 28),
+            ("TE FusedAdam", "transformer_engine.pytorch.optimizers", "FusedAdam", 28),
         ]
     for name, module, attribute, floor in optional:
-        try:
-            found.append(Contender(name, _plain(_imported(module, attribute)), floor))
-        except (ImportError, AttributeError):
-            continue
+        with contextlib.suppress(ImportError, AttributeError):
+            make = getattr(importlib.import_module(module), attribute)
+            found.append(Contender(name, _other(make), floor))
     return found

@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_came.bench.contenders import Contender
 from megatron_came.bench.peak import peak_of
@@ -38,8 +37,7 @@ class Result:
         ns_per_parameter: of the parameters that the rank updates.
         floor_bytes_per_parameter: what a step reads and writes at least, see ``Contender.floor``.
         gigabytes_per_second: floor's bytes over the median.
-        fraction_of_floor: time that the floor's bytes take at the device's copy bandwidth over the
-            median.
+        fraction_of_floor: the least time over the median; see :func:`_least_seconds`.
         extra_mebibytes: peak of the memory taken during a step beyond what was held before it, see
             ``peak_of``.
         collectives: of one step.
@@ -105,23 +103,19 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(times[2:])
 
 
-@contextmanager
-def _counted_collectives() -> Iterator[list[int]]:
-    """Collect the bytes that each collective of CAME is handed."""
-    sent: list[int] = []
+class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the bytes that each collective is handed."""
 
-    def counted(original: Any) -> Any:
-        def collective(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            sent.append(tensor.nbytes)
-            return original(tensor, *args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: list[int] = []
 
-        return collective
-
-    with (
-        mock.patch("megatron_came.core.sums.dist.all_reduce", counted(dist.all_reduce)),
-        mock.patch("megatron_came.core.sums.dist.broadcast", counted(dist.broadcast)),
-    ):
-        yield sent
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            self.sent.append(sum(tensor.nbytes for tensor in args[0]))
+        return func(*args, **(kwargs or {}))
 
 
 def _floor_bytes(
@@ -139,6 +133,15 @@ def _floor_bytes(
         floor = contender.cached_floor if stays else None
         total += param.numel() * (floor or contender.floor)
     return total
+
+
+def _least_seconds(contender: Contender, moved: int, count: int, bandwidth: float) -> float:
+    """Return the time of bare loops with the same traffic on a CPU, of a copy on other devices."""
+    if bandwidth:
+        return moved / bandwidth
+    from megatron_came.bench.floors import seconds_per_parameter  # needs Numba
+
+    return count * seconds_per_parameter(contender.traffic, contender.momentum)
 
 
 def measure(
@@ -159,7 +162,7 @@ def measure(
         params: with gradients.
         shards: where each lies in its full tensor.
         steps: timed ones of each.
-        bandwidth: of the device, in bytes a second.
+        bandwidth: of copies on the device, in bytes a second; 0 on a CPU.
     """
     device = params[0].device
     optimizers = [contender.build(params, shards) for contender in contenders]
@@ -187,11 +190,16 @@ def _result(
     times: list[float],
     bandwidth: float,
 ) -> Result:
-    with _counted_collectives() as sent:
-        extra = peak_of(optimizer.step, params[0].device)
+    extra = peak_of(optimizer.step, params[0].device)
+    sent: list[int] = []
+    if dist.is_initialized():
+        with _Collectives() as collectives:
+            optimizer.step()
+        sent = collectives.sent
     count = sum(param.numel() for param in params)
     median = statistics.median(times)
     moved = _floor_bytes(contender, params, shards)
+    least = None if moved is None else _least_seconds(contender, moved, count, bandwidth)
     return Result(
         name=contender.name,
         milliseconds=median,
@@ -200,7 +208,7 @@ def _result(
         ns_per_parameter=median * 1e6 / count,
         floor_bytes_per_parameter=None if moved is None else moved / count,
         gigabytes_per_second=None if moved is None else moved / median / 1e6,
-        fraction_of_floor=None if moved is None else moved / bandwidth / (median / 1e3),
+        fraction_of_floor=None if least is None else least / (median / 1e3),
         extra_mebibytes=extra / 2**20,
         collectives=len(sent),
         mebibytes_sent=sum(sent) / 2**20,

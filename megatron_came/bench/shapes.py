@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 Shape = tuple[int, ...]
 
@@ -22,15 +23,19 @@ def _llama(layers: int, hidden: int, ffn: int) -> list[Shape]:
     return (attention + mlp) * layers
 
 
+# Layers and hidden size; a head of attention has 64 elements.
+GPT2 = {
+    "gpt2-small": (12, 768),
+    "gpt2-medium": (24, 1024),
+    "gpt2-large": (36, 1280),
+    "gpt2-xl": (48, 1600),
+}
 _MODELS: dict[str, tuple[int, Callable[[int], list[Shape]]]] = {
     # nanoGPT's model of single characters, 65 padded to 128
     "nanogpt-char": (6, lambda layers: _gpt2(layers, 384, 128, 256)),
-    "gpt2-nano": (2, lambda layers: _gpt2(layers, 192)),
-    "gpt2-mini": (4, lambda layers: _gpt2(layers, 256)),
-    "gpt2-small": (12, lambda layers: _gpt2(layers, 768)),
-    "gpt2-medium": (24, lambda layers: _gpt2(layers, 1024)),
-    "gpt2-large": (36, lambda layers: _gpt2(layers, 1280)),
-    "gpt2-xl": (48, lambda layers: _gpt2(layers, 1600)),
+    "gpt2-nano": (2, partial(_gpt2, hidden=192)),
+    "gpt2-mini": (4, partial(_gpt2, hidden=256)),
+    **{name: (layers, partial(_gpt2, hidden=hidden)) for name, (layers, hidden) in GPT2.items()},
     "llama-7b-layer": (1, lambda layers: _llama(layers, 4096, 11008)),
 }
 MODELS = tuple(_MODELS)

@@ -16,3 +16,8 @@ def cannot_be_read(path: object, reason: object) -> CheckpointError:
         f"{path} cannot be read ({said}): it is truncated, damaged or not a checkpoint's; take the "
         "file from a copy, or another iteration's folder."
     )
+
+
+def printable(text: str) -> str:
+    """What stands in a file, without anything that a terminal would obey."""
+    return "".join(each if each.isprintable() else "?" for each in text)

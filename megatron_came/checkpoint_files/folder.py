@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_came.checkpoint_files import legacy, torch_dist
-from megatron_came.checkpoint_files.archives import Archive, open_regular
+from megatron_came.checkpoint_files import legacy
+from megatron_came.checkpoint_files.archives import OLD_MAGIC, Archive, open_regular
 from megatron_came.checkpoint_files.errors import CheckpointError
-from megatron_came.checkpoint_files.records import Record
-from megatron_came.checkpoint_files.stored import Stored
+from megatron_came.checkpoint_files.names import StandIn
+from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
+from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, read_layout
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_COMMON = "common.pt"
+MODEL_FILE = "model_optim_rng.pt"
+_COMMON, _SUMMARY = "common.pt", "metadata.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """The folder of one iteration.
-
-    Attributes:
-        path: its path.
-        tracked: what the tracker file named, if the folder was found by it.
-    """
+    """The folder of one iteration."""
 
     path: Path
-    tracked: str | None = None
 
     @property
     def iteration(self) -> int | None:
@@ -40,7 +37,7 @@ class Folder:
     @property
     def is_distributed(self) -> bool:
         """Whether it is of format torch_dist; else it is of format torch."""
-        return (self.path / torch_dist.METADATA).exists() or not any(self.path.glob("mp_rank_*"))
+        return (self.path / METADATA).exists() or not any(self.path.glob("mp_rank_*"))
 
 
 def find(path: Path) -> Folder:
@@ -51,26 +48,25 @@ def find(path: Path) -> Folder:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: name a checkpoint's.")
-    tracked = None
     if (path / TRACKER).exists():
         tracked = _tracked(path / TRACKER)
-        name = "release" if tracked == "release" else f"iter_{int(tracked):07d}"
+        name = tracked if tracked == "release" else f"iter_{int(tracked):07d}"
         if not (path / name).is_dir():
             raise CheckpointError(
                 f"{path / TRACKER} names iteration {tracked}, and there is no folder {name}: write "
-                f"an iteration that is there{_iterations(path)} into it, or name its folder."
+                f"an iteration that is there{_among(path)} into it, or name its folder."
             )
         path = path / name
-    if (path / torch_dist.METADATA).exists() or any(path.glob("mp_rank_*")):
-        return Folder(path, tracked)
-    if any(path.glob("*.distcp")) or (path / "metadata.json").exists():
+    if (path / METADATA).exists() or any(path.glob("mp_rank_*")):
+        return Folder(path)
+    if any(path.glob("*.distcp")) or (path / _SUMMARY).exists():
         raise CheckpointError(
-            f"{path / torch_dist.METADATA} is gone, without which nobody knows what the other "
-            "files hold: take it from a copy, or another iteration's folder."
+            f"{path / METADATA} is gone, without which nobody knows what the other files hold: "
+            "take it from a copy, or another iteration's folder."
         )
     raise CheckpointError(
-        f"{path} holds no checkpoint of Megatron: neither .metadata (torch_dist) nor mp_rank_* "
-        f"(torch) is in it{_iterations(path)}."
+        f"{path} holds no checkpoint of Megatron: neither {METADATA} (torch_dist) nor mp_rank_* "
+        f"(torch) is in it{_among(path)}."
     )
 
 
@@ -82,13 +78,53 @@ def _tracked(tracker: Path) -> str:
     what = f"holds {written!r:.40}" if written else "is empty"
     raise CheckpointError(
         f"{tracker} {what} where an iteration should be: write an iteration that is there"
-        f"{_iterations(tracker.parent)} into it, or name its folder."
+        f"{_among(tracker.parent)} into it, or name its folder."
     )
 
 
-def _iterations(path: Path) -> str:
-    names = sorted(each.name for each in path.glob("iter_*") if each.is_dir())
+def _among(path: Path) -> str:
+    names = complete(path)
     return f" (of {', '.join(names[-3:])})" if names else ""
+
+
+def complete(path: Path) -> list[str]:
+    """Names of the folders below one whose saving was not interrupted, in order.
+
+    Names and ends of files alone are looked at; nothing is unpickled.
+    """
+    if not path.is_dir():
+        return []
+    folders = [*path.glob("iter_*[0-9]"), path / "release"]
+    return sorted(each.name for each in folders if each.is_dir() and _is_complete(each))
+
+
+def _is_complete(folder: Path) -> bool:
+    if says_distributed(folder):
+        metadata = folder / METADATA  # written last
+        return metadata.is_file() and ends_as_pickle(metadata)
+    ranks = [*folder.glob("mp_rank_*")]
+    files = [rank / MODEL_FILE for rank in ranks] + [*folder.glob("mp_rank_*/*.pt")]
+    return bool(ranks) and all(file.is_file() and ends_as_archive(file) for file in files)
+
+
+def says_distributed(folder: Path) -> bool:
+    """Whether Megatron takes a folder for one of format torch_dist."""
+    return (folder / _SUMMARY).is_file()
+
+
+def ends_as_archive(file: Path) -> bool:
+    """Whether a file ends as PyTorch's do: a zip's directory is there. Old ones have none."""
+    if zipfile.is_zipfile(file):
+        return True
+    with file.open("rb") as data:
+        return data.read(len(OLD_MAGIC) + 2)[2:] == OLD_MAGIC
+
+
+def ends_as_pickle(file: Path) -> bool:
+    """Whether a file ends as a pickle does."""
+    with file.open("rb") as data:
+        data.seek(max(0, file.stat().st_size - 1))
+        return data.read() == b"."
 
 
 @dataclass
@@ -100,18 +136,20 @@ class Checkpoint:
         common: what is no tensor: arguments, iteration, the optimizer's settings.
         tensors: in the order of their names.
         objects: where things other than tensors lie, by name; of format torch_dist alone.
+        optimizers: what files of the distributed optimizer hold; of format torch alone.
     """
 
     folder: Folder
     common: dict[Any, Any]
-    tensors: list[Stored]
-    objects: dict[str, torch_dist.Item] = field(default_factory=dict)
+    tensors: list[CheckpointTensor]
+    objects: dict[str, Item] = field(default_factory=dict)
+    optimizers: list[Any] = field(default_factory=list)
 
     @property
-    def args(self) -> Record:
+    def args(self) -> StandIn:
         """Megatron's arguments of the run that saved it; none if they are not there."""
         args = self.common.get("args")
-        return args if isinstance(args, Record) else Record("argparse.Namespace")
+        return args if isinstance(args, StandIn) else StandIn("argparse.Namespace")
 
 
 @contextlib.contextmanager
@@ -122,25 +160,31 @@ def opened(folder: Folder) -> Iterator[Checkpoint]:
         CheckpointError: it cannot be read.
     """
     if folder.is_distributed:
-        layout = torch_dist.read_layout(folder.path)
+        layout = read_layout(folder.path)
         tensors = sorted(layout.tensors.values(), key=lambda tensor: tensor.name)
-        yield Checkpoint(folder, _common(folder.path, layout), list(tensors), layout.objects)
+        yield Checkpoint(folder, _common(folder.path, layout), tensors, layout.objects)
         return
+    checkpoint = Checkpoint(folder, {}, [])
     with contextlib.ExitStack() as stack:
-        common: dict[Any, Any] = {}
-        found: list[Stored] = []
         for path in _legacy_files(folder.path):
-            archive, state = legacy.open_file(path)
-            stack.callback(archive.close)
-            if not isinstance(state, dict):
-                raise CheckpointError(
-                    f"{path} holds a {type(state).__name__} where a dictionary should be: take the "
-                    "file from a copy, or another iteration's folder."
-                )
-            found += legacy.tensors_of(path, state)
-            if not common and path.name != legacy.OPTIMIZER_FILE:
-                common = state
-        yield Checkpoint(folder, common, found)
+            archive = stack.enter_context(Archive(path))
+            state = archive.load()
+            of_optimizer = path.name == legacy.OPTIMIZER_FILE
+            if not isinstance(state, dict | list if of_optimizer else dict):
+                raise CheckpointError(_no_dictionary(path, state, "a dictionary"))
+            checkpoint.tensors += legacy.tensors_of(path, archive, state)
+            if of_optimizer:
+                checkpoint.optimizers.append(state)
+            elif not checkpoint.common:
+                checkpoint.common = state
+        yield checkpoint
+
+
+def _no_dictionary(path: Path, state: Any, what: str) -> str:
+    return (
+        f"{path} holds a {type(state).__name__} where {what} should be: take the file from a copy, "
+        "or another iteration's folder."
+    )
 
 
 def _legacy_files(folder: Path) -> list[Path]:
@@ -152,7 +196,7 @@ def _legacy_files(folder: Path) -> list[Path]:
     files = []
     for rank in sorted(folder.glob("mp_rank_*")):
         of_rank = sorted(rank.glob("*.pt"))
-        if not [path for path in of_rank if path.name != legacy.OPTIMIZER_FILE]:
+        if all(path.name == legacy.OPTIMIZER_FILE for path in of_rank):
             raise CheckpointError(
                 f"{rank} holds no model file: take the checkpoint from a copy, or another "
                 "iteration's folder."
@@ -161,25 +205,22 @@ def _legacy_files(folder: Path) -> list[Path]:
     return files
 
 
-def _common(folder: Path, layout: torch_dist.Layout) -> dict[Any, Any]:
+def _common(folder: Path, layout: Layout) -> dict[Any, Any]:
     """What is no tensor: in a file of its own before megatron-core 0.19, then among objects."""
-    path = folder / _COMMON
-    if path.exists():
-        with Archive(path) as archive:
-            state = archive.load()
+    item = Item(folder / _COMMON)
+    if item.file.exists():
+        state = item.load()
     else:
         named = [name for name in layout.objects if name.startswith("common_state/")]
         if not named:
             raise CheckpointError(
                 f"{folder} holds no common state, neither {_COMMON} nor common_state in "
-                f"{torch_dist.METADATA}: take it from a copy, or another iteration's folder."
+                f"{METADATA}: take it from a copy, or another iteration's folder."
             )
         item = layout.objects[named[0]]
-        path, state = item.file, item.load()
+        state = item.load()
         state = state[0] if isinstance(state, list) and state else state
     if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(state).__name__} where the common state, a dictionary, should "
-            "be: take the file from a copy, or another iteration's folder."
-        )
+        what = "the common state, a dictionary,"
+        raise CheckpointError(_no_dictionary(item.file, state, what))
     return state

@@ -2,98 +2,74 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_came.checkpoint_files.archives import Archive
-from megatron_came.checkpoint_files.stored import Box
+from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item
 from megatron_came.checkpoint_files.tensors import StoredTensor
+from megatron_came.core.digests import MAIN_WEIGHTS, WEIGHTS
+from megatron_came.core.digests import MOMENTUM as MOMENTUM_KIND
+from megatron_came.core.momentum import MOMENTUM
+from megatron_came.core.state import FACTORS
 
 OPTIMIZER_FILE = "distrib_optim.pt"
 
 
-@dataclass(frozen=True, slots=True)
-class LegacyTensor:
-    """A tensor of a file that is open.
-
-    Attributes:
-        name: the folder of its rank, and where it stands in the file's dictionaries.
-        keys: the latter, one by one.
-        path: of the file.
-        stored: the tensor.
-    """
-
-    name: str
-    keys: tuple[Any, ...]
-    path: Path
-    stored: StoredTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its elements."""
-        return self.stored.dtype
-
-    @property
-    def files(self) -> list[str]:
-        """The file's name."""
-        return [f"{self.path.parent.name}/{self.path.name}"]
-
-    @property
-    def stored_numel(self) -> int:
-        """All elements."""
-        return self.stored.numel
-
-    def wrong_files(self) -> list[str]:
-        """The file's name, if the tensor's bytes have another checksum than was written."""
-        source, key = self.stored.storage.source, self.stored.storage.key
-        return self.files if source.is_wrong(f"data/{key}") else []
-
-    def boxes(self) -> Iterator[Box]:
-        """Read it a few rows at a time."""
-        for first, values in self.stored.boxes():
-            offsets = (first, *(0 for _ in self.shape[1:])) if self.shape else ()
-            yield Box(self.files[0], offsets, values)
-
-
-def tensors_of(path: Path, state: Any) -> Iterator[LegacyTensor]:
-    """List the tensors in what :meth:`Archive.load` made of a file, each container once.
+def tensors_of(path: Path, archive: Archive, state: Any) -> Iterator[CheckpointTensor]:
+    """List the tensors in what a file holds, each container once.
 
     Args:
         path: of the file.
-        state: what it holds.
+        archive: the file, which stays open.
+        state: what :meth:`Archive.load` made of it.
     """
-    root = "optimizer" if path.name == OPTIMIZER_FILE else ""
+    root = ("optimizer",) if path.name == OPTIMIZER_FILE else ()
     seen: set[int] = set()
-    waiting: list[tuple[tuple[Any, ...], Any]] = [((root,) if root else (), state)]
+    waiting: list[tuple[tuple[Any, ...], Any]] = [(root, state)]
     while waiting:
         keys, value = waiting.pop()
         if isinstance(value, StoredTensor):
             name = ".".join([path.parent.name, *map(str, keys)])
-            yield LegacyTensor(name, keys, path, value)
+            kind, is_flat = _meaning([str(key) for key in keys])
+            chunk = Chunk((0,) * len(value.shape), value.shape, Item(path), (archive, value))
+            key = "" if is_flat else name
+            yield CheckpointTensor(name, value.shape, value.dtype, (chunk,), kind, key)
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             items = list(value.items() if isinstance(value, dict) else enumerate(value))
             waiting += [((*keys, key), inner) for key, inner in reversed(items)]
 
 
-def open_file(path: Path) -> tuple[Archive, Any]:
-    """Open a file and read all of it but the tensors.
+def _meaning(keys: list[str]) -> tuple[str | None, bool]:
+    """Kind of a tensor, and whether it is a flat buffer, from where it stands in the file."""
+    if keys and re.fullmatch(r"model\d*", keys[0]):
+        return WEIGHTS, False
+    if keys and keys[-1] in FACTORS:
+        return keys[-1], False
+    if "fp32_from_fp16_params" in keys:
+        return MAIN_WEIGHTS, False
+    if keys and keys[-1] in (MOMENTUM, "param"):
+        return MOMENTUM_KIND if keys[-1] == MOMENTUM else MAIN_WEIGHTS, "state" not in keys
+    return None, False
 
-    Raises:
-        CheckpointError: it cannot be read.
+
+def flat_parameters(state: Any) -> Iterator[tuple[str, StoredTensor, range]]:
+    """Say where parameters lie in the flat buffers of a file of the distributed optimizer.
+
+    Yields:
+        Main weights' or momentum's kind, its buffer, and the elements of a parameter in it.
     """
-    archive = Archive(path)
     try:
-        return archive, archive.load()
-    except BaseException:
-        archive.close()
-        raise
+        for optimizer in state if isinstance(state, list) else [state]:
+            for index, spans in enumerate(optimizer["came"]["spans"]):
+                (buffers,) = optimizer[index].values()
+                for kind, key in ((MAIN_WEIGHTS, "param"), (MOMENTUM_KIND, MOMENTUM)):
+                    for start, stop in spans:
+                        if not 0 <= start <= stop <= buffers[key].numel:
+                            raise ValueError("a parameter lies outside of its buffer")
+                        yield kind, buffers[key], range(start, stop)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return  # saved by another optimizer or release, or damaged

@@ -1,16 +1,71 @@
-"""The names that a checkpoint's pickles may use, and what stands for each."""
+"""The names that a checkpoint's pickles may use, and what stands for each: data, and no code."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from megatron_came.checkpoint_files.records import Dictionary, Maker, Record
-from megatron_came.checkpoint_files.tensors import Storage, StorageKind, StoredTensor
+from megatron_came.checkpoint_files.tensors import Storage, StoredTensor
+
+
+class Maker:
+    """What stands for a class or a function that a pickle names.
+
+    Args:
+        make: makes what stands for an instance or a result.
+    """
+
+    __slots__ = ("make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+
+
+class StorageKind(Maker):
+    """What stands for a class of storages; a pickle refers to one, and never calls it."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(lambda *_: StandIn("torch.storage"))
+        self.dtype = dtype
+
+
+class StandIn:
+    """What stands for an object.
+
+    Attributes:
+        kind: full name of its class.
+        arguments: what the class was called with.
+        fields: its attributes, by name.
+    """
+
+    __slots__ = ("arguments", "fields", "kind")
+
+    def __init__(self, kind: str, arguments: tuple[Any, ...] = ()) -> None:
+        self.kind, self.arguments = kind, arguments
+        self.fields: dict[str, Any] = {}
+
+    def set_state(self, state: Any) -> None:
+        """Take the state that the pickle gives: attributes, or what the class makes them of."""
+        named = state if isinstance(state, dict) else {"state": state}
+        self.fields.update((key, value) for key, value in named.items() if isinstance(key, str))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute."""
+        return self.fields.get(name, default)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}>"
+
+
+class Dictionary(dict[Any, Any]):
+    """What stands for ``OrderedDict`` and its like."""
+
 
 _DTYPES = {
     name: value
@@ -31,31 +86,16 @@ _STORAGES = {
     "ShortStorage": torch.int16,
     "UntypedStorage": torch.uint8,
 }
-
-# Classes whose objects are kept as records: those of arguments, random states and metadata.
-_RECORDS = {
-    "_io.BytesIO",
-    "argparse.Namespace",
-    "builtins.complex",
-    "builtins.object",
-    "builtins.range",
-    "builtins.slice",
-    "datetime.date",
-    "datetime.datetime",
-    "datetime.timedelta",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "signal.Handlers",
-    "signal.Signals",
-    "torch.Generator",
-    "torch._C.Generator",
-    "torch.device",
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.distributed.checkpoint.filesystem._StoragePrefix",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-    "torch.serialization._get_layout",
-    "types.SimpleNamespace",
-}
+# Classes whose objects are kept as stand-ins: those of arguments, random states and metadata.
+_CLASSES = """
+    _io.BytesIO argparse.Namespace builtins.complex builtins.object builtins.range builtins.slice
+    datetime.date datetime.datetime datetime.timedelta numpy.dtype numpy.ndarray signal.Handlers
+    signal.Signals torch.Generator torch._C.Generator torch.Tensor torch.device
+    torch.distributed.checkpoint.filesystem._StorageInfo
+    torch.distributed.checkpoint.filesystem._StoragePrefix
+    torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING torch.serialization._get_layout
+    types.SimpleNamespace
+"""
 # ... and all classes of these: enumerations and configurations among the arguments differ from
 # release to release.
 _ROOMS = re.compile(
@@ -80,27 +120,16 @@ def stand_in(module: str, name: str) -> Maker | torch.dtype | None:
         return _DTYPES[name]
     if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
         return StorageKind(_STORAGES[name])
-    if full in _RECORDS or ("." not in name and _ROOMS.fullmatch(full)):
-        return Maker(lambda *arguments, **_: Record(full, arguments))
+    if full in _CLASSES.split() or ("." not in name and _ROOMS.fullmatch(full)):
+        return Maker(lambda *arguments, **_: StandIn(full, arguments))
     return None
 
 
 def _tensor(
-    storage: Storage, start: int, shape: Iterable[int], strides: Iterable[int], *_: Any
+    storage: Storage, start: int, shape: Iterable[int], strides: Iterable[int], *more: Any
 ) -> StoredTensor:
-    return StoredTensor(storage, storage.dtype, start, tuple(shape), tuple(strides))
-
-
-def _typed_tensor(
-    storage: Storage,
-    start: int,
-    shape: Iterable[int],
-    strides: Iterable[int],
-    requires_grad: bool,
-    hooks: Any,
-    dtype: torch.dtype,
-    *_: Any,
-) -> StoredTensor:
+    """A tensor; those of dtypes without a storage of their own bring the dtype."""
+    dtype = next((each for each in more if isinstance(each, torch.dtype)), storage.dtype)
     return StoredTensor(storage, dtype, start, tuple(shape), tuple(strides))
 
 
@@ -112,30 +141,25 @@ def _parameter(tensor: StoredTensor, *_: Any) -> StoredTensor:
 
 def _of_type(rebuild: Maker, kind: Any, arguments: tuple[Any, ...], state: Any) -> StoredTensor:
     """A tensor with attributes, which are of no use here."""
-    if rebuild not in _TENSORS.values():
+    if rebuild is not _TENSOR:
         raise ValueError("a tensor in it is made by something else")
-    tensor: StoredTensor = rebuild.make(*arguments)
-    return tensor
+    return _tensor(*arguments)
 
 
-def _encode(text: str | bytes, encoding: str = "latin1") -> bytes:
-    if isinstance(text, bytes):
-        return text
+def _encode(text: str | bytes = "", encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
         raise ValueError(f"bytes in it are encoded as {encoding!r:.40}")
-    return text.encode("latin1")
+    return text if isinstance(text, bytes) else text.encode("latin1")
 
 
-def _member(kind: Maker, name: str) -> Record:
+def _member(kind: Maker, name: str) -> StandIn:
     """An enumeration's member by its name, as Python 3.11 pickles it."""
-    if not isinstance(kind, Maker) or not isinstance(name, str) or not name.isidentifier():
+    owner = kind.make() if isinstance(kind, Maker) else None
+    if not isinstance(owner, StandIn) or not isinstance(name, str) or not name.isidentifier():
         raise ValueError("it asks for an attribute of what is no enumeration")
     if name.startswith("_"):
         raise ValueError(f"it asks for the attribute {name}")
-    owner = kind.make()
-    if not isinstance(owner, Record):
-        raise ValueError("it asks for an attribute of what is no enumeration")
-    return Record(owner.kind, (name,))
+    return StandIn(owner.kind, (name,))
 
 
 def _instance(kind: Maker, *_: Any) -> Any:
@@ -145,45 +169,37 @@ def _instance(kind: Maker, *_: Any) -> Any:
     return kind.make()
 
 
-def _array(*_: Any) -> Record:
-    return Record("numpy.ndarray")
-
-
-def _number(dtype: Any, *value: Any) -> Record:
-    return Record("numpy.number", (dtype, *value))
-
-
-_TENSORS = {
-    "torch._utils._rebuild_tensor": Maker(_tensor),
-    "torch._utils._rebuild_tensor_v2": Maker(_tensor),
-    "torch._utils._rebuild_tensor_v3": Maker(_typed_tensor),
-}
+_TENSOR, _PARAMETER, _BYTES = Maker(_tensor), Maker(_parameter), Maker(_encode)
+_DICTIONARY, _LIST, _TUPLE = Maker(Dictionary), Maker(list), Maker(tuple)
+_ARRAY = Maker(lambda *_: StandIn("numpy.ndarray"))
+_NUMBER = Maker(lambda *arguments: StandIn("numpy.number", arguments))
 _MAKERS = {
-    **_TENSORS,
-    "torch._utils._rebuild_parameter": Maker(_parameter),
-    "torch._utils._rebuild_parameter_with_state": Maker(_parameter),
+    "torch._utils._rebuild_tensor": _TENSOR,
+    "torch._utils._rebuild_tensor_v2": _TENSOR,
+    "torch._utils._rebuild_tensor_v3": _TENSOR,
+    "torch._utils._rebuild_parameter": _PARAMETER,
+    "torch._utils._rebuild_parameter_with_state": _PARAMETER,
+    "torch.nn.parameter.Parameter": _PARAMETER,
     "torch._tensor._rebuild_from_type_v2": Maker(_of_type),
-    "torch.Size": Maker(tuple),
-    "torch.Tensor": Maker(lambda *_: Record("torch.Tensor")),
-    "torch.nn.parameter.Parameter": Maker(_parameter),
-    "collections.OrderedDict": Maker(Dictionary),
-    "collections.Counter": Maker(Dictionary),
+    "torch.Size": _TUPLE,
+    "collections.OrderedDict": _DICTIONARY,
+    "collections.Counter": _DICTIONARY,
     "collections.defaultdict": Maker(lambda factory=None, *items: Dictionary(*items)),
     "collections.deque": Maker(lambda items=(), *_: list(items)),
-    "builtins.dict": Maker(Dictionary),
-    "builtins.list": Maker(list),
-    "builtins.tuple": Maker(tuple),
-    "builtins.set": Maker(list),
-    "builtins.frozenset": Maker(tuple),
-    "builtins.bytearray": Maker(lambda text="", encoding="latin1": _encode(text, encoding)),
-    "builtins.bytes": Maker(lambda text="", encoding="latin1": _encode(text, encoding)),
+    "builtins.dict": _DICTIONARY,
+    "builtins.list": _LIST,
+    "builtins.tuple": _TUPLE,
+    "builtins.set": _LIST,
+    "builtins.frozenset": _TUPLE,
+    "builtins.bytearray": _BYTES,
+    "builtins.bytes": _BYTES,
     "builtins.getattr": Maker(_member),
     "copyreg._reconstructor": Maker(_instance),
-    "_codecs.encode": Maker(_encode),
-    **{
-        f"{room}.multiarray.{name}": Maker(make)
-        for room in ("numpy.core", "numpy._core")
-        for name, make in (("_reconstruct", _array), ("scalar", _number))
-    },
-    **{f"{room}.numeric._frombuffer": Maker(_array) for room in ("numpy.core", "numpy._core")},
+    "_codecs.encode": _BYTES,
+    "numpy.core.multiarray._reconstruct": _ARRAY,
+    "numpy.core.multiarray.scalar": _NUMBER,
+    "numpy.core.numeric._frombuffer": _ARRAY,
+    "numpy._core.multiarray._reconstruct": _ARRAY,
+    "numpy._core.multiarray.scalar": _NUMBER,
+    "numpy._core.numeric._frombuffer": _ARRAY,
 }

@@ -20,12 +20,17 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_came.checkpoint_files import names
-from megatron_came.checkpoint_files.errors import CheckpointError, ForeignClassError, cannot_be_read
-from megatron_came.checkpoint_files.records import Dictionary, Maker, Record
+from megatron_came.checkpoint_files.errors import (
+    CheckpointError,
+    ForeignClassError,
+    cannot_be_read,
+    printable,
+)
+from megatron_came.checkpoint_files.names import Dictionary, Maker, StandIn
 
 # Of tuples within tuples as a key: hashing goes down them without asking how deep they are.
 _KEY_DEPTH = 8
-_FLAT = (str, bytes, int, float, complex, type(None), torch.dtype, Record)
+_FLAT = (str, bytes, int, float, complex, type(None), torch.dtype, StandIn)
 
 PersistentLoad = Callable[[Any], Any]
 
@@ -39,8 +44,9 @@ def load(data: bytes, source: str, persistent_load: PersistentLoad | None = None
         persistent_load: makes of a persistent id what stands for it; none may be there without.
 
     Returns:
-        Python's own containers, numbers and strings, ``torch.dtype`` and, for everything else,
-        :class:`~megatron_came.checkpoint_files.records.Record`.
+        Python's own containers, numbers and strings, ``torch.dtype``,
+        :class:`~megatron_came.checkpoint_files.tensors.StoredTensor` and, for everything else,
+        :class:`~megatron_came.checkpoint_files.names.StandIn`.
 
     Raises:
         ForeignClassError: it names what Megatron does not write.
@@ -79,8 +85,9 @@ class _Unpickler(pickle._Unpickler):
             module = IMPORT_MAPPING.get(module, module)
         found = names.stand_in(module, name)
         if found is None:
+            full = printable(f"{module}.{name}"[:100])
             raise ForeignClassError(
-                f"{self._source} names {_printable(f'{module}.{name}')}, which Megatron does not "
+                f"{self._source} names {full}, which Megatron does not "
                 "write into checkpoints and which may run code where the file is loaded (it was "
                 "not run here): do not load this checkpoint, unless you know who wrote it and why "
                 "that is in it."
@@ -101,8 +108,7 @@ class _Unpickler(pickle._Unpickler):
         self.stack[-1] = self._call(self.stack[-1], arguments)
 
     def load_newobj(self) -> None:
-        arguments = self.stack.pop()
-        self.stack[-1] = self._call(self.stack[-1], arguments)
+        self.load_reduce()
 
     def load_newobj_ex(self) -> None:
         named = self.stack.pop()
@@ -112,7 +118,7 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         thing = self.stack[-1]
-        if isinstance(thing, Record):
+        if isinstance(thing, StandIn):
             thing.set_state(state)
         elif not isinstance(thing, Dictionary):  # whose attributes are of no use here
             raise pickle.UnpicklingError("it sets the state of what is no object")
@@ -141,11 +147,6 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it sets items of what is no dictionary")
 
 
-def _printable(name: str) -> str:
-    """A name that stands in a file, without anything that a terminal would obey."""
-    return "".join(each if each.isprintable() else "?" for each in name[:100])
-
-
 def _check_keys(keys: list[Any], depth: int = 0) -> None:
     """Refuse keys whose hash or comparison could take more than a moment."""
     for key in keys:
@@ -155,25 +156,18 @@ def _check_keys(keys: list[Any], depth: int = 0) -> None:
             raise pickle.UnpicklingError(f"a {type(key).__name__} is a key in it")
 
 
-for _opcode, _function in (
-    (pickle.REDUCE, _Unpickler.load_reduce),
-    (pickle.NEWOBJ, _Unpickler.load_newobj),
-    (pickle.NEWOBJ_EX, _Unpickler.load_newobj_ex),
-    (pickle.BUILD, _Unpickler.load_build),
-    (pickle.SETITEM, _Unpickler.load_setitem),
-    (pickle.SETITEMS, _Unpickler.load_setitems),
-    (pickle.ADDITEMS, _Unpickler.load_additems),
-    (pickle.FROZENSET, _Unpickler.load_frozenset),
+for _function in (
+    _Unpickler.load_reduce,
+    _Unpickler.load_newobj,
+    _Unpickler.load_newobj_ex,
+    _Unpickler.load_build,
+    _Unpickler.load_setitem,
+    _Unpickler.load_setitems,
+    _Unpickler.load_additems,
+    _Unpickler.load_frozenset,
 ):
+    _opcode = getattr(pickle, _function.__name__.removeprefix("load_").upper())
     _Unpickler.dispatch[_opcode[0]] = _function
 # What Megatron never writes: classes of Python 1 and 2, the process's registry, outside buffers.
-for _opcode in (
-    pickle.INST,
-    pickle.OBJ,
-    pickle.EXT1,
-    pickle.EXT2,
-    pickle.EXT4,
-    pickle.NEXT_BUFFER,
-    pickle.READONLY_BUFFER,
-):
-    del _Unpickler.dispatch[_opcode[0]]
+for _name in ["INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"]:
+    del _Unpickler.dispatch[getattr(pickle, _name)[0]]

@@ -1,18 +1,74 @@
-"""What tensors of all formats have in common."""
+"""A checkpoint's tensors, of either format: what they are, and where they lie."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_came.checkpoint_files.archives import Archive
+from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.tensors import StoredTensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Where something lies: an archive in a file.
+
+    Attributes:
+        file: path of the file.
+        start: of the first byte in it.
+        length: in bytes; to the end of the file if None.
+    """
+
+    file: Path
+    start: int = 0
+    length: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name within the checkpoint."""
+        folder = self.file.parent.name
+        return f"{folder}/{self.file.name}" if folder.startswith("mp_rank_") else self.file.name
+
+    def open(self) -> Archive:
+        """Open the archive."""
+        return Archive(self.file, self.start, self.length)
+
+    def load(self) -> Any:
+        """Read an object that is no tensor."""
+        with self.open() as archive:
+            return archive.load()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a tensor, in an archive.
+
+    Attributes:
+        offsets: of its first element in the tensor.
+        sizes: its shape.
+        item: where it lies.
+        opened: the archive and what is in it, where the archive stays open (``torch``).
+    """
+
+    offsets: Shape
+    sizes: Shape
+    item: Item
+    opened: tuple[Archive, StoredTensor] | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a tensor that has been read.
+    """A box of a tensor that has been read.
 
     Attributes:
         file: name of the file that it comes from.
@@ -21,43 +77,128 @@ class Box:
     """
 
     file: str
-    offsets: tuple[int, ...]
+    offsets: Shape
     values: Tensor
 
 
-class Stored(Protocol):
-    """A tensor in files."""
+@dataclass(frozen=True, slots=True)
+class CheckpointTensor:
+    """A tensor in files.
+
+    Attributes:
+        name: in the checkpoint.
+        shape: of the whole tensor.
+        dtype: of its elements.
+        chunks: that lie in files.
+        kind: as digests have it; None for anything but weights and CAME's state.
+        key: of its parameter in the model's state, or of its bucket; none of a flat buffer.
+        is_bucket: whether it is one of the distributed optimizer, whose padding is arbitrary.
+    """
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+    kind: str | None
+    key: str
+    is_bucket: bool = False
 
     @property
-    def name(self) -> str:
-        """Its name in the checkpoint."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its elements."""
+    def dtype_name(self) -> str:
+        """Of its elements, without ``torch.``."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def files(self) -> list[str]:
-        """Names of the files that hold it."""
+        """Names of the files that have a chunk."""
+        return sorted({chunk.item.name for chunk in self.chunks})
 
     @property
     def stored_numel(self) -> int:
-        """Elements in these files."""
+        """Elements in files; the padding between buckets is in none."""
+        return sum(math.prod(chunk.sizes) for chunk in self.chunks)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in files."""
+        return self.stored_numel * self.dtype.itemsize
+
+    @contextlib.contextmanager
+    def opened(self, chunk: Chunk) -> Iterator[tuple[Archive, StoredTensor]]:
+        """Open one of its chunks.
+
+        Raises:
+            CheckpointError: it is not what the metadata says.
+        """
+        if chunk.opened is not None:
+            yield chunk.opened
+            return
+        with chunk.item.open() as archive:
+            found = archive.load()
+            if not isinstance(found, StoredTensor) or found.shape != chunk.sizes:
+                raise CheckpointError(
+                    f"{chunk.item.file} holds something else than {self.name} of shape "
+                    f"{chunk.sizes} at byte {chunk.item.start}, so it belongs to another "
+                    "checkpoint or is damaged: take the file from a copy, or another iteration's "
+                    "folder."
+                )
+            if found.dtype != self.dtype:
+                raise CheckpointError(
+                    f"{chunk.item.file} holds {self.name} in {found.dtype} where .metadata says "
+                    f"{self.dtype}: take the checkpoint from a copy, or another iteration's folder."
+                )
+            yield archive, found
 
     def wrong_files(self) -> list[str]:
-        """Names of the files whose own checksum of it is wrong.
+        """Names of the files in which its bytes have another checksum than was written."""
+        wrong = set()
+        for chunk in self.chunks:
+            with self.opened(chunk) as (archive, stored):
+                own = [f"data/{stored.storage.key}"]
+                if any(map(archive.is_wrong, own if chunk.opened else archive.members)):
+                    wrong.add(chunk.item.name)
+        return sorted(wrong)
+
+    def boxes(self, *chunks: Chunk) -> Iterator[Box]:
+        """Read it box by box: all of it, or some of its chunks.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: a file is gone, truncated or holds something else.
         """
+        for chunk in chunks or self.chunks:
+            with self.opened(chunk) as (_, stored):
+                for first, values in stored.boxes():
+                    offsets = chunk.offsets
+                    if offsets:
+                        offsets = (offsets[0] + first, *offsets[1:])
+                    yield Box(chunk.item.name, offsets, values)
 
-    def boxes(self) -> Iterator[Box]:
-        """Read it, part by part.
+    def box(self, offsets: Shape, sizes: Shape) -> Tensor:
+        """Read a box, from all chunks that have some of it.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: as :meth:`boxes`, or no chunk has it.
         """
+        result = torch.empty(sizes, dtype=self.dtype)
+        missing = result.numel()
+        for chunk in self.chunks:
+            bounds = zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
+            common = [range(max(a, b), min(a + n, b + m)) for a, n, b, m in bounds]
+            if not all(common):
+                continue
+            with self.opened(chunk) as (_, stored):
+                origin = chunk.offsets
+                if stored.shape and stored.is_contiguous:  # no more rows than are asked for
+                    values = stored.rows(common[0].start - origin[0], len(common[0]))
+                    origin = (common[0].start, *origin[1:])
+                else:
+                    values = stored.read()
+            target, source = (
+                tuple(slice(x.start - o, x.stop - o) for x, o in zip(common, first, strict=True))
+                for first in (offsets, origin)
+            )
+            result[target] = values[source]
+            missing -= values[source].numel()
+        if missing > 0:
+            raise CheckpointError(f"{self.name} lacks {missing} elements: no file has them.")
+        return result

@@ -1,4 +1,4 @@
-"""Tensors that are still in their file."""
+"""Tensors that are still in an archive."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_came.checkpoint_files.errors import CheckpointError
-from megatron_came.checkpoint_files.records import Maker, Record
 
 # Of what is read at once where a tensor need not be whole.
-PIECE_BYTES = 64 << 20
+READ_BYTES = 64 << 20
 
 
 class Source(Protocol):
@@ -29,23 +28,10 @@ class Source(Protocol):
             CheckpointError: they are not there.
         """
 
-    def is_wrong(self, record: str) -> bool:
-        """Whether a record's checksum is another one than was written."""
-
-
-class StorageKind(Maker):
-    """What stands for a class of storages; a pickle refers to one, and never calls it."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(lambda *_: Record("torch.storage"))
-        self.dtype = dtype
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """Elements one after the other, in a file.
+    """Elements one after the other, in an archive.
 
     Attributes:
         source: has the bytes.
@@ -89,16 +75,23 @@ class StoredTensor:
             raise ValueError("a tensor in it has another number of strides than of dimensions")
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
             raise ValueError("a tensor in it has a shape or strides that are no numbers")
-        # A stride of 0 would make many elements of few.
-        if self.numel and self.start * self.dtype.itemsize + self._bytes > self._available:
+        size = self.dtype.itemsize
+        available = self.storage.numel * self.storage.dtype.itemsize
+        if self.numel and (self.start + self._extent) * size > available:
             raise ValueError(f"a tensor of shape {self.shape} in it goes beyond its storage")
-        if self.numel * self.dtype.itemsize > self._available:
+        if self.numel * size > available:  # a stride of 0 would make many elements of few
             raise ValueError(f"a tensor of shape {self.shape} in it has more elements than stored")
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def _extent(self) -> int:
+        """Elements of the storage from the first to the last of the tensor."""
+        steps = zip(self.shape, self.strides, strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in steps)
 
     @property
     def is_contiguous(self) -> bool:
@@ -110,18 +103,6 @@ class StoredTensor:
             expected *= size
         return True
 
-    @property
-    def _available(self) -> int:
-        return self.storage.numel * self.storage.dtype.itemsize
-
-    @property
-    def _bytes(self) -> int:
-        """From the first element to the end of the last."""
-        last = sum(
-            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
-        )
-        return (last + 1) * self.dtype.itemsize
-
     def read(self) -> Tensor:
         """Read all of it.
 
@@ -130,19 +111,15 @@ class StoredTensor:
         """
         if not self.numel:
             return torch.empty(self.shape, dtype=self.dtype)
-        flat = self._elements(self.start, self._bytes // self.dtype.itemsize)
-        return flat.as_strided(self.shape, self.strides)
+        return self._elements(self.start, self._extent).as_strided(self.shape, self.strides)
 
     def rows(self, first: int, count: int) -> Tensor:
         """Read some of what the first dimension counts, of a tensor that is contiguous."""
         row = math.prod(self.shape[1:])
         return self._elements(self.start + first * row, count * row).view(count, *self.shape[1:])
 
-    def boxes(self, limit: int = PIECE_BYTES) -> Iterator[tuple[int, Tensor]]:
+    def boxes(self) -> Iterator[tuple[int, Tensor]]:
         """Read it a few rows at a time, if they lie in order; else at once.
-
-        Args:
-            limit: bytes that are read at once, if a row has no more.
 
         Yields:
             The index of the first row in the tensor, and the rows.
@@ -150,7 +127,7 @@ class StoredTensor:
         if not self.is_contiguous or not self.numel or not self.shape:
             yield 0, self.read()
             return
-        step = max(limit // (math.prod(self.shape[1:]) * self.dtype.itemsize), 1)
+        step = max(READ_BYTES // (math.prod(self.shape[1:]) * self.dtype.itemsize), 1)
         for first in range(0, self.shape[0], step):
             yield first, self.rows(first, min(step, self.shape[0] - first))
 

@@ -2,167 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_came.checkpoint_files import pickles
-from megatron_came.checkpoint_files.archives import Archive, open_regular
+from megatron_came.checkpoint_files.archives import open_regular
 from megatron_came.checkpoint_files.errors import CheckpointError, cannot_be_read
-from megatron_came.checkpoint_files.records import Record
-from megatron_came.checkpoint_files.stored import Box
-from megatron_came.checkpoint_files.tensors import StoredTensor
+from megatron_came.checkpoint_files.names import StandIn
+from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item, Shape
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
+from megatron_came.core.state import FACTORS
 
-Shape = tuple[int, ...]
 METADATA = ".metadata"
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """Where something lies.
-
-    Attributes:
-        file: path of the shard file.
-        start: of the first byte in it.
-        length: in bytes.
-    """
-
-    file: Path
-    start: int
-    length: int
-
-    def load(self) -> Any:
-        """Read an object that is no tensor."""
-        with Archive(self.file, self.start, self.length) as archive:
-            return archive.load()
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a tensor.
-
-    Attributes:
-        offsets: of its first element in the tensor.
-        sizes: its shape.
-        item: where it lies.
-    """
-
-    offsets: Shape
-    sizes: Shape
-    item: Item
-
-    def open(self) -> Archive:
-        """The archive that holds it."""
-        return Archive(self.item.file, self.item.start, self.item.length)
-
-    def stored(self, archive: Archive, name: str, dtype: torch.dtype) -> StoredTensor:
-        """The chunk in its opened archive.
-
-        Raises:
-            CheckpointError: it is not what the metadata says.
-        """
-        found = archive.load()
-        if not isinstance(found, StoredTensor) or found.shape != self.sizes:
-            raise CheckpointError(
-                f"{self.item.file} holds something else than {name} of shape {self.sizes} at byte "
-                f"{self.item.start}, so it belongs to another checkpoint or is damaged: take the "
-                "file from a copy, or another iteration's folder."
-            )
-        if found.dtype != dtype:
-            raise CheckpointError(
-                f"{self.item.file} holds {name} in {found.dtype} where {METADATA} says {dtype}: "
-                "take the checkpoint from a copy, or another iteration's folder."
-            )
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class DistributedTensor:
-    """A tensor in chunks.
-
-    Attributes:
-        name: in the checkpoint.
-        shape: of the whole tensor.
-        dtype: of its elements.
-        chunks: that lie in files.
-    """
-
-    name: str
-    shape: Shape
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def files(self) -> list[str]:
-        """Names of the files that have a chunk."""
-        return sorted({chunk.item.file.name for chunk in self.chunks})
-
-    @property
-    def stored_numel(self) -> int:
-        """Elements in files; the padding between buckets is in none."""
-        return sum(math.prod(chunk.sizes) for chunk in self.chunks)
-
-    def wrong_files(self) -> list[str]:
-        """Names of the files in which a chunk's bytes have another checksum than was written."""
-        wrong = set()
-        for chunk in self.chunks:
-            with chunk.open() as archive:
-                if archive.wrong_records():
-                    wrong.add(chunk.item.file.name)
-        return sorted(wrong)
-
-    def boxes(self) -> Iterator[Box]:
-        """Read it box by box.
-
-        Raises:
-            CheckpointError: a file is gone, truncated or holds something else.
-        """
-        for chunk in self.chunks:
-            with chunk.open() as archive:
-                stored = chunk.stored(archive, self.name, self.dtype)
-                for first, values in stored.boxes():
-                    offsets = chunk.offsets
-                    if offsets:
-                        offsets = (offsets[0] + first, *offsets[1:])
-                    yield Box(chunk.item.file.name, offsets, values)
-
-    def box(self, offsets: Shape, sizes: Shape) -> Tensor:
-        """Read a box, from all chunks that have some of it.
-
-        Raises:
-            CheckpointError: as :meth:`boxes`, or no chunk has it.
-        """
-        result = torch.empty(sizes, dtype=self.dtype)
-        missing = result.numel()
-        for chunk in self.chunks:
-            low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
-            high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(first >= last for first, last in zip(low, high, strict=True)):
-                continue
-            with chunk.open() as archive:
-                stored, origin = chunk.stored(archive, self.name, self.dtype), chunk.offsets
-                if stored.shape and stored.is_contiguous:  # no more rows than are asked for
-                    values = stored.rows(low[0] - origin[0], high[0] - low[0])
-                    origin = (low[0], *origin[1:])
-                else:
-                    values = stored.read()
-            target, source = (
-                tuple(slice(a - o, b - o) for a, b, o in zip(low, high, first, strict=True))
-                for first in (offsets, origin)
-            )
-            result[target] = values[source]
-            missing -= values[source].numel()
-        if missing > 0:
-            raise CheckpointError(f"{self.name} lacks {missing} elements: no file has them.")
-        return result
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", re.DOTALL)
+_BUCKET = re.compile(r"(.*\.bucket_idx_\d+)\.(param|exp_avg)", re.DOTALL)
+_KINDS = {"param": MAIN_WEIGHTS, "fp32_param": MAIN_WEIGHTS, "exp_avg": MOMENTUM}
+_KINDS |= {key: key for key in FACTORS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +33,7 @@ class Layout:
         objects: things other than tensors, by name.
     """
 
-    tensors: dict[str, DistributedTensor]
+    tensors: dict[str, CheckpointTensor]
     objects: dict[str, Item]
 
 
@@ -189,59 +48,60 @@ def read_layout(folder: Path) -> Layout:
         metadata = pickles.load(file.read(), str(path))
     try:
         return _layout(folder, metadata)
-    except CheckpointError:
-        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise cannot_be_read(path, f"{type(error).__name__}: {error}") from error
 
 
 def _layout(folder: Path, metadata: Any) -> Layout:
-    if not isinstance(metadata, Record) or not metadata.kind.endswith(".Metadata"):
+    if not isinstance(metadata, StandIn) or not metadata.kind.endswith(".Metadata"):
         raise ValueError("it holds no Metadata")
     items: dict[tuple[str, Shape | None], Item] = {}
     for index, info in metadata.get("storage_data", {}).items():
-        offset = index.get("offset")
-        place = _numbers([info.get("offset"), info.get("length")])
         if info.get("transform_descriptors"):
             raise CheckpointError(
                 f"{folder / METADATA} says that files were transformed (compressed, say), which "
                 "Megatron never does: save the checkpoint without that."
             )
+        offset = index.get("offset")
+        bounds = _numbers([info.get("offset"), info.get("length")])
         key = (str(index.get("fqn")), None if offset is None else _numbers(offset))
-        items[key] = Item(_inside(folder, info.get("relative_path")), *place)
+        items[key] = Item(_inside(folder, info.get("relative_path")), *bounds)
     tensors, objects = {}, {}
     for name, entry in metadata.get("state_dict_metadata", {}).items():
         if not isinstance(name, str):
             raise ValueError("a name in it is no string")
-        if not entry.kind.endswith(".TensorStorageMetadata"):
-            if (name, None) in items:
-                objects[name] = items[name, None]
-            continue
-        dtype = entry.get("properties").get("state")[0]
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{name} has no dtype")
-        shape = _numbers(entry.get("size"))
-        chunks = tuple(
-            _chunk(name, shape, _numbers(each.get("offsets")), _numbers(each.get("sizes")), items)
-            for each in entry.get("chunks")
-        )
-        tensors[name] = DistributedTensor(name, shape, dtype, chunks)
+        if entry.kind.endswith(".TensorStorageMetadata"):
+            tensors[name] = _tensor(name, entry, items)
+        elif (name, None) in items:
+            objects[name] = items[name, None]
     return Layout(tensors, objects)
 
 
-def _chunk(
-    name: str,
-    shape: Shape,
-    offsets: Shape,
-    sizes: Shape,
-    items: dict[tuple[str, Shape | None], Item],
-) -> Chunk:
-    bounds = zip(offsets, sizes, shape, strict=True)
-    if not all(offset + size <= bound for offset, size, bound in bounds):
-        raise ValueError(f"a chunk of {name} lies outside of it")
-    if (name, offsets) not in items:
-        raise ValueError(f"no file is named for a chunk of {name}")
-    return Chunk(offsets, sizes, items[name, offsets])
+def _tensor(
+    name: str, entry: StandIn, items: dict[tuple[str, Shape | None], Item]
+) -> CheckpointTensor:
+    dtype, shape = entry.get("properties").get("state")[0], _numbers(entry.get("size"))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} has no dtype")
+    chunks = []
+    for each in entry.get("chunks"):
+        offsets, sizes = _numbers(each.get("offsets")), _numbers(each.get("sizes"))
+        bounds = zip(offsets, sizes, shape, strict=True)
+        if not all(offset + size <= bound for offset, size, bound in bounds):
+            raise ValueError(f"a chunk of {name} lies outside of it")
+        if (name, offsets) not in items:
+            raise ValueError(f"no file is named for a chunk of {name}")
+        chunks.append(Chunk(offsets, sizes, items[name, offsets]))
+    return CheckpointTensor(name, shape, dtype, tuple(chunks), *kind_and_key(name))
+
+
+def kind_and_key(name: str) -> tuple[str | None, str, bool]:
+    """Kind and key of a tensor, and whether it is a bucket, from its name."""
+    if bucket := _BUCKET.fullmatch(name):
+        return _KINDS[bucket[2]], bucket[1], True
+    if state := _STATE.fullmatch(name):
+        return _KINDS.get(state[1]), state[2], False
+    return None if name.startswith(("optimizer.", "chained_")) else WEIGHTS, name, False
 
 
 def _numbers(values: Any) -> Shape:

@@ -70,7 +70,7 @@ def guessed_divisor(
     """Guess the clip divisor before u is known, from one whole factor.
 
     With the other axis averaged out, u^2 of a row is about the row's mean of g^2 over its moving
-    average. A good guess matters for the rounding of :func:`true_residuals` only, whose error
+    average. A good guess matters for the rounding of :func:`true_instability` only, whose error
     grows with (d/d0)^2.
 
     Args:
@@ -99,7 +99,7 @@ def clip_divisor(total: Tensor, *, numel: int, clip_threshold: float) -> Tensor:
     return divisor + 0.0 * total
 
 
-def true_residuals(sums: Tensor, *, guess: Tensor, divisor: Tensor, beta1: float) -> Tensor:
+def true_instability(sums: Tensor, *, guess: Tensor, divisor: Tensor, beta1: float) -> Tensor:
     """Turn the sums of pass 2, made with the guess d0, into sums of (u^ - m)^2 with the true d.
 
     With e = u/d0 - m_old and delta = 1/d - 1/d0: u/d - m_new = b1 (e + delta u). Where a few huge
@@ -117,6 +117,6 @@ def true_residuals(sums: Tensor, *, guess: Tensor, divisor: Tensor, beta1: float
     """
     delta = divisor.reciprocal() - guess.to(torch.float64).reciprocal()
     error, cross, square = sums.unbind()
-    residual = (error + delta * (2.0 * cross + delta * square)).clamp_(min=0.0)
+    instability = (error + delta * (2.0 * cross + delta * square)).clamp_(min=0.0)
     is_bad = divisor > BAD_GUESS * guess.to(torch.float64)
-    return torch.where(is_bad, square / divisor.square(), residual).mul_(beta1**2)
+    return torch.where(is_bad, square / divisor.square(), instability).mul_(beta1**2)

@@ -100,7 +100,7 @@ class Hyperparameters:
         key="betas",
     )
     eps1: float = _hyperparameter(1e-30, _POSITIVE, "added to the squared gradient", key="eps")
-    eps2: float = _hyperparameter(1e-16, _POSITIVE, "added to the squared residual", key="eps")
+    eps2: float = _hyperparameter(1e-16, _POSITIVE, "added to the instability", key="eps")
     clip_threshold: float = _hyperparameter(
         1.0, _POSITIVE, "largest root mean square of an update before momentum"
     )
@@ -119,7 +119,7 @@ class Hyperparameters:
             HyperparameterError: also for a wrong number of betas or eps.
         """
         values = {}
-        for key, names in _KEYS.items():
+        for key, names in GROUP_KEYS.items():
             if key not in group:
                 continue
             found = group[key]
@@ -137,12 +137,12 @@ class Hyperparameters:
             key: getattr(self, key)
             if names == [key]
             else tuple(getattr(self, name) for name in names)
-            for key, names in _KEYS.items()
+            for key, names in GROUP_KEYS.items()
         }
 
     @classmethod
     def at_step(cls, group: Mapping[str, Any]) -> Self:
-        """Read a group as it is now: schedules and hosts change it. Rates in tensors are not read.
+        """Read a group as it is now: schedules change it. Rates in tensors are not read.
 
         Raises:
             HyperparameterError: a value that is no number, or out of range.
@@ -185,7 +185,7 @@ TABLE = tuple(
     for each in fields(Hyperparameters)
 )
 # By key of a parameter group: the names of what it holds.
-_KEYS = {row.key: [each.name for each in TABLE if each.key == row.key] for row in TABLE}
+GROUP_KEYS = {row.key: [each.name for each in TABLE if each.key == row.key] for row in TABLE}
 
 
 def check_group(group: Mapping[str, Any], where: str = "") -> None:
@@ -211,7 +211,7 @@ def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
 
     Tensors are kept: a learning rate on a device is read there.
     """
-    for key in ("lr", "weight_decay", *_KEYS):
+    for key in ("lr", "weight_decay", *GROUP_KEYS):
         value = group.get(key)
         if isinstance(value, tuple | list):
             group[key] = tuple(map(float, value))

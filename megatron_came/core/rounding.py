@@ -1,6 +1,6 @@
 """Stochastic rounding to bf16, by random bits that depend on nothing but what is rounded.
 
-The bits are a function of a key (of seed, parameter and step) and of the element's place in the
+The bits are a function of a key (of seed, parameter and step) and of the element's offset in the
 full tensor. So every layout, and every run that resumes, draws the same bits.
 """
 
@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+# Of MurmurHash3's finalizer.
+MIX_FACTORS = 0x85EBCA6B, 0xC2B2AE35
+# Odd, so that neighbouring steps and offsets are far apart: 2^32 over the golden ratio; and one of
+# xxHash's primes, for the upper halves of offsets.
+STEP_FACTOR, HIGH_FACTOR = 0x9E3779B1, 0x27D4EB2F
 
 
-def mix(value: int) -> int:
+def mix[Bits: (int, Tensor)](value: Bits) -> Bits:
     """Return 32 bits, each of which depends on all 32 given (MurmurHash3's finalizer)."""
-    value &= _MASK
-    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK
-    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK
+    first, second = MIX_FACTORS
+    value = value & _MASK
+    value = ((value ^ (value >> 16)) * first) & _MASK
+    value = ((value ^ (value >> 13)) * second) & _MASK
     return value ^ (value >> 16)
 
 
@@ -35,21 +41,18 @@ def parameter_key(seed: int, name: str) -> int:
 
 def step_key(key: int, step: int) -> int:
     """Return the key of a parameter at one step."""
-    return mix(key + 0x9E3779B1 * (step + 1))
+    return mix(key + STEP_FACTOR * (step + 1))
 
 
-def random_bits(places: Tensor, key: int) -> Tensor:
-    """Return 16 random bits for each place: int64, in [0, 65536).
+def random_bits(offsets: Tensor, key: int) -> Tensor:
+    """Return 16 random bits for each offset: int64, in [0, 65536).
 
     Args:
-        places: flat places in the full tensor, int64.
+        offsets: in the flattened full tensor, int64.
         key: of parameter and step.
     """
-    high = (places >> 32) * 0x27D4EB2F
-    value = (places * 0x9E3779B1 + high + key) & _MASK
-    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK
-    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK
-    return (value ^ (value >> 16)) & 0xFFFF
+    high = (offsets >> 32) * HIGH_FACTOR
+    return mix(offsets * STEP_FACTOR + high + key) & 0xFFFF
 
 
 def to_bf16(values: Tensor, bits: Tensor) -> Tensor:

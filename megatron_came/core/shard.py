@@ -137,8 +137,10 @@ class Shard:
         """Where the local tensor begins in the full one, as (batch, row, column)."""
         batch, rows, columns = self.local_matrix
         sizes = {"batch": batch, "rows": rows // self.tp_parts, "columns": columns}
-        place = [self.tp_rank * size * (axis == self.tp_axis) for axis, size in sizes.items()]
-        return place[0], place[1], place[2]
+        batch, row, column = (
+            self.tp_rank * size * (axis == self.tp_axis) for axis, size in sizes.items()
+        )
+        return batch, row, column
 
     @property
     def row_parts(self) -> tuple[int, int]:
@@ -156,8 +158,8 @@ class Shard:
         """Columns of one full matrix: the divisor of row means."""
         return self.local_matrix[2] * (self.tp_size if self.tp_axis == "columns" else 1)
 
-    def full_places(self, box: Box, device: torch.device) -> Tensor:
-        """Return the flat place in the full tensor of each element of a box, int64."""
+    def full_offsets(self, box: Box, device: torch.device) -> Tensor:
+        """Return the offset in the flattened full tensor of each element of a box, int64."""
         batch, rows, columns = (
             torch.arange(axis.start, axis.stop, device=device) + offset
             for axis, offset in zip((box.batch, box.rows, box.columns), self.offsets, strict=True)

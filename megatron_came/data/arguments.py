@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_came.data.errors import DataError, UnusableError
 from megatron_came.data.folders import is_folder
@@ -29,7 +29,7 @@ def read(argv: list[str]) -> argparse.Namespace:
     Raises:
         SystemExit: They cannot be understood, or only help was asked for.
     """
-    made = parser()
+    made = _parser()
     options = made.parse_args(argv)
     for flag, instead in _MEGATRONS.items():
         value = getattr(options, flag[2:].replace("-", "_"))
@@ -47,102 +47,53 @@ def read(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def parser() -> argparse.ArgumentParser:
-    """Say which arguments there are."""
+def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="megatron-came data",
         description="Make a dataset that Megatron trains on: PREFIX.bin and PREFIX.idx, the same"
         " bytes as those of Megatron's tools/preprocess_data.py. They appear when they are whole.",
     )
     add = made.add_argument
-    add(
-        "named",
-        nargs="*",
-        type=Path,
-        metavar="INPUT",
-        help="text files, JSON Lines, either with .gz, .bz2 or .xz, or folders of them",
-    )
-    add(
-        "--output-prefix",
-        type=_prefix,
-        required=True,
-        metavar="PREFIX",
-        help="where to write; with --validation, PREFIX_train and PREFIX_valid",
-    )
+    help = "text files, JSON Lines, either with .gz, .bz2 or .xz, or folders of them"
+    add("named", nargs="*", type=Path, metavar="INPUT", help=help)
+    help = "where to write; with --validation, PREFIX_train and PREFIX_valid"
+    add("--output-prefix", type=_prefix, required=True, metavar="PREFIX", help=help)
     add("--overwrite", action="store_true", help="replace what is there under these names")
-    add(
-        "--workers",
-        type=_workers,
-        metavar="N",
-        help="processes (as many as there are cores, fewer for little text)",
-    )
+    help = "processes (as many as there are cores, fewer for little text)"
+    add("--workers", type=partial(_number, 1, "processes"), metavar="N", help=help)
 
     add = made.add_argument_group("tokenizer, one of these").add_argument
-    add(
-        "--train-tokenizer",
-        type=_vocabulary,
-        metavar="SIZE",
-        help="train SentencePiece on the input, with SIZE tokens, and write PREFIX.model",
-    )
-    add(
-        "--tokenizer-model",
-        type=Path,
-        metavar="PATH",
-        help="a SentencePiece model, or a folder with a Hugging Face tokenizer",
-    )
+    help = "train SentencePiece on the input, with SIZE tokens, and write PREFIX.model"
+    add("--train-tokenizer", type=partial(_number, 2, "tokens"), metavar="SIZE", help=help)
+    help = "a SentencePiece model, or a folder with a Hugging Face tokenizer"
+    add("--tokenizer-model", type=Path, metavar="PATH", help=help)
     add("--vocab-file", type=Path, metavar="FILE", help="GPT-2's vocab.json, and")
     add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt")
-    add(
-        "--tokenizer-type",
-        choices=[kind.megatron_type for kind in (SentencePiece, Gpt2Bpe, HuggingFace)],
-        metavar="TYPE",
-        help="Megatron's name for it, as a check; the files say it already",
-    )
+    kinds = [kind.megatron_type for kind in (SentencePiece, Gpt2Bpe, HuggingFace)]
+    help = "Megatron's name for it, as a check; the files say it already"
+    add("--tokenizer-type", choices=kinds, metavar="TYPE", help=help)
 
     add = made.add_argument_group("documents").add_argument
-    add(
-        "--format",
-        choices=["auto", "text", "jsonl"],
-        default="auto",
-        help="auto: JSON Lines if the name ends in .jsonl, .ndjson or .json, a .gz, .bz2 or .xz"
-        " aside, else text",
-    )
+    help = "auto: JSON Lines if the name ends in .jsonl, .ndjson or .json, a .gz, .bz2 or .xz"
+    help += " aside, else text"
+    add("--format", choices=["auto", "text", "jsonl"], default="auto", help=help)
     add("--json-key", default="text", metavar="KEY", help="where JSON has the text (%(default)s)")
-    add(
-        "--separator",
-        type=_separator,
-        metavar="TEXT",
-        help=r"what stands between documents of a text file, as in '\n\n' or '<|endoftext|>';"
-        " without it a file is one document",
-    )
+    help = r"what stands between documents of a text file, as in '\n\n' or '<|endoftext|>';"
+    help += " without it a file is one document"
+    add("--separator", type=_separator, metavar="TEXT", help=help)
     add("--append-eod", action="store_true", help="end each document with the token for that")
-    add(
-        "--validation",
-        type=_share,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the documents for validation, as in 0.01, drawn by their text",
-    )
-    add(
-        "--skip-faulty",
-        action="store_true",
-        help="leave out and count what cannot be used, instead of stopping at it",
-    )
-    _add_megatrons(made)
-    return made
+    help = "share of the documents for validation, as in 0.01, drawn by their text"
+    add("--validation", type=_share, default=0.0, metavar="SHARE", help=help)
+    help = "leave out and count what cannot be used, instead of stopping at it"
+    add("--skip-faulty", action="store_true", help=help)
 
-
-def _add_megatrons(made: argparse.ArgumentParser) -> None:
-    """Add what Megatron's own script has and this command names otherwise, or does anyway."""
-
-    def add(flag: str, **more: Any) -> None:
-        made.add_argument(flag, help=argparse.SUPPRESS, **more)
-
-    add("--input", nargs="+", action="extend", type=Path, default=[])
-    add("--json-keys", nargs="+")
-    add("--keep-sequential-samples", action="store_true")  # as here in any case
+    # What Megatron's own script has and this command names otherwise, or does anyway.
+    add("--input", nargs="+", action="extend", type=Path, default=[], help=argparse.SUPPRESS)
+    add("--json-keys", nargs="+", help=argparse.SUPPRESS)
+    add("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
     for flag in _MEGATRONS:
-        add(flag, nargs="*")
+        add(flag, nargs="*", help=argparse.SUPPRESS)
+    return made
 
 
 def _prefix(value: str) -> Path:
@@ -151,15 +102,7 @@ def _prefix(value: str) -> Path:
     return Path(value).absolute()
 
 
-def _workers(value: str) -> int:
-    return _number(value, 1, "processes")
-
-
-def _vocabulary(value: str) -> int:
-    return _number(value, 2, "tokens")
-
-
-def _number(value: str, least: int, what: str) -> int:
+def _number(least: int, what: str, value: str) -> int:
     if not value.isdecimal() or int(value) < least:
         raise argparse.ArgumentTypeError(f"{value!r} is no number of {what}: give {least} or more")
     return int(value)
@@ -176,7 +119,7 @@ def _share(value: str) -> float:
 
 
 def _separator(value: str) -> str:
-    r"""Reads escapes such as \n, which a shell passes on as they are."""
+    r"""Read escapes such as \n, which a shell passes on as they are."""
     try:
         text = value.encode("latin-1", "backslashreplace").decode("unicode_escape")
     except UnicodeDecodeError:

@@ -8,25 +8,20 @@ import os
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_came.data.arguments import named_tokenizer, read
 from megatron_came.data.corpus import Corpus
-from megatron_came.data.encoding import Encoder, Job
+from megatron_came.data.encoding import Encoder
 from megatron_came.data.errors import DataError
 from megatron_came.data.files import LateInterrupt, whole_files
+from megatron_came.data.launch_flags import launch_flags
 from megatron_came.data.quiet import quiet
 from megatron_came.data.records import Layout
-from megatron_came.data.tokenizer import SentencePiece, TokenizerFiles
+from megatron_came.data.tokenizer import SentencePiece
 from megatron_came.data.tokenizer_training import train_tokenizer
 from megatron_came.terminal.progress import Progress
-from megatron_came.tools.launch_flags import launch_flags
-
-if TYPE_CHECKING:
-    from megatron_came.data.indexed import DatasetWriter
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BYTES_PER_WORKER = 4_000_000  # of text, below which another process is not worth its start
@@ -43,14 +38,14 @@ def run(options: argparse.Namespace) -> str:
         OSError: The output cannot be written.
     """
     given = named_tokenizer(options)
-    encoder = _encoder(given, options) if given else None  # its faults are to be said first
+    settings = options.append_eod, options.validation
+    encoder = Encoder(given, *settings) if given else None  # its faults are to be said first
     corpus = _corpus(options)
     with quiet():
-        from megatron_came.data.build import write_datasets
-        from megatron_came.data.indexed import dataset_files
+        from megatron_came.data.indexed import dataset_files, write_datasets
     prefix = options.output_prefix
-    parts = ("_train", "_valid") if options.validation else ("",)
-    prefixes = [prefix.with_name(prefix.name + part) for part in parts]
+    suffixes = ("_train", "_valid") if options.validation else ("",)
+    prefixes = [prefix.with_name(prefix.name + suffix) for suffix in suffixes]
     # A new model is one of the files that appear together, as an old one would not fit the tokens.
     models = [] if given else [Path(f"{prefix}.model")]
     outputs = [*models, *dataset_files(prefixes)]
@@ -60,31 +55,28 @@ def run(options: argparse.Namespace) -> str:
         if not options.overwrite:
             _refuse_existing(outputs)  # now that nobody else can be writing them
         if not encoder:
-            train_tokenizer(
-                _texts(corpus, options.train_tokenizer),
-                partial[0],
-                vocab_size=options.train_tokenizer,
-            )
-            encoder = _encoder(SentencePiece(partial[0]), options)
+            size = options.train_tokenizer
+            train_tokenizer(_texts(corpus, size), partial[0], vocab_size=size)
+            encoder = Encoder(SentencePiece(partial[0]), *settings)
         try:
-            with Progress("Encoding", corpus.size, sys.stderr) as progress:
+            with Progress("Encoding", corpus.size, sys.stderr, speed=True) as progress:
                 written = write_datasets(
                     corpus,
                     encoder,
                     partial[len(models) :],
                     workers=options.workers or _worthwhile_workers(corpus.size),
-                    advance=_with_speed(progress),
+                    progress=progress,
                 )
         finally:
-            _say(corpus.skipped.lines())
+            _say(*corpus.skipped.lines())
         if options.separator and not corpus.separated:
-            _say([f"{options.separator!r} is nowhere in the text: each file is one document."])
+            _say(f"{options.separator!r} is nowhere in the text: each file is one document.")
         for each in prefixes:
             # Megatron finds its index of samples by the dataset's name, whatever is in it by now.
             shutil.rmtree(each / "cache" / "GPTDataset_indices", ignore_errors=True)
 
     files = given or SentencePiece(models[0])
-    made = [_describe(path, part) for path, part in zip(prefixes, written, strict=True)]
+    made = [f"{path}: {dataset}" for path, dataset in zip(prefixes, written, strict=True)]
     if not options.append_eod:
         made.append("No token ends a document: --append-eod adds one, as GPT training expects.")
     return "\n".join([*made, "", launch_flags(files, encoder.tokenizer, prefixes)])
@@ -101,16 +93,7 @@ def _corpus(options: argparse.Namespace) -> Corpus:
     return corpus
 
 
-def _encoder(tokenizer: TokenizerFiles, options: argparse.Namespace) -> Encoder:
-    return Encoder(Job(tokenizer, options.append_eod, options.validation))
-
-
-def _describe(prefix: Path, dataset: DatasetWriter) -> str:
-    empty = f" ({dataset.empty:,} without text)" if dataset.empty else ""
-    return f"{prefix}: {dataset.documents:,} documents{empty}, {dataset.tokens:,} tokens"
-
-
-def _refuse_existing(outputs: Iterable[Path]) -> None:
+def _refuse_existing(outputs: Sequence[Path]) -> None:
     for path in outputs:
         if path.exists():
             raise DataError(
@@ -119,7 +102,7 @@ def _refuse_existing(outputs: Iterable[Path]) -> None:
             )
 
 
-def _refuse_inputs(outputs: Iterable[Path], corpus: Corpus) -> None:
+def _refuse_inputs(outputs: Sequence[Path], corpus: Corpus) -> None:
     inputs = {os.path.realpath(path) for path in corpus.files}
     for path in outputs:
         if os.path.realpath(path) in inputs:
@@ -130,33 +113,19 @@ def _refuse_inputs(outputs: Iterable[Path], corpus: Corpus) -> None:
 
 
 def _texts(corpus: Corpus, size: int) -> Iterator[str]:
-    done = 0
     with Progress("Reading for the tokenizer", corpus.size, sys.stderr) as progress:
         for document in corpus:
             yield document.text
-            progress.advance(corpus.position - done)
-            done = corpus.position
-        progress.advance(corpus.size - done)
-    _say([f"Training a tokenizer of {size} tokens, which may take a minute."])
-
-
-def _with_speed(progress: Progress) -> Callable[[int], None]:
-    start, done = time.monotonic(), 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        speed = done / (time.monotonic() - start) / 1e6
-        progress.advance(size, f", {speed:.1f} MB/s")
-
-    return advance
+            progress.reach(corpus.position)
+        progress.reach(corpus.size)
+    _say(f"Training a tokenizer of {size} tokens, which may take a minute.")
 
 
 def _worthwhile_workers(size: int) -> int:
     return min(len(os.sched_getaffinity(0)), 1 + size // _BYTES_PER_WORKER)
 
 
-def _say(lines: Sequence[str]) -> None:
+def _say(*lines: str) -> None:
     for line in lines:
         print(line, file=sys.stderr)
 
@@ -189,13 +158,10 @@ def _main(argv: list[str]) -> int:
             " written.",
             1,
         )
-    try:
-        print(report, flush=True)
-    except BrokenPipeError:  # nobody reads on, as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(report, flush=True)
     return 0
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"megatron-came data: {message}", file=sys.stderr)
+    _say(f"megatron-came data: {message}")
     return status

@@ -20,15 +20,13 @@ _LIBRARY_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "encoding
 class Corpus:
     """The documents of some files, read as they are iterated over.
 
-    Args:
-        files: The files to read, in order.
+    Attributes:
+        files: The files, in order.
         named: Those a person named one by one. A fault in one of these is an error; other files
             are skipped and counted. A faulty line of JSON Lines is an error in any file.
         layout: How documents lie in the files.
         tolerant: Whether nothing is an error, and all that is faulty is skipped and counted.
         left_out: What the folders hold that is no file to read.
-
-    Attributes:
         skipped: What was skipped; complete once iterated over.
         separated: Whether a separator, or the end of a line, has cut any file in two by now.
     """
@@ -47,9 +45,7 @@ class Corpus:
     def from_paths(
         cls, paths: Iterable[Path], layout: Layout | None = None, *, tolerant: bool = False
     ) -> "Corpus":
-        """Takes files as they are and folders with everything below them.
-
-        Hidden files and folders below a folder are left out; links are followed.
+        """Take files as they are, and folders with everything below them; see :func:`walk`.
 
         Raises:
             DataError: If a path cannot be read, or there is no file at all.
@@ -73,7 +69,7 @@ class Corpus:
 
     @classmethod
     def python_library(cls) -> "Corpus":
-        """The sources and texts of the Python library, without tests and character tables."""
+        """Take the texts of the Python library, without its tests and character tables."""
         root = Path(sysconfig.get_path("stdlib"))
         below = walk(root, Skipped(), ignored=_LIBRARY_SKIPPED)
         files = [path for path in below if path.suffix in _LIBRARY_SUFFIXES]
@@ -99,11 +95,7 @@ class Corpus:
         return self._bytes_before + (file.tell() if file is not None and readable else 0)
 
     def records(self) -> Iterator[Record]:
-        """Yields the documents in order, undecoded.
-
-        Raises:
-            DataError: If a file that must be usable is not.
-        """
+        """Yield the documents in order, undecoded; a DataError for a file that must be usable."""
         self.skipped = Skipped()
         self.skipped.update(self.left_out)
         self._bytes_before = 0
@@ -130,24 +122,16 @@ class Corpus:
                 yield replace(record, required=wanted and not self.tolerant)
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents in order.
-
-        Raises:
-            DataError: If a file or a line that must be usable is not.
-        """
+        """Yield the documents in order; a DataError for one that must be usable and is not."""
         for record in self.records():
             try:
                 yield record.document()
             except UnusableError as error:
-                self.skipped.add(record.place, error, required=record.required)
+                self.skipped.add(record.where, error, required=record.required)
 
 
 def write_json_lines(documents: Iterable[Document], path: Path) -> int:
-    """Writes documents as JSON Lines, whole or not at all, and returns how many.
-
-    Raises:
-        DataError: If there are none.
-    """
+    """Write documents as JSON Lines, all or none, and return how many; a DataError for none."""
     count = 0
     with whole_files(path) as (partial,), partial.open("w", encoding="utf-8") as file:
         for count, document in enumerate(documents, start=1):  # noqa: B007

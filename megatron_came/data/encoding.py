@@ -1,8 +1,9 @@
 """Documents into tokens, in one process or several."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,68 +15,21 @@ from megatron_came.data.records import Record
 from megatron_came.data.tokenizer import TokenizerFiles
 from megatron_came.data.workers import ordered_map
 
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 20  # of text, worth sending to another process
 _SMALL = 1 << 22  # bytes of text that are encoded in a moment
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done to each document.
-
-    Attributes:
-        tokenizer: What makes tokens of it.
-        append_eod: Whether an end-of-document token follows those of a document that has any.
-        validation: The share of the documents that goes into the validation set, from 0 to 1.
-    """
-
-    tokenizer: TokenizerFiles
-    append_eod: bool
-    validation: float = 0.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Documents that are encoded together.
-
-    Attributes:
-        records: The documents.
-        position: ``Corpus.position`` behind them.
-    """
-
-    records: list[Record]
-    position: int
 
 
 @dataclass
 class Encoded:
-    """What became of a batch.
-
-    Attributes:
-        position: As in the batch.
-        documents: For each document, whether it is for validation, and its tokens.
-        skipped: What was left out.
-    """
+    """Documents, each with whether it is for validation, and the corpus's position behind them."""
 
     position: int
     documents: list[tuple[bool, NDArray[np.int32]]] = field(default_factory=list)
     skipped: Skipped = field(default_factory=Skipped)
 
 
-def batches(corpus: Corpus) -> Iterator[Batch]:
-    """Reads a corpus in pieces that are worth sending to another process."""
-    records: list[Record] = []
-    size = 0
-    for record in corpus.records():
-        records.append(record)
-        size += len(record.raw)
-        if size >= _BATCH_BYTES:
-            yield Batch(records, corpus.position)
-            records, size = [], 0
-    yield Batch(records, corpus.size)
-
-
 def is_for_validation(text: str, share: float) -> bool:
-    """Draws by the text itself.
+    """Draw by the text itself.
 
     So the outcome depends neither on the order of documents nor on which others there are, and
     copies of one text never lie on both sides.
@@ -87,73 +41,75 @@ def is_for_validation(text: str, share: float) -> bool:
 
 
 class Encoder:
-    """Does a job with a tokenizer of its own.
+    """What is done to each document.
 
     Args:
-        job: What to do.
+        files: The tokenizer.
+        append_eod: Whether an end-of-document token follows those of a document that has any.
+        validation: The share of the documents that goes into the validation set, from 0 to 1.
 
     Attributes:
-        job: The same.
         tokenizer: The tokenizer, loaded.
 
     Raises:
         DataError: If the tokenizer cannot be loaded or cannot end a document.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.tokenizer = job.tokenizer.load()
-        if job.append_eod and self.tokenizer.eod is None:
+    def __init__(self, files: TokenizerFiles, append_eod: bool, validation: float = 0.0) -> None:
+        self._files, self._append_eod, self.validation = files, append_eod, validation
+        self.tokenizer = files.load()
+        if append_eod and self.tokenizer.eod is None:
             raise DataError(
-                f"The tokenizer ({' '.join(path for _, path in job.tokenizer.flags())}) has no"
+                f"The tokenizer ({' '.join(path for _, path in files.flags())}) has no"
                 " end-of-document token: leave out --append-eod, or take one that has."
             )
 
-    def __reduce__(self) -> tuple[type["Encoder"], tuple[Job]]:
-        return Encoder, (self.job,)  # where there is no fork, each worker loads the tokenizer
+    def __reduce__(self) -> tuple[type[Self], tuple[TokenizerFiles, bool, float]]:
+        # Where there is no fork, each worker loads the tokenizer.
+        return type(self), (self._files, self._append_eod, self.validation)
 
-    def encode(self, batch: Batch) -> Encoded:
-        """Encodes a batch.
-
-        Raises:
-            DataError: If a document that must be usable is not.
-        """
-        encoded = Encoded(batch.position)
-        for record in batch.records:
+    def encode(self, batch: tuple[list[Record], int]) -> Encoded:
+        """Encode documents, given with the position behind them; a DataError for a faulty one."""
+        records, position = batch
+        encoded = Encoded(position)
+        for record in records:
             try:
                 text = record.document().text
             except UnusableError as error:
-                encoded.skipped.add(record.place, error, required=record.required)
+                encoded.skipped.add(record.where, error, required=record.required)
             else:
-                drawn = is_for_validation(text, self.job.validation)
+                drawn = is_for_validation(text, self.validation)
                 encoded.documents.append((drawn, self._tokens(record, text)))
         return encoded
 
     def _tokens(self, record: Record, text: str) -> NDArray[np.int32]:
         tokens = self.tokenizer.tokenize(text)
-        if tokens and self.job.append_eod and self.tokenizer.eod is not None:
+        if tokens and self._append_eod and self.tokenizer.eod is not None:
             tokens.append(self.tokenizer.eod)
         document = np.array(tokens, dtype=np.int32)
         if tokens and document.max() >= self.tokenizer.vocab_size:
             # The embedding has no such row, and two bytes may not hold the number.
             raise DataError(
-                f"The tokenizer made token {document.max()} of {record.place} and says that it has"
+                f"The tokenizer made token {document.max()} of {record.where} and says that it has"
                 f" {self.tokenizer.vocab_size} tokens: mend its files."
             )
         return document
 
 
-def encode(corpus: Corpus, encoder: Encoder, *, workers: int) -> Iterator[Encoded]:
-    """Encodes a corpus, in its order however many workers there are.
-
-    Args:
-        corpus: The documents.
-        encoder: What is done to each.
-        workers: How many processes encode; with 1, little text is encoded in this one.
-
-    Raises:
-        DataError: If a document that must be usable is not, or a worker dies.
-    """
+def encode(corpus: Corpus, encoder: Encoder, *, workers: int) -> Generator[Encoded, None, None]:
+    """Encode a corpus, in its order however many processes there are; see :func:`ordered_map`."""
     if workers == 1 and corpus.size <= _SMALL and not corpus.pipes:
         workers = 0
-    return ordered_map(encoder.encode, batches(corpus), workers=workers)
+    return ordered_map(encoder.encode, _batches(corpus), workers=workers)
+
+
+def _batches(corpus: Corpus) -> Iterator[tuple[list[Record], int]]:
+    records: list[Record] = []
+    size = 0
+    for record in corpus.records():
+        records.append(record)
+        size += len(record.raw)
+        if size >= _BATCH_BYTES:
+            yield records, corpus.position
+            records, size = [], 0
+    yield records, corpus.size

@@ -6,13 +6,9 @@ class DataError(Exception):
 
 
 class UnusableError(Exception):
-    """Why a file or a document cannot be used.
+    """Why a file or a document cannot be used ("is empty"), and what to do about it.
 
     Whether that is an error, or the document is left out and counted, is for others to decide.
-
-    Args:
-        reason: A predicate, as in "is empty".
-        remedy: What to do about it.
     """
 
     def __init__(self, reason: str, remedy: str) -> None:

@@ -15,7 +15,7 @@ class LateInterrupt(KeyboardInterrupt):
 
 @contextmanager
 def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Yields a temporary path for each of ``paths`` and renames them, in order, at the end.
+    """Yield a temporary path for each of ``paths`` and rename them, in order, at the end.
 
     Whatever interrupts the body, Ctrl-C included, the temporary files are removed and what stood
     under ``paths`` before stays as it was. Several files that belong together are as good as one
@@ -35,11 +35,11 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
             stack.enter_context(locked(path))
         try:
             for made in temporary:
-                # A folder that takes no files is found before the work, not after.
-                made.write_bytes(b"")
+                made.write_bytes(b"")  # a folder that takes no files is found before the work
             yield temporary
             for made in temporary:
-                _to_disk(made)
+                with made.open("rb+") as file:
+                    os.fsync(file.fileno())  # some file systems say only then that they are full
             _give_names(temporary, paths)
         finally:
             with signals_held_back():
@@ -58,9 +58,3 @@ def _give_names(temporary: tuple[Path, ...], paths: tuple[Path, ...]) -> None:
             whole = True
     except KeyboardInterrupt as interrupt:
         raise (LateInterrupt() if whole else interrupt) from None
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file is on the disk: some file systems say only then that they are full."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

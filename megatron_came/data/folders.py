@@ -9,43 +9,36 @@ from pathlib import Path
 
 from megatron_came.data.errors import DataError, UnusableError
 
-_KINDS = (
-    (stat.S_ISFIFO, "is a pipe"),
-    (stat.S_ISSOCK, "is a socket"),
-    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "is a device"),
-)
+_NOT_READ = {
+    stat.S_IFIFO: "is a pipe",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a device",
+    stat.S_IFBLK: "is a device",
+}
+_ANOTHER = "name a text file or a folder of them"
 
 
 @dataclass
 class Skipped:
-    """What was left out.
-
-    Attributes:
-        counts: How many files, folders and lines, by reason.
-        examples: The first of them, by reason.
-    """
+    """How many files, folders and lines were left out, and the first of them, by reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def add(self, place: str, error: UnusableError, *, required: bool) -> None:
-        """Counts a file, a folder or a line that cannot be used.
-
-        Raises:
-            DataError: If it is required.
-        """
+    def add(self, where: str, error: UnusableError, *, required: bool = False) -> None:
+        """Count a file, a folder or a line that cannot be used; a DataError if it is required."""
         if required:
-            raise DataError(f"{place} {error.reason}: {error.remedy}.") from error
+            raise DataError(f"{where} {error.reason}: {error.remedy}.") from error
         self.counts[error.reason] += 1
-        self.examples.setdefault(error.reason, place.rstrip(","))
+        self.examples.setdefault(error.reason, where.rstrip(","))
 
     def update(self, other: "Skipped") -> None:
-        """Adds what was left out elsewhere, later."""
+        """Add what was left out elsewhere, later."""
         self.counts.update(other.counts)
         self.examples = {**other.examples, **self.examples}
 
     def lines(self) -> list[str]:
-        """A sentence for each reason."""
+        """Say a sentence for each reason."""
         return [
             f"Left out {self.examples[reason]}, which {reason}."
             if count == 1
@@ -55,7 +48,7 @@ class Skipped:
 
 
 def cannot_be_read(error: OSError) -> UnusableError:
-    """What the system says of a file or a folder."""
+    """Turn what the system says of a file or a folder into a reason."""
     reason = (error.strerror or "unknown error").lower()
     return UnusableError(
         f"cannot be read ({reason})", "make it one that you may read, or name another one"
@@ -65,7 +58,7 @@ def cannot_be_read(error: OSError) -> UnusableError:
 def walk(
     root: Path, left_out: Skipped, *, required: bool = False, ignored: Collection[str] = ()
 ) -> Iterator[Path]:
-    """Yields the files of a folder, then those of the folders in it, by name.
+    """Yield the files of a folder, then those of the folders in it, by name.
 
     Links to folders are followed; each folder is read once, so that links cannot lead in circles.
     Names that begin with a dot are left out.
@@ -91,11 +84,7 @@ def walk(
             continue
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
-            left_out.add(
-                str(folder),
-                UnusableError("is a folder read under another name", ""),
-                required=False,
-            )
+            left_out.add(str(folder), UnusableError("is a folder read under another name", ""))
             continue
         seen.add(identity)
         folders = []
@@ -106,36 +95,32 @@ def walk(
                 else:
                     yield path
             except UnusableError as error:
-                left_out.add(str(path), error, required=False)
+                left_out.add(str(path), error)
         waiting.extend(reversed(folders))
 
 
 def is_folder(path: Path, *, pipes: bool = False) -> bool:
-    """Whether a path is a folder, not a file.
+    """Whether a path is a folder, not a file; an UnusableError if it is neither.
 
     Args:
         path: What is there.
         pipes: Whether a pipe will do as a file: reading one waits for whoever writes into it.
-
-    Raises:
-        UnusableError: If it is neither, or the system does not say.
     """
     try:
-        mode = path.stat().st_mode
+        kind = stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError as error:
         if path.is_symlink():
             raise UnusableError("is a link to nothing", "mend it, or name a file") from error
-        raise UnusableError("does not exist", "name a text file or a folder of them") from error
+        raise UnusableError("does not exist", _ANOTHER) from error
     except OSError as error:
         raise cannot_be_read(error) from error
-    for is_kind, reason in _KINDS:
-        if is_kind(mode) and not (pipes and stat.S_ISFIFO(mode)):
-            raise UnusableError(reason, "name a text file or a folder of them")
-    return stat.S_ISDIR(mode)
+    if kind in _NOT_READ and not (pipes and kind == stat.S_IFIFO):
+        raise UnusableError(_NOT_READ[kind], _ANOTHER)
+    return kind == stat.S_IFDIR
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes of a regular file; 0 of one that cannot be read, None of a pipe."""
+    """Return the bytes of a regular file; 0 of one that cannot be read, None of a pipe."""
     try:
         status = path.stat()
     except OSError:

@@ -5,7 +5,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_came.data.errors import DataError
@@ -17,7 +17,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file, ``.NAME.lock`` beside it, which says who holds it.
+    """Hold the lock of a file, ``.NAME.lock`` beside it, which says who holds it.
 
     The system lets go of the lock when its process dies, so what a killed one leaves behind is
     taken over. Where two machines share the folder they share the lock too, if their file system
@@ -28,7 +28,9 @@ def locked(path: Path) -> Iterator[None]:
         OSError: If it cannot be made.
     """
     lock = path.with_name(f".{path.name}.lock")
-    file = _acquire(lock, path)
+    file = None
+    while file is None:
+        file = _acquire(lock, path)
     try:
         yield
     finally:
@@ -37,26 +39,28 @@ def locked(path: Path) -> Iterator[None]:
             os.close(file)
 
 
-def _acquire(lock: Path, path: Path) -> int:
-    while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            free = _try(file)
-            holder = os.pread(file, 200, 0).decode(errors="replace").split()
-            if free is False or _is_at_work(holder, died=free is True):
-                pid, host = holder if len(holder) == 2 else ("unknown", "unknown")
-                raise DataError(
-                    f"{path} is being written by process {pid} on {host}: wait until it ends, or"
-                    f" give another name; if there is no such process, remove {lock}."
-                )
-            if _is_named(file, lock):
+def _acquire(lock: Path, path: Path) -> int | None:
+    """Return the open lock; None if whoever held it removed it after it was opened."""
+    file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        free = _try(file)
+        holder = os.pread(file, 200, 0).decode(errors="replace").split()
+        if free is False or _is_at_work(holder, died=free is True):
+            pid, machine = holder if len(holder) == 2 else ("unknown", "unknown")
+            raise DataError(
+                f"{path} is being written by process {pid} on {machine}: wait until it ends, or"
+                f" give another name; if there is no such process, remove {lock}."
+            )
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), lock.stat()):
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
                 return file
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)  # whoever held it has removed it since it was opened
+    except BaseException:
+        os.close(file)
+        raise
+    os.close(file)
+    return None
 
 
 def _try(file: int) -> bool | None:
@@ -73,12 +77,7 @@ def _try(file: int) -> bool | None:
 
 
 def _is_at_work(holder: list[str], *, died: bool) -> bool:
-    """Whether whoever is named in a lock may still be at work.
-
-    Args:
-        holder: Process and host.
-        died: Whether it is not if it was on this machine.
-    """
+    """Whether who is named in a lock, process and machine, may be writing; not if it ``died``."""
     if len(holder) != 2 or not holder[0].isdecimal():
         return False
     if holder[1] != socket.gethostname():
@@ -92,10 +91,3 @@ def _is_at_work(holder: list[str], *, died: bool) -> bool:
     except PermissionError:
         return True
     return int(holder[0]) != os.getpid()
-
-
-def _is_named(file: int, lock: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), lock.stat())
-    except FileNotFoundError:
-        return False

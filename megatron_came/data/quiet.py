@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back warnings: Megatron's modules warn of each GPU library that is not installed."""
+    """Keep back warnings: Megatron's modules warn of each GPU library that is not installed."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -13,16 +13,16 @@ from typing import BinaryIO, Literal, cast
 from megatron_came.data.errors import UnusableError
 from megatron_came.data.folders import cannot_be_read
 
-_CHUNK = 1 << 24  # bytes read at a time where a separator is looked for
+_READ_BYTES = 1 << 24  # bytes read at a time where a separator is looked for
 _LONGEST_PROBE = 1 << 26  # bytes of a first line that decides what a .json file is
 
-# What is unpacked on the way, by the last suffix in small letters. Such a file reads as any other,
-# but its type does not say so.
-_UNPACK: dict[str, tuple[str, Callable[[BinaryIO], BinaryIO]]] = {
-    ".gz": ("gzip", lambda raw: cast(BinaryIO, gzip.GzipFile(fileobj=raw))),
-    ".bz2": ("bzip2", lambda raw: cast(BinaryIO, bz2.BZ2File(raw))),
-    ".xz": ("xz", lambda raw: cast(BinaryIO, lzma.LZMAFile(raw))),  # noqa: SIM115
+# What is unpacked on the way, by the last suffix in small letters.
+_UNPACK: dict[str, Callable[[BinaryIO], object]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
 }
+_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
 _PACKED_OTHERWISE = frozenset(
     (".zst", ".zstd", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz")
 )
@@ -30,18 +30,13 @@ _PACKED_OTHERWISE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How documents lie in files.
+    """How documents lie in files."""
 
-    Attributes:
-        format: What files hold; "auto" is "jsonl" for names that end in .jsonl, .ndjson or .json,
-            before a .gz, .bz2 or .xz if there is one, and "text" for others.
-        json_key: Under which key a JSON object has the text.
-        separator: What stands between the documents of a text file; None if a file is a document.
-    """
-
+    # "auto" is "jsonl" for names that end in .jsonl, .ndjson or .json, before a .gz, .bz2 or .xz
+    # if there is one, and "text" for others.
     format: Literal["auto", "text", "jsonl"] = "auto"
-    json_key: str = "text"
-    separator: str | None = None
+    json_key: str = "text"  # where a JSON object has the text
+    separator: str | None = None  # between documents of a text file; without, it is one document
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,36 +49,29 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A document as its file has it: not decoded yet, as decoding is work for several processes.
-
-    Attributes:
-        path: The file.
-        raw: The document's bytes.
-        line: Which line it is, from 1; 0 if it is not a line.
-        json_key: Under which key the line's JSON object has the text; None for plain text.
-        required: Whether it is an error if it cannot be used.
-    """
+    """A document as its file has it: not decoded yet, as decoding is work for several processes."""
 
     path: str
     raw: bytes
-    line: int = 0
-    json_key: str | None = None
-    required: bool = True
+    line: int = 0  # which line of the file it is, from 1; 0 if it is not a line
+    json_key: str | None = None  # where the line's JSON object has the text; None for plain text
+    required: bool = True  # whether it is an error if it cannot be used
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """File and line, for messages."""
         return f"{self.path}, line {self.line}," if self.line else self.path
 
     def document(self) -> Document:
-        """Decodes it.
-
-        Raises:
-            UnusableError: If it is no text.
-        """
-        if self.json_key is None:
-            return Document(self.path, _decode_text(self.raw))
-        return _decode_line(self.path, self.raw, self.json_key)
+        """Decode it; raise an UnusableError if it is no text."""
+        if self.json_key is not None:
+            return _from_json(self.path, _decode(self.raw), self.json_key)
+        if b"\0" in self.raw:
+            raise UnusableError("is not text", "name a text file")
+        text = _decode(self.raw)
+        if not text.strip():
+            raise _empty()
+        return Document(self.path, text)
 
 
 def _empty() -> UnusableError:
@@ -97,17 +85,7 @@ def _decode(raw: bytes) -> str:
         raise UnusableError("is not UTF-8 text", "convert it to UTF-8") from error
 
 
-def _decode_text(raw: bytes) -> str:
-    if b"\0" in raw:
-        raise UnusableError("is not text", "name a text file")
-    text = _decode(raw)
-    if not text.strip():
-        raise _empty()
-    return text
-
-
-def _decode_line(path: str, raw: bytes, key: str) -> Document:
-    line = _decode(raw)
+def _from_json(path: str, line: str, key: str) -> Document:
     try:
         record = json.loads(line)
         text = record[key]
@@ -124,21 +102,12 @@ def _decode_line(path: str, raw: bytes, key: str) -> Document:
 
 
 def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
-    """Cuts an open file into its documents.
-
-    Args:
-        path: The file's name, whose suffix tells whether it is compressed.
-        raw: The file, as it lies on the disk.
-        layout: How the documents lie in it.
-
-    Raises:
-        UnusableError: If the file cannot be read, or holds nothing.
-    """
+    """Cut a file, open as it lies on the disk, into documents; an UnusableError if it cannot be."""
     suffix = path.suffix.lower()
     if suffix in _PACKED_OTHERWISE or path.stem.lower().endswith(".tar"):
         raise UnusableError("is packed in a way that is not read here", "unpack it first")
-    kind, unpack = _UNPACK.get(suffix, ("", lambda raw: raw))
-    file = unpack(raw)
+    # A file that is unpacked reads as any other, but its type does not say so.
+    file = cast(BinaryIO, _UNPACK[suffix](raw)) if suffix in _UNPACK else raw
     count = 0
     try:
         records = _lines if _holds_json_lines(path, file, layout) else _texts
@@ -147,7 +116,8 @@ def read_records(path: Path, raw: BinaryIO, layout: Layout) -> Iterator[Record]:
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise cannot_be_read(error) from error
-        raise UnusableError(f"is no whole {kind} file", "compress it again") from error
+        reason = f"is no whole {_NAMES.get(suffix, '')} file"
+        raise UnusableError(reason, "compress it again") from error
     if not count:
         raise _empty()
 
@@ -164,7 +134,7 @@ def _holds_json_lines(path: Path, file: BinaryIO, layout: Layout) -> bool:
     file.seek(0)
     if first.strip():
         try:
-            _decode_line(str(path), first, layout.json_key)
+            Record(str(path), first, json_key=layout.json_key).document()
         except UnusableError as error:
             raise UnusableError(
                 f"{error.reason} in its first line",
@@ -180,14 +150,14 @@ def _lines(path: Path, file: BinaryIO, layout: Layout) -> Iterator[Record]:
 
 
 def _texts(path: Path, file: BinaryIO, layout: Layout) -> Iterator[Record]:
-    """Reads a file whole, or piece by piece, leaving out pieces without any text."""
+    """Read a file whole, or cut at separators, without what is between two and has no text."""
     if layout.separator is None:
         yield Record(str(path), file.read())
         return
     separator = layout.separator.encode()
     rest = b""
-    while chunk := file.read(_CHUNK):
-        *pieces, rest = (rest + chunk).split(separator)
-        yield from (Record(str(path), piece) for piece in pieces if piece.strip())
+    while more := file.read(_READ_BYTES):
+        *whole, rest = (rest + more).split(separator)
+        yield from (Record(str(path), text) for text in whole if text.strip())
     if rest.strip():
         yield Record(str(path), rest)

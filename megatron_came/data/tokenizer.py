@@ -23,45 +23,28 @@ GPT2_END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer.
-
-    Attributes:
-        tokenize: Gives the tokens of a text.
-        vocab_size: How many different tokens there are.
-        eod: The end-of-document token; None if there is none.
-    """
+    """A loaded tokenizer."""
 
     tokenize: Callable[[str], list[int]]
     vocab_size: int
-    eod: int | None
+    eod: int | None  # the end-of-document token
 
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """A SentencePiece model.
-
-    Attributes:
-        model: Its file.
-    """
+    """A SentencePiece model, by its file."""
 
     model: Path
     megatron_type = "GPTSentencePieceTokenizer"
 
     def load(self) -> Tokenizer:
-        """Loads it.
-
-        Raises:
-            DataError: If the file is no model.
-        """
+        """Load it; raise a DataError if the file is no model."""
         try:
             if not self.model.read_bytes():
                 raise RuntimeError("empty")  # which SentencePiece would take for a model
             processor = sentencepiece.SentencePieceProcessor(model_file=str(self.model))
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise DataError(
-                f"{self.model} cannot be read ({reason}): name a SentencePiece model that can."
-            ) from error
+            raise _unreadable(self.model, error, "a SentencePiece model that can") from error
         except RuntimeError as error:
             raise DataError(
                 f"{self.model} is not a SentencePiece model: name one that is."
@@ -70,29 +53,20 @@ class SentencePiece:
         return Tokenizer(processor.encode, processor.get_piece_size(), eod if eod >= 0 else None)
 
     def flags(self) -> list[tuple[str, str]]:
-        """Megatron's flags for it."""
+        """Name Megatron's flags for it."""
         return [("--tokenizer-model", str(self.model))]
 
 
 @dataclass(frozen=True)
 class Gpt2Bpe:
-    """GPT-2's byte-level BPE.
-
-    Attributes:
-        vocab_file: ``vocab.json``, from token to number.
-        merge_file: ``merges.txt``.
-    """
+    """GPT-2's byte-level BPE, by its ``vocab.json`` and ``merges.txt``."""
 
     vocab_file: Path
     merge_file: Path
     megatron_type = "GPT2BPETokenizer"
 
     def load(self) -> Tokenizer:
-        """Loads it.
-
-        Raises:
-            DataError: If the files are no such vocabulary and merges.
-        """
+        """Load it; raise a DataError if the files are no such vocabulary and merges."""
         _require("tokenizers", "GPT-2's BPE")
         from tokenizers import Tokenizer as HuggingFaceFast
         from tokenizers.models import BPE
@@ -122,27 +96,19 @@ class Gpt2Bpe:
         )
 
     def flags(self) -> list[tuple[str, str]]:
-        """Megatron's flags for it."""
+        """Name Megatron's flags for it."""
         return [("--vocab-file", str(self.vocab_file)), ("--merge-file", str(self.merge_file))]
 
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """A folder with a tokenizer of Hugging Face's.
-
-    Attributes:
-        folder: Where ``tokenizer.json`` or its like is.
-    """
+    """A folder with a tokenizer of Hugging Face's, ``tokenizer.json`` or its like."""
 
     folder: Path
     megatron_type = "HuggingFaceTokenizer"
 
     def load(self) -> Tokenizer:
-        """Loads it.
-
-        Raises:
-            DataError: If the folder holds no tokenizer.
-        """
+        """Load it; raise a DataError if the folder holds no tokenizer."""
         _require("transformers", "a Hugging Face tokenizer")
         # It is a folder: nothing need be asked of the hub. And no advice on models not built here.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -163,7 +129,7 @@ class HuggingFace:
         return Tokenizer(tokenizer.tokenize, tokenizer.vocab_size, tokenizer.eod)
 
     def flags(self) -> list[tuple[str, str]]:
-        """Megatron's flags for it."""
+        """Name Megatron's flags for it."""
         return [("--tokenizer-model", str(self.folder))]
 
 
@@ -178,12 +144,16 @@ def _require(package: str, what: str) -> None:
         )
 
 
+def _unreadable(path: Path, error: OSError, instead: str) -> DataError:
+    reason = (error.strerror or str(error)).lower()
+    return DataError(f"{path} cannot be read ({reason}): name {instead}.")
+
+
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
         vocabulary = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        reason = (error.strerror or "unknown error").lower()
-        raise DataError(f"{path} cannot be read ({reason}): name GPT-2's vocab.json.") from error
+        raise _unreadable(path, error, "GPT-2's vocab.json") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON: name GPT-2's vocab.json.") from error
     if not isinstance(vocabulary, dict):

@@ -19,7 +19,7 @@ _LONGEST_LINE = 1000  # characters; SentencePiece leaves out lines of more than 
 
 
 def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> None:
-    """Trains a tokenizer that gives back every text exactly, white space included.
+    """Train a tokenizer that gives back every text exactly, white space included.
 
     (But for the character U+2581, with which SentencePiece writes spaces.) The same texts give the
     same tokenizer.
@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> No
 
 
 def _train(lines: list[str], vocab_size: int) -> bytes:
-    """The model, as it is to lie in its file."""
+    """Return the model as it is to lie in its file."""
     trained = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -66,7 +66,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
 
 
 def _explain(error: str, vocab_size: int) -> str:
-    """What SentencePiece means, as a sentence."""
+    """Say what SentencePiece means."""
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return (
             f"The text has too many different characters for {vocab_size} tokens: choose at least"
@@ -86,7 +86,7 @@ def _explain(error: str, vocab_size: int) -> str:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Cuts texts into lines, none of which is longer than SentencePiece takes."""
+    """Cut texts into lines, none of which is longer than SentencePiece takes."""
     for text in texts:
         for line in text.splitlines():
             for start in range(0, len(line), _LONGEST_LINE):
@@ -94,12 +94,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _sample(lines: Iterable[str]) -> list[str]:
-    """Draws lines with equal chances; SentencePiece's own sample is another one each time."""
+    """Draw lines with equal chances; SentencePiece's own sample is another one each time."""
     generator = random.Random(1)
     sample: list[str] = []
     for index, line in enumerate(lines):
         if index < _SAMPLED_LINES:
             sample.append(line)
-        elif (place := generator.randrange(index + 1)) < _SAMPLED_LINES:
-            sample[place] = line
+        elif (drawn := generator.randrange(index + 1)) < _SAMPLED_LINES:
+            sample[drawn] = line
     return sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -102,17 +103,15 @@ def _why_not(error: Exception) -> str:
 
 def _compiled(name: str, device: torch.device) -> Choice:
     if name == "numba":
+        importlib.import_module("numba")  # first: otherwise its llvmlite would be named as missing
         from megatron_came.kernels.cpu.launch import NumbaBackend
 
-        obstacle = threads.obstacle()
-        limit = "" if obstacle is None else f", on one thread: {obstacle}"
         why = "the weights are on a CPU, and Numba is installed"
-        backend = NumbaBackend()
-        note = f" {backend.note}" if backend.note else ""
+        note = threads.note()
         return Choice(
-            backend, f"CAME's step runs in Numba's kernels ({why}){limit}.{note}", bool(note)
+            NumbaBackend(), f"CAME's step runs in Numba's kernels ({why}).{note and ' ' + note}"
         )
-    from megatron_came.kernels.triton.launch import TritonBackend
+    from megatron_came.kernels.triton.backend import TritonBackend
 
     why = f"the weights are on {device}, and Triton is installed"
     return Choice(TritonBackend(device), f"CAME's step runs in Triton's kernels ({why}).")

@@ -6,16 +6,18 @@ The slice of a matrix is taken in boxes, so that temporaries stay within a few M
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from megatron_came.core import factors, int8, passes, remainders
+from megatron_came.core import factors, passes, remainders
 from megatron_came.core.hyperparameters import Hyperparameters
+from megatron_came.core.momentum import MOMENTUM, RoundedWriter, codec_of
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
-from megatron_came.core.rounding import random_bits, step_key, to_bf16
+from megatron_came.core.rounding import random_bits, step_key
 from megatron_came.core.shard import Box, Shard, boxes
-from megatron_came.core.state import MATRIX_FACTORS, MOMENTUM, REMAINDER, SCALE, VECTOR_FACTORS
+from megatron_came.core.state import MATRIX_FACTORS, REMAINDER, VECTOR_FACTORS
 
 # Elements of a box: large enough to keep the device busy, small enough that temporaries stay within
 # a few MiB on a CPU, and a few dozen on a GPU.
@@ -48,7 +50,7 @@ class EagerPasses:
         """Take up a step's gradients."""
         return EagerStep(
             [
-                (_vector if slice_.shard.is_vector else _matrix)(
+                (_update_vector if slice_.shard.is_vector else _update_matrix)(
                     _Boxes(slice_, given), given, self._sums[slice_]
                 )
                 for slice_, given in inputs.items()
@@ -75,9 +77,10 @@ class EagerStep:
         self._go_on()
 
     def run(self) -> None:
-        """All passes."""
-        for _ in range(3):
-            self._go_on()
+        """All passes, parameter by parameter."""
+        for update in self._updates:
+            for _ in update:
+                pass
 
     def _go_on(self) -> None:
         for update in self._updates:
@@ -87,7 +90,7 @@ class EagerStep:
 # An update goes on from yield to yield: there it waits for the sums that all ranks complete.
 
 
-def _matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
+def _update_matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
     """Update a matrix, or a batch of them: r, c, R, C, m and p of the paper's algorithm 2."""
     shard, hyper = boxes.shard, given.hyper
     counts = (shard.full_columns, shard.full_rows)
@@ -121,8 +124,10 @@ def _matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]
         sums.total, numel=shard.full_numel, clip_threshold=hyper.clip_threshold
     )
     for moment, three, count in zip((R, C), sums.instability, counts, strict=True):
-        residuals = factors.true_residuals(three, guess=guess, divisor=divisor, beta1=hyper.beta1)
-        factors.update_moment(moment, residuals, count=count, eps=hyper.eps2, beta=hyper.beta3)
+        instability = factors.true_instability(
+            three, guess=guess, divisor=divisor, beta1=hyper.beta1
+        )
+        factors.update_moment(moment, instability, count=count, eps=hyper.eps2, beta=hyper.beta3)
     row_confidence, column_confidence = factors.scales(R, C, _mean(shard, R, C))
     for box in boxes:
         boxes.apply_update(
@@ -136,7 +141,7 @@ def _matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]
     boxes.finish()
 
 
-def _vector(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
+def _update_vector(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
     """Update a vector: v, clipped update, m and p; no confidence."""
     shard, hyper = boxes.shard, given.hyper
     (squares,) = sums.squares
@@ -187,16 +192,18 @@ class _Boxes:
     def __init__(self, slice_: ParameterSlice, given: StepInputs) -> None:
         self._slice, self._given, self._state = slice_, given, given.state
         self.shard = slice_.shard
+        self._codec = codec_of(self._state[MOMENTUM].dtype)
+        self._rounded = RoundedWriter(self._state)
         self._grad = given.grad.reshape(-1)
-        param = slice_.param.detach()
-        self._weights = param.contiguous().view(-1)
-        limit = _BOX_ELEMENTS.get(param.device.type, _BOX_ELEMENTS["cuda"])
-        is_small = self._state[MOMENTUM].dtype in (torch.bfloat16, torch.int8)
-        if is_small or REMAINDER in self._state:
+        limit = _BOX_ELEMENTS.get(slice_.param.device.type, _BOX_ELEMENTS["cuda"])
+        if self._codec.is_rounded or REMAINDER in self._state:
             limit = max(limit // _MORE_TEMPORARIES, 1)
         self._boxes = list(boxes(slice_.shard, limit))
-        # Momentum, and its random bits, of an int8 block that the next box completes.
-        self._rest = (param.new_empty(0, dtype=slice_.dtype), param.new_empty(0, dtype=torch.int64))
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """The flat weights, or a copy of those that are not contiguous."""
+        return self._slice.param.detach().contiguous().view(-1)
 
     def __iter__(self) -> Iterator[Box]:
         return iter(self._boxes)
@@ -211,10 +218,7 @@ class _Boxes:
 
     def momentum(self, box: Box) -> Tensor:
         """Return a box of the momentum, or a copy of it where it is kept in another dtype."""
-        kept = self._state[MOMENTUM].view(-1)[box.flat].view(box.shape)
-        if kept.dtype == torch.int8:
-            return int8.dequantize(kept, self._state[SCALE], box.start)
-        return kept.to(self._slice.dtype)
+        return self._codec.read(self._state, box.start, box.stop).view(box.shape)
 
     def apply_update(
         self,
@@ -244,7 +248,10 @@ class _Boxes:
             lr=float(self._given.lr),
             weight_decay=self._given.weight_decay,
         )
-        self._keep_momentum(momentum, box)
+        if self._codec.is_rounded:
+            key = step_key(self._slice.key, self._given.step)
+            bits = random_bits(self.shard.full_offsets(box, momentum.device), key)
+            self._rounded.write(momentum.view(-1), bits.view(-1))
         if has_remainder:
             self._weights[box.flat], remainder[:] = remainders.split(weights)
 
@@ -254,28 +261,3 @@ class _Boxes:
         if not param.is_contiguous():
             param.copy_(self._weights.view(param.shape))
         self._slice.copy_to_model(self._given.model_weight)
-
-    def _keep_momentum(self, momentum: Tensor, box: Box) -> None:
-        """Round a copy back to the dtype in which momentum is kept."""
-        kept = self._state[MOMENTUM].view(-1)
-        if kept.dtype not in (torch.bfloat16, torch.int8):
-            return
-        key = step_key(self._slice.key, self._given.step)
-        bits = random_bits(self.shard.full_places(box, kept.device), key)
-        if kept.dtype == torch.bfloat16:
-            kept[box.flat] = to_bf16(momentum, bits).view(-1)
-        else:
-            self._keep_int8(momentum.view(-1), bits.view(-1), box)
-
-    def _keep_int8(self, momentum: Tensor, bits: Tensor, box: Box) -> None:
-        """Round whole blocks of 256; what is left begins the next box."""
-        values, bits = (torch.cat(pair) for pair in zip(self._rest, (momentum, bits), strict=True))
-        whole = values.numel()
-        if box.stop < self.shard.numel:
-            whole -= whole % int8.BLOCK
-        first = box.stop - values.numel()
-        self._rest = values[whole:], bits[whole:]
-        quantized, scale = int8.quantize(values[:whole], bits[:whole])
-        self._state[MOMENTUM].view(-1)[first : first + whole] = quantized
-        at = first // int8.BLOCK
-        self._state[SCALE][at : at + scale.numel()] = scale

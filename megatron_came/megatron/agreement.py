@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_came.kernels.dispatch import choose
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.parameter_names import named_parameters
 from megatron_came.megatron.rank_settings import (
     Settings,
     difference,
@@ -133,7 +134,7 @@ def _with_common_kernels(
 
 def _kernels_here(wanted: str, model_chunks: list[Any]) -> Kernels | None:
     """Who would compute this rank's step; None if it trains nothing."""
-    devices = {param.device for _, param in _named_parameters(model_chunks) if param.requires_grad}
+    devices = {param.device for _, param in named_parameters(model_chunks) if param.requires_grad}
     try:
         choices = [choose(wanted, device) for device in sorted(devices, key=str)]
     except ValueError as error:
@@ -162,7 +163,7 @@ def _refuse_other_parameters(
     dense: dict[str, Tensor] = {}
     experts: dict[str, Tensor] = {}
     tied: dict[str, Tensor] = {}
-    for name, param in _named_parameters(model_chunks):
+    for name, param in named_parameters(model_chunks):
         (dense if getattr(param, "allreduce", True) else experts)[name] = param
         if getattr(param, "shared_embedding", False):  # it has other names on the last stage
             tied = {"tied embeddings": param}
@@ -187,16 +188,6 @@ def _refuse_other_parameters(
             f"--optimizer came: {clause}: ranks that train one model need the same parameters, "
             "so start them alike."
         )
-
-
-def _named_parameters(model_chunks: list[Any]) -> Iterable[tuple[str, Tensor]]:
-    """All parameters, trained or not; several chunks' by the number of their chunk, too."""
-    for index, chunk in enumerate(model_chunks):
-        prefix = f"chunk {index} " if len(model_chunks) > 1 else ""
-        for name, param in chunk.named_parameters():
-            while name.startswith("module."):
-                name = name.removeprefix("module.")
-            yield prefix + name, param
 
 
 def _compare(mine: Settings, groups: Groups) -> str | None:

@@ -2,13 +2,17 @@
 
 Megatron's rerun machine does not look at the first iteration of a run, computes a later one again,
 and then saves what it has, to ``--save`` or, without it, to None. Here all ranks end before the
-optimizer's step with one sentence, and nothing is saved. Where the check is off, so is this.
+optimizer's step with one sentence, and nothing is saved. Who keeps the file that tracks what the
+rerun machine rejects, and has a folder to save to, gets the sentence and then what the machine
+decides: a checkpoint to compute from on another device, and its exit status. Where the check is
+off, so is this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_came.megatron.parameter_names import named_parameters
 from megatron_came.patching import Function
-from megatron_came.voice import end_if, rank
+from megatron_came.voice import of_any_rank, rank, say_once, stop
 
 _LOSS = "the loss is"
 _BUCKET = re.compile(r"bucket #(\d+)")
@@ -33,6 +38,8 @@ class _Watch:
         buckets: whose gradients are being looked at.
         loss: what is wrong with the loss, in a clause.
         gradient: what is wrong with the first gradient that is.
+        turns: how often the iteration has been computed.
+        last: the last of them in which something was wrong.
     """
 
     model: list[Any]
@@ -40,30 +47,36 @@ class _Watch:
     buckets: Any = None
     loss: str | None = None
     gradient: str | None = None
+    turns: int = 0
+    last: int = 0
 
     def note(self, message: str, result: Tensor) -> None:
         """Remember what is wrong, the first time that something is."""
+        self.last = self.turns
         bucket = _BUCKET.search(message)
         if bucket and self.buckets is not None:
             params = self.buckets.buckets[int(bucket[1])].params
-            self.gradient = self.gradient or _gradient_clause(params, _names(self.model))
+            self.gradient = self.gradient or _gradient_clause(params, self.names)
         elif bucket:
             self.gradient = self.gradient or message
         else:
             what = "NaN" if result.isnan().any() else "infinite"
-            self.loss = self.loss or f"{_LOSS} {what}, {_weights_clause(self.model)}"
+            self.loss = self.loss or f"{_LOSS} {what}, {_weights_clause(self.names)}"
 
     @property
-    def sentence(self) -> str | None:
+    def names(self) -> dict[Tensor, str]:
+        """Names of the parameters of this rank."""
+        return {param: name for name, param in named_parameters(self.model)}
+
+    @property
+    def finding(self) -> str | None:
         """All of it, or None."""
         found = ", and ".join(filter(None, (self.loss, self.gradient)))
         if not found:
             return None
-        return (
-            f"{self.where}: {found}; nothing of this iteration was taken or saved: resume from the "
-            "last checkpoint with other data, a lower learning rate or stronger clipping, or give "
-            "--no-check-for-nan-in-loss-and-grad to go on as Megatron then does."
-        )
+        if self.turns > self.last:
+            found += " (but not when computed again, which speaks for a fault of the device)"
+        return f"{self.where}: {found}"
 
 
 _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
@@ -89,6 +102,19 @@ def watched(original: Function) -> Function:
             _watch.reset(token)
 
     return train_step
+
+
+def counted(original: Function) -> Function:
+    """Count how often the iteration is computed."""
+
+    def should_run_forward_backward(self: Any, *args: Any, **kwargs: Any) -> bool:
+        will_run = bool(original(self, *args, **kwargs))
+        watch = _watch.get()
+        if watch is not None:
+            watch.turns += will_run
+        return will_run
+
+    return should_run_forward_backward
 
 
 def with_buckets(original: Function) -> Function:
@@ -117,7 +143,9 @@ def noted(original: Function) -> Function:
         if is_bad:
             watch.note(message, result)
             if self.mode == type(self.mode).DISABLED:
-                return  # Megatron would end this rank alone
+                with contextlib.suppress(RuntimeError):  # it would end this rank alone
+                    original(self, result, lambda _: True, message, *args, **kwargs)
+                return
         original(self, result, lambda _: is_bad, message, *args, **kwargs)
 
     return validate_result
@@ -127,13 +155,34 @@ def ended(original: Function) -> Function:
     """End all ranks with one sentence before Megatron would save."""
 
     def should_checkpoint_and_exit(self: Any) -> Any:
-        result = original(self)
         watch = _watch.get()
-        if watch is not None:
-            end_if(watch.sentence, _first)
-        return result
+        judges = self.mode == type(self.mode).VALIDATE_RESULTS and self.first_iteration_complete
+        result = original(self)
+        # Had Megatron rejected anything on any rank, all would have computed it again.
+        if watch is None or (judges and watch.turns == 1):
+            return result
+        finding = of_any_rank(watch.finding, _first)
+        if finding is None:
+            return result
+        _, will_exit, _ = result
+        if will_exit and _is_tracked():
+            say_once(f"{finding}; what follows is up to Megatron's rerun machine.")
+            return result
+        stop(
+            f"{finding}; nothing of this iteration was taken or saved: resume from the last "
+            "checkpoint with other data, a lower learning rate or stronger clipping, or give "
+            "--no-check-for-nan-in-loss-and-grad to go on as Megatron then does."
+        )
 
     return should_checkpoint_and_exit
+
+
+def _is_tracked() -> bool:
+    """Whether someone follows what the rerun machine rejects, and it can save."""
+    from megatron.training import get_args
+
+    args = get_args()
+    return bool(args.save and getattr(args, "result_rejected_tracker_filename", None))
 
 
 def _first(problems: list[str]) -> str:
@@ -141,31 +190,22 @@ def _first(problems: list[str]) -> str:
     return next((each for each in problems if _LOSS in each), problems[0])
 
 
-def _names(model: Iterable[Any]) -> dict[Tensor, str]:
-    """Names of the parameters, without those of Megatron's wrappers."""
-    return {
-        param: re.sub(r"^(module\.)+", "", name)
-        for chunk in model
-        for name, param in chunk.named_parameters()
-    }
-
-
-def _gradient_clause(params: Iterable[Any], names: dict[Tensor, str]) -> str:
-    grads = [(names.get(param, "a parameter"), param.main_grad) for param in params]
-    bad = list(_bad(grads))
+def _gradient_clause(params: Iterable[Any], names: Mapping[Tensor, str]) -> str:
+    grads = {names.get(param, "a parameter"): param.main_grad for param in params}
+    bad = _bad(grads)
     if bad:
         name, what = bad[0]
         more = f" (as do those of {len(bad) - 1} more parameters)" if len(bad) > 1 else ""
         return f"the gradient of {name} holds {what}{more}"
-    name, grad = max(grads, key=lambda pair: float(pair[1].abs().max()))
+    largest = {name: float(grad.abs().max()) for name, grad in grads.items()}
+    name = max(largest, key=lambda name: largest[name])
     return (
-        f"the norm of the gradients is Inf, since that of {name} has elements of "
-        f"{float(grad.abs().max()):g}"
+        f"the norm of the gradients is Inf, since that of {name} has elements of {largest[name]:g}"
     )
 
 
-def _weights_clause(model: Iterable[Any]) -> str:
-    bad = list(_bad((name, param.detach()) for param, name in _names(model).items()))
+def _weights_clause(names: Mapping[Tensor, str]) -> str:
+    bad = _bad({name: param.detach() for param, name in names.items()})
     if not bad:
         return "though all weights of this rank are finite"
     name, what = bad[0]
@@ -173,14 +213,12 @@ def _weights_clause(model: Iterable[Any]) -> str:
     return f"and the weight {name} holds {what}{more}"
 
 
-def _bad(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+def _bad(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """Count what is not finite in each tensor that has such."""
-    for name, tensor in tensors:
-        counts = (int(tensor.isnan().sum()), int(tensor.isinf().sum()))
-        if any(counts):
-            kinds = zip(counts, ("NaN", "Inf"), strict=True)
-            yield (
-                name,
-                " and ".join(f"{count} {kind}" for count, kind in kinds if count)
-                + f" among {tensor.numel()} elements",
-            )
+    found = []
+    for name, tensor in tensors.items():
+        counts = {"NaN": int(tensor.isnan().sum()), "Inf": int(tensor.isinf().sum())}
+        if any(counts.values()):
+            said = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+            found.append((name, f"{said} among {tensor.numel()} elements"))
+    return found

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_came.core.state import MOMENTUM_DTYPES
+from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron.agreement import agree, tell_optimizer
 from megatron_came.megatron.config import OWN, CameOptimizerConfig
 from megatron_came.megatron.distributed import CameDistributedOptimizer

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_came.core.momentum import momentum_of, set_momentum
 from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.remainders import join, split
 from megatron_came.core.shard import Shard
-from megatron_came.core.state import FACTORS, REMAINDER, momentum_of, set_momentum
+from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.megatron.checkpoints.buckets import (
     arrange,
     arrangement_problem,
@@ -24,9 +25,9 @@ from megatron_came.megatron.checkpoints.buckets import (
     with_padding,
 )
 from megatron_came.megatron.checkpoints.contents import damaged, factors_problem
-from megatron_came.megatron.checkpoints.digests.loading import note_slice, watched
+from megatron_came.megatron.checkpoints.digests.verifying import note_slice, watched
 from megatron_came.megatron.checkpoints.factors import FORMAT, load_factors, sharded_factors
-from megatron_came.megatron.checkpoints.settings import own_settings_kept
+from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of

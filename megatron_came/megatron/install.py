@@ -22,6 +22,8 @@ REPLACEMENTS = table("megatron_came.megatron", {
         ("local_multi_tensor_l2_norm", "gradient_norms:in_fp32", "norms are not rounded to bf16"),
     ),
     "megatron.core.rerun_state_machine": (
+        ("RerunStateMachine.should_run_forward_backward", "bad_numbers:counted",
+         "what goes away when it is computed again is said so"),
         ("RerunStateMachine.validate_result", "bad_numbers:noted", "bad numbers are remembered"),
         ("RerunStateMachine.should_checkpoint_and_exit", "bad_numbers:ended",
          "all ranks end before the step, and nothing is saved"),
@@ -56,14 +58,9 @@ REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.training.checkpointing": (
         ("save_checkpoint", "checkpoints.digests.saving:with_digests", "digests are computed"),
         ("generate_state_dict", "checkpoints.digests.saving:with_record", "and saved"),
-        ("load_checkpoint", "checkpoints.resume:with_sentences", "a failure is a sentence"),
-        ("load_checkpoint", "checkpoints.digests.loading:verified", "digests are compared"),
-        ("_load_base_checkpoint", "checkpoints.resumed_buckets:with_reason",
-         "a load that fails because of other buckets says so"),
-        ("_load_base_checkpoint", "checkpoints.shifted:with_note", "suspects are remembered"),
-        ("_load_base_checkpoint", "checkpoints.resume:with_checks",
+        ("load_checkpoint", "checkpoints.loading:with_sentences", "all is verified"),
+        ("_load_base_checkpoint", "checkpoints.loading:with_checks",
          "a run that cannot resume as its flags say ends before it loads"),
-        ("_load_base_checkpoint", "checkpoints.digests.loading:noted", "what is read is added up"),
     ),
 })
 # fmt: on

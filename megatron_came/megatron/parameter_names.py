@@ -6,7 +6,8 @@ dictionary knows them: it is what makes checkpoints independent of the layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,14 @@ class Identity:
                 "parallelism in a way that the random bits of its rounding cannot follow: use "
                 "--came-momentum-dtype fp32, or --tensor-model-parallel-size 1."
             )
+
+
+def named_parameters(model_chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Name a rank's parameters, without Megatron's wrappers; with their chunk, of several."""
+    for index, chunk in enumerate(model_chunks):
+        prefix = f"chunk {index} " if len(model_chunks) > 1 else ""
+        for name, param in chunk.named_parameters():
+            yield prefix + re.sub(r"^(module\.)+", "", name), param
 
 
 def identities(model_chunks: Iterable[Any]) -> dict[Tensor, Identity]:

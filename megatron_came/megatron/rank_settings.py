@@ -10,7 +10,7 @@ import enum
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -51,21 +51,18 @@ def settings_of(config: Any) -> Settings:
     """Return what decides a run's numbers on this rank: as flags, their values as text.
 
     Args:
-        config: an ``OptimizerConfig``; Megatron's arguments are added where its training loop has
-            read some.
+        config: a ``CameOptimizerConfig``; Megatron's arguments are added where its training loop
+            has read some.
     """
     from megatron.core import __version__ as megatron
 
     found = {"PyTorch": torch.__version__, "megatron_came": __version__, "Megatron": str(megatron)}
     found |= {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     values = {each.name: getattr(config, each.name) for each in fields(config)}
-    hyperparameters = values.pop("came", None)
-    if hyperparameters is not None:
-        own = {each.name: getattr(hyperparameters, each.name) for each in fields(hyperparameters)}
-        own |= {name: values.pop(name) for name in OWN}
-        values |= {f"came_{name}": value for name, value in own.items()}
-    # Those of the command line first: others are made of them.
+    own = {**asdict(values.pop("came")), **{name: values.pop(name) for name in OWN}}
+    values |= {f"came_{name}": value for name, value in own.items()}
     args = arguments()
+    # Those of the command line first: others are made of them.
     for name, value in {**args, **values, **args}.items():
         if _is_common(name, value):
             found[flag_of(name)] = _text(value)

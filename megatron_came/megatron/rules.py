@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_came.core.state import MOMENTUM_DTYPES
+from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.rules import Rule, refusal
 from megatron_came.versions import before

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megatron_came.core.hyperparameters import Hyperparameters
 
@@ -104,52 +105,49 @@ def _remedy(settings: Hyperparameters, room: int) -> str:
     enough = sufficient_warmup(settings)
     if enough is None:
         return "use a smaller --came-beta3 or a larger --came-beta1"
-    said = f"use --lr-warmup-iters {_rounded_up(enough)} or more"
-    if enough <= room:
-        return said
-    for beta3 in (each for each in _SHORTER if settings.beta2 <= each < settings.beta3):
-        needed = sufficient_warmup(dataclasses.replace(settings, beta3=beta3))
-        if needed is not None and needed <= room:
-            return f"{said}, or --came-beta3 {beta3:g} with {max(needed, 1)} or more"
+    digits: int = 10 ** max(len(str(enough)) - 2, 0)  # a recommendation: two of them do
+    said = f"use --lr-warmup-iters {-(-enough // digits) * digits} or more"
+    for beta3 in _SHORTER if enough > room else ():
+        if settings.beta2 <= beta3 < settings.beta3:
+            needed = sufficient_warmup(dataclasses.replace(settings, beta3=beta3))
+            if needed is not None and needed <= room:
+                return f"{said}, or --came-beta3 {beta3:g} with {max(needed, 1)} or more"
     return said
 
 
-def _rounded_up(number: int) -> int:
-    """To two digits: a recommendation, not a measurement."""
-    step: int = 10 ** max(len(str(number)) - 2, 0)
-    return -(-number // step) * step
+def _given(args: argparse.Namespace, name: str, otherwise: Any = 0) -> Any:
+    """One of Megatron's arguments, or what stands for one that was not given."""
+    value = getattr(args, name, None)
+    return otherwise if value is None else value
 
 
 def _batch(args: argparse.Namespace) -> int:
     """Samples of an iteration at the start, where the batch may still grow."""
-    grows = getattr(args, "rampup_batch_size", None)
-    return int(grows[0]) if grows else int(getattr(args, "global_batch_size", None) or 1)
+    grows = _given(args, "rampup_batch_size")
+    return int(grows[0] if grows else _given(args, "global_batch_size") or 1)
 
 
 def _iterations(args: argparse.Namespace) -> int:
     """How many iterations the run has at most."""
-    samples = getattr(args, "train_samples", None)
-    total = int(getattr(args, "train_iters", None) or (samples or 0) // _batch(args))
-    return min(total, int(getattr(args, "exit_interval", None) or total))
+    total = int(_given(args, "train_iters") or _given(args, "train_samples") // _batch(args))
+    return min(total, int(_given(args, "exit_interval") or total))
 
 
 def _warmup(args: argparse.Namespace, iterations: int) -> float:
     """Iterations over which the rate rises from 0 to its peak; less if it starts higher."""
-    if getattr(args, "lr_warmup_fraction", None) is not None:
-        decay = getattr(args, "lr_decay_iters", None)
-        if decay is None and getattr(args, "lr_decay_samples", None):
-            decay = args.lr_decay_samples / _batch(args)
-        warmup = args.lr_warmup_fraction * (decay or iterations)
-    elif getattr(args, "train_samples", None):
-        warmup = (getattr(args, "lr_warmup_samples", None) or 0) / _batch(args)
-    else:
-        grown = getattr(args, "global_batch_size", None) or 1
-        warmup = (getattr(args, "lr_warmup_iters", None) or 0) * grown / _batch(args)
-    return float(warmup)
+    batch = _batch(args)
+    fraction = _given(args, "lr_warmup_fraction", None)
+    if fraction is not None:
+        decay = _given(args, "lr_decay_iters", _given(args, "lr_decay_samples") / batch)
+        return float(fraction * (decay or iterations))
+    if _given(args, "train_samples"):
+        return float(_given(args, "lr_warmup_samples") / batch)
+    grown = _given(args, "global_batch_size") or 1
+    return float(_given(args, "lr_warmup_iters") * grown / batch)
 
 
 def _resumes(args: argparse.Namespace) -> bool:
     """Whether the run goes on from an optimizer's state, whose statistics are no longer young."""
-    folder = getattr(args, "load", None)
-    anew = getattr(args, "finetune", False) or getattr(args, "no_load_optim", False)
+    folder = _given(args, "load")
+    anew = _given(args, "finetune") or _given(args, "no_load_optim")
     return bool(folder and not anew and Path(folder, "latest_checkpointed_iteration.txt").exists())

@@ -9,10 +9,10 @@ from typing import Any
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
-from megatron_came.core.state import MOMENTUM, momentum_of
-from megatron_came.megatron.checkpoints.digests.loading import watched
+from megatron_came.core.momentum import MOMENTUM, momentum_of
+from megatron_came.megatron.checkpoints.digests.verifying import watched
 from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
-from megatron_came.megatron.checkpoints.settings import own_settings_kept
+from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME

@@ -21,15 +21,7 @@ from megatron_came.memory.meta_model import Chunk
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """Bytes of one micro-batch.
-
-    Attributes:
-        dense_layer: of a layer without experts.
-        expert_layer: of one with experts.
-        layer_input: of what full recomputation keeps of a layer.
-        embeddings: of the embeddings.
-        loss: of the output layer and the loss.
-    """
+    """Bytes of one micro-batch: of a layer, its input alone, the embeddings, and the loss."""
 
     dense_layer: float
     expert_layer: float
@@ -41,28 +33,13 @@ class _Terms:
 def activation_bytes(
     args: argparse.Namespace, grid: Grid, stage: int, chunks: Sequence[Chunk]
 ) -> int:
-    """Estimate the activations that a stage holds at its fullest.
-
-    Args:
-        args: Megatron's arguments, validated.
-        grid: the sizes of the layout.
-        stage: number of the stage.
-        chunks: its model chunks.
-    """
+    """Estimate the activations that a stage with these chunks holds at its fullest."""
     terms = _terms(args)
     in_flight = micro_batches_in_flight(args, grid, stage)
-    total = 0.0
-    live = 0.0
-    for chunk in chunks:
-        kept, recomputed = _layers(args, terms, chunk)
-        total += kept
-        live = max(live, recomputed)
-    total *= in_flight
-    if chunks[0].embeds:
-        total += terms.embeddings * in_flight
-    if chunks[-1].predicts:
-        total += terms.loss
-    return math.ceil(total + live)
+    layers = [_layers(args, terms, chunk) for chunk in chunks]
+    total = sum(kept for kept, _ in layers) * in_flight
+    total += terms.embeddings * chunks[0].embeds * in_flight + terms.loss * chunks[-1].predicts
+    return math.ceil(total + max(recomputed for _, recomputed in layers))
 
 
 def micro_batches_in_flight(args: argparse.Namespace, grid: Grid, stage: int) -> float:
@@ -84,27 +61,28 @@ def _terms(args: argparse.Namespace) -> _Terms:
     formula = megatron.compute_activation_memory_without_sp
     if args.sequence_parallel and args.recompute_granularity == "selective":
         formula = megatron.compute_activation_memory  # Megatron chooses so as well
+    width = 1 if args.fp16 or args.bf16 else 2  # the formula counts 16-bit activations
+    case = copy.copy(args)
+    case.seq_length = args.seq_length / args.context_parallel_size
+    case.virtual_pipeline_model_parallel_size = None
 
     def evaluate(layers: int, stages: int, ffn_hidden_size: int = args.ffn_hidden_size) -> float:
-        case = copy.copy(args)
-        case.seq_length = args.seq_length / args.context_parallel_size
         case.num_layers, case.pipeline_model_parallel_size = layers, stages
-        case.virtual_pipeline_model_parallel_size = None
         case.ffn_hidden_size = ffn_hidden_size
         return float(formula(case, None)) * width
 
-    width = 1 if args.fp16 or args.bf16 else 2  # the formula counts 16-bit activations
-    embeddings = evaluate(0, 2) / 2
     experts = args.ffn_hidden_size
     if args.num_experts:
         experts = args.moe_router_topk * args.moe_ffn_hidden_size
         experts += args.moe_shared_expert_intermediate_size or 0
+    # With two stages the formula counts two micro-batches in flight, and no loss.
+    embeddings = evaluate(0, 2) / 2
     cut = args.sequence_parallel or args.distribute_saved_activations
-    tokens = args.seq_length / args.context_parallel_size * args.micro_batch_size
+    ranks = args.tensor_model_parallel_size if cut else 1
     return _Terms(
         dense_layer=evaluate(1, 2) - evaluate(0, 2),
         expert_layer=evaluate(1, 2, experts) - evaluate(0, 2, experts),
-        layer_input=2 * width * tokens * args.hidden_size / (args.tensor_model_parallel_size**cut),
+        layer_input=2 * width * case.seq_length * args.micro_batch_size * args.hidden_size / ranks,
         embeddings=embeddings,
         loss=evaluate(0, 1) - embeddings,
     )
@@ -116,8 +94,7 @@ def _layers(args: argparse.Namespace, terms: _Terms, chunk: Chunk) -> tuple[floa
     if args.recompute_granularity != "full" or not chunk.layers:
         return all_layers, 0.0
     largest = max(
-        terms.dense_layer if chunk.dense_layers else 0.0,
-        terms.expert_layer if chunk.expert_layers else 0.0,
+        terms.dense_layer * (chunk.dense_layers > 0), terms.expert_layer * (chunk.expert_layers > 0)
     )
     together = min(args.recompute_num_layers or 1, chunk.layers)
     if args.recompute_method == "block":  # the first layers, each alone

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_came.memory.launch_command import LaunchCommand, LaunchError, from_script, from_words
 from megatron_came.terminal.console import show
+from megatron_came.terminal.quiet import quiet
 
 _STDOUT = "-"
 
@@ -27,8 +24,7 @@ def main(argv: list[str]) -> int:
         words = words[1:]
     # No GPU is needed, so none is taken from others.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with _quiet():
-        from megatron_came import megatron, memory
+    with quiet():
         from megatron_came.megatron.errors import UnsupportedError
         from megatron_came.versions import MegatronError
 
@@ -36,8 +32,6 @@ def main(argv: list[str]) -> int:
             if options.compare:
                 _compare(options.compare, words)
             else:
-                megatron.install()
-                memory.install()
                 _predict(options, words)
         except (MegatronError, LaunchError, OSError, UnsupportedError, ValueError) as error:
             print(f"megatron-came memory: {_sentence(error)}", file=sys.stderr)
@@ -52,19 +46,6 @@ def _sentence(error: Exception) -> str:
     return f"{error.filename or 'a file'} cannot be used ({reason}): name another file."
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Megatron from saying what is not installed, and what it derives from flags."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-came memory",
@@ -76,29 +57,28 @@ def _parser() -> argparse.ArgumentParser:
         "a GPU, for CAME, AdamW, Adafactor and SGD. FLAGS are Megatron's.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs of the launch")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--gpus", type=int, metavar="N", help="number of GPUs of the launch")
+    add(
         "--script",
         type=Path,
         help="a launch script, which prints its torchrun command with DRY_RUN=1; FLAGS are passed "
         "to it",
     )
-    parser.add_argument(
+    add(
         "--fit",
         metavar="SIZE",
         help="find the largest micro-batch and the fewest GPUs that fit into SIZE, such as 80GiB",
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw stacked bars, such as a .png"
-    )
-    parser.add_argument(
+    add("--plot", type=Path, metavar="FILE", help="draw stacked bars, such as a .png")
+    add(
         "--json",
         nargs="?",
         const=_STDOUT,
         metavar="FILE",
         help="write everything as JSON; without FILE, instead of the text",
     )
-    parser.add_argument(
+    add(
         "--compare",
         nargs="+",
         type=Path,
@@ -121,18 +101,20 @@ def _launch_command(options: argparse.Namespace, words: list[str]) -> LaunchComm
 
 
 def _predict(options: argparse.Namespace, words: list[str]) -> None:
+    from megatron_came import megatron, memory
     from megatron_came.memory import fit, megatron_flags, pages, plot
-    from megatron_came.memory.precisions import compared, of_launch
-    from megatron_came.memory.prediction import Launch, fullest
+    from megatron_came.memory.optimizers import compared, of_launch
+    from megatron_came.memory.prediction import Launch
 
+    megatron.install()
+    memory.install()
     command = _launch_command(options, words)
     budget = fit.parse_size(options.fit) if options.fit else None
     if options.plot:
         plot.check_installed()
-    args = megatron_flags.parse(command.flags, command.ranks or 1)
-    launch = Launch(args)
-    optimizers = compared(args)
-    trained = of_launch(args) or optimizers[0]
+    launch = Launch(megatron_flags.parse(command.flags, command.ranks or 1))
+    optimizers = compared(launch.args)
+    trained = of_launch(launch.args) or optimizers[0]
     if trained not in optimizers:
         optimizers.insert(0, trained)
     result: dict[str, Any] = pages.as_json(launch, optimizers, trained)
@@ -142,7 +124,7 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
         result["fit"] = {"bytes": budget, "optimizers": [asdict(each) for each in fits]}
         lines += ["", *fit.text(launch, fits, budget, trained)]
     if options.plot:
-        plot.draw(fullest(launch.stages, trained), optimizers, options.plot)
+        plot.draw(launch.fullest(trained), optimizers, options.plot)
         lines += ["", f"Plot: {options.plot}"]
     if options.json == _STDOUT:
         print(json.dumps(result, indent=2))
@@ -154,11 +136,9 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
 
 
 def _compare(paths: list[Path], words: list[str]) -> None:
-    from megatron_came.memory.records import Record, describe, fullest, line
+    from megatron_came.memory.report import Report, fullest
 
     if words:
         raise LaunchError(f"--compare takes files alone, not {words[0]}: leave it out.")
-    records = sorted((Record.read(path) for path in paths), key=lambda record: record.rank)
-    print("\n".join(describe(fullest(records))))
-    print()
-    print("\n".join(line(record) for record in records))
+    reports = sorted((Report.read(path) for path in paths), key=lambda report: report.rank)
+    show([*fullest(reports).table(), "", *(report.line() for report in reports)])

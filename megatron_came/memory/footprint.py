@@ -1,26 +1,32 @@
-"""CAME in Megatron's theoretical memory footprint, which knows Adam's alone."""
+"""CAME in the theoretical memory footprint that Megatron logs, which knows Adam's alone."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from megatron_came.patching import Function
+from megatron_came.memory.optimizers import came, element_bytes
+
+# What Megatron counts of a parameter: of weights and gradients, on every rank, and with Adam's main
+# weights and two moments, which the distributed optimizer shards.
+_REPLICATED, _ALL = 6, 18
 
 
-def for_came(original: Function) -> Function:
-    """Correct what Megatron logs at the first iteration."""
+def for_came(original: Any) -> Any:
+    """Let Megatron's ``compute_weight_and_optimizer_memory`` count what CAME keeps."""
 
     def compute_weight_and_optimizer_memory(args: Any, *rest: Any, **kwargs: Any) -> Any:
         total = original(args, *rest, **kwargs)
         if args.optimizer != "came":
             return total
-        # Of Megatron's 18 bytes per parameter, 6 are weights and gradients and are on every rank;
-        # 12 are Adam's main weights, momentum and second moment, sharded with the distributed
-        # optimizer. CAME has 8 of them; its factors are about a thousandth of a second moment.
         whole = copy.copy(args)
         whole.use_distributed_optimizer = False
-        replicated = original(whole) * 6 / 18
-        return replicated + (total - replicated) * 8 / 12
+        parameters = original(whole) / _ALL
+        sharded = (total - parameters * _REPLICATED) / (_ALL - _REPLICATED)
+        weight, gradient = element_bytes(args)
+        optimizer = came(args, args.came_momentum_dtype, args.came_main_params)
+        state = sum(optimizer.per_element(weight, gradient).values()) - weight - gradient
+        # Factors are about a thousandth of a second moment.
+        return parameters * (weight + gradient) + sharded * state
 
     return compute_weight_and_optimizer_memory

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Into how many parts a run is cut, and along what.
+    """Into how many ranks a run is cut, and along what.
 
     Attributes:
         world: number of ranks.
@@ -42,7 +42,7 @@ class Grid:
     def __post_init__(self) -> None:
         for sizes, product in (
             ("tensor x context x pipeline", self.tensor * self.context * self.pipeline),
-            ("expert-tensor x expert x pipeline", self.experts_model_size),
+            ("expert-tensor x expert x pipeline", self.expert_tensor * self.expert * self.pipeline),
         ):
             if self.world % product:
                 raise ValueError(
@@ -71,11 +71,6 @@ class Grid:
         )
 
     @property
-    def experts_model_size(self) -> int:
-        """Ranks that hold one copy of all experts."""
-        return self.expert_tensor * self.expert * self.pipeline
-
-    @property
     def data(self) -> int:
         """Data-parallel size."""
         return self.world // (self.tensor * self.context * self.pipeline)
@@ -83,29 +78,24 @@ class Grid:
     @property
     def expert_data(self) -> int:
         """Data-parallel size of the experts."""
-        return self.world // self.experts_model_size
+        return self.world // (self.expert_tensor * self.expert * self.pipeline)
 
     @property
-    def dense_shards(self) -> int:
-        """Ranks over which the distributed optimizer cuts a dense parameter."""
-        return self.data * self.context // self.instances if self.sharded else 1
+    def shards(self) -> tuple[int, int]:
+        """How many shards the distributed optimizer cuts a dense and an expert's parameter into."""
+        if not self.sharded:
+            return 1, 1
+        return self.data * self.context // self.instances, self.expert_data // self.instances
 
-    @property
-    def expert_shards(self) -> int:
-        """Ranks over which it cuts an expert's parameter."""
-        return self.expert_data // self.instances if self.sharded else 1
-
-    def shards(self) -> tuple[Tensor, Tensor]:
-        """The shards, of dense and of experts' parameters, that the ranks of a stage hold.
+    def shards_of_ranks(self) -> tuple[Tensor, Tensor]:
+        """Which shards of dense and of experts' parameters the ranks of a stage hold.
 
         In the order of Megatron's ranks: tensor parallelism is innermost, then come context (or
         expert) and data parallelism.
         """
         ranks = torch.arange(self.world // self.pipeline, device="cpu")
-        return (
-            ranks // self.tensor % self.dense_shards,
-            ranks // (self.expert_tensor * self.expert) % self.expert_shards,
-        )
+        dense, experts = self.shards
+        return ranks // self.tensor % dense, ranks // (self.expert_tensor * self.expert) % experts
 
     def with_data(self, data: int) -> Self:
         """The same layout at another data-parallel size.

@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +23,7 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LaunchCommand:
-    """What is to be launched.
-
-    Attributes:
-        flags: Megatron's.
-        ranks: number of ranks that torchrun would start; None where no torchrun is named.
-    """
+    """Megatron's flags, and how many ranks torchrun would start; None where it is not named."""
 
     flags: list[str]
     ranks: int | None
@@ -45,42 +39,32 @@ def from_script(script: Path, words: list[str]) -> LaunchCommand:
     Raises:
         LaunchError: it is missing, fails, or prints no torchrun command.
     """
+    said = f"--script {script}"
     if script.is_dir():
-        raise LaunchError(f"--script {script} is a folder: name the launch script in it.")
+        raise LaunchError(f"{said} is a folder: name the launch script in it.")
     if not script.exists():
-        raise LaunchError(f"--script {script} does not exist: name a launch script.")
+        raise LaunchError(f"{said} does not exist: name a launch script.")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    environment = {**os.environ, "DRY_RUN": "1", "PATH": path}
     try:
-        result = run_alone(
-            ["bash", str(script), *words],
-            environment={**os.environ, "DRY_RUN": "1", "PATH": path},
-            seconds=_SECONDS,
-        )
+        result = run_alone(["bash", str(script), *words], environment=environment, seconds=_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
-            f"--script {script} did not end within {_SECONDS} s: with DRY_RUN=1 it must print its "
-            "torchrun command and start nothing."
+            f"{said} did not end within {_SECONDS} s: with DRY_RUN=1 it must print its torchrun "
+            "command and start nothing."
         ) from error
     if result.returncode:
         last = (result.stderr.strip() or "no message").splitlines()[-1]
-        raise LaunchError(f"--script {script} ended with status {result.returncode}: {last}")
-    for words in _commands(result.stdout):
-        command = from_words(words)
-        if command.ranks is not None:
-            return command
+        raise LaunchError(f"{said} ended with status {result.returncode}: {last}")
+    for line in result.stdout.replace("\\\n", " ").splitlines():
+        with contextlib.suppress(ValueError):  # a quotation that does not end is no command
+            command = from_words(shlex.split(line))
+            if command.ranks is not None:
+                return command
     raise LaunchError(
-        f"--script {script} printed no torchrun command: with DRY_RUN=1 it must print the command "
-        "that it would run."
+        f"{said} printed no torchrun command: with DRY_RUN=1 it must print the command that it "
+        "would run."
     )
-
-
-def _commands(printed: str) -> Iterable[list[str]]:
-    """The lines of a shell as words, those that are none left out."""
-    for line in printed.replace("\\\n", " ").splitlines():
-        try:
-            yield shlex.split(line)
-        except ValueError:
-            continue
 
 
 def from_words(words: list[str]) -> LaunchCommand:
@@ -90,9 +74,9 @@ def from_words(words: list[str]) -> LaunchCommand:
         LaunchError: a torchrun command without a script or with a number of ranks that only the
             machine knows.
     """
-    for place, word in enumerate(words):
+    for index, word in enumerate(words, 1):
         if Path(word).name == "torchrun" or word in _MODULES:
-            return _behind_torchrun(words[place + 1 :])
+            return _behind_torchrun(words[index:])
     return LaunchCommand(words, None)
 
 
@@ -110,14 +94,13 @@ def _behind_torchrun(words: list[str]) -> LaunchCommand:
     flags = options.training_script_args
     while flags and not flags[0].startswith("-"):  # the script that megatron_came.launch runs
         flags = flags[1:]
-    return LaunchCommand(flags, _ranks(options.nproc_per_node, options.nnodes))
-
-
-def _ranks(per_node: str, nodes: str) -> int:
-    nodes = nodes.rpartition(":")[2]  # of a range the largest
+    per_node, nodes = (
+        options.nproc_per_node,
+        options.nnodes.rpartition(":")[2],
+    )  # of a range the most
     if not (per_node.isdecimal() and nodes.isdecimal()):
         raise LaunchError(
             f"torchrun --nproc-per-node {per_node} --nnodes {nodes} does not say how many ranks "
             "there are: add --gpus N."
         )
-    return int(per_node) * int(nodes)
+    return LaunchCommand(flags, int(per_node) * int(nodes))

@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,9 +36,11 @@ def parse(flags: list[str], ranks: int) -> argparse.Namespace:
     """
     with _alone():
         try:
+            from megatron.training.arguments import validate_args
+
             args = _parsed(flags, ranks)
             _refuse(args)
-            _validate(args)
+            validate_args(args, {})
             _pad_vocabulary(args)
         except LaunchError:
             raise
@@ -95,12 +97,6 @@ def _refuse(args: argparse.Namespace) -> None:
         )
 
 
-def _validate(args: argparse.Namespace) -> None:
-    from megatron.training import arguments
-
-    arguments.validate_args(args, {})
-
-
 def _pad_vocabulary(args: argparse.Namespace) -> None:
     """Set ``padded_vocab_size``, from the tokenizer if its files are here."""
     from megatron.core.tokenizers.utils.build_tokenizer import (
@@ -111,32 +107,25 @@ def _pad_vocabulary(args: argparse.Namespace) -> None:
     if args.padded_vocab_size is not None:
         return
     files = [file for file in (args.tokenizer_model, args.vocab_file) if file]
+    named = " and ".join(files)
     here = all(Path(file).exists() for file in files)
     if (files and here) or args.tokenizer_type == "NullTokenizer":
-        _build(build_tokenizer, args, files)
+        try:
+            build_tokenizer(args)
+        except Exception as error:
+            kind = f"--tokenizer-type {args.tokenizer_type}"
+            raise LaunchError(
+                f"{named or kind} cannot be loaded as a tokenizer of {kind}: "
+                "name another, or give --tokenizer-type NullTokenizer --vocab-size N."
+            ) from error
     if args.padded_vocab_size is None and args.vocab_size:
         args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args)
     if args.padded_vocab_size is None:
-        tokenizer = " and ".join(files) or f"of --tokenizer-type {args.tokenizer_type}"
         raise LaunchError(
-            f"the size of the vocabulary is not known, since the tokenizer {tokenizer} is not on "
-            "this machine: add --vocab-size N."
+            "the size of the vocabulary is not known, since the tokenizer "
+            f"{named or f'of --tokenizer-type {args.tokenizer_type}'} is not on this machine: add "
+            "--vocab-size N."
         )
-
-
-def _build(
-    build_tokenizer: Callable[[argparse.Namespace], object],
-    args: argparse.Namespace,
-    files: list[str],
-) -> None:
-    try:
-        build_tokenizer(args)
-    except Exception as error:
-        named = " and ".join(files) or f"--tokenizer-type {args.tokenizer_type}"
-        raise LaunchError(
-            f"{named} cannot be loaded as a tokenizer of --tokenizer-type {args.tokenizer_type}: "
-            "name another, or give --tokenizer-type NullTokenizer --vocab-size N."
-        ) from error
 
 
 @contextlib.contextmanager

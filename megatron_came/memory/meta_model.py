@@ -18,43 +18,28 @@ from megatron_came.memory.stand_ins import nowhere, process_groups
 
 # What decides about kernels, memory of activations or communication, but not about the shapes of
 # parameters; these values need no GPU, Transformer Engine or process groups.
+_OFF = """
+    perform_initialization use_cpu_initialization sequence_parallel tp_comm_overlap
+    gradient_accumulation_fusion apply_rope_fusion masked_softmax_fusion bias_gelu_fusion
+    bias_swiglu_fusion bias_dropout_fusion fused_residual_rmsnorm cross_entropy_loss_fusion
+    moe_grouped_gemm moe_permute_fusion moe_router_fusion moe_shared_expert_overlap
+    overlap_moe_expert_parallel_comm delay_wgrad_compute use_te_rng_tracker
+    distribute_saved_activations cpu_offloading fine_grained_activation_offloading
+    batch_invariant_mode
+"""
+_UNSET = """
+    hierarchical_context_parallel_sizes fp8 fp4 recompute_granularity recompute_method
+    recompute_num_layers recompute_modules
+"""
 _ANYWHERE: dict[str, object] = {
+    **dict.fromkeys(_OFF.split(), False),
+    **dict.fromkeys(_UNSET.split()),
     "transformer_impl": "local",
-    "perform_initialization": False,
     "init_model_with_meta_device": True,
-    "use_cpu_initialization": False,
-    "sequence_parallel": False,
     "context_parallel_size": 1,
-    "hierarchical_context_parallel_sizes": None,
-    "tp_comm_overlap": False,
     "no_persist_layer_norm": True,
-    "gradient_accumulation_fusion": False,
-    "apply_rope_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
-    "fused_residual_rmsnorm": False,
-    "cross_entropy_loss_fusion": False,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_router_fusion": False,
     "moe_token_dispatcher_type": "alltoall",
-    "moe_shared_expert_overlap": False,
-    "overlap_moe_expert_parallel_comm": False,
-    "delay_wgrad_compute": False,
-    "use_te_rng_tracker": False,
     "cuda_graph_impl": "none",
-    "fp8": None,
-    "fp4": None,
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "recompute_modules": None,
-    "distribute_saved_activations": False,
-    "cpu_offloading": False,
-    "fine_grained_activation_offloading": False,
-    "batch_invariant_mode": False,
 }
 
 
@@ -85,23 +70,21 @@ class Chunk:
 def build_stage(args: argparse.Namespace, grid: Grid, stage: int) -> list[Chunk]:
     """Build the model chunks of a pipeline stage as Megatron would.
 
-    Args:
-        args: Megatron's arguments, validated, with ``padded_vocab_size``.
-        grid: the sizes of the layout.
-        stage: number of the stage.
-
     Raises:
         UnsupportedError: not a GPT model, or one that Megatron cannot build this way; the message
             says what it lacks.
     """
-    _check_model(args)
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 
+    for name in ("hybrid_layer_pattern", "spec", "yaml_cfg"):
+        if getattr(args, name, None):
+            raise UnsupportedError(
+                "memory is predicted for GPT models that Megatron's flags describe, not with "
+                f"--{name.replace('_', '-')}: leave it out."
+            )
     args = copy.copy(args)
-    for name, value in _ANYWHERE.items():
-        if hasattr(args, name):
-            setattr(args, name, value)
+    vars(args).update({key: value for key, value in _ANYWHERE.items() if hasattr(args, key)})
     with nowhere(grid, stage):
         try:
             config = gpt_config_from_args(args)
@@ -136,29 +119,12 @@ def _chunk(model: torch.nn.Module) -> Chunk:
     )
 
 
-# Of latent attention; Transformer Engine's layers, which it trains with, hold these whole on every
-# tensor-parallel rank.
-_WHOLE = ("linear_q_down_proj", "linear_kv_down_proj")
-
-
 def _make_whole(model: torch.nn.Module, grid: Grid) -> None:
+    """Give latent attention the weights that Transformer Engine's layers hold on every rank."""
     for layer in model.modules():
-        for name in _WHOLE:
+        for name in ("linear_q_down_proj", "linear_kv_down_proj"):
             projection = getattr(layer, name, None)
             if projection is not None and projection.weight.tensor_model_parallel:
                 rows, columns = projection.weight.shape
                 whole = torch.empty(rows * grid.tensor, columns, dtype=projection.weight.dtype)
                 projection.weight = torch.nn.Parameter(whole)
-
-
-def _check_model(args: argparse.Namespace) -> None:
-    for name, flag in (
-        ("hybrid_layer_pattern", "--hybrid-layer-pattern"),
-        ("spec", "--spec"),
-        ("yaml_cfg", "--yaml-cfg"),
-    ):
-        if getattr(args, name, None):
-            raise UnsupportedError(
-                f"memory is predicted for GPT models that Megatron's flags describe, not with "
-                f"{flag}: leave it out."
-            )

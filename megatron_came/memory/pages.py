@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from megatron_came.memory.components import LABELS
-from megatron_came.memory.grid import Grid
-from megatron_came.memory.precisions import ADAMW, Optimizer
-from megatron_came.memory.prediction import Launch, Stage, fullest
-from megatron_came.memory.text import unit_of
+from megatron_came.memory.optimizers import ADAMW, ROWS, Optimizer, element_bytes
 from megatron_came.terminal.console import table, wrapped
+
+if TYPE_CHECKING:
+    from megatron_came.memory.grid import Grid
+    from megatron_came.memory.prediction import Launch
+    from megatron_came.memory.stages import Stage
 
 # Of the JSON; to be raised by whoever changes its keys.
 FORMAT = 1
 
-_STATIC = [key for key in LABELS if key != "buffers"]
+ACTIVATIONS = "activations (estimate)"
 _NOTES = (
     "Activations are Megatron's own estimate, in the precision of the run, attention scores not "
     "counted.",
     "Not counted: the CUDA context, NCCL's buffers, kernels' workspaces, fragmentation.",
 )
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+
+def unit_of(largest: float) -> tuple[str, int]:
+    """The largest unit that ``largest`` bytes are at least one of, and its bytes."""
+    return next((unit for unit in _UNITS.items() if largest >= unit[1]), ("KiB", 2**10))
+
+
+def human(size: float) -> str:
+    """A size with its unit."""
+    name, unit = unit_of(abs(size))
+    return f"{size / unit:.2f} {name}"
+
+
+def gpus(count: int) -> str:
+    """A number of GPUs."""
+    return f"{count} GPU" + ("s" if count > 1 else "")
+
+
+def sizes_of(grid: Grid) -> str:
+    """The parallel sizes above 1, such as "tensor 2 x data 4"."""
+    names = ("tensor", "context", "pipeline", "data")
+    return " x ".join(f"{name} {size}" for name in names if (size := getattr(grid, name)) > 1)
+
+
+def bytes_table(
+    heads: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[int | str | None]]],
+) -> list[str]:
+    """A table in one unit of bytes, which its upper left corner names; of numbers, that is."""
+    largest = max((cell for _, cells in rows for cell in cells if isinstance(cell, int)), default=0)
+    name, unit = unit_of(largest)
+
+    def shown(cell: int | str | None) -> str:
+        return f"{cell / unit:.3f}" if isinstance(cell, int) else cell or ""
+
+    return table([[name, *heads], *([label, *map(shown, cells)] for label, cells in rows)])
 
 
 def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) -> list[str]:
@@ -31,14 +70,16 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
         optimizers: the columns.
         trained: the optimizer of the stages' table.
     """
-    worst = fullest(launch.stages, trained)
+    worst = launch.fullest(trained)
+    names = {2: "bf16" if launch.args.bf16 else "fp16", 4: "fp32"}
+    weights, gradients = (names[size] for size in element_bytes(launch.args))
     lines = [
-        f"{launch.parameters:,} parameters, {_precision(launch.args)}",
-        *wrapped(_sizes(launch.grid)),
+        f"{launch.parameters:,} parameters, {weights} weights, {gradients} gradients",
+        *wrapped(_layout(launch.grid)),
         "",
         *wrapped(
-            f"The fullest rank: pipeline stage {worst.layout.stage}, {worst.layers} layers, "
-            f"{worst.layout.parameters:,} parameters"
+            f"The fullest rank: pipeline stage {worst.number}, {worst.layers} layers, "
+            f"{worst.parameters:,} parameters"
         ),
         "",
         *_columns(worst, optimizers),
@@ -50,26 +91,9 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     return [*lines, *(line for note in _NOTES for line in wrapped(note))]
 
 
-def _precision(args: Any) -> str:
-    weights = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    gradients = "fp32" if args.accumulate_allreduce_grads_in_fp32 else weights
-    return f"{weights} weights, {gradients} gradients"
-
-
-def gpus(count: int) -> str:
-    """A number of GPUs."""
-    return f"{count} GPU" + ("s" if count > 1 else "")
-
-
-def _sizes(grid: Grid) -> str:
-    sizes = {
-        "tensor": grid.tensor,
-        "context": grid.context,
-        "pipeline": grid.pipeline,
-        "data": grid.data,
-    }
-    said = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    said = gpus(grid.world) + (f": {said} parallel" if said else "")
+def _layout(grid: Grid) -> str:
+    sizes = sizes_of(grid)
+    said = gpus(grid.world) + (f": {sizes} parallel" if sizes else "")
     if grid.virtual:
         said += f", {grid.virtual} virtual stages"
     if grid.expert > 1 or grid.expert_tensor != grid.tensor:
@@ -82,84 +106,67 @@ def _sizes(grid: Grid) -> str:
 
 
 def _columns(stage: Stage, optimizers: Sequence[Optimizer]) -> list[str]:
-    all_components = [stage.components(optimizer) for optimizer in optimizers]
+    components = [stage.components(optimizer) for optimizer in optimizers]
     totals = [stage.total(optimizer) for optimizer in optimizers]
-    name, unit = unit_of(max(totals))
-
-    def row(label: str, sizes: Sequence[int]) -> list[str]:
-        return [label, *(f"{size / unit:.3f}" for size in sizes)]
-
-    def of(key: str) -> list[int]:
-        return [getattr(each, key) for each in all_components]
-
     adamw = stage.total(ADAMW)
-    per_parameter = [size / stage.layout.parameters for size in of("static")]
-    return table(
-        [
-            [name, *(optimizer.name for optimizer in optimizers)],
-            *(row(LABELS[key], of(key)) for key in _STATIC),
-            row("static", of("static")),
-            ["  bytes per parameter", *(f"{size:.2f}" for size in per_parameter)],
-            row(LABELS["buffers"], of("buffers")),
-            row("activations (estimate)", [stage.activations] * len(optimizers)),
-            row("total", totals),
-            row("saved against AdamW", [adamw - total for total in totals]),
-            ["  of AdamW's total", *(f"{1 - total / adamw:.1%}" for total in totals)],
-        ]
-    )
+    rows: list[tuple[str, list[int | str | None]]] = [
+        (label, [getattr(each, key) for each in components]) for key, label in ROWS.items()
+    ]
+    per_parameter = [each.static / stage.parameters for each in components]
+    rows.insert(-1, ("  bytes per parameter", [f"{size:.2f}" for size in per_parameter]))
+    rows += [
+        (ACTIVATIONS, [stage.activations] * len(optimizers)),
+        ("total", [*totals]),
+        ("saved against AdamW", [adamw - total for total in totals]),
+        ("  of AdamW's total", [f"{1 - total / adamw:.1%}" for total in totals]),
+    ]
+    return bytes_table([optimizer.name for optimizer in optimizers], rows)
 
 
 def _stages(stages: Sequence[Stage], optimizer: Optimizer) -> list[str]:
     name, unit = unit_of(max(stage.total(optimizer) for stage in stages))
-    cells: dict[str, Callable[[Stage], str]] = {
-        "stage": lambda stage: str(stage.layout.stage),
-        "layers": lambda stage: str(stage.layers),
-        "parameters": lambda stage: f"{stage.layout.parameters:,}",
-        "static": lambda stage: f"{stage.components(optimizer).static / unit:.3f}",
-        "comm. and scratch": lambda stage: f"{stage.components(optimizer).buffers / unit:.3f}",
-        "activations": lambda stage: f"{stage.activations / unit:.3f}",
-        f"total, {name}": lambda stage: f"{stage.total(optimizer) / unit:.3f}",
-    }
-    return table([[*cells], *([cell(stage) for cell in cells.values()] for stage in stages)])
+    rows = [["stage", "layers", "parameters", "static", "comm. and scratch", "activations"]]
+    rows[0].append(f"total, {name}")
+    for stage in stages:
+        components = stage.components(optimizer)
+        sizes = (components.static, components.buffers, stage.activations, stage.total(optimizer))
+        rows.append([str(stage.number), str(stage.layers), f"{stage.parameters:,}"])
+        rows[-1] += [f"{size / unit:.3f}" for size in sizes]
+    return table(rows)
 
 
 def as_json(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) -> dict[str, Any]:
     """Everything that :func:`text` says, and more of every stage."""
     grid = launch.grid
+    data = ("data", "expert", "expert_tensor", "expert_data")
     return {
         "format": FORMAT,
         "ranks": grid.world,
         "sizes": {
-            "tensor": grid.tensor,
-            "context": grid.context,
-            "pipeline": grid.pipeline,
+            **{name: getattr(grid, name) for name in ("tensor", "context", "pipeline")},
             "virtual_pipeline": grid.virtual or 1,
-            "data": grid.data,
-            "expert": grid.expert,
-            "expert_tensor": grid.expert_tensor,
-            "expert_data": grid.expert_data,
+            **{name: getattr(grid, name) for name in data},
         },
         "distributed_optimizer_instances": grid.instances if grid.sharded else 0,
         "parameters": launch.parameters,
-        "fullest_stage": fullest(launch.stages, trained).layout.stage,
-        "stages": [_stage_as_json(stage, optimizers) for stage in launch.stages],
-    }
-
-
-def _stage_as_json(stage: Stage, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    return {
-        "stage": stage.layout.stage,
-        "layers": stage.layers,
-        "parameters": stage.layout.parameters,
-        "dense_shard": stage.shards[0],
-        "expert_shard": stage.shards[1],
-        "activations_estimate": stage.activations,
-        "bytes": {
-            optimizer.name: {
-                **stage.components(optimizer).as_dict(),
-                "static": stage.components(optimizer).static,
-                "total": stage.total(optimizer),
+        "fullest_stage": launch.fullest(trained).number,
+        "stages": [
+            {
+                "stage": stage.number,
+                "layers": stage.layers,
+                "parameters": stage.parameters,
+                "dense_shard": stage.shards[0],
+                "expert_shard": stage.shards[1],
+                "activations_estimate": stage.activations,
+                "bytes": {
+                    optimizer.name: {
+                        **asdict(stage.components(optimizer)),
+                        "static": stage.components(optimizer).static,
+                        "total": stage.total(optimizer),
+                    }
+                    for optimizer in optimizers
+                },
             }
-            for optimizer in optimizers
-        },
+            for stage in launch.stages
+        ],
     }

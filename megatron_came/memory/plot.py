@@ -1,16 +1,18 @@
-"""A prediction as stacked bars."""
+"""Stacked bars of memory."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_came.memory.components import LABELS
 from megatron_came.memory.launch_command import LaunchError
-from megatron_came.memory.precisions import Optimizer
-from megatron_came.memory.prediction import Stage
-from megatron_came.memory.text import unit_of
+from megatron_came.memory.optimizers import LABELS, Optimizer
+from megatron_came.memory.pages import ACTIVATIONS, unit_of
+
+if TYPE_CHECKING:
+    from megatron_came.memory.stages import Stage
 
 
 def check_installed() -> None:
@@ -34,28 +36,15 @@ def draw(stage: Stage, optimizers: Sequence[Optimizer], path: Path) -> None:
     Raises:
         LaunchError: the picture cannot be written.
     """
-    from matplotlib.figure import Figure
-
     name, unit = unit_of(max(stage.total(optimizer) for optimizer in optimizers))
-    parts: list[tuple[str, list[float]]] = [
-        (label, [stage.components(optimizer).as_dict()[key] / unit for optimizer in optimizers])
-        for key, label in LABELS.items()
-    ]
-    parts.append(("activations (estimate)", [stage.activations / unit] * len(optimizers)))
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    labels = [_label(optimizer) for optimizer in optimizers]
-    bottom = [0.0] * len(optimizers)
-    for label, heights in parts:
-        axes.bar(labels, heights, bottom=bottom, label=label)
-        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
-    for place, total in enumerate(bottom):
-        axes.text(place, total, f"{total:.2f}", ha="center", va="bottom")
-    axes.set_ylabel(f"{name} on the fullest rank")
-    axes.margins(y=0.08)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    bars = {}
+    for optimizer in optimizers:
+        components = stage.components(optimizer)
+        heights = {label: getattr(components, key) / unit for key, label in LABELS.items()}
+        heights[ACTIVATIONS] = stage.activations / unit
+        bars[optimizer.name.replace(" ", "\n", 1)] = heights
     try:
-        figure.savefig(path, dpi=150)
+        draw_bars(bars, f"{name} on the fullest rank", path)
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "strerror", None) or error).lower()
         raise LaunchError(
@@ -63,5 +52,29 @@ def draw(stage: Stage, optimizers: Sequence[Optimizer], path: Path) -> None:
         ) from error
 
 
-def _label(optimizer: Optimizer) -> str:
-    return optimizer.name.replace(" ", "\n", 1)
+def draw_bars(bars: Mapping[str, Mapping[str, float]], unit: str, path: Path) -> None:
+    """Draw stacked bars, with the total above each.
+
+    Args:
+        bars: by name, the heights by label, from the bottom up; the same labels in each.
+        unit: of the heights.
+        path: of the picture; its suffix is the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    bottom = [0.0] * len(bars)
+    for label in next(iter(bars.values())):
+        heights = [bar[label] for bar in bars.values()]
+        axes.bar(list(bars), heights, bottom=bottom, label=label)
+        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    for index, total in enumerate(bottom):
+        axes.text(index, total, f"{total:.2f}", ha="center", va="bottom")
+    axes.set_ylabel(unit)
+    axes.tick_params(axis="x", labelsize="small")
+    axes.margins(y=0.08)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    # Without its date a picture that has not changed is the same file.
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=150, metadata=metadata)

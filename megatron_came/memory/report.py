@@ -1,30 +1,154 @@
-"""``--came-report-memory``: the memory of the run, measured after its first optimizer step."""
+"""``--came-report-memory``: the memory of the run, measured after its first optimizer step.
+
+Every rank makes a :class:`Report`, with what was predicted of it: a JSON file, and text.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import weakref
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
 import torch.distributed as dist
 
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.memory.components import LABELS, Components
-from megatron_came.memory.measurement import Allocated, measure, parameters, watch_step
-from megatron_came.memory.records import Record, describe, fullest, line
-from megatron_came.patching import Function
+from megatron_came.memory.measurement import measure, watch_step
+from megatron_came.memory.optimizers import ROWS, Components, of_launch
+from megatron_came.memory.pages import bytes_table, human
 
-_ALLOCATED = [field.name for field in fields(Allocated)]
+# Of the file; to be raised by whoever changes its keys.
+FORMAT = 1
+
+_ALLOCATOR = {
+    "peak_before": "peak before the optimizer step",
+    "before": "as the step begins",
+    "peak_during": "peak during the step",
+    "after": "as it ends",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A rank's memory, in bytes.
+
+    Attributes:
+        rank: its number.
+        stage: number of its pipeline stage.
+        optimizer: what it trains with, as the columns of predictions are named.
+        parameters: elements of its weights.
+        measured: its tensors.
+        predicted: what was expected of them; None where it cannot be predicted.
+        activations: predicted activations; None likewise.
+        allocator: what CUDA's allocator had given out around the optimizer step, by the keys of
+            ``_ALLOCATOR``; None without CUDA.
+        problem: why there is no prediction.
+    """
+
+    rank: int
+    stage: int
+    optimizer: str
+    parameters: int
+    measured: Components
+    predicted: Components | None = None
+    activations: int | None = None
+    allocator: dict[str, int] | None = None
+    problem: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the rank's file into a folder, which is made if it is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"format": FORMAT, **asdict(self)}
+        (folder / f"rank-{self.rank:05d}.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a rank's file.
+
+        Raises:
+            ValueError: it is none, or of another format.
+            OSError: it cannot be read.
+        """
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+            if values.pop("format") != FORMAT:
+                raise ValueError(f"it is not of format {FORMAT}")
+            for key in ("measured", "predicted"):
+                values[key] = values[key] and Components(**values[key])
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no report of --came-report-memory ({error}): name the files that a run "
+                "has written."
+            ) from error
+
+    def table(self) -> list[str]:
+        """What was measured, and what was predicted."""
+        measured, predicted = self.measured, self.predicted
+        rows: list[tuple[str, list[int | None]]] = [
+            (label, [getattr(measured, key), getattr(predicted, key, None)])
+            for key, label in ROWS.items()
+        ]
+        if predicted is not None and self.activations is not None:
+            rows.append(("activations (estimate)", [None, self.activations]))
+            rows.append(("total", [None, predicted.total + self.activations]))
+        for key, size in (self.allocator or {}).items():
+            rows.append((f"allocator, {_ALLOCATOR[key]}", [size, None]))
+        lines = [f"rank {self.rank}, pipeline stage {self.stage}, {self.optimizer}"]
+        lines += bytes_table(["measured", "predicted"], rows)
+        if self.problem:
+            lines.append(f"There is no prediction: {self.problem}")
+        if self.allocator is None:
+            lines.append("Tensors alone were measured: there is no CUDA allocator to ask.")
+        return lines
+
+    def line(self) -> str:
+        """The same in one line."""
+        measured = self.measured.static
+        said = f"rank {self.rank:>5}, stage {self.stage:>3}: {human(measured)} static"
+        if self.predicted is not None and (predicted := self.predicted.static):
+            said += f", predicted {human(predicted)} ({measured / predicted - 1:+.2%})"
+        if self.allocator is not None:
+            peak = max(self.allocator["peak_before"], self.allocator["peak_during"])
+            said += f"; allocator's peak {human(peak)}"
+        return said
+
+
+def fullest(reports: Sequence[Report]) -> Report:
+    """The report of the rank that holds most."""
+    return max(reports, key=lambda report: report.measured.total)
+
 
 # Optimizers whose first step has been reported.
 _reported: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def with_report(original: Function) -> Function:
+def with_flags(original: Any) -> Any:
+    """Let a function that adds Megatron's flags to a parser add those of the report as well."""
+
+    def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parser = original(parser, *args, **kwargs)
+        group = parser.add_argument_group(title="memory, of any optimizer")
+        group.add_argument(
+            "--came-report-memory",
+            action="store_true",
+            help="print each rank's memory after the first optimizer step, measured and predicted, "
+            "with any --optimizer; resets the peak of CUDA's allocator once",
+        )
+        group.add_argument(
+            "--came-memory-dir",
+            help="folder for the report of every rank (default: came_memory in the folder of "
+            "--save)",
+        )
+        return parser
+
+    return add_megatron_arguments
+
+
+def with_report(original: Any) -> Any:
     """Let Megatron's training step report, where ``--came-report-memory`` asks for it."""
 
     def train_step(
@@ -47,170 +171,104 @@ def with_report(original: Function) -> Function:
 
 
 def _report(
-    args: argparse.Namespace, model: Sequence[Any], optimizer: Any, allocated: Allocated | None
+    args: argparse.Namespace,
+    model: Sequence[Any],
+    optimizer: Any,
+    allocator: dict[str, int] | None,
 ) -> None:
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.training import print_rank_0
 
     if not isinstance(model[0], DistributedDataParallel):
-        _say("--came-report-memory measures Megatron's own DistributedDataParallel, not FSDP.")
+        print_rank_0(
+            "--came-report-memory measures Megatron's own DistributedDataParallel, not FSDP."
+        )
         return
-    record = _record(args, model, optimizer, allocated)
-    folder = _folder(args)
+    report = _report_of(args, model, optimizer, allocator)
+    folder = folder_of(args)
     if folder is not None:
-        record.write(folder)
-    records = _gather(record)
-    _say("\n".join(_text(records, folder)))
-    _write_to_tensorboard(args, fullest(records))
+        report.write(folder)
+    reports = [report] * dist.get_world_size()
+    dist.all_gather_object(reports, report)
+    print_rank_0("\n".join(_text(reports, folder)))
+    _write_to_tensorboard(args, fullest(reports))
 
 
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def _folder(args: argparse.Namespace) -> Path | None:
+def folder_of(args: argparse.Namespace) -> Path | None:
+    """Where the ranks write their reports; None for nowhere."""
     if args.came_memory_dir:
         return Path(args.came_memory_dir)
     return Path(args.save) / "came_memory" if args.save else None
 
 
-def _record(
-    args: argparse.Namespace, model: Sequence[Any], optimizer: Any, allocated: Allocated | None
-) -> Record:
+def _report_of(
+    args: argparse.Namespace,
+    model: Sequence[Any],
+    optimizer: Any,
+    allocator: dict[str, int] | None,
+) -> Report:
+    """Measure this rank, and predict it from the flags, with nothing of the run's tensors."""
     from megatron.core import parallel_state
 
-    from megatron_came.memory.precisions import of_launch
+    from megatron_came.memory.prediction import Launch
 
     kind = of_launch(args)
     stage = parallel_state.get_pipeline_model_parallel_rank()
+    parameters = sum(param.numel() for chunk in model for param in chunk.parameters())
+    shards = (0, 0)
+    if args.use_distributed_optimizer:
+        shards = (model[0].intra_dp_cp_group.rank(), model[0].intra_expt_dp_group.rank())
     predicted = activations = problem = None
     try:
-        predicted, activations = _predict(args, model, stage)
+        if kind is None:
+            raise UnsupportedError(f"the state of --optimizer {args.optimizer} is not known here.")
+        rank = Launch(args).rank(stage, shards)
+        if rank.parameters != parameters:
+            raise UnsupportedError(
+                f"the flags describe a GPT model of {rank.parameters} parameters on this rank, and "
+                f"the run has another one, of {parameters}."
+            )
+        predicted, activations = rank.components(kind), rank.activations
     except UnsupportedError as error:
         problem = str(error)
-    return Record(
+    return Report(
         rank=dist.get_rank(),
         stage=stage,
-        optimizer=kind.name if kind is not None else args.optimizer,
-        parameters=parameters(model),
+        optimizer=args.optimizer if kind is None else kind.name,
+        parameters=parameters,
         measured=measure(model, optimizer),
         predicted=predicted,
         activations=activations,
-        allocator=None if allocated is None else allocated.as_dict(),
+        allocator=allocator,
         problem=problem,
     )
 
 
-def _predict(args: argparse.Namespace, model: Sequence[Any], stage: int) -> tuple[Components, int]:
-    """This rank's components and activations, from the flags; nothing of the run's tensors."""
-    from megatron_came.memory.precisions import of_launch
-    from megatron_came.memory.prediction import Launch
-
-    optimizer = of_launch(args)
-    if optimizer is None:
-        raise UnsupportedError(f"the state of --optimizer {args.optimizer} is not known here.")
-    launch = Launch(args)
-    shards = (
-        (model[0].intra_dp_cp_group.rank(), model[0].intra_expt_dp_group.rank())
-        if args.use_distributed_optimizer
-        else (0, 0)
-    )
-    predicted = launch.rank(stage, shards)
-    count = predicted.layout.parameters
-    if count != parameters(model):
-        raise UnsupportedError(
-            f"the flags describe a GPT model of {count} parameters on this rank, and the run has "
-            f"another one, of {parameters(model)}."
-        )
-    return predicted.components(optimizer), predicted.activations
-
-
-def _gather(record: Record) -> list[Record]:
-    """The records of all ranks, by rank, without the reasons for missing predictions."""
-    missing = [-1] * len(LABELS)
-    values = [
-        record.stage,
-        record.parameters,
-        *record.measured.as_dict().values(),
-        *(missing if record.predicted is None else record.predicted.as_dict().values()),
-        -1 if record.activations is None else record.activations,
-        *(record.allocator or dict.fromkeys(_ALLOCATED, -1)).values(),
-    ]
-    mine = torch.tensor(values, dtype=torch.int64, device=torch.cuda.current_device())
-    all_values = mine.new_empty(dist.get_world_size() * len(values))
-    dist.all_gather_into_tensor(all_values, mine)
-    return [
-        record if rank == record.rank else _from_values(record, rank, row)
-        for rank, row in enumerate(all_values.view(-1, len(values)).tolist())
-    ]
-
-
-def _from_values(mine: Record, rank: int, values: list[int]) -> Record:
-    parts = iter(values)
-    stage, count = next(parts), next(parts)
-    measured, predicted = ({key: next(parts) for key in LABELS} for _ in range(2))
-    activations = next(parts)
-    allocator = dict(zip(_ALLOCATED, parts, strict=True))
-    return Record(
-        rank=rank,
-        stage=stage,
-        optimizer=mine.optimizer,
-        parameters=count,
-        measured=Components(**measured),
-        predicted=None if predicted["weights"] < 0 else Components(**predicted),
-        activations=None if activations < 0 else activations,
-        allocator=None if allocator["after"] < 0 else allocator,
-        problem="its report says why." if predicted["weights"] < 0 else None,
-    )
-
-
-def _text(records: Sequence[Record], folder: Path | None) -> list[str]:
-    stages: dict[int, list[Record]] = {}
-    for record in records:
-        stages.setdefault(record.stage, []).append(record)
+def _text(reports: Sequence[Report], folder: Path | None) -> list[str]:
+    stages: dict[int, list[Report]] = {}
+    for report in reports:
+        stages.setdefault(report.stage, []).append(report)
     lines = ["", "Memory after the first optimizer step, of the fullest rank", ""]
-    lines += describe(fullest(records))
-    if len(records) > 1:
+    lines += fullest(reports).table()
+    if len(reports) > 1:
         lines += ["", "The fullest rank of each pipeline stage:"]
-        lines += [line(fullest(stages[stage])) for stage in sorted(stages)]
+        lines += [fullest(stages[stage]).line() for stage in sorted(stages)]
     if folder is not None:
         lines += ["", f"Every rank's report: {folder}"]
     return [*lines, ""]
 
 
-def _write_to_tensorboard(args: argparse.Namespace, record: Record) -> None:
+def _write_to_tensorboard(args: argparse.Namespace, report: Report) -> None:
     """Write the fullest rank's bytes where Megatron has a writer: on the last rank."""
     from megatron.training.global_vars import get_tensorboard_writer
 
     writer = get_tensorboard_writer()
     if writer is None:
         return
-    iteration = getattr(args, "curr_iteration", 0) + 1
-    for kind, values in (("measured", record.measured), ("predicted", record.predicted)):
+    sizes = {f"allocator-{key}": size for key, size in (report.allocator or {}).items()}
+    for kind, values in (("measured", report.measured), ("predicted", report.predicted)):
         if values is not None:
-            for key, size in values.as_dict().items():
-                writer.add_scalar(f"memory-MiB/{key}-{kind}", size / 2**20, iteration)
-    for key, size in (record.allocator or {}).items():
-        writer.add_scalar(f"memory-MiB/allocator-{key}", size / 2**20, iteration)
-
-
-def with_flags(original: Function) -> Function:
-    """Let a function that adds Megatron's flags to a parser add those of the report."""
-
-    def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        parser = original(parser, *args, **kwargs)
-        group = parser.add_argument_group(title="memory of a run, with any --optimizer")
-        group.add_argument(
-            "--came-report-memory",
-            action="store_true",
-            help="print each rank's memory after the first optimizer step, measured and predicted; "
-            "resets the peak of CUDA's allocator once",
-        )
-        group.add_argument(
-            "--came-memory-dir",
-            help="folder for the report of every rank (default: came_memory in the folder of "
-            "--save)",
-        )
-        return parser
-
-    return add_megatron_arguments
+            sizes |= {f"{key}-{kind}": size for key, size in asdict(values).items()}
+    for name, size in sizes.items():
+        iteration = getattr(args, "curr_iteration", 0) + 1
+        writer.add_scalar(f"memory-MiB/{name}", size / 2**20, iteration)

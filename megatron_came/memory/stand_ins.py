@@ -10,9 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,26 +21,29 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_came.cpu_megatron.devices import Stream
 from megatron_came.memory.grid import Grid
+from megatron_came.terminal.quiet import quiet
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
 class SizedGroup:
-    """Stands for a process group: this rank's place in it and its number of ranks."""
+    """Stands for a process group: its number of ranks, and which of them this one is."""
 
     ranks: int
-    place: int = 0
+    own: int = 0
 
     def size(self) -> int:
         """Return the number of ranks."""
         return self.ranks
 
     def rank(self) -> int:
-        """Return the place of this rank."""
-        return self.place
+        """Return which of them this one is."""
+        return self.own
 
 
 def process_groups(grid: Grid, stage: int) -> Any:
@@ -66,62 +67,46 @@ def process_groups(grid: Grid, stage: int) -> Any:
 def nowhere(grid: Grid, stage: int) -> Iterator[None]:
     """Let Megatron build modules without devices, processes or words, and put all back."""
     with contextlib.ExitStack() as stack:
-        if not dist.is_initialized():
-            stack.enter_context(_one_process())
-        stack.enter_context(replaced(parallel_state, _mpu_sizes(grid, stage)))
+        if not dist.is_initialized():  # without a process group Megatron takes every group for one
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+            stack.callback(dist.destroy_process_group)
+        stack.enter_context(replaced(parallel_state, _sizes(grid, stage)))
         if not torch.cuda.is_available():
-            stack.enter_context(_without_cuda())
+            # The few functions that Megatron's modules call as they are built.
+            functions = {"current_device": lambda: 0, "Stream": Stream, **hopper()}
+            stack.enter_context(replaced(torch.cuda, functions))
         stack.enter_context(_latent_attention())
-        stack.enter_context(_environment_restored())
-        stack.enter_context(_quiet())
+        # What Megatron's models tell Transformer Engine through the environment stays out of it.
+        others = {key: value for key, value in os.environ.items() if not key.startswith("NVTE_")}
+        stack.enter_context(replaced(os, {"environ": others}))
+        stack.enter_context(quiet())
         stack.enter_context(META)
         stack.enter_context(_OnMeta())
         yield
 
 
-def _mpu_sizes(grid: Grid, stage: int) -> dict[str, int | None]:
+def _sizes(grid: Grid, stage: int) -> dict[str, int | None]:
     """Megatron's own way to pretend a layout: sizes and ranks that win over the process groups."""
-    return {
-        "_MPU_TENSOR_MODEL_PARALLEL_WORLD_SIZE": grid.tensor,
-        "_MPU_TENSOR_MODEL_PARALLEL_RANK": 0,
-        "_MPU_PIPELINE_MODEL_PARALLEL_WORLD_SIZE": grid.pipeline,
-        "_MPU_PIPELINE_MODEL_PARALLEL_RANK": stage,
-        "_MPU_EXPERT_MODEL_PARALLEL_WORLD_SIZE": grid.expert,
-        "_MPU_EXPERT_MODEL_PARALLEL_RANK": 0,
-        "_MPU_EXPERT_TENSOR_PARALLEL_WORLD_SIZE": grid.expert_tensor,
-        "_MPU_EXPERT_TENSOR_PARALLEL_RANK": 0,
+    found: dict[str, int | None] = {
         "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE": grid.virtual,
         "_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK": None,
     }
-
-
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """A process group of this process alone: without one Megatron takes every group for one."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _without_cuda() -> contextlib.AbstractContextManager[None]:
-    """The few functions of ``torch.cuda`` that Megatron's modules call as they are built."""
-    from megatron_came.cpu_megatron.devices import Stream
-
-    functions = {"current_device": lambda: 0, "Stream": Stream}
-    return replaced(torch.cuda, {**functions, **hopper()})
+    for kind, size, rank in (
+        ("TENSOR_MODEL", grid.tensor, 0),
+        ("PIPELINE_MODEL", grid.pipeline, stage),
+        ("EXPERT_MODEL", grid.expert, 0),
+        ("EXPERT_TENSOR", grid.expert_tensor, 0),
+    ):
+        found[f"_MPU_{kind}_PARALLEL_WORLD_SIZE"] = size
+        found[f"_MPU_{kind}_PARALLEL_RANK"] = rank
+    return found
 
 
 def hopper() -> dict[str, Callable[..., Any]]:
     """Functions of ``torch.cuda`` that say what a GPU can do, where there may be none."""
-    capability = (9, 0)
-    properties = argparse.Namespace(major=9, minor=0)
     return {
-        "get_device_capability": lambda device=None: capability,
-        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: argparse.Namespace(major=9, minor=0),
     }
 
 
@@ -149,32 +134,6 @@ def _latent_attention() -> contextlib.AbstractContextManager[None]:
         original(self, *args, **kwargs)
 
     return replaced(DotProductAttention, {"__init__": start})
-
-
-@contextlib.contextmanager
-def _environment_restored() -> Iterator[None]:
-    """Keep what Megatron's models tell Transformer Engine through the environment out of it."""
-    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("NVTE_")}
-    try:
-        yield
-    finally:
-        for name in list(os.environ):
-            if name.startswith("NVTE_"):
-                del os.environ[name]
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Megatron from warning again of what it builds."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 class _OnMeta(TorchFunctionMode):

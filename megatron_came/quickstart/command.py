@@ -9,24 +9,25 @@ from pathlib import Path
 import megatron_came
 from megatron_came import cpu_megatron
 from megatron_came.data.errors import DataError
-from megatron_came.quickstart.plot import plot_losses
 from megatron_came.quickstart.prepare import prepare
-from megatron_came.quickstart.report import check_same_start, summary
+from megatron_came.quickstart.report import check_same_start, plot_losses, summary
 from megatron_came.quickstart.settings import OPTIMIZERS, QuickstartError, Settings
 from megatron_came.quickstart.steps import Steps
-from megatron_came.quickstart.train import Result, choose_port, train
+from megatron_came.quickstart.train import Result, train
+from megatron_came.training_log import TrainingError, choose_port
 
 
 def run(settings: Settings, device: str) -> None:
-    """Makes what is missing, trains with every optimizer and prints the summary.
+    """Make what is missing, train with every optimizer and print the summary.
 
     Args:
-        settings: What to train.
-        device: Where, as in "on the CPU".
+        settings: what to train.
+        device: where, as in "on the CPU".
 
     Raises:
-        DataError: If the text cannot be used.
-        QuickstartError: If anything else stands in the way.
+        DataError: the text cannot be used.
+        QuickstartError: a training failed, or differs in what it started from.
+        TrainingError: the port is in use.
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
     choose_port(settings.port)  # before the work that a port in use would waste
@@ -40,23 +41,22 @@ def run(settings: Settings, device: str) -> None:
             "flags": settings.megatron_flags(optimizer),
             "version": megatron_came.__version__,
         }
-        steps.run(
-            f"Training with {optimizer.name}",
-            inputs,
-            [settings.result(optimizer)],
-            partial(train, settings, optimizer),
-        )
+        make = partial(train, settings, optimizer)
+        steps.run(f"Training with {optimizer.name}", inputs, [settings.result(optimizer)], make)
     results = {each.name: Result.load(settings.result(each)) for each in OPTIMIZERS}
     check_same_start(results)
-    plot_losses(results, settings.plot)
-    print(f"\n{summary(settings, results, device)}\n\nLoss curves: {settings.plot.resolve()}")
+    picture = settings.folder / "loss.png"
+    plot_losses({name: result.losses for name, result in results.items()}, picture)
+    print(f"\n{summary(settings, results, device)}\n\nLoss curves: {picture.resolve()}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Run the command line and return the exit status."""
+    import torch
+
     options = _parser().parse_args(arguments)
+    gpus = 0 if cpu_megatron.wanted() else torch.cuda.device_count()
     try:
-        gpus = _gpus()
         if gpus and options.ranks > gpus:
             print(f"{options.ranks} ranks need as many GPUs: training on the {gpus} here.")
         settings = Settings(
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
             iterations=options.iterations,
         )
         run(settings, "on GPUs" if gpus else "on the CPU")
-    except (DataError, QuickstartError) as error:
+    except (DataError, QuickstartError, TrainingError) as error:
         print(error, file=sys.stderr)
         return 1
     except BrokenPipeError:  # nobody reads on, as in "make quickstart | head"
@@ -85,30 +85,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _gpus() -> int:
-    """How many GPUs there are to train on; 0 for the CPU."""
-    import torch
-
-    return 0 if cpu_megatron.wanted() else torch.cuda.device_count()
-
-
 def _parser() -> argparse.ArgumentParser:
-    defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m megatron_came.quickstart",
         description="Trains a small GPT-2 from the same weights with AdamW and with CAME, on text"
         " of yours or on the Python library's sources, and compares them. What a previous run has"
         " made is not made again.",
     )
-    add = parser.add_argument
-    add(
-        "--text",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="PATH",
-        help="text files, folders of them, or .jsonl files (the Python library's sources)",
-    )
+    add, defaults = parser.add_argument, Settings()
+    sources = "text files, folders of them, or .jsonl files (the Python library's sources)"
+    add("--text", nargs="+", type=Path, default=[], metavar="PATH", help=sources)
     add("--folder", type=Path, default=defaults.folder, help="where everything goes (%(default)s)")
     add("--ranks", type=int, default=defaults.ranks, help="processes to train with (%(default)s)")
     add("--port", type=int, help="TCP port on which they meet (a free one)")

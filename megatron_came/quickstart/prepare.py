@@ -4,7 +4,7 @@ import os
 import shutil
 
 from megatron_came.data.corpus import Corpus, write_json_lines
-from megatron_came.data.encoding import Encoder, Job
+from megatron_came.data.encoding import Encoder
 from megatron_came.data.files import whole_files
 from megatron_came.data.quiet import quiet
 from megatron_came.data.tokenizer import SentencePiece
@@ -77,16 +77,15 @@ def _train_tokenizer(settings: Settings) -> None:
 
 def _write_dataset(settings: Settings) -> None:
     with quiet():
-        from megatron_came.data.build import write_datasets
-        from megatron_came.data.indexed import dataset_files
+        from megatron_came.data.indexed import dataset_files, write_datasets
 
     # Its index of samples is found by the dataset's name: an old one would be taken for this one's.
     shutil.rmtree(settings.dataset_cache, ignore_errors=True)
     corpus = Corpus.from_paths([settings.corpus])
-    encoder = Encoder(Job(SentencePiece(settings.tokenizer), append_eod=True))
+    encoder = Encoder(SentencePiece(settings.tokenizer), append_eod=True)
     with (
         whole_files(*dataset_files([settings.dataset])) as files,
         Progress("Dataset", corpus.size) as progress,
     ):
-        (written,) = write_datasets(corpus, encoder, files, advance=progress.advance)
+        (written,) = write_datasets(corpus, encoder, files, progress=progress)
     print(f"  {written.documents} documents, {written.tokens:,} tokens.")

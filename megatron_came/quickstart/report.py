@@ -1,8 +1,12 @@
-"""The summary of both runs, as text."""
+"""The summary of both runs, as text and as a picture of their losses."""
+
+from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from megatron_came.data.files import whole_files
 from megatron_came.quickstart.settings import QuickstartError, Settings
 from megatron_came.quickstart.train import Result
 
@@ -12,10 +16,10 @@ _SAME = 2e-6  # relative; Megatron prints seven digits
 
 
 def check_same_start(results: Mapping[str, Result]) -> None:
-    """Checks that all runs began with the same weights and data.
+    """Check that all runs began with the same weights and data.
 
     Raises:
-        QuickstartError: If their first losses differ.
+        QuickstartError: their first losses differ.
     """
     firsts = {name: result.losses[0] for name, result in results.items()}
     smallest, largest = min(firsts.values()), max(firsts.values())
@@ -28,61 +32,68 @@ def check_same_start(results: Mapping[str, Result]) -> None:
 
 
 def summary(settings: Settings, results: Mapping[str, Result], device: str) -> str:
-    """Returns the table of what the runs measured, by optimizer name.
+    """Return the table of what the runs measured.
 
     Args:
-        settings: What was trained.
-        results: Each optimizer's result.
-        device: Where, as in "on the CPU".
+        settings: what was trained.
+        results: by name of the optimizer.
+        device: where, as in "on the CPU".
     """
     runs = list(results.values())
-    weights = sum(rank.weights for rank in runs[0].ranks)
     last = min(LAST, settings.iterations)
-    # A step waits for the slowest rank, and the fullest one decides what fits.
-    fullest = [max(run.ranks, key=lambda rank: rank.memory) for run in runs]
-    optimizer_ms = [1000 * max(rank.step_seconds for rank in run.ranks) for run in runs]
-    precision = "bf16" if settings.bf16 else "fp32"
+
+    def row(label: str, form: str, values: Sequence[float], note: str = "") -> str:
+        cells = "".join(f"{form.format(value):>12}" for value in values)
+        return f"{label:27}{cells}   {note}".rstrip()
+
+    def mib(label: str, key: str, note: str = "") -> str:
+        return row(label, "{:.2f} MiB", [getattr(run.memory, key) / 2**20 for run in runs], note)
+
+    whole = [_median(run.milliseconds) for run in runs]
+    steps = [_median(run.step_milliseconds) for run in runs]
+    own = "" if settings.bf16 else "fp32: they are the model's own"
+    starts = [run.losses[0] for run in runs]
+    ends = [statistics.mean(run.losses[-last:]) for run in runs]
     ranks = f"{settings.ranks} rank{'s' if settings.ranks > 1 else ''}"
-    rows = [
-        ("", list(results), ""),
-        (
-            "loss at the start",
-            [f"{run.losses[0]:.4f}" for run in runs],
-            "the same weights and data",
-        ),
-        (
-            "loss at the end",
-            [f"{statistics.mean(run.losses[-last:]):.4f}" for run in runs],
-            f"mean of the last {last} iterations",
-        ),
-        ("optimizer memory per rank", [_mib(rank.memory) for rank in fullest], ""),
-        (
-            "  main weights",
-            [_mib(rank.main_weights) for rank in fullest],
-            "" if settings.bf16 else "fp32: they are the model's own",
-        ),
-        ("  momentum", [_mib(rank.momentum) for rank in fullest], ""),
-        (
-            "  second moment or factors",
-            [_mib(rank.second_moment) for rank in fullest],
-            "CAME has the factors",
-        ),
-        ("time per step", [f"{_step_ms(run):.0f} ms" for run in runs], "median"),
-        ("  of it in the optimizer", [f"{ms:.1f} ms" for ms in optimizer_ms], ""),
-    ]
-    title = (
-        f"GPT-2 of {weights / 1e6:.1f} M weights, {precision}, {settings.iterations} iterations of"
-        f" {settings.global_batch} x {settings.sequence} tokens, {ranks} {device}"
+    return "\n".join(
+        [
+            f"GPT-2 of {runs[0].weights / 1e6:.1f} M weights, "
+            f"{'bf16' if settings.bf16 else 'fp32'}, {settings.iterations} iterations of "
+            f"{settings.global_batch} x {settings.sequence} tokens, {ranks} {device}",
+            "",
+            f"{'':27}{''.join(f'{name:>12}' for name in results)}",
+            row("loss at the start", "{:.4f}", starts, "the same weights and data"),
+            row("loss at the end", "{:.4f}", ends, f"mean of the last {last} iterations"),
+            mib("optimizer memory per rank", "state"),
+            mib("  main weights", "main_weights", own),
+            mib("  momentum", "momentum"),
+            mib("  second moment or factors", "second_moment", "CAME has the factors"),
+            row("time per step", "{:.0f} ms", whole, "median"),
+            row("  of it in the optimizer", "{:.1f} ms", steps),
+        ]
     )
-    lines = [
-        f"{label:27}{''.join(f'{v:>12}' for v in values)}   {note}" for label, values, note in rows
-    ]
-    return "\n".join([title, "", *(line.rstrip() for line in lines)])
 
 
-def _step_ms(run: Result) -> float:
-    return statistics.median(run.milliseconds[_WARM_UP:] or run.milliseconds)
+def _median(times: Sequence[float]) -> float:
+    return statistics.median(times[_WARM_UP:] or times)
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"
+def plot_losses(losses: Mapping[str, Sequence[float]], picture: Path) -> None:
+    """Draw each optimizer's loss over the iterations into a PNG file.
+
+    Args:
+        losses: of every iteration, by name of the optimizer.
+        picture: the file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in losses.items():
+        axes.plot(range(1, len(values) + 1), values, label=name)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with whole_files(picture) as (partial,):
+        figure.savefig(partial, format="png", dpi=150)

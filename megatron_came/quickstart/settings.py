@@ -10,13 +10,7 @@ class QuickstartError(Exception):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One of the optimizers compared.
-
-    Attributes:
-        name: Its name in the summary.
-        key: Its name among files and in Megatron's ``--optimizer``.
-        flags: Megatron's flags for its learning rate and its averages.
-    """
+    """One that is compared: its name in the summary, and Megatron's, with its own flags."""
 
     name: str
     key: str
@@ -36,15 +30,15 @@ class Settings:
     """One quick start. Lengths are in tokens.
 
     Attributes:
-        folder: Where everything goes.
-        text: Files and folders of text; none for the Python library's sources.
-        ranks: Processes to train with, each with its share of the batch and of the optimizer.
+        folder: where everything goes.
+        text: files and folders of text; none for the Python library's sources.
+        ranks: processes to train with.
         port: TCP port on which they meet; None for any free one.
-        bf16: Whether weights are bf16 with fp32 main weights, or fp32.
-        iterations: Training steps.
-        global_batch: Sequences a step, over all ranks.
-        micro_batch: The most sequences that a rank takes at a time.
-        smallest_text: Bytes of text below which the tokenizer would learn nothing worth having.
+        bf16: whether weights are bf16 with fp32 main weights, or fp32.
+        iterations: training steps.
+        global_batch: sequences a step, over all ranks.
+        micro_batch: the most sequences that a rank takes at a time.
+        smallest_text: bytes of text below which the tokenizer would learn nothing worth having.
     """
 
     folder: Path = Path("quickstart")
@@ -94,64 +88,43 @@ class Settings:
         """Megatron's index of samples, which knows the dataset by its name only."""
         return self.folder / "dataset" / "cache"
 
-    @property
-    def plot(self) -> Path:
-        """The picture of both loss curves."""
-        return self.folder / "loss.png"
-
     def result(self, optimizer: Optimizer) -> Path:
-        """What a run measured."""
+        """The file of what a run measured."""
         return self.folder / f"{optimizer.key}.json"
 
     def run_folder(self, optimizer: Optimizer) -> Path:
-        """A run's log and what its ranks measured."""
+        """A run's log and its report of memory."""
         return self.folder / optimizer.key
 
     def megatron_flags(self, optimizer: Optimizer) -> list[str]:
         """Megatron's flags for training this GPT-2 with an optimizer."""
-        flags = {
-            # The model; what is not said is as in GPT-2: tied embeddings, biases, GELU, layer norm.
-            "--num-layers": self.layers,
-            "--hidden-size": self.hidden,
-            "--num-attention-heads": self.heads,
-            "--seq-length": self.sequence,
-            "--max-position-embeddings": self.sequence,
-            "--position-embedding-type": "learned_absolute",
-            "--hidden-dropout": 0,
-            "--attention-dropout": 0,
-            "--seed": 1234,
-            # The data.
+        # What is not said is as in GPT-2: tied embeddings, biases, GELU, layer norm.
+        model = f"""
+            --num-layers {self.layers} --hidden-size {self.hidden}
+            --num-attention-heads {self.heads} --seq-length {self.sequence}
+            --max-position-embeddings {self.sequence} --position-embedding-type learned_absolute
+            --hidden-dropout 0 --attention-dropout 0 --seed 1234 {"--bf16" if self.bf16 else ""}
+        """
+        training = f"""
+            --split 100,0,0 --tokenizer-type GPTSentencePieceTokenizer --num-workers 0
+            --train-iters {self.iterations} --global-batch-size {self.global_batch}
+            --micro-batch-size {min(self.micro_batch, self.global_batch // self.ranks)}
+            --lr-warmup-iters {self.iterations // 10} --lr-decay-style cosine --min-lr 1e-4
+            --weight-decay 0.1 --clip-grad 1.0 --use-distributed-optimizer
+            --eval-iters 0 --eval-interval {self.iterations + 1}
+            --log-interval 1 --timing-log-level 1 --came-report-memory
+        """
+        # Plain PyTorch throughout: pip installs neither Transformer Engine nor apex.
+        plain = """
+            --transformer-impl local --attention-backend unfused --no-gradient-accumulation-fusion
+            --no-masked-softmax-fusion --no-persist-layer-norm --no-bias-gelu-fusion
+            --no-bias-dropout-fusion
+        """
+        paths = {
             "--data-path": self.dataset,
             "--data-cache-path": self.dataset_cache,
-            "--split": "100,0,0",
-            "--tokenizer-type": "GPTSentencePieceTokenizer",
             "--tokenizer-model": self.tokenizer,
-            "--num-workers": 0,
-            # The training.
-            "--train-iters": self.iterations,
-            "--global-batch-size": self.global_batch,
-            "--micro-batch-size": min(self.micro_batch, self.global_batch // self.ranks),
-            "--lr-warmup-iters": self.iterations // 10,
-            "--lr-decay-style": "cosine",
-            "--min-lr": 1e-4,
-            "--weight-decay": 0.1,
-            "--clip-grad": 1.0,
-            "--optimizer": optimizer.key,
-            "--eval-iters": 0,
-            "--eval-interval": self.iterations + 1,
-            "--log-interval": 1,
-            # Plain PyTorch throughout: pip installs neither Transformer Engine nor apex.
-            "--transformer-impl": "local",
-            "--attention-backend": "unfused",
         }
-        switches = (
-            "--use-distributed-optimizer",
-            "--no-gradient-accumulation-fusion",
-            "--no-masked-softmax-fusion",
-            "--no-persist-layer-norm",
-            "--no-bias-gelu-fusion",
-            "--no-bias-dropout-fusion",
-            *(["--bf16"] if self.bf16 else []),
-        )
-        named = [str(part) for flag in flags.items() for part in flag]
-        return [*named, *optimizer.flags, *switches]
+        named = [str(word) for flag in paths.items() for word in flag]
+        words = f"{model} {training} {plain} --optimizer {optimizer.key}".split()
+        return [*named, *words, *optimizer.flags]

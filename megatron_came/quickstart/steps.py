@@ -9,11 +9,7 @@ from megatron_came.data.files import whole_files
 
 
 class Steps:
-    """Remembers in a file what each step was made from.
-
-    Args:
-        file: Where to remember it.
-    """
+    """Remembers in a file what each step was made from."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -29,13 +25,13 @@ class Steps:
         outputs: Sequence[Path],
         make: Callable[[], None],
     ) -> str:
-        """Runs ``make`` unless the outputs are there and were made from the same inputs.
+        """Run ``make`` unless the outputs are there and were made from the same inputs.
 
         Args:
-            name: The step, as it is announced.
-            inputs: All that the outputs depend on, of JSON's types.
-            outputs: The files that ``make`` writes.
-            make: Makes them.
+            name: of the step, as it is announced.
+            inputs: all that the outputs depend on, of JSON's types.
+            outputs: the files that ``make`` writes.
+            make: makes them.
 
         Returns:
             A digest of the inputs, for the steps that depend on this one.

@@ -13,15 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 _ENDS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
-_GRACE_SECONDS = 1.0
 
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """What ends a command, as Ctrl-C does, ends it when the body is done.
-
-    Processes that are started within never see those signals.
-    """
+    """Let Ctrl-C and SIGTERM end a command when the body is done; what it starts sees neither."""
     held: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
@@ -41,9 +37,7 @@ def signals_held_back() -> Iterator[None]:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the system kill this process when its parent dies, even of SIGKILL.
-
-    Only Linux can. The thread that started this process counts as its parent.
+    """Have Linux kill this process when the thread that started it ends, even of SIGKILL.
 
     Args:
         parent: its process id; it may be dead already.
@@ -68,26 +62,25 @@ def run_alone(
     Raises:
         subprocess.TimeoutExpired: it takes longer.
     """
-    process = subprocess.Popen(
-        command,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    process = None
     try:
+        with signals_held_back():  # none comes between the start and the knowledge of it
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS),
+            )
         stdout, stderr = process.communicate(timeout=seconds)
     finally:
-        with signals_held_back():
-            kill_group(process)
+        if process:
+            with signals_held_back():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
-def kill_group(process: subprocess.Popen[str]) -> None:
-    """Kill a process that leads a session, with all that is in its process group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

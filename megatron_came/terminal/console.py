@@ -1,7 +1,7 @@
 """Text in the columns that there are: tables, sentences, and bold heads on a terminal.
 
-A terminal is as wide as it says, or as ``COLUMNS`` says; elsewhere lines have 80 columns, and are
-plain. Nothing here imports more than the standard library until it writes to a terminal.
+``rich`` is imported when something is written to a terminal. Elsewhere lines are plain, and have
+80 columns or as many as ``COLUMNS`` says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
 _GAP = "  "
@@ -19,7 +19,7 @@ _LABEL = 16  # columns that a label has at least, where it takes several lines
 
 
 def width() -> int:
-    """How many columns there are: the terminal's or ``COLUMNS``, 80 where neither says so."""
+    """Return how many columns there are: the terminal's or ``COLUMNS``, 80 if neither says so."""
     return max(shutil.get_terminal_size((80, 24)).columns, 20)
 
 
@@ -53,69 +53,58 @@ def table(rows: Sequence[Sequence[str]], columns: int | None = None) -> list[str
     """
     limit = width() if columns is None else columns
     cells = [[[cell] for cell in row] for row in rows]
-    if _total(_widths(cells)) > limit:
+    if sum(_widths(cells)) > limit + len(_GAP):
         cells[0] = [head.split() or [""] for head in rows[0]]
-    widths = _widths(cells)
-    room = limit - (_total(widths) - widths[0])
-    if _LABEL <= room < widths[0]:
+    label, *others = _widths(cells)
+    room = limit - sum(others)
+    if _LABEL <= room < label - len(_GAP):
         for row in cells[1:]:
             row[0] = textwrap.wrap(row[0][0], room, subsequent_indent=_GAP) or [""]
     widths = _widths(cells)
-    lines: list[str] = []
-    for chosen in _blocks(widths, limit):
-        lines += [""] if lines else []
-        for row in cells:
-            height = max(len(row[column]) for column in chosen)
-            tall = [[""] * (height - len(row[column])) + row[column] for column in chosen]
-            if row is not cells[0]:
-                tall[0] = row[0] + [""] * (height - len(row[0]))  # a label begins at the top
-            for words in zip(*tall, strict=True):
-                line = _line(words, [widths[column] for column in chosen])
-                lines.append(Head(line) if row is cells[0] else line)
-    return lines
-
-
-def _blocks(widths: Sequence[int], limit: int) -> list[list[int]]:
-    """The columns of each table: the first one, and as many others as fit, at least one."""
-    blocks: list[list[int]] = [[0]]
+    blocks = [[0]]  # the columns of each table: the first one, and as many others as fit
     for column in range(1, len(widths)):
-        wanted = _total([widths[each] for each in [*blocks[-1], column]])
-        if len(blocks[-1]) > 1 and wanted > limit:
+        wanted = sum(widths[each] for each in [*blocks[-1], column])
+        if len(blocks[-1]) > 1 and wanted > limit + len(_GAP):
             blocks.append([0])
         blocks[-1].append(column)
-    return blocks
+    lines = [line for chosen in blocks for line in ["", *_lines(cells, chosen, widths)]]
+    return lines[1:]
 
 
 def _widths(cells: Sequence[Sequence[Sequence[str]]]) -> list[int]:
+    """Return the columns that each column of cells takes, with the gap behind it."""
     columns = zip(*cells, strict=True)
-    return [max(len(line) for cell in column for line in cell) for column in columns]
+    return [max(len(line) for cell in col for line in cell) + len(_GAP) for col in columns]
 
 
-def _total(widths: Sequence[int]) -> int:
-    return sum(widths) + len(_GAP) * (len(widths) - 1)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = cells
-    others = (cell.rjust(wide) for cell, wide in zip(rest, widths[1:], strict=True))
-    return _GAP.join([first.ljust(widths[0]), *others]).rstrip()
+def _lines(
+    cells: Sequence[Sequence[list[str]]], chosen: Sequence[int], widths: Sequence[int]
+) -> Iterator[str]:
+    for row in cells:
+        height = max(len(row[column]) for column in chosen)
+        tall = [[""] * (height - len(row[column])) + row[column] for column in chosen]
+        if row is not cells[0]:
+            tall[0] = row[0] + [""] * (height - len(row[0]))  # a label begins at the top
+        for label, *others in zip(*tall, strict=True):
+            line = label.ljust(widths[0] - len(_GAP))
+            for word, column in zip(others, chosen[1:], strict=True):
+                line += word.rjust(widths[column])
+            yield Head(line.rstrip()) if row is cells[0] else line.rstrip()
 
 
 def wrapped(text: str, columns: int | None = None) -> list[str]:
-    """Break a sentence into lines, at spaces; lines after the first are indented as it is.
+    """Break a sentence at spaces; lines after the first are indented as it is.
 
     Args:
         text: one line of any length.
         columns: to fit; those of :func:`width` by default.
     """
     indent = text[: len(text) - len(text.lstrip())]
-    return textwrap.wrap(
-        text,
-        width() if columns is None else columns,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ) or [""]
+    limit = width() if columns is None else columns
+    wrapper = textwrap.TextWrapper(
+        limit, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.wrap(text) or [""]
 
 
 def show(lines: Iterable[str], stream: TextIO | None = None) -> None:
@@ -125,7 +114,7 @@ def show(lines: Iterable[str], stream: TextIO | None = None) -> None:
         lines: to print.
         stream: standard output by default.
     """
-    stream = stream if stream is not None else sys.stdout
+    stream = stream or sys.stdout
     if not is_styled(stream):
         stream.writelines(f"{line}\n" for line in lines)
         stream.flush()

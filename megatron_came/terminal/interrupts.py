@@ -37,7 +37,7 @@ def in_one_line(command: Callable[[], int], line: str, *, grace: float | None = 
         nothing = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):  # what the command says of children that have ended as well
             os.dup2(nothing, stream)
-        end_children()
+        _end_children()
         os._exit(STATUS)
 
     try:
@@ -46,11 +46,11 @@ def in_one_line(command: Callable[[], int], line: str, *, grace: float | None = 
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the cleaning up
         say()
-        end_children()
+        _end_children()
         return STATUS
 
 
-def end_children() -> None:
+def _end_children() -> None:
     """End all processes that this one has started, and those that they have started."""
     import psutil  # type: ignore[import-untyped]
 
@@ -64,16 +64,12 @@ def end_children() -> None:
 
 @contextlib.contextmanager
 def _watch(end: Callable[[], None], grace: float) -> Iterator[None]:
-    """Call ``end`` in a thread of its own, so many seconds after the first SIGINT.
+    """Call ``end`` in a thread of its own, ``grace`` seconds after the first SIGINT.
 
-    The signal wakes the thread even while the main thread is in code outside Python, where no
-    handler of Python's runs.
+    The signal wakes that thread even while the main thread is in code outside Python.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    os.set_blocking(writing, False)  # as set_wakeup_fd requires
     interrupted = threading.Event()
 
     def wait() -> None:

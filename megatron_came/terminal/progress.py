@@ -17,23 +17,24 @@ _LONG_SECONDS = 2.0  # work that takes longer is told how long it will go on
 
 
 class Progress:
-    """Shows how much of a known amount is done; use it in a ``with`` statement.
+    """Show how much of a known amount is done; use it in a ``with`` statement.
 
-    On a terminal it is one line that is drawn again and again, elsewhere one plain line each
-    quarter. Both say how long the rest will take once that can be told.
+    On a terminal it is a bar of ``rich``, elsewhere a line each quarter; both say how long the
+    rest will take once that can be told.
 
     Args:
-        label: What is being done, a few words.
-        total: The whole amount, in whatever unit ``advance`` counts.
-        stream: Where to write; standard output by default.
+        label: what is being done, a few words.
+        total: the whole amount, in whatever unit :meth:`advance` counts.
+        stream: where to write; standard output by default.
+        speed: whether the amount is in bytes, and MB/s are shown.
     """
 
-    def __init__(self, label: str, total: float, stream: TextIO | None = None) -> None:
-        self._label = label
-        self._total = total
-        self._stream = stream if stream is not None else sys.stdout
-        self._done = 0.0
-        self._note = ""
+    def __init__(
+        self, label: str, total: float, stream: TextIO | None = None, *, speed: bool = False
+    ) -> None:
+        self._speed = speed
+        self._label, self._total, self._done, self._note = label, total, 0.0, ""
+        self._stream = stream or sys.stdout
         self._quarters = 0
         self._drawn_at = 0.0
         self._started = time.monotonic()
@@ -41,8 +42,8 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
-        if self._bar is not None:
-            self._task = self._bar.add_task(self._label, total=1.0, note="")
+        if self._bar:
+            self._bar.add_task(self._label, total=1.0, note="")
             self._bar.start()
         return self
 
@@ -52,18 +53,23 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
+        if self._bar:
             self._draw(self._bar)
             self._bar.stop()
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Counts ``amount`` as done; ``note`` is shown behind the percentage."""
-        self._done += amount
+        """Count ``amount`` as done; ``note`` is shown behind the percentage."""
+        self.reach(self._done + amount, note)
+
+    def reach(self, done: float, note: str = "") -> None:
+        """Count ``done`` of the whole amount as done."""
+        self._done = done
+        if self._speed:
+            note = f", {done / (time.monotonic() - self._started) / 1e6:.1f} MB/s{note}"
         self._note = note
-        now = time.monotonic()
-        if self._bar is not None:
-            if now - self._drawn_at >= _REDRAW_SECONDS:
-                self._drawn_at = now
+        if self._bar:
+            if time.monotonic() - self._drawn_at >= _REDRAW_SECONDS:
+                self._drawn_at = time.monotonic()
                 self._draw(self._bar)
         elif int(4 * self._fraction) > self._quarters:
             self._quarters = int(4 * self._fraction)
@@ -78,13 +84,12 @@ class Progress:
         taken = time.monotonic() - self._started
         if taken < _LONG_SECONDS or not 0 < self._fraction < 1:
             return ""
-        seconds = round(taken * (1 / self._fraction - 1))
-        minutes, seconds = divmod(seconds, 60)
+        minutes, seconds = divmod(round(taken / self._fraction - taken), 60)
         return f", {minutes} min {seconds} s left" if minutes else f", {seconds} s left"
 
     def _draw(self, bar: rich_progress.Progress) -> None:
         note = self._note + self._remaining()
-        bar.update(self._task, completed=self._fraction, note=note)
+        bar.update(bar.task_ids[0], completed=self._fraction, note=note)
         bar.refresh()
 
 

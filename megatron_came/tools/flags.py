@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_came.terminal.console import Head, show, width, wrapped
+from megatron_came.versions import SUPPORTED
 
 # Name, default and meaning of each variable that the launchers and the optimizer read.
 _LAUNCH = (
@@ -46,36 +47,61 @@ def came_flags() -> list[argparse.Action]:
     return [action for action in parser._actions if action is not optimizer]
 
 
-def _entry(name: str, default: str, meaning: str, columns: int) -> Iterator[str]:
-    yield f"  {name}  ({default})" if default else f"  {name}"
-    yield from wrapped(f"      {meaning}", columns)
+def _flag(action: argparse.Action) -> tuple[str, str, str]:
+    values = "|".join(map(str, action.choices or ())) or action.metavar
+    default = "off" if action.nargs == 0 else action.default
+    meaning = (action.help or "").replace("%%", "%").partition(" (default: ")[0]
+    name = action.option_strings[0] + (f" {values}" if values else "")
+    return name, "" if default is None else str(default), meaning
 
 
 def text(columns: int) -> list[str]:
-    """Everything, line by line.
-
-    Args:
-        columns: that a line may have.
-    """
-    lines: list[str] = [Head("Flags of --optimizer came, with their defaults")]
-    for action in came_flags():
-        name = action.option_strings[0]
-        values = "|".join(map(str, action.choices)) if action.choices else action.metavar
-        name += f" {values}" if values else ""
-        default = "" if action.default is None else str(action.default)
-        default = "off" if action.nargs == 0 else default
-        meaning = (action.help or "").replace("%%", "%").removesuffix(f" (default: {default})")
-        if isinstance(action.default, float):
-            meaning = meaning.removesuffix(f" (default: {action.default:g})")
-        lines += _entry(name, default, meaning, columns)
-    titles: Sequence[tuple[str, Sequence[tuple[str, str, str]]]] = (
-        ("Environment variables of launches and commands", _LAUNCH),
-        ("Environment variables of the scripts in examples/", _EXAMPLES),
+    """List flags and variables, in lines of at most so many columns."""
+    return _listed(
+        {
+            "Flags of --optimizer came, with their defaults": map(_flag, came_flags()),
+            "Environment variables of launches and commands": _LAUNCH,
+            "Environment variables of the scripts in examples/": _EXAMPLES,
+        },
+        columns,
     )
-    for title, variables in titles:
-        lines += ["", Head(title)]
-        for variable in variables:
-            lines += _entry(*variable, columns)
+
+
+def replaced(columns: int) -> list[str]:
+    """List the names of Megatron's that are replaced, likewise."""
+    from megatron_came import memory
+    from megatron_came.cpu_megatron.install import REPLACEMENTS as OF_CPU
+    from megatron_came.megatron.install import REPLACEMENTS
+
+    tables = {
+        "Replaced for --optimizer came": REPLACEMENTS,
+        "Replaced on a machine without a GPU": OF_CPU,
+        "Replaced for memory": memory.REPLACEMENTS,
+    }
+    return _listed(
+        {
+            title: (
+                (
+                    row.target,
+                    "" if row.releases == SUPPORTED else ", ".join(row.releases),
+                    f"by {row.by}: {row.why}",
+                )
+                for row in rows
+            )
+            for title, rows in tables.items()
+        },
+        columns,
+    )
+
+
+def _listed(sections: Mapping[str, Iterable[tuple[str, str, str]]], columns: int) -> list[str]:
+    """List names with a remark and a meaning, each section under its title."""
+    lines: list[str] = []
+    for title, entries in sections.items():
+        lines += [*([""] if lines else []), Head(title)]
+        for name, remark, meaning in entries:
+            lines.append(f"  {name}  ({remark})" if remark else f"  {name}")
+            lines += wrapped(f"      {meaning}", columns)
     return lines
 
 
@@ -86,6 +112,12 @@ def main(argv: Sequence[str]) -> int:
         description="List the flags that --optimizer came adds to a launch of Megatron, and the "
         "environment variables that launches, commands and examples read.",
     )
-    parser.parse_args(argv)
-    show(text(width()))
+    parser.add_argument(
+        "--replaced",
+        action="store_true",
+        help="list instead the names of Megatron's that are replaced: by what and why, and in "
+        "which releases",
+    )
+    options = parser.parse_args(argv)
+    show(replaced(width()) if options.replaced else text(width()))
     return 0

@@ -8,11 +8,11 @@ import stat
 import sys
 from pathlib import Path
 
-from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.errors import CheckpointError, printable
 from megatron_came.checkpoint_files.folder import TRACKER, Checkpoint, Folder, find, opened
 from megatron_came.core import digests
 from megatron_came.tools.checkpoints import repairing
-from megatron_came.tools.checkpoints.listing import printable, progress
+from megatron_came.tools.checkpoints.listing import progress
 from megatron_came.tools.checkpoints.main_weights import pairs
 from megatron_came.tools.checkpoints.verifying import verify
 
@@ -34,17 +34,16 @@ def main(argv: list[str]) -> int:
     try:
         for line in repair(options.checkpoint, options.output):
             print(line)
+        return 0
     except CheckpointError as error:
-        print(f"megatron-came repair: {error}", file=sys.stderr)
-        return 1
+        problem = str(error)
     except OSError as error:
-        print(
-            f"megatron-came repair: {options.output} cannot be written ({error}): remove it, and "
-            "name a folder where there is room.",
-            file=sys.stderr,
+        problem = (
+            f"{options.output} cannot be written ({error}): remove it, and name a folder where "
+            "there is room."
         )
-        return 1
-    return 0
+    print(f"megatron-came repair: {problem}", file=sys.stderr)
+    return 1
 
 
 def repair(source: Path, output: Path) -> list[str]:
@@ -80,7 +79,7 @@ def repair(source: Path, output: Path) -> list[str]:
     momenta = sum(bool(loss.momentum) for loss in losses)
     return [
         *(printable(loss.line()) for loss in losses),
-        f"{output} holds iteration {iteration} with {sum(map(repairing.elements, losses))} main "
+        f"{output} holds iteration {iteration} with {sum(loss.numel for loss in losses)} main "
         f"weights made anew, in {len(losses)} parts, of which {momenta} have lost their momentum; "
         "factors and the model's weights are as they were: give it to --load.",
     ]
@@ -118,9 +117,9 @@ def _copy(source: Path, target: Path) -> None:
     for path in files:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path} is no file: remove it.")
-    with progress("Copying", sum(path.stat().st_size for path in files)) as bar:
+    with progress("Copying", sum(path.stat().st_size for path in files)) as advance:
         for path in files:
             place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
-            bar.advance(path.stat().st_size)
+            advance(path.stat().st_size)

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_came import CAME, Shard
+from scripts.cases.simulated_ranks import SimulatedGroup, run_ranks
+from scripts.cases.slices import SETTINGS, Layout, train_sharded
 from tests.support.oracle import (
     BETAS,
     DEVICES,
@@ -19,11 +21,8 @@ from tests.support.oracle import (
     oracle_updates,
     with_all_kernels,
 )
-from tests.support.sharded_cases import SETTINGS, Layout, train_sharded
-from tests.support.simulated_ranks import SimulatedGroup, run_ranks
+from tests.support.slices import MID_ROW, STEPS, worst_distance
 from tests.training.variants import without_sums_over
-
-STEPS = 12
 
 
 @st.composite
@@ -40,22 +39,6 @@ def layouts(draw):
         own = tuple(tuple(draw(cut) for _ in range(dp - 1)) for _ in range(tp))
         tensors.append(Layout(tuple(shape), tp_dim, own if tp_dim is not None else own[:1] * tp))
     return tp, dp, tensors
-
-
-def worst_distance(tp, dp, tensors, betas, kind, dtype, kernels, *, seed, steps=STEPS, tp_dp=False):
-    generator = torch.Generator().manual_seed(seed)
-    starts = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in tensors
-    ]
-    histories = [gradient_history(t.shape, steps, kind, dtype, generator) for t in tensors]
-    ours = train_sharded(
-        tp, dp, tensors, starts, histories, betas, kernels, DEVICES[kernels], tp_dp
-    )
-    theirs = [
-        oracle_updates(start, history, betas=betas, **SETTINGS)[-1]
-        for start, history in zip(starts, histories, strict=True)
-    ]
-    return max(distance(*triple) for triple in zip(ours, theirs, starts, strict=True))
 
 
 @on_every_path
@@ -101,7 +84,6 @@ def test_every_layout_rounds_momentum_with_the_same_bits(kernels):
         assert ((ours - theirs).abs() > 1e-6).double().mean() > 0.5
 
 
-MID_ROW = ((0.3, 0.3, 0.71),) * 2  # an empty slice, and bounds within rows
 CASES = [
     pytest.param(Layout((48, 80), None, MID_ROW), id="matrix"),
     pytest.param(Layout((48, 80), 0, MID_ROW), id="matrix-tp-rows"),

@@ -10,10 +10,10 @@ import torch
 from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core import int8, remainders
+from megatron_came.core.momentum import momentum_of
 from megatron_came.core.rounding import random_bits
 from megatron_came.core.shard import boxes
-from tests.kernels.test_kernels import LAUNCHERS, ON_REAL_DEVICES
-from tests.support.oracle import DEVICES
+from tests.support.oracle import COMPILED, DEVICES, ON_REAL_DEVICES
 
 # Even numbers can be halved; of rows of 1100 pass 2 takes several at once.
 SHAPES = ((20, 150), (334,), (34000,), (2, 5, 61), (10, 1100))
@@ -156,7 +156,7 @@ def test_remainders_train_as_fp32_weights_do(kernels, momentum):
         assert torch.equal(fp32, two_halves)
 
 
-@pytest.mark.parametrize("kernels", LAUNCHERS)
+@pytest.mark.parametrize("kernels", COMPILED)
 @pytest.mark.parametrize("momentum", SMALL, ids=str)
 @pytest.mark.parametrize("cut", ["whole", "sliced", "stacked projections"])
 def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatch):
@@ -208,13 +208,36 @@ def test_updates_stay_near_those_of_the_authors(momentum, bound, kernels):
 
 
 def test_numba_draws_the_bits_of_places_beyond_32_bits():
-    from megatron_came.kernels.cpu.storage import draw
+    from megatron_came.kernels.cpu.precision import first_bits
+    from megatron_came.kernels.cpu.precision import random_bits as bits_of
 
     for first, key in ((0, 5), (2**32 - 700, 0xFFFFFFFF), (5 * 2**32 - 1, 123), (2**40 + 3, 77)):
-        bits = np.empty(1500, np.uint16)
-        draw(first, key, bits)
-        expected = random_bits(torch.arange(first, first + 1500), key)
-        assert torch.equal(torch.from_numpy(bits.astype(np.int64)), expected)
+        places = [first, first + 699, first + 700]
+        start = [first_bits(place, np.uint32(key)) for place in places]
+        drawn = torch.tensor([int(bits_of(bits, 0)) for bits in start])
+        assert torch.equal(drawn, random_bits(torch.tensor(places), key))
+        same_half = min(2**32 - first % 2**32, 700)  # what a kernel draws with one beginning
+        drawn = torch.tensor([int(bits_of(start[0], i)) for i in range(same_half)])
+        assert torch.equal(drawn, random_bits(torch.arange(first, first + same_half), key))
+
+
+@pytest.mark.parametrize("momentum", SMALL, ids=str)
+def test_numba_rounds_a_row_that_lies_across_32_bits_of_places(momentum):
+    """The second tensor-parallel rank's slice of a matrix of more than 2^32 elements."""
+    results = []
+    for kernels in ("plain", "numba"):
+        generator = torch.Generator().manual_seed(2)
+        columns, start = 70000, 2**32 // 70000 * 70000 + 100
+        shard = Shard((2**32 // columns + 3, columns), start, start + 2 * columns)
+        param = torch.nn.Parameter(torch.randn(2 * columns, generator=generator))
+        optimizer = CAME(
+            [param], lr=1e-2, kernels=kernels, momentum_dtype=momentum, shards={param: shard},
+            names={param: "one"},
+        )  # fmt: skip
+        param.grad = torch.randn(2 * columns, generator=generator)
+        optimizer.step()
+        results.append(momentum_of(optimizer.state[param]).float())
+    assert (results[0] == results[1]).float().mean() > 0.999
 
 
 def test_a_slice_draws_the_bits_of_its_place():
@@ -223,7 +246,7 @@ def test_a_slice_draws_the_bits_of_its_place():
     local = torch.cat([full[4:8], full[12:16]])  # of the second rank
     shard = Shard((8, 70), 33, 501, tp_dim=0, tp_group=TwoRanks(), tp_rank=1, tp_parts=2)
     device = torch.device("cpu")
-    places = torch.cat([shard.full_places(box, device).view(-1) for box in boxes(shard, 100)])
+    places = torch.cat([shard.full_offsets(box, device).view(-1) for box in boxes(shard, 100)])
     assert torch.equal(full.view(-1)[places], local.view(-1)[33:501])
 
 

@@ -1,4 +1,4 @@
-"""What the host may change between steps, and steps that fail: kernels find all tensors anew."""
+"""What others may change between steps, and steps that fail: kernels find all tensors anew."""
 
 import itertools
 from unittest import mock
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_came import CAME
-from tests.kernels.test_kernels import on_both
-from tests.support.kernel_cases import weights_after_moves
-from tests.support.oracle import DEVICES
+from megatron_came.kernels.triton.backend import TritonBackend
+from scripts.cases.kernels import weights_after_moves
+from tests.support.oracle import DEVICES, on_both
 
 
 @on_both
@@ -53,29 +53,32 @@ def test_what_has_moved_before_a_step_that_fails_is_found_by_the_next(kernels):
     assert all(torch.equal(param, results[0]) for param in results)
 
 
-@on_both
+PASSES = "megatron_came.kernels.triton.passes"
+UPLOAD = "megatron_came.kernels.triton.backend.TritonBackend.upload"
+
+
 @pytest.mark.parametrize("call", range(8))
-def test_a_step_after_one_that_could_not_place_its_tables(call, kernels, monkeypatch):
+def test_a_step_after_one_that_could_not_upload_its_tables(call, monkeypatch):
     """As in a CUDA graph's capture, which asks for a warm-up."""
-    device, results = DEVICES[kernels], []
+    device, results = DEVICES["triton"], []
     for fails in (False, True):
         params = [torch.nn.Parameter(torch.ones(s, device=device)) for s in ((6, 4), (5,), (3, 4))]
-        optimizer = CAME(params, lr=1e-2, kernels=kernels)
+        optimizer = CAME(params, lr=1e-2, kernels="triton")
         for step in range(2):
             for power, param in enumerate(params[: 2 + step], 1):  # one more in the second step
                 grad = torch.arange(float(param.numel()), device=device) ** power + step
                 param.grad = grad.view_as(param)
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 + step)
             if fails and step:
-                made, calls = type(optimizer._choices[device].backend), itertools.count()
+                calls = itertools.count()
 
-                def refuse(self, table, place=made.place, calls=calls):
+                def refuse(self, table, upload=TritonBackend.upload, calls=calls):
                     if next(calls) == call:
                         raise RuntimeError("not now")
-                    return place(self, table)
+                    return upload(self, table)
 
                 with monkeypatch.context() as patch:
-                    patch.setattr(made, "place", refuse)
+                    patch.setattr(UPLOAD, refuse)
                     with pytest.raises(RuntimeError, match="not now"):
                         optimizer.step()
             optimizer.step()
@@ -94,20 +97,18 @@ def test_a_parameter_listed_twice_needs_no_new_plan():
     assert optimizer._plan is plan
 
 
-@on_both
-def test_a_step_after_one_that_was_not_counted(kernels, monkeypatch):
+def test_a_step_after_one_that_was_not_counted(monkeypatch):
     """As in a CUDA graph's capture that fails: what it has recorded is not carried out."""
-    device, results = DEVICES[kernels], []
+    device, results = DEVICES["triton"], []
     for fails in (False, True):
         param = torch.nn.Parameter(torch.ones(6, 4, device=device))
         param.grad = torch.arange(24.0, device=device).view(6, 4)
-        optimizer = CAME([param], lr=1e-2, kernels=kernels, momentum_dtype=torch.bfloat16)
+        optimizer = CAME([param], lr=1e-2, kernels="triton", momentum_dtype=torch.bfloat16)
         for step in range(4):
             if fails and step == 2:
-                made = type(optimizer._choices[device].backend)
                 with monkeypatch.context() as patch:
-                    patch.setattr(made, "count_step", lambda self, tables: None)
-                    patch.setattr(made, "run", mock.Mock(side_effect=RuntimeError("not now")))
+                    patch.setattr(f"{PASSES}.TritonPasses._count_step", lambda self: None)
+                    patch.setattr(f"{PASSES}.run", mock.Mock(side_effect=RuntimeError("not now")))
                     with pytest.raises(RuntimeError, match="not now"):
                         optimizer.step()
             optimizer.step()
@@ -115,20 +116,18 @@ def test_a_step_after_one_that_was_not_counted(kernels, monkeypatch):
     assert torch.equal(*results)
 
 
-@on_both
 @pytest.mark.parametrize("undone", ["gradient", "rate"])
-def test_what_a_failed_step_has_seen_and_the_next_one_finds_undone(undone, kernels, monkeypatch):
-    device, results = DEVICES[kernels], []
+def test_what_a_failed_step_has_seen_and_the_next_one_finds_undone(undone, monkeypatch):
+    device, results = DEVICES["triton"], []
     for fails in (False, True):
         param = torch.nn.Parameter(torch.ones(6, 4, device=device))
-        optimizer = CAME([param], lr=1e-2, kernels=kernels)
+        optimizer = CAME([param], lr=1e-2, kernels="triton")
         (group,) = optimizer.param_groups
         param.grad = first = torch.arange(24.0, device=device).view(6, 4)
         optimizer.step()
         if fails:
             with monkeypatch.context() as patch:
-                made = type(optimizer._choices[device].backend)
-                patch.setattr(made, "place", mock.Mock(side_effect=RuntimeError("not now")))
+                patch.setattr(UPLOAD, mock.Mock(side_effect=RuntimeError("not now")))
                 if undone == "gradient":
                     param.grad = second = first.square()
                 else:

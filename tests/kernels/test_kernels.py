@@ -13,27 +13,21 @@ from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.kernels.dispatch import choose
-from megatron_came.kernels.triton.launch import blocks_save_time
-from megatron_came.kernels.triton.tables import StripField
-from megatron_came.kernels.triton.tiling import Tiling, cache_blocks, cut
+from megatron_came.kernels.triton.backend import TritonBackend, sets_save_time
+from megatron_came.kernels.triton.tables import AdditionField
+from megatron_came.kernels.triton.tiling import Tiling, cut, in_cache
 from megatron_came.voice import warn_once
-from tests.core.test_sharded import MID_ROW
-from tests.core.test_sharded import worst_distance as worst_sharded_distance
-from tests.support.kernel_cases import (
+from scripts.cases.kernels import (
     CASES,
     TOLERANCE,
     bad_gradients,
     model_weights_after_steps,
     worst_distance,
 )
-from tests.support.oracle import DEVICES
-from tests.support.sharded_cases import Layout
-
-LAUNCHERS = {
-    "numba": "megatron_came.kernels.cpu.launch.NumbaBackend",
-    "triton": "megatron_came.kernels.triton.launch.TritonBackend",
-}
-on_both = pytest.mark.parametrize("kernels", LAUNCHERS)
+from scripts.cases.slices import Layout
+from tests.support.oracle import DEVICES, ON_REAL_DEVICES, on_both
+from tests.support.slices import MID_ROW
+from tests.support.slices import worst_distance as worst_sharded_distance
 
 
 @on_both
@@ -42,19 +36,18 @@ def test_kernels_equal_the_plain_path(case, kernels):
     assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
 
 
-@on_both
 @pytest.mark.parametrize("elements", [1, 500])
-def test_matrices_that_fit_a_cache(elements, kernels, monkeypatch):
-    monkeypatch.setattr(f"{LAUNCHERS[kernels]}.cache_elements", elements)
+def test_matrices_that_fit_a_cache(elements, monkeypatch):
+    monkeypatch.setattr(TritonBackend, "cache_elements", elements)
     case = next(case for case in CASES if case.name == "batches")
-    assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+    assert worst_distance(case, "triton", DEVICES["triton"]) <= TOLERANCE
 
 
-def test_a_gpu_takes_blocks_that_fit_its_cache_where_memory_is_slow():
+def test_a_gpu_takes_sets_that_fit_its_cache_where_memory_is_slow():
     mebibyte = 2**20
-    assert not blocks_save_time(50 * mebibyte // 8, 4.8e12)  # H200
-    assert blocks_save_time(72 * mebibyte // 8, 1.0e12)  # GeForce RTX 4090
-    assert not blocks_save_time(72 * mebibyte // 8, 0.0)  # not known
+    assert not sets_save_time(50 * mebibyte // 8, 4.8e12)  # H200
+    assert sets_save_time(72 * mebibyte // 8, 1.0e12)  # GeForce RTX 4090
+    assert not sets_save_time(72 * mebibyte // 8, 0.0)  # not known
 
 
 def test_the_size_of_the_cache_changes_no_order_of_sums():
@@ -67,11 +60,11 @@ def test_the_size_of_the_cache_changes_no_order_of_sums():
         sums.append(SliceSums(tensors[:2], tensors[2], tensors[3:]))
     tables = []
     for limit in (None, 1, 2500, 12000):
-        together = list(cache_blocks([shard.numel for shard in shards], limit))
-        _, strips, blocks, slots = cut(shards, sums, Tiling(8, 64, 20, stretch=2), together)
-        assert slots <= 20
-        assert (len(blocks) == 1) == (limit is None)
-        tables.append(strips[:, StripField.SLOT + 1 :])
+        together = list(in_cache([shard.numel for shard in shards], limit))
+        _, additions, sets, tiles = cut(shards, sums, Tiling(8, 64, 20, stretch=2), together)
+        assert tiles <= 20
+        assert (len(sets) == 1) == (limit is None)
+        tables.append(additions[:, AdditionField.TILE + 1 :])
     assert all(np.array_equal(table, tables[0]) for table in tables)
 
 
@@ -92,22 +85,21 @@ def test_autograd_notices_a_step():
         loss.backward()
 
 
-@on_both
 @pytest.mark.parametrize(
     "tiling",
     [
         Tiling(8, 64, 1),
         Tiling(16, 64, 7),
         Tiling(8, 64, 7, stretch=2),
-        Tiling(8, 64, 3, strip=16, tallest=64),  # grown to 64 rows
-        Tiling(8, 16, 1, strip=16, tallest=32),  # to 32, in segments
+        Tiling(8, 64, 3, addition=16, tallest=64),  # 64 rows high
+        Tiling(8, 16, 1, addition=16, tallest=32),  # to 32, in several fills of the scratch buffer
     ],
     ids=str,
 )
-def test_any_cut_into_tiles_and_segments(tiling, kernels):
+def test_any_cut_into_tiles(tiling):
     case = next(case for case in CASES if case.name == "middle of rows")
-    with mock.patch(f"{LAUNCHERS[kernels]}.tiling", tiling):
-        assert worst_distance(case, kernels, DEVICES[kernels]) <= TOLERANCE
+    with mock.patch.object(TritonBackend, "tiling", tiling):
+        assert worst_distance(case, "triton", DEVICES["triton"]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("tp_dim", [None, 0, 1])
@@ -131,7 +123,7 @@ def test_slices_of_a_vector_and_of_batches_in_triton():
 def test_kernels_from_the_cache_change_no_bit(tmp_path):
     """The first process compiles them, the second loads what the first has kept."""
     script = (
-        "import torch; from tests.support.kernel_cases import CASES, train; import sys\n"
+        "import torch; from scripts.cases.kernels import CASES, train; import sys\n"
         "for case in CASES:\n"
         "    for update in train(case, 'numba', torch.device('cpu'), torch.float32):\n"
         "        sys.stdout.write(update.numpy().tobytes().hex())\n"
@@ -145,13 +137,6 @@ def test_kernels_from_the_cache_change_no_bit(tmp_path):
         results.append(done.stdout)
         assert list(tmp_path.rglob("*.nbc"))
     assert results[0] == results[1] != ""
-
-
-ON_REAL_DEVICES = [
-    "plain",
-    "numba",
-    pytest.param("triton", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")),
-]
 
 
 @pytest.mark.parametrize("kernels", ON_REAL_DEVICES)

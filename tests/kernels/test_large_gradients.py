@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from megatron_came import CAME
-from tests.kernels.test_kernels import on_both
+from scripts.cases.slices import Layout, train_sharded
 from tests.support.oracle import (
     BETAS,
     DEVICES,
     TOLERANCE,
     distance,
+    on_both,
     on_every_path,
     with_all_kernels,
 )
-from tests.support.sharded_cases import Layout, train_sharded
 
 LARGEST = torch.finfo(torch.float32).max
 SCALES = [1e18, 1e20, 1e25, LARGEST]

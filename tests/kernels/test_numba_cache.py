@@ -22,17 +22,6 @@ def test_whatever_happens_to_what_is_kept(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_the_note_stands_in_the_line_about_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_came.kernels.cpu import launch, task
-
-    noted = task.compiled()._replace(note="They were compiled in memory.")
-    monkeypatch.setattr(launch, "compiled", lambda: noted)
-    chosen = choose("auto", torch.device("cpu"))
-    assert chosen.backend.name == "numba"
-    assert chosen.should_warn
-    assert chosen.reason.endswith("Numba is installed). They were compiled in memory.")
-
-
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -63,6 +52,15 @@ def test_what_is_missing_is_named(
     assert reason in chosen.reason
     assert chosen.reason.endswith("); pip install 'megatron-came[cpu]'.")
     with pytest.raises(ValueError, match=r"pip install 'megatron-came\[cpu\]'\.$"):
+        choose("numba", torch.device("cpu"))
+
+
+def test_numba_is_named_where_all_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("megatron_came.kernels.numba")]:
+        monkeypatch.delitem(sys.modules, module)
+    for package in ("numba", "llvmlite"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match="the package numba is missing"):
         choose("numba", torch.device("cpu"))
 
 

@@ -11,7 +11,7 @@ from megatron_came.megatron.checkpoints.buckets import (
     gathered_index,
     spans_of,
 )
-from megatron_came.megatron.checkpoints.resumed_buckets import changes
+from megatron_came.megatron.checkpoints.refusals import bucket_changes
 
 
 def _buffer(sizes, ends):
@@ -75,7 +75,7 @@ def test_what_differs_of_the_flags():
 
     def changed(saved, now):
         before = SimpleNamespace(**{**plain, "data_parallel_size": 2, **saved})
-        return changes(before, SimpleNamespace(**{**plain, "data_parallel_size": 2, **now}))
+        return bucket_changes(before, SimpleNamespace(**{**plain, "data_parallel_size": 2, **now}))
 
     assert changed({}, {}) == ""
     assert changed({}, {"data_parallel_size": 40}) == ""

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_came.megatron.checkpoints import changed_flags
-from megatron_came.megatron.checkpoints.changed_flags import said_changes, schedule_refusal
+from megatron_came.megatron.checkpoints import flags
+from megatron_came.megatron.checkpoints.flags import said_changes, schedule_refusal
 
-NAMES = [*changed_flags._OF_SCHEDULE, *changed_flags._OTHERS]
+NAMES = [*flags._OF_SCHEDULE, *flags._OTHERS]
 SCHEDULERS = {"override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False}
 FILLED = {"num_attention_heads": 4, "hidden_size": 32, "group_query_attention": True}
 
@@ -33,11 +33,11 @@ def options():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("values", [(0.5, 0.25), (True, None), (["a", 1], None), ("cosine", "x")])
 def test_every_flag_is_said(name, values):
-    if changed_flags._FLAGS.get(name, "").startswith("no "):
+    if flags._FLAGS.get(name, "").startswith("no "):
         values = True, False  # a switch that says the opposite
     saved, now = (run(**{name: value}) for value in values)
     (sentence,) = said_changes(saved, now)
-    flag = changed_flags._FLAGS.get(name, "--" + name.replace("_", "-")).removeprefix("no ")
+    flag = flags._FLAGS.get(name, "--" + name.replace("_", "-")).removeprefix("no ")
     assert sentence.startswith(f"training goes on with {flag} ")
     assert "the checkpoint's run had" in sentence
     assert said_changes(saved, saved) == []
@@ -45,7 +45,7 @@ def test_every_flag_is_said(name, values):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_is_one_of_megatrons(name):
-    flag = changed_flags._FLAGS.get(name, "--" + name.replace("_", "-")).removeprefix("no ")
+    flag = flags._FLAGS.get(name, "--" + name.replace("_", "-")).removeprefix("no ")
     if name not in options():
         pytest.skip("another release's")
     assert flag in options()[name]
@@ -80,8 +80,8 @@ def test_a_schedule_is_refused_unless_a_flag_says_whose_counts():
     theirs = {**OWN, "max_lr": 1e-3}
     problem = schedule_refusal(saved, now, (theirs, OWN), [])
     assert "--lr 0.002 (the checkpoint's run had 0.001)" in problem
-    assert changed_flags.OVERRIDE in problem
-    assert changed_flags.KEEP in problem
+    assert flags.OVERRIDE in problem
+    assert flags.KEEP in problem
     assert schedule_refusal(saved, now, (OWN, OWN), [(GROUPS, GROUPS)]) is None
     for flag in SCHEDULERS:
         both = run(lr=2e-3, **{flag: True})

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_came.megatron.checkpoints.folders import TRACKER, folder_problem, legacy_problem
+from megatron_came.checkpoint_files.folder import TRACKER
+from megatron_came.megatron.checkpoints.folders import folder_problem, legacy_problem
 
 
 def args(**changes):

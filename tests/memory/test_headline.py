@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_came.memory import command as memory
+from megatron_came.memory import command
 
 ROOT = Path(__file__).parents[2]
 ROWS = re.findall(
@@ -21,7 +21,7 @@ COMMANDS = re.findall(r"```bash\nmegatron-came memory (.*?)```", LAUNCHES, re.DO
 def saved(words, capsys, monkeypatch):
     """What CAME saves of AdamW's total on the fullest stage, in percent, by optimizer."""
     monkeypatch.chdir(ROOT)
-    assert memory.main([*words, "--json"]) == 0
+    assert command.main([*words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     totals = {
         name: max(stage["bytes"][name]["total"] for stage in report["stages"])

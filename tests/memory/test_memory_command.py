@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_came.memory import command as memory
-from megatron_came.memory import measurement, plot, report
-from megatron_came.memory.components import Components
+from megatron_came.core.shard import Shard
+from megatron_came.core.state import new_state
+from megatron_came.memory import command, measurement, plot, report
 from megatron_came.memory.launch_command import LaunchError, from_script, from_words
-from megatron_came.memory.records import Record
+from megatron_came.memory.optimizers import Components
+from megatron_came.memory.report import Report
 from tests.support.memory_flags import BF16, DO, EXPERTS, SMALL, pp, tp
 
 ROOT = Path(__file__).parents[2]
@@ -20,11 +21,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_flags_behind_torchrun():
     words = "srun env A=1 /bin/torchrun --standalone --nnodes 2 --nproc-per-node 4 -m a.b --x 1"
-    command = from_words(words.split())
-    assert (command.flags, command.ranks) == (["--x", "1"], 8)
+    found = from_words(words.split())
+    assert (found.flags, found.ranks) == (["--x", "1"], 8)
     words = "python -m torch.distributed.run --nproc-per-node=2 launch.py pretrain.py --x 1"
-    command = from_words(words.split())
-    assert (command.flags, command.ranks) == (["--x", "1"], 2)
+    found = from_words(words.split())
+    assert (found.flags, found.ranks) == (["--x", "1"], 2)
 
 
 def test_a_script_is_asked_for_its_command(tmp_path):
@@ -33,13 +34,13 @@ def test_a_script_is_asked_for_its_command(tmp_path):
         'echo "it\'s a line of its own"\n[[ $DRY_RUN == 1 ]] || exit 1\n'
         "printf '%s \\\\\\n    ' torchrun --nproc-per-node 2 x.py '--name \"a b\"' \"$@\"\n"
     )
-    command = from_script(script, ["--more", "2"])
-    assert (command.flags, command.ranks) == (["--name", "a b", "--more", "2"], 2)
+    found = from_script(script, ["--more", "2"])
+    assert (found.flags, found.ranks) == (["--name", "a b", "--more", "2"], 2)
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*/train_[!s]*.sh")), ids=str)
 def test_the_examples_can_be_predicted(script, capsys):
-    assert memory.main(["--script", str(script), "--json"]) == 0
+    assert command.main(["--script", str(script), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     if script.parent.name == "gpt2_medium":
         assert values["parameters"] == 354_871_296
@@ -91,7 +92,7 @@ FAILING = {
 @pytest.mark.parametrize("name", FAILING)
 def test_bad_input_is_one_sentence(name, capsys):
     words, expected = FAILING[name]
-    assert memory.main(words.split()) == 2
+    assert command.main(words.split()) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
@@ -114,7 +115,7 @@ def test_json_plot_and_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     picture, file = tmp_path / "x.png", tmp_path / "x.json"
     words = [*(SMALL + BF16 + pp(2)).split(), "--gpus", "4", "--fit", "1GiB"]
-    assert memory.main([*words, "--plot", str(picture), "--json", str(file)]) == 0
+    assert command.main([*words, "--plot", str(picture), "--json", str(file)]) == 0
     text = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
     values = json.loads(file.read_text())
@@ -149,21 +150,21 @@ def test_json_plot_and_fit(tmp_path, capsys, monkeypatch):
 )
 def test_what_would_help_where_nothing_fits(flags, own, hints, no_hints, capsys):
     words = [*(SMALL + BF16 + flags).split(), "--gpus", "4", "--fit"]
-    assert memory.main([*words, "0.1MiB"]) == 0
+    assert command.main([*words, "0.1MiB"]) == 0
     what_fits, helps = capsys.readouterr().out.split("This launch does not fit: it needs ")
     assert own in what_fits
     assert "none" in what_fits.split(own)[1].splitlines()[0]
     assert "more than there are" in helps
     assert all(hint in helps for hint in hints)
     assert not any(hint in helps for hint in no_hints)
-    assert memory.main([*words, "1GiB"]) == 0
+    assert command.main([*words, "1GiB"]) == 0
     printed = capsys.readouterr().out
     assert "does not fit" not in printed
     assert "1 (data 1)" in printed.split(own)[1].splitlines()[0]
 
 
 def test_json_alone_goes_to_stdout(capsys):
-    assert memory.main(["--gpus", "1", "--json", *SMALL.split()]) == 0
+    assert command.main(["--gpus", "1", "--json", *SMALL.split()]) == 0
     assert json.loads(capsys.readouterr().out)["ranks"] == 1
 
 
@@ -179,7 +180,7 @@ def test_a_plot_without_matplotlib(monkeypatch):
 def _record(rank=0, **changes):
     parts = Components(2000, 4000, 4000, 4000, 40, 160)
     values = {"rank": rank, "stage": 0, "optimizer": "CAME fp32", "parameters": 1000}
-    return Record(**{**values, "measured": parts, "predicted": parts, "activations": 7, **changes})
+    return Report(**{**values, "measured": parts, "predicted": parts, "activations": 7, **changes})
 
 
 def test_reports_are_compared(tmp_path, capsys):
@@ -188,7 +189,7 @@ def test_reports_are_compared(tmp_path, capsys):
     _record().write(tmp_path)
     _record(1, measured=more, allocator=allocator).write(tmp_path)
     files = [str(path) for path in sorted(tmp_path.iterdir())]
-    assert memory.main(["--compare", *files]) == 0
+    assert command.main(["--compare", *files]) == 0
     text = capsys.readouterr().out
     assert "rank 1, pipeline stage 0, CAME fp32" in text
     assert "(+10.00%); allocator's peak 9.00 MiB" in text
@@ -197,7 +198,7 @@ def test_reports_are_compared(tmp_path, capsys):
 
 def test_a_file_that_is_no_report(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
-    assert memory.main(["--compare", str(tmp_path / "x.json")]) == 2
+    assert command.main(["--compare", str(tmp_path / "x.json")]) == 2
     assert "is no report of --came-report-memory" in capsys.readouterr().err
 
 
@@ -220,9 +221,7 @@ def test_the_allocator_is_asked_around_the_step(monkeypatch):
     on_cuda = [SimpleNamespace(parameters=lambda: [SimpleNamespace(is_cuda=True)])]
     with measurement.watch_step(on_cuda, optimizer) as seen:
         assert optimizer.step() == (True, 1.0, None)
-    assert [each.as_dict() for each in seen] == [
-        {"peak_before": 500, "before": 100, "peak_during": 180, "after": 110}
-    ]
+    assert seen == [{"peak_before": 500, "before": 100, "peak_during": 180, "after": 110}]
     assert "step" not in vars(optimizer)
     on_cpu = [torch.nn.Linear(1, 1)]
     with measurement.watch_step(on_cpu, optimizer) as seen:
@@ -240,8 +239,20 @@ def test_the_command_is_registered(monkeypatch, capsys):
 
 def test_where_reports_go():
     given = SimpleNamespace(came_memory_dir="x", save="y")
-    assert report._folder(given) == Path("x")
+    assert report.folder_of(given) == Path("x")
     given.came_memory_dir = None
-    assert report._folder(given) == Path("y/came_memory")
+    assert report.folder_of(given) == Path("y/came_memory")
     given.save = None
-    assert report._folder(given) is None
+    assert report.folder_of(given) is None
+
+
+def test_state_is_counted_under_what_it_is():
+    param = torch.nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
+    state = new_state(param, Shard.whole((3, 5)), torch.int8, remainders=True)
+    found = {key: measurement.component_of(key) for key in state}
+    assert found.pop("exp_avg") == found.pop("exp_avg_scale") == "momentum"
+    assert found.pop("remainder") == "main_weights"
+    assert len(found) == 4
+    assert set(found.values()) == {"second_moment"}
+    assert measurement.component_of("exp_avg_sq") == "second_moment"
+    assert measurement.component_of("momentum_buffer") == "momentum"

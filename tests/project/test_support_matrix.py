@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import layouts, test_training
+from tests.training import layouts
 from tests.training.harness import data_parallel_size, parallel_size
 
 PAGE = (Path(__file__).parents[2] / "docs" / "support.md").read_text()
@@ -22,9 +22,7 @@ def _cases(model):
     cases.append((layouts.DO, 1))
     if model == "gpt2":
         cases += [
-            (flags, ranks)
-            for ranks, found in test_training.LAYOUTS.items()
-            for flags in found.values()
+            (flags, ranks) for ranks, found in layouts.PLAIN.items() for flags in found.values()
         ]
     return cases
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.releases.places import wheel
-from tests.training.test_buckets import come_back
+from tests.training.drawn_buckets import come_back
 
 RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.0")
 

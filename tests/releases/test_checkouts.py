@@ -80,6 +80,8 @@ def test_the_patch_adds_one_line_and_goes_without_trace(runs):
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_the_patch_fits_the_checkout(tag):
-    found = patch.find_patch(checkout(tag), patch.PATCHES)
-    assert found.path.stem == tag
-    assert not patch.Checkout(checkout(tag), found).patched
+    found = patch.find_patch(checkout(tag))
+    assert found.stem == tag
+    script = (checkout(tag) / "pretrain_gpt.py").read_bytes()
+    applied, patched = patch.switched(script, found)
+    assert (applied, patch.switched(patched, found)) == (False, (True, script))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.releases.places import copy_of, wheel
 from tests.training.harness import Case, losses, run, worst_difference
-from tests.training.test_layouts import MODELS
+from tests.training.layouts import MODELS
 
 TOLERANCE = 2e-6  # of the loss; see tests/training/test_training.py
 

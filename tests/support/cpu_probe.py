@@ -1,4 +1,4 @@
-"""Run in a process of its own by test_cpu_host.py: what enabling the CPU changes, as JSON."""
+"""Run in a process of its own by test_cpu_megatron.py: what enabling the CPU changes, as JSON."""
 
 import argparse
 import contextlib

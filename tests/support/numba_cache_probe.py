@@ -12,32 +12,65 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from numba import carray, config, float64, types
+import numpy as np
+from numba import config, njit, prange, types
 
-from megatron_came.kernels.cpu.compiling import to_float64
-from megatron_came.kernels.cpu.keeping import Compiled, compile_and_keep
-
-
-def fill(address):  # type: ignore[no-untyped-def]
-    numbers = carray(to_float64(address), (4,))
-    for index in range(4):
-        numbers[index] = float64(index) / 3
+from megatron_came.kernels.cpu import keeping
 
 
-def compiled() -> Compiled:
+class Made(NamedTuple):
+    """How often a function was loaded, and what was said."""
+
+    hits: int
+    note: str
+
+
+def fill(numbers):  # type: ignore[no-untyped-def]
+    for index in prange(4):
+        numbers[index] = index / 3
+
+
+def fill_one(number):  # type: ignore[no-untyped-def]
+    return number + 1
+
+
+def compiled(is_dispatcher: bool = True) -> Made:
     """Compiles, or loads; the function must give the same whatever happened."""
-    import ctypes
+    notes: list[str] = []
+    keeping.warn_once = notes.append  # type: ignore[assignment]
+    if is_dispatcher:
+        function: Any = keeping.keep(njit(fill))
+        numbers = np.empty(4)
+        function(numbers)
+        assert numbers.tolist() == [0.0, 1 / 3, 2 / 3, 1.0]
+        return Made(sum(function.stats.cache_hits.values()), " ".join(notes))
+    made = keeping.compile_and_keep(fill_one, types.int64(types.int64))
+    assert made.ctypes(4) == 5
+    return Made(made.cache_hits, " ".join(notes))
 
-    made = compile_and_keep(fill, types.void(types.int64))
-    numbers = (ctypes.c_double * 4)()
-    ctypes.CFUNCTYPE(None, ctypes.c_int64)(made.function.address)(ctypes.addressof(numbers))
-    assert list(numbers) == [0.0, 1 / 3, 2 / 3, 1.0]
-    return made
+
+def is_loaded(made: Made) -> bool:
+    return made == (1, "")
 
 
-def is_loaded(made: Compiled) -> bool:
-    return made.function.cache_hits == 1 and not made.note
+def variants(folder: Path) -> None:
+    """What is compiled from one function in two ways is kept in two places."""
+    results = [keeping.keep(njit(parallel=way)(fill), str(way)) for way in (False, True) * 2]
+    for function in results:
+        function(np.empty(4))
+    assert [sum(function.stats.cache_hits.values()) for function in results] == [0, 0, 1, 1]
+
+
+def for_c(folder: Path) -> None:
+    """A function that C calls is kept likewise."""
+    assert compiled(is_dispatcher=False) == (0, "")
+    assert is_loaded(compiled(is_dispatcher=False))
+    for file in folder.rglob("*fill_one*.nbc"):
+        file.write_bytes(b"garbage")
+    assert "was damaged" in compiled(is_dispatcher=False).note
+    assert is_loaded(compiled(is_dispatcher=False))
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -57,12 +90,12 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 def damage(folder: Path) -> None:
     for suffix in (".nbi", ".nbc"):
-        for file in folder.rglob("*fill*.nb[ic]"):
+        for file in folder.rglob("*fill-*.nb[ic]"):
             file.unlink()
         first = compiled()
-        assert (first.note, first.function.cache_hits) == ("", 0)
+        assert first == (0, "")
         assert is_loaded(compiled())
-        (file,) = folder.rglob(f"*fill*{suffix}")
+        (file,) = folder.rglob(f"*fill-*{suffix}")
         for how, change in DAMAGE.items():
             file.write_bytes(change(file.read_bytes()))
             made = compiled()
@@ -79,12 +112,12 @@ def damage(folder: Path) -> None:
 def no_room(folder: Path) -> None:
     """A limit on the size of files stands in for a full disk: writing fails in both."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for file in folder.rglob("*fill*.nb[ic]"):
+    for file in folder.rglob("*fill-*.nb[ic]"):
         file.unlink()
     for limit in (0, 30, 1000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         made = compiled()
-        assert "They were compiled in memory" in made.note, made.note
+        assert "kernels are compiled in memory" in made.note, made.note
         assert "(file too large): let NUMBA_CACHE_DIR name a folder" in made.note, made.note
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     assert compiled().note == ""
@@ -110,7 +143,7 @@ def no_folder(folder: Path) -> None:
 
 def at_once(folder: Path) -> None:
     """Two processes, which damage what is kept and build it again, at the same time."""
-    files = list(folder.rglob("*fill*.nb[ic]"))
+    files = list(folder.rglob("*fill-*.nb[ic]"))
     child = os.fork()
     for turn in range(4):
         for file in files:
@@ -127,6 +160,6 @@ def at_once(folder: Path) -> None:
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     config.CACHE_DIR = str(where)
-    for test in (damage, no_room, no_folder, at_once):
+    for test in (damage, no_room, no_folder, at_once, for_c, variants):
         test(where)
     print("fine")

@@ -24,6 +24,13 @@ PATHS = [
     (torch.float32, "numba"),
     pytest.param(torch.float32, "triton", marks=INTERPRETED),
 ]
+COMPILED = ("numba", "triton")
+ON_REAL_DEVICES = [
+    "plain",
+    "numba",
+    pytest.param("triton", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")),
+]
+on_both = pytest.mark.parametrize("kernels", COMPILED)
 on_every_path = pytest.mark.parametrize(("dtype", "kernels"), PATHS, ids=str)
 with_all_kernels = pytest.mark.parametrize("kernels", KERNELS)
 

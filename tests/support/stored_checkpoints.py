@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_came.checkpoint_files.torch_dist import kind_and_key
 from megatron_came.core import digests
-from megatron_came.tools.checkpoints.names import named
 
 COMMON = "common_state/shard_0_1"
+WEIGHT, STATE = "decoder.layers.mlp.weight", "optimizer.state."  # names of tensors
 
 
 def saved(thing: Any, protocol: int = 2) -> bytes:
@@ -130,7 +131,7 @@ def record_of(state: dict[str, Tensor], iteration: int = 4) -> str:
     """The record of digests of :func:`tensors`, computed from whole tensors."""
     kinds: dict[str, dict[str, digests.Saved]] = {}
     for name, tensor in state.items():
-        kind, key = named(name) or ("", "")
+        kind, key = kind_and_key(name)[:2]
         parts = {key: tensor}
         if key.startswith("decoder.layers"):
             parts = {digests.name_of(key, (layer,)): part for layer, part in enumerate(tensor)}

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import megatron_came
-from megatron_came.terminal.console import Head, table, wrapped
+from megatron_came import memory
+from megatron_came.cpu_megatron.install import REPLACEMENTS as OF_CPU
+from megatron_came.megatron.install import REPLACEMENTS as OF_CAME
 from megatron_came.tools import cli, flags
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,13 @@ class TestMegatronsHelp:
 
 
 class TestFlags:
+    def test_all_that_is_replaced_of_megatron_is_listed(self, capsys):
+        assert flags.main(["--replaced"]) == 0
+        printed = capsys.readouterr().out.split()
+        for row in (*OF_CAME, *OF_CPU, *memory.REPLACEMENTS):
+            assert row.target in printed
+            assert f"{row.by}:" in printed
+
     def test_all_of_them_are_listed_with_default_and_meaning(self):
         text = "\n".join(flags.text(1000))
         for action in flags.came_flags():
@@ -151,56 +160,6 @@ class TestFlags:
         assert "\x1b" not in printed
         longest = max(map(len, printed.splitlines()))
         assert columns - 20 < longest <= columns or columns == 120
-
-
-class TestTables:
-    ROWS = (["GiB", "CAME fp32", "CAME int8 + rem.", "AdamW"], ["second moment", "1", "2", "33.3"])
-
-    def test_one_that_fits_is_one_block(self):
-        assert table(self.ROWS, 60) == [
-            "GiB            CAME fp32  CAME int8 + rem.  AdamW",
-            "second moment          1                 2   33.3",
-        ]
-
-    def test_heads_are_broken_first(self):
-        assert table(self.ROWS, 40) == [
-            "                     CAME",
-            "                     int8",
-            "               CAME     +",
-            "GiB            fp32  rem.  AdamW",
-            "second moment     1     2   33.3",
-        ]
-
-    def test_then_labels(self):
-        rows = (self.ROWS[0], ["a label of many more words", "1", "2", "33.3"])
-        assert table(rows, 40)[3:] == [
-            "GiB                   fp32  rem.  AdamW",
-            "a label of many more",
-            "  words                  1     2   33.3",
-        ]
-
-    def test_then_columns_are_put_below(self):
-        assert table(self.ROWS, 20) == [
-            "               CAME",
-            "GiB            fp32",
-            "second moment     1",
-            "",
-            "               CAME",
-            "               int8",
-            "                  +",
-            "GiB            rem.",
-            "second moment     2",
-            "",
-            "GiB            AdamW",
-            "second moment   33.3",
-        ]
-
-    def test_heads_are_told_from_cells(self):
-        assert [isinstance(line, Head) for line in table(self.ROWS, 40)] == [True] * 4 + [False]
-
-    def test_sentences_keep_their_indentation(self):
-        assert wrapped("  a bb ccc dddd", 8) == ["  a bb", "  ccc", "  dddd"]
-        assert wrapped("") == [""]
 
 
 def on_a_terminal(words, columns, **variables):

@@ -18,7 +18,7 @@ import torch
 
 from megatron_came.checkpoint_files import names, pickles
 from megatron_came.checkpoint_files.errors import CheckpointError, ForeignClassError
-from megatron_came.checkpoint_files.records import Record
+from megatron_came.checkpoint_files.names import StandIn
 from megatron_came.tools import inspect
 from tests.support.stored_checkpoints import (
     COMMON,
@@ -276,7 +276,7 @@ def test_a_name_cannot_write_to_the_terminal():
 def test_what_stands_in_is_inert():
     """Nothing that a name leads to is the thing of that name."""
     stand_in = names.stand_in("argparse", "Namespace")
-    assert isinstance(stand_in.make(1), Record)
+    assert isinstance(stand_in.make(1), StandIn)
     for module, name in (
         ("argparse", "ArgumentParser"),
         ("megatron.core.utils", "print"),

@@ -8,10 +8,12 @@ import shutil
 import pytest
 import torch
 
-from megatron_came.core import digests
+from megatron_came.core import digests, int8
 from megatron_came.tools import inspect
 from megatron_came.tools.checkpoints.main_weights import unlike
 from tests.support.stored_checkpoints import (
+    STATE,
+    WEIGHT,
     common,
     record_of,
     saved,
@@ -19,9 +21,6 @@ from tests.support.stored_checkpoints import (
     write_distributed,
     write_legacy,
 )
-
-WEIGHT = "decoder.layers.mlp.weight"
-STATE = "optimizer.state."
 
 
 def verify(root, capsys, status):
@@ -275,7 +274,8 @@ def legacy(state, *, has_buffers=True):
     ]
     factors.append({"exp_avg_sq": state[f"{STATE}exp_avg_sq.final.bias"]})
     whole = {**common(**{digests.KEY: record_of(tensors())}), "model": model}
-    optimizer = {"came": {"format": 1, "parameters": factors}}
+    spans = [[[0, 6], [64, 88], [88, 112]]]
+    optimizer = {"came": {"format": 1, "parameters": factors, "spans": spans}}
     if has_buffers:
         flat = {kind: buffer_of(state, kind) for kind in ("param", "exp_avg")}
         optimizer[0] = {(torch.float32, torch.float32): {**flat, "numel_unpadded": 112}}
@@ -304,6 +304,33 @@ def test_legacy_files_are_proved_and_damage_is_named(tmp_path, capsys):
         root = tmp_path / name
         write_legacy(root, *legacy(changed(name, flip)))
         assert what in verify(root, capsys, 1)
+
+
+def test_momentum_in_int8_is_proved_by_its_values(tmp_path, capsys):
+    momentum, scale = int8.quantize(torch.randn(600))
+    record = {
+        digests.MOMENTUM: {
+            "weight": digests.Saved(
+                (600,), "float32", digests.digest_whole(int8.dequantize(momentum, scale))
+            )
+        }
+    }
+    packed = digests.pack(digests.Record(4, "came", 4, record, {}))
+    state = {0: {"exp_avg": momentum, "exp_avg_scale": scale}}
+    whole = {**common(**{digests.KEY: packed}), "model": {}, "optimizer": {"state": state}}
+    write_legacy(tmp_path / "sound", whole)
+    assert "It is sound." in verify(tmp_path / "sound", capsys, 0)
+    scale[2] *= 2
+    write_legacy(tmp_path / "scaled", whole)
+    assert "momentum of weight, in mp_rank_00/" in verify(tmp_path / "scaled", capsys, 1)
+
+
+def test_buffers_whose_parameters_lie_anywhere(tmp_path, capsys):
+    for number, spans in enumerate(([[[0, 6.5]]], [[[0, 1 << 40]]], [["ab"]], 3, [[[5, 2]]])):
+        whole, optimizer = legacy(tensors())
+        optimizer["came"]["spans"] = spans
+        write_legacy(tmp_path / str(number), whole, optimizer)
+        assert "lie in flat buffers" in verify(tmp_path / str(number), capsys, 0)
 
 
 def test_legacy_files_that_are_gone(tmp_path, capsys):

@@ -83,6 +83,33 @@ def test_a_command_that_is_interrupted_meanwhile(tmp_path: Path, signum: signal.
     assert ends(int((tmp_path / "pid").read_text()))
 
 
+def test_a_command_that_is_interrupted_as_it_starts_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self.pid)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(children.subprocess, "Popen", Interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            children.run_alone(["sleep", "50"], environment=os.environ, seconds=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ends(started[0])
+
+
+def test_a_launch_script_hears_signals() -> None:
+    """Such as that of ``timeout`` within it."""
+    asked = ["grep", "SigBlk", "/proc/self/status"]
+    done = children.run_alone(asked, environment=os.environ, seconds=60)
+    blocked = int(done.stdout.split()[1], 16)
+    assert not blocked & (1 << signal.SIGINT - 1 | 1 << signal.SIGTERM - 1)
+
+
 _TRAINER = """
 import os, sys, time
 if __name__ == "__main__":

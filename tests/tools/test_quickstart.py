@@ -11,15 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
+from megatron_came.memory.optimizers import Components
 from megatron_came.quickstart import command as command_line
-from megatron_came.quickstart.meter import Measured, Meter, count_bytes
-from megatron_came.quickstart.plot import plot_losses
-from megatron_came.quickstart.report import check_same_start, summary
+from megatron_came.quickstart.report import check_same_start, plot_losses, summary
 from megatron_came.quickstart.settings import OPTIMIZERS, QuickstartError, Settings
 from megatron_came.quickstart.steps import Steps
-from megatron_came.quickstart.train import Result, choose_port, last_words, read_iteration
+from megatron_came.quickstart.train import Result
+from megatron_came.training_log import TrainingError, TrainingLog, choose_port, last_words
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,44 +259,15 @@ class TestSteps:
         assert runs
 
 
-class TestMeter:
-    def test_adamw(self) -> None:
-        weight, bias = torch.nn.Parameter(torch.ones(3, 5)), torch.nn.Parameter(torch.ones(5))
-        meter = Meter()
-        optimizer = torch.optim.AdamW([weight, bias])
-        for param in (weight, bias):
-            param.grad = torch.ones_like(param)
-        optimizer.step()
-        measured = meter.read(main_weights=True)
-        expected = Measured(20, 80, 80, 80, step_seconds=measured.step_seconds)
-        assert measured == expected
-        assert measured.step_seconds > 0
-        assert measured.memory == 240
-
-    def test_came(self) -> None:
-        weight, bias = torch.nn.Parameter(torch.ones(3, 5)), torch.nn.Parameter(torch.ones(5))
-        optimizer = torch.optim.SGD([weight, bias])
-        rows, columns = torch.ones(3), torch.ones(5)
-        optimizer.state[weight] = {
-            "step": torch.tensor(1.0),
-            "exp_avg": torch.ones(15),
-            **{"exp_avg_sq_row": rows, "exp_avg_sq_col": columns},
-            **{"exp_avg_res_row": rows, "exp_avg_res_col": columns},
-        }
-        optimizer.state[bias] = {"exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(5), "step": 1}
-        assert count_bytes([optimizer], main_weights=False) == {
-            "weights": 20,
-            "main_weights": 0,
-            "momentum": 4 * 20,
-            "second_moment": 4 * (2 * (3 + 5) + 5),
-        }
-
-
 class TestTrain:
     def test_a_line_of_the_log(self) -> None:
-        assert read_iteration(LINE) == (7, 658.0, 6.969738)
-        assert read_iteration("[rank0]: iteration 7" + LINE) == (7, 658.0, 6.969738)
-        assert read_iteration("training ...") is None
+        log = TrainingLog()
+        timer = "    optimizer-inner-step ...........................: (5.10, 6.12)\n"
+        seen = [log.read(line) for line in (LINE, "[rank0]: iteration 7" + LINE, timer, "training")]
+        assert seen == [True, True, False, False]
+        assert TrainingLog().read(LINE.replace("lm loss: 6.969738E+00 |", ""))
+        timers = {"optimizer-inner-step": [6.12]}
+        assert log == TrainingLog([6.969738] * 2, [658.0] * 2, timers, iterations=120)
 
     def test_a_failure_is_told_by_its_cause(self) -> None:
         cause = "  ValueError: hidden size 255 cannot be split over 4 heads"
@@ -313,18 +283,18 @@ class TestTrain:
             taken.bind(("", 0))
             taken.listen()
             port = taken.getsockname()[1]
-            with pytest.raises(QuickstartError, match=rf"Port {port} cannot be used \(address"):
+            with pytest.raises(TrainingError, match=rf"Port {port} cannot be used \(address"):
                 choose_port(port)
         assert choose_port(port) == port
         assert choose_port(None) > 0
 
 
 def results() -> dict[str, Result]:
-    adam = Measured(2_000_000, 0, 4 * 2**20, 4 * 2**20, 0.008)
-    came = replace(adam, second_moment=2**18, step_seconds=0.012)
+    adam = Components(16 * 2**20, 16 * 2**20, 0, 4 * 2**20, 4 * 2**20, 0)
+    came = replace(adam, second_moment=2**18)
     return {
-        "AdamW": Result([8.3] + [5.5] * 19, [5000.0] + [650.0] * 19, [adam, adam]),
-        "CAME": Result([8.3] + [5.25] * 19, [5000.0] + [660.0] * 19, [came, came]),
+        "AdamW": Result([8.3] + [5.5] * 19, [5000.0] + [650.0] * 19, [8.0] * 20, adam, 4_000_000),
+        "CAME": Result([8.3] + [5.25] * 19, [5000.0] + [660.0] * 19, [12.0] * 20, came, 4_000_000),
     }
 
 
@@ -355,7 +325,7 @@ class TestReport:
         runs = results()
         runs["CAME"].save(tmp_path / "came.json")
         assert Result.load(tmp_path / "came.json") == runs["CAME"]
-        plot_losses(runs, tmp_path / "loss.png")
+        plot_losses({name: run.losses for name, run in runs.items()}, tmp_path / "loss.png")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -419,14 +389,15 @@ def test_the_whole(
     command_line.run(settings, "on the CPU")
     printed = capfd.readouterr().out
     assert "2 ranks on the CPU" in printed
-    assert f"Loss curves: {settings.plot}" in printed
+    assert f"Loss curves: {settings.folder / 'loss.png'}" in printed
     adam, came = (Result.load(settings.result(each)) for each in OPTIMIZERS)
     assert adam.losses[0] == came.losses[0]
     assert len(came.losses) == settings.iterations
-    for measured_adam, measured_came in zip(adam.ranks, came.ranks, strict=True):
-        assert measured_adam.main_weights == 4 * measured_adam.weights == measured_came.main_weights
-        assert measured_adam.momentum == measured_came.momentum
-        assert 0 < measured_came.second_moment < measured_adam.second_moment
+    assert adam.memory.main_weights == came.memory.main_weights
+    assert 2 * adam.weights <= adam.memory.main_weights < 2.5 * adam.weights
+    assert adam.memory.momentum == came.memory.momentum == adam.memory.main_weights
+    assert 0 < came.memory.second_moment < adam.memory.second_moment
+    assert min(adam.step_milliseconds) > 0
     # Nothing is made a second time.
     command_line.run(settings, "on the CPU")
     assert capfd.readouterr().out.count("already there") == 5

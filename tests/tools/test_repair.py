@@ -12,13 +12,14 @@ from megatron_came.checkpoint_files.folder import find, opened
 from megatron_came.core import digests
 from megatron_came.tools import inspect, repair
 from tests.support.stored_checkpoints import (
+    STATE,
+    WEIGHT,
     common,
     record_of,
     tensors,
     write_distributed,
     write_legacy,
 )
-from tests.tools.test_inspect_verify import STATE, WEIGHT
 
 MAIN, MOMENTUM = f"{STATE}param.{WEIGHT}", f"{STATE}exp_avg.{WEIGHT}"
 

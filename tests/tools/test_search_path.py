@@ -8,7 +8,7 @@ import megatron.core
 import pytest
 
 from megatron_came import search_path
-from tests.cpu_megatron.test_cpu_host import run_python
+from tests.support.running import run_python
 
 INSTALLED = Path(megatron.core.__file__).parents[1]
 SCRIPT = """\
@@ -86,7 +86,7 @@ def test_a_script_outside_of_checkouts_gets_its_own_folder_first(path, tmp_path)
 
 
 def test_a_patched_script_in_a_folder_of_a_checkout_runs_with_its_megatron(tmp_path):
-    """The launcher does so, too: see ``test_cpu_host``."""
+    """The launcher does so, too: see ``test_cpu_megatron``."""
     hook = "import megatron_came.hook"
     root, script = checkout(tmp_path / "checkout", "examples/t5/train.py", hook)
     done = run_python(str(script), "--optimizer", "came")

@@ -29,6 +29,14 @@ MODEL = """
     --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1 --clip-grad 1.0
     --attention-dropout 0 --hidden-dropout 0 --log-interval 10 --seed 5
 """
+# For runs of a few iterations.
+SMALL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16
+    --max-position-embeddings 16 --tokenizer-type NullTokenizer --vocab-size 127 --mock-data
+    --global-batch-size 8 --train-iters 6 --eval-iters 0 --eval-interval 1000 --lr 1e-3
+    --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.1
+    --attention-dropout 0 --hidden-dropout 0 --log-interval 1 --seed 5 --optimizer came
+"""
 
 
 @dataclass
@@ -85,9 +93,9 @@ class _Nursery:
             )
         atexit.register(self.close)
 
-    def run(self, ranks: int, arguments: list[str], log: Path) -> bool:
-        """Run the worker on so many ranks; returns whether one of them failed."""
-        request = {"ranks": ranks, "arguments": arguments, "log": str(log), "seconds": 900}
+    def run(self, ranks: int, arguments: list[str], log: Path, seconds: int) -> bool:
+        """Run the worker on so many ranks; returns whether one of them failed or took longer."""
+        request = {"ranks": ranks, "arguments": arguments, "log": str(log), "seconds": seconds}
         with socket.socket(socket.AF_UNIX) as connection:
             self._connect(connection)
             connection.sendall(json.dumps(request).encode() + b"\n")
@@ -140,7 +148,9 @@ def run(
     cases_file = folder / "cases.json"
     cases_file.write_text(json.dumps([case.as_json(world_size) for case in cases]))
     log = folder / "log"
-    failed = _nursery(worker, *search_path).run(world_size, [str(cases_file), str(folder)], log)
+    seconds = max(900, 30 * len(cases))  # a case takes two, and ten on a busy machine
+    nursery = _nursery(worker, *search_path)
+    failed = nursery.run(world_size, [str(cases_file), str(folder)], log, seconds)
     if dies != failed:
         raise AssertionError(f"workers failed; the end of {log}:\n" + log.read_text()[-6000:])
     return {

@@ -7,6 +7,13 @@ from tests.training.harness import Case, run, run_chains
 CAME = "--optimizer came "
 DO = "--use-distributed-optimizer "
 OVERLAP = DO + "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 5003 "
+TP, PP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 2 "
+# Of GPT-2, by number of ranks and name.
+PLAIN = {
+    1: {"dp1": "", "dp1-do": DO},
+    2: {"dp2": "", "dp2-do": DO, "tp2": TP, "tp2-do": TP + DO, "pp2": PP, "pp2-do": PP + DO},
+    4: {"tp2-pp2": TP + PP, "tp2-dp2-do": TP + DO, "pp2-dp2-do-overlap": PP + OVERLAP},
+}
 TWO_INSTANCES = DO + "--num-distributed-optimizer-instances 2 "
 
 

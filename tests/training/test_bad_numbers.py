@@ -1,9 +1,12 @@
 """NaNs and infinities in training: named with parameter, rank and iteration, and nothing saved."""
 
-import pytest
+import re
 
-from tests.training.harness import Case, run
-from tests.training.test_resumes import MODEL
+import pytest
+from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+from megatron_came.host import bad_numbers
+
+from tests.training.harness import SMALL, Case, run
 
 DO = "--use-distributed-optimizer "
 WEIGHT = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -39,12 +42,16 @@ def _mark(names):
     ]
 
 
+# Where the rerun machine's events are tracked: variant and Megatron's exit status.
+TRACKED = {"reproduced": ("nan-gradient", 16), "passing": ("nan-gradient-once", 17)}
+
+
 @pytest.fixture(scope="session")
 def seen(request, tmp_path_factory):
     """What the ranks saw, by name of the case, and the folder that they save to."""
     folder = tmp_path_factory.mktemp("numbers")
     items = [item for item in request.session.items if item.path.name == "test_bad_numbers.py"]
-    asked = {item.callspec.id for item in items}
+    asked = {item.callspec.id for item in items if hasattr(item, "callspec")}
     cases = [
         Case(name, f"{flags} --save {folder / name} --save-interval 2", f"came+{variant}", True)
         for name, (variant, flags, _) in STOPPED.items()
@@ -52,8 +59,18 @@ def seen(request, tmp_path_factory):
     cases += [
         Case(f"on-{name}", flags, f"came+{variant}") for name, (variant, flags) in GOES_ON.items()
     ]
+    cases += [
+        Case(
+            name,
+            f"{DO} --save {folder / name} --save-interval 9 "
+            f"--result-rejected-tracker-filename {folder / name}.events",
+            f"came+{variant}",
+            True,
+        )
+        for name, (variant, _) in TRACKED.items()
+    ]
     for case in cases:
-        case.model = MODEL
+        case.model = SMALL
     cases = [case for case in cases if case.name.removeprefix("on-") in asked]
     return run(2, cases, folder / "run") | {"folder": folder, "log": (folder / "run" / "log")}
 
@@ -76,3 +93,29 @@ def test_training_goes_on_where_megatron_lets_it(seen, name):
     for rank in seen[f"on-{name}"]:
         assert rank["error"] is None
         assert len(rank["skipped"]) == 6
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_megatrons_rerun_machine_decides_where_its_events_are_tracked(seen, name):
+    status = TRACKED[name][1]
+    assert [rank["error"] for rank in seen[name]] == [f"SystemExit: {status}"] * 2
+    events = (seen["folder"] / f"{name}.events").read_text()
+    assert "FIRST_RERUN" in events
+    assert ("NOT_REPRODUCIBLE" in events) == (status == 17)
+    tracker = seen["folder"] / name / "latest_checkpointed_iteration.txt"
+    assert tracker.exists() == (status == 16)  # to compute from on another device
+    said = re.findall(rf"megatron_came: iteration 3, rank 1: .*{WEIGHT}.*", seen["log"].read_text())
+    again = "but not when computed again" if status == 17 else "up to Megatron's rerun machine"
+    assert any(again in line for line in said)
+
+
+def test_a_step_that_megatron_has_judged_needs_no_collective_of_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bad_numbers, "_first", asked.append)
+    machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
+    end = bad_numbers._ended(RerunStateMachine.should_checkpoint_and_exit)
+    for turns, expected in ((1, 1), (1, 1), (2, 2)):  # the first is judged by nobody
+        bad_numbers._watch.set(bad_numbers._Watch([], "", turns=turns))
+        end(machine)
+        assert len(asked) == expected
+    bad_numbers._watch.set(None)

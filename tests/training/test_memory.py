@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_came.memory.records import Record
-from tests.training import test_layouts
+from megatron_came.memory.report import Report
 from tests.training.harness import Case, run
 from tests.training.layouts import DO, FROZEN, LAYOUTS, MODELS, NAMES, SIXTEEN_BIT, pp, tp
 
@@ -63,7 +62,7 @@ def reports(request, tmp_path_factory):
     asked = {item.callspec.params["name"] for item in items if hasattr(item, "callspec")} | {LOGGED}
     folder = tmp_path_factory.mktemp("memory")
     places = {name: folder / name for name in asked}
-    if any(item.path == Path(test_layouts.__file__) for item in request.session.items):
+    if any(item.path.name == "test_layouts.py" for item in request.session.items):
         request.getfixturevalue("layouts")
         trained = request.getfixturevalue("layouts_folder") / "memory"
         places |= {name: trained / name for name in asked & TRAINED - {LOGGED}}
@@ -85,7 +84,7 @@ def reports(request, tmp_path_factory):
         if cases:
             seen.update(run(ranks, cases, folder / f"ranks{ranks}"))
     return {
-        name: [Record.read(path) for path in sorted(place.glob("*.json"))]
+        name: [Report.read(path) for path in sorted(place.glob("*.json"))]
         for name, place in places.items()
     } | {"folder": folder, "seen": seen}
 
@@ -97,15 +96,15 @@ def test_every_layout_is_measured():
 @pytest.mark.parametrize("name", _mark(CASES))
 def test_measured_memory_is_what_was_predicted(reports, name):
     assert len(reports[name]) == CASES[name][0]
-    for record in reports[name]:
-        assert record.problem is None
-        assert record.measured.static > 0
-        assert record.measured.static == pytest.approx(record.predicted.static, rel=0.01)
-        assert record.measured.as_dict() == record.predicted.as_dict()
+    for report in reports[name]:
+        assert report.problem is None
+        assert report.measured.static > 0
+        assert report.measured.static == pytest.approx(report.predicted.static, rel=0.01)
+        assert report.measured == report.predicted
 
 
 def test_the_fullest_rank_is_printed_and_logged(reports):
-    fullest = max(reports[LOGGED], key=lambda record: record.measured.total)
+    fullest = max(reports[LOGGED], key=lambda report: report.measured.total)
     log = (reports["folder"] / "ranks2" / "log").read_text()
     assert "Memory after the first optimizer step, of the fullest rank" in log
     assert f"Every rank's report: {reports['folder'] / LOGGED}" in log

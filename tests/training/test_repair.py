@@ -5,8 +5,7 @@ import torch
 
 from megatron_came.checkpoint_files.folder import find, opened
 from megatron_came.tools import inspect, repair
-from megatron_came.tools.checkpoints.names import named
-from megatron_came.tools.checkpoints.rewriting import overwrite
+from megatron_came.tools.checkpoints.repairing import overwrite
 from tests.training.harness import Case, losses, run, worst_difference
 
 FLAGS = (
@@ -21,11 +20,10 @@ def shift(folder):
     """Shift main weights and momentum of the first layers, as Megatron-LM#5077 does."""
     with opened(find(folder)) as checkpoint:
         for tensor in checkpoint.tensors:
-            kind = (named(tensor.name) or ("",))[0]
-            if kind in ("main weights", "momentum") and "decoder.layers" in tensor.name:
+            if tensor.kind in ("main weights", "momentum") and "decoder.layers" in tensor.name:
                 chunk = tensor.chunks[0]
                 values = tensor.box(chunk.offsets, chunk.sizes)
-                overwrite(chunk, tensor.name, values.flatten().roll(7).view(values.shape))
+                overwrite(tensor, chunk, values.flatten().roll(7).view(values.shape))
 
 
 @pytest.mark.matrix

@@ -6,15 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.training.damaged_settings import DAMAGE
+from tests.training.harness import SMALL as MODEL
 from tests.training.harness import Case, losses, run_chains
 
-MODEL = """
-    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16
-    --max-position-embeddings 16 --tokenizer-type NullTokenizer --vocab-size 127 --mock-data
-    --global-batch-size 8 --train-iters 6 --eval-iters 0 --eval-interval 1000 --lr 1e-3
-    --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.1
-    --attention-dropout 0 --hidden-dropout 0 --log-interval 1 --seed 5 --optimizer came
-"""
 DO = "--use-distributed-optimizer "
 FORMATS = {
     "dp": DO,
@@ -48,7 +42,7 @@ SAID = {
         ["--came-beta1 0.5", "--came-beta2 0.9", "--came-beta3 0.99 (", "had 0.9999)"],
     ),
     "eps": ("--came-eps1 1e-4 --came-eps2 1e-4", ["--came-eps1 0.0001 (", "--came-eps2 0.0001 ("]),
-    "threshold": ("--came-clip-threshold 0.1", ["--came-clip-threshold 0.1 (", "had 1)"]),
+    "threshold": ("--came-clip-threshold 0.1", ["--came-clip-threshold 0.1 (", "had 1.0)"]),
     "dropout": ("--hidden-dropout 0.5", ["--hidden-dropout 0.5 (", "had 0.0)"]),
     "norm": ("--norm-epsilon 0.5", ["--norm-epsilon 0.5 (", "had 1e-05)"]),
     "activation": ("--squared-relu", ["--squared-relu on (", "had it off)"]),

@@ -4,23 +4,16 @@ one rank."""
 import pytest
 
 from tests.training.harness import Case, losses, run, run_chains, worst_difference
+from tests.training.layouts import DO, TP
+from tests.training.layouts import PLAIN as LAYOUTS
 
 # Relative, of the loss, over 20 fp32 iterations. The authors' class against itself with another
 # micro-batch size differs by 7e-7, and so do the layouts of Adam: it is the order of the model's
 # own sums.
 TOLERANCE = 2e-6
 
-DO = "--use-distributed-optimizer "
-OVERLAP = DO + "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 5003 "
-TP, PP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 2 "
 LOGS = "--optimizer came --log-num-zeros-in-grad --log-params-norm "
 
-# Flags of a layout, by number of ranks and name.
-LAYOUTS = {
-    1: {"dp1": "", "dp1-do": DO},
-    2: {"dp2": "", "dp2-do": DO, "tp2": TP, "tp2-do": TP + DO, "pp2": PP, "pp2-do": PP + DO},
-    4: {"tp2-pp2": TP + PP, "tp2-dp2-do": TP + DO, "pp2-dp2-do-overlap": PP + OVERLAP},
-}
 # Settings, run by the authors' class on one rank and by ours on two with the distributed optimizer.
 SETTINGS = {
     "hyperparameters": "--came-beta1 0.8 --came-beta2 0.95 --came-beta3 0.99 "

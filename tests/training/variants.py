@@ -138,10 +138,10 @@ def _frozen_on_last(name):
     return _trainable(lambda full_name: not (is_last and full_name == name))
 
 
-def _bad_gradient(value, first):
+def _bad_gradient(value, first, times=1000):
     """From iteration ``first`` on, the last rank's gradient of one weight has three bad elements.
 
-    An iteration is two micro-batches.
+    An iteration is two micro-batches; so many iterations, or computations of one, are spoiled.
     """
     from megatron.core.models.gpt import GPTModel
 
@@ -149,7 +149,7 @@ def _bad_gradient(value, first):
 
     def spoil(grad):
         calls.append(grad)
-        if len(calls) <= 2 * (first - 1):
+        if not 0 < len(calls) - 2 * (first - 1) <= 2 * times:
             return grad
         grad = grad.clone()
         grad.view(-1)[[1, 5, 7]] = value
@@ -219,6 +219,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "tied-frozen-on-last": lambda: _frozen_on_last("output_layer.weight"),
         "nan-gradient": lambda: _bad_gradient(float("nan"), 3),
         "nan-gradient-at-first": lambda: _bad_gradient(float("nan"), 1),
+        "nan-gradient-once": lambda: _bad_gradient(float("nan"), 3, times=1),
         "inf-gradient": lambda: _bad_gradient(float("inf"), 3),
         "nan-loss": lambda: _bad_loss(3),
         "released": _released,

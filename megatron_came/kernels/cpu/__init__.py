@@ -1,1 +1,1 @@
-"""The kernels for CPUs, compiled by Numba; see ``task`` for how threads share them."""
+"""The kernels for CPUs: plain loops over arrays, compiled by Numba, on PyTorch's threads."""

@@ -1,36 +1,60 @@
-"""How functions are compiled, and views of memory at an address."""
+"""How kernels are compiled: once for one thread, once for several; and numbers that they share."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,attr-defined"
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from megatron_came.core import factors
+from megatron_came.kernels.cpu.keeping import keep
 
-# What ``task.compiled``'s function calls becomes part of it. A function of its own is found by name
-# in whatever machine code was loaded first, and is not the same compiled anew and from the cache:
-# results would differ in the last bits.
-_inlined = partial(njit, error_model="numpy", forceinline=True)
+_OPTIONS = {"error_model": "numpy"}  # as in PyTorch, a division by zero gives infinity or NaN
+# What a kernel calls becomes part of it. A function of its own would be found by name in whatever
+# machine code was loaded first, and results would differ in the last bits.
+_inlined = partial(njit, **_OPTIONS, forceinline=True)
 inline = _inlined()
 # Sums may be reordered, but NaN and infinity keep their meaning.
 fast = _inlined(fastmath={"reassoc", "contract", "nsz"})
 elementwise = _inlined(fastmath={"contract"})
 
 ONE = np.float32(1.0)
-SQUARE_SCALE = np.float32(2.0**-10)  # see megatron_came.core.passes
-SQUARE_UNSCALE = 2.0**20
-UPDATE_SCALE = np.float32(2.0**-16)
-UPDATE_UNSCALE = 2.0**32
+SQUARE_SCALE, SQUARE_UNSCALE = np.float32(2.0**-10), 2.0**20  # see megatron_came.core.passes
+UPDATE_SCALE, UPDATE_UNSCALE = np.float32(2.0**-16), 2.0**32
 # See megatron_came.core.factors.
 LARGEST_MEAN = factors.largest_mean(torch.float32)
 LEAST_RATIO = np.float32(factors.LEAST_RATIO)
 BAD_GUESS = factors.BAD_GUESS
+
+
+def serial(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function for one thread."""
+    return keep(njit(**_OPTIONS, nogil=True)(function))
+
+
+class Kernel:
+    """A function that shares its work among threads with ``prange``.
+
+    Args:
+        function: whose last parameter is the number of threads; the numbers it computes do not
+            depend on it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._serial = serial(function)
+        self._parallel = keep(njit(**_OPTIONS, nogil=True, parallel=True)(function), "parallel")
+
+    def __call__(self, *arguments: Any, threads: int) -> None:
+        """Compute on so many threads, which :func:`threads.pool` has made ready."""
+        # A pool, even of one thread, would be started by the parallel one.
+        (self._serial if threads == 1 else self._parallel)(*arguments, threads)
 
 
 def _pointer(dtype):
@@ -46,40 +70,6 @@ def _pointer(dtype):
     return pointer
 
 
-to_float32 = _pointer(types.float32)
-to_float64 = _pointer(types.float64)
 to_int64 = _pointer(types.int64)
-to_uint16 = _pointer(types.uint16)
-to_int16 = _pointer(types.int16)
 to_int32 = _pointer(types.int32)
-to_int8 = _pointer(types.int8)
-
-
-@inline
-def floats(address, count):
-    """View fp32 numbers at an address."""
-    return carray(to_float32(address), (count,))
-
-
-@inline
-def doubles(address, count):
-    """View float64 numbers at an address."""
-    return carray(to_float64(address), (count,))
-
-
-@inline
-def shorts(address, count):
-    """View 16-bit numbers at an address."""
-    return carray(to_uint16(address), (count,))
-
-
-@inline
-def at_most(value, high):
-    """``torch.clamp(max=high)``: NaN stays NaN."""
-    return high if value > high else value
-
-
-@inline
-def at_least(value, low):
-    """``torch.clamp(min=low)``: NaN stays NaN."""
-    return low if value < low else value
+to_int16 = _pointer(types.int16)

@@ -1,10 +1,11 @@
-"""Second moments, instabilities and clip divisors of matrices, from the sums of their storage."""
+"""Second moments, instabilities and their scales, from sums over rows and columns."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,180 +14,139 @@ from megatron_came.kernels.cpu.compiling import (
     LARGEST_MEAN,
     LEAST_RATIO,
     ONE,
-    at_least,
-    at_most,
-    doubles,
     elementwise,
     fast,
-    floats,
     inline,
+    serial,
 )
-from megatron_came.kernels.triton.tables import GroupField as Group
-from megatron_came.kernels.triton.tables import MatrixField as Matrix
+
+
+class Axis(NamedTuple):
+    """A factor of a batch of matrices, along rows or columns; of vectors, no rows.
+
+    Attributes:
+        moment: (batch, n), fp32.
+        sums: that update it, float64: (batch, n), or (3, batch, n) of e^2, u e and u^2.
+        scale: the moment's inverse roots, (batch, n), fp32.
+        count: elements in such a sum, over the full matrix.
+        is_whole: whether this rank has all n of the full matrix.
+    """
+
+    moment: Any
+    sums: Any
+    scale: Any
+    count: int
+    is_whole: bool
+
+
+@inline
+def _at_most(value, high):
+    """``torch.clamp(max=high)``: NaN stays NaN."""
+    return high if value > high else value
+
+
+@inline
+def _at_least(value, low):
+    """``torch.clamp(min=low)``: NaN stays NaN."""
+    return low if value < low else value
 
 
 @fast
-def update_moment(moment, sums, count, eps, beta):
-    """Twin of ``factors.update_moment``; returns the sum of the moment, and of the mean over it."""
+def _update_moment(moment, sums, count, eps, beta):
+    """Twin of ``factors.update_moment``; returns the mean of the moment, and of mean/moment."""
     total, ratio = 0.0, 0.0
     keep, add = np.float32(beta), np.float32(1.0 - beta)
     for i in range(moment.size):
-        mean = at_most(sums[i] / count + eps, LARGEST_MEAN)
+        mean = _at_most(sums[i] / count + eps, LARGEST_MEAN)
         moment[i] = keep * moment[i] + add * np.float32(mean)
         total += moment[i]
         ratio += mean / np.float64(moment[i])
-    return total, ratio
+    return total / moment.size, ratio / moment.size
 
 
 @elementwise
-def _inverse_roots(moment, out):
+def _update_scales(rows, columns, matrix, row_mean, column_mean):
+    """Twin of ``factors.scales``."""
+    mean = np.float32(row_mean if rows.is_whole else column_mean)
+    moment, scale = rows.moment[matrix], rows.scale[matrix]
     for i in range(moment.size):
-        out[i] = ONE / math.sqrt(moment[i])
-
-
-@elementwise
-def _inverse_root_ratios(moment, mean, out):
+        scale[i] = ONE / math.sqrt(_at_least(moment[i] / mean, LEAST_RATIO))
+    moment, scale = columns.moment[matrix], columns.scale[matrix]
     for i in range(moment.size):
-        out[i] = ONE / math.sqrt(at_least(moment[i] / mean, LEAST_RATIO))
+        scale[i] = ONE / math.sqrt(moment[i])
 
 
-@inline
-def _mean(param, row_total, column_total):
-    """mean(r) = mean(c) of the full matrix, from the factor that this rank holds whole."""
-    if param[Matrix.ROWS_ARE_WHOLE]:
-        return np.float32(row_total / param[Matrix.ROWS])
-    return np.float32(column_total / param[Matrix.COLUMNS])
-
-
-@inline
-def update_second_moments(first, stop, matrices, factors, groups, divisors):
-    """Twin of ``factors.update_moment``, ``scales`` and ``guessed_divisor`` (of each matrix).
+@serial
+def update_second_moments(rows, columns, inverse_guesses, eps, beta, clip_threshold):
+    """Update r and c, the scales of u, and the guesses of the clip divisor.
 
     Args:
-        first: row of ``factors``.
-        stop: one past the last row.
-        matrices: table of ``MatrixField``.
-        factors: (matrices, 2): matrix parameter, place in its batch.
-        groups: table of ``GroupField``, float64.
-        divisors: (matrices, 2), fp32, out: 1/d0.
+        rows: an ``Axis``.
+        columns: likewise.
+        inverse_guesses: 1/d0 of each matrix, fp32, out.
+        eps: eps1.
+        beta: beta2.
+        clip_threshold: of the update's RMS.
     """
-    for index in range(first, stop):
-        param, matrix = matrices[factors[index, 0]], factors[index, 1]
-        group = groups[param[Matrix.GROUP]]
-        rows, columns = param[Matrix.ROWS], param[Matrix.COLUMNS]
-        row = floats(param[Matrix.ROW] + 4 * matrix * rows, rows)
-        column = floats(param[Matrix.COLUMN] + 4 * matrix * columns, columns)
-        eps, beta = group[Group.EPS1], group[Group.BETA2]
-        row_total, row_ratio = update_moment(
-            row,
-            doubles(param[Matrix.SQUARE_ROWS] + 8 * matrix * rows, rows),
-            param[Matrix.FULL_COLUMNS],
-            eps,
-            beta,
+    for matrix in range(inverse_guesses.size):
+        row_mean, row_ratio = _update_moment(
+            rows.moment[matrix], rows.sums[matrix], rows.count, eps, beta
         )
-        column_total, column_ratio = update_moment(
-            column,
-            doubles(param[Matrix.SQUARE_COLUMNS] + 8 * matrix * columns, columns),
-            param[Matrix.FULL_ROWS],
-            eps,
-            beta,
+        column_mean, column_ratio = _update_moment(
+            columns.moment[matrix], columns.sums[matrix], columns.count, eps, beta
         )
-        mean = _mean(param, row_total, column_total)
-        _inverse_root_ratios(row, mean, floats(param[Matrix.ROW_SCALE] + 4 * matrix * rows, rows))
-        _inverse_roots(column, floats(param[Matrix.COLUMN_SCALE] + 4 * matrix * columns, columns))
+        _update_scales(rows, columns, matrix, row_mean, column_mean)
         squared = 0.0
-        if param[Matrix.ROWS_ARE_WHOLE]:
-            squared = at_least(row_ratio / rows, squared)
-        if param[Matrix.COLUMNS_ARE_WHOLE]:
-            squared = at_least(column_ratio / columns, squared)
-        guess = at_least(math.sqrt(squared) / group[Group.CLIP_THRESHOLD], 1.0)
-        divisors[index, 0] = np.float32(1.0 / guess)
+        if rows.is_whole:
+            squared = _at_least(row_ratio, squared)
+        if columns.is_whole:
+            squared = _at_least(column_ratio, squared)
+        guess = _at_least(math.sqrt(squared) / clip_threshold, 1.0)
+        inverse_guesses[matrix] = np.float32(1.0 / guess)
 
 
 @fast
-def _sum(values):
-    total = 0.0
-    for i in range(values.size):
-        total += values[i]
-    return total
-
-
-@inline
-def sum_squared_updates(first, stop, matrices):
-    """Sum u^2 over this rank's part of each matrix parameter, from its row sums."""
-    for index in range(first, stop):
-        param = matrices[index]
-        count = param[Matrix.BATCH] * param[Matrix.ROWS]
-        sums = doubles(param[Matrix.RESIDUAL_ROWS] + 16 * count, count)
-        doubles(param[Matrix.TOTAL], 1)[0] = _sum(sums)
-
-
-@inline
-def inverse_divisor(total, numel, clip_threshold):
-    """Twin of ``factors.clip_divisor``, of which it returns the inverse."""
-    return 1.0 / at_least(math.sqrt(total / numel) / clip_threshold, 1.0) + 0.0 * total
-
-
-@fast
-def _update_residual(moment, sums, stride, inverses, beta1, count, eps, beta):
-    """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's sum."""
-    inverse_guess, inverse = inverses
-    delta = inverse - inverse_guess
-    is_bad = inverse_guess > BAD_GUESS * inverse
+def _update_instability(
+    moment, sums, matrix, inverse_guess, inverse_divisor, beta1, count, eps, beta
+):
+    """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's mean."""
+    errors, crosses, squares = sums[0, matrix], sums[1, matrix], sums[2, matrix]
+    delta = inverse_divisor - inverse_guess
+    is_bad = inverse_guess > BAD_GUESS * inverse_divisor
     total = 0.0
     keep, add = np.float32(beta), np.float32(1.0 - beta)
     for i in range(moment.size):
-        error, cross, square = sums[i], sums[i + stride], sums[i + 2 * stride]
-        residual = error + delta * (2.0 * cross + delta * square)
-        residual = at_least(residual, 0.0) * beta1 * beta1
+        residual = errors[i] + delta * (2.0 * crosses[i] + delta * squares[i])
+        residual = _at_least(residual, 0.0)
         if is_bad:
-            residual = square * inverse * inverse * beta1 * beta1
-        moment[i] = keep * moment[i] + add * np.float32(
-            at_most(residual / count + eps, LARGEST_MEAN)
-        )
+            residual = squares[i] * inverse_divisor * inverse_divisor
+        mean = _at_most(residual * beta1 * beta1 / count + eps, LARGEST_MEAN)
+        moment[i] = keep * moment[i] + add * np.float32(mean)
         total += moment[i]
-    return total
+    return total / moment.size
 
 
-@inline
-def update_instabilities(first, stop, matrices, factors, groups, divisors):
-    """Twin of ``factors.clip_divisor``, ``true_residuals``, ``update_moment`` and ``scales``.
+@serial
+def update_instabilities(rows, columns, inverse_guesses, inverse_divisor, eps, beta, beta1):
+    """Update R and C and the scales of the confidence.
 
-    Args as those of :func:`update_second_moments`; 1/d is written to ``divisors``.
+    Args:
+        rows: an ``Axis``.
+        columns: likewise.
+        inverse_guesses: 1/d0 of each matrix, fp32.
+        inverse_divisor: 1/d.
+        eps: eps2.
+        beta: beta3.
+        beta1: of the momentum.
     """
-    for index in range(first, stop):
-        param, matrix = matrices[factors[index, 0]], factors[index, 1]
-        group = groups[param[Matrix.GROUP]]
-        batch, rows, columns = param[Matrix.BATCH], param[Matrix.ROWS], param[Matrix.COLUMNS]
-        row = floats(param[Matrix.RESIDUAL_ROW] + 4 * matrix * rows, rows)
-        column = floats(param[Matrix.RESIDUAL_COLUMN] + 4 * matrix * columns, columns)
-        inverse = inverse_divisor(
-            doubles(param[Matrix.TOTAL], 1)[0],
-            param[Matrix.FULL_NUMEL],
-            group[Group.CLIP_THRESHOLD],
-        )
-        inverses = np.float64(divisors[index, 0]), inverse
-        divisors[index, 1] = np.float32(inverse)
-        eps, beta, beta1 = group[Group.EPS2], group[Group.BETA3], group[Group.BETA1]
-        row_sums = doubles(param[Matrix.RESIDUAL_ROWS], 3 * batch * rows)[matrix * rows :]
-        column_sums = doubles(param[Matrix.RESIDUAL_COLUMNS], 3 * batch * columns)
-        row_total = _update_residual(
-            row, row_sums, batch * rows, inverses, beta1, param[Matrix.FULL_COLUMNS], eps, beta
-        )
-        column_total = _update_residual(
-            column,
-            column_sums[matrix * columns :],
-            batch * columns,
-            inverses,
-            beta1,
-            param[Matrix.FULL_ROWS],
-            eps,
+    for matrix in range(inverse_guesses.size):
+        guess = np.float64(inverse_guesses[matrix])
+        row_mean = _update_instability(
+            rows.moment[matrix], rows.sums, matrix, guess, inverse_divisor, beta1, rows.count, eps,
             beta,
-        )
-        mean = _mean(param, row_total, column_total)
-        _inverse_root_ratios(
-            row, mean, floats(param[Matrix.ROW_CONFIDENCE] + 4 * matrix * rows, rows)
-        )
-        _inverse_roots(
-            column, floats(param[Matrix.COLUMN_CONFIDENCE] + 4 * matrix * columns, columns)
-        )
+        )  # fmt: skip
+        column_mean = _update_instability(
+            columns.moment[matrix], columns.sums, matrix, guess, inverse_divisor, beta1,
+            columns.count, eps, beta,
+        )  # fmt: skip
+        _update_scales(rows, columns, matrix, row_mean, column_mean)

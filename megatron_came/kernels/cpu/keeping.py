@@ -1,4 +1,4 @@
-"""Keeping a compiled function on the disk: where that fails, it is compiled in memory."""
+"""Keeping compiled functions on the disk: where that fails, they are compiled in memory."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,attr-defined"
 
@@ -7,9 +7,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pickle
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from numba import cfunc
 from numba.core import sigutils
@@ -17,20 +18,19 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.serialize import dumps
 
+from megatron_came.core import factors, int8
+from megatron_came.voice import warn_once
+
 # As in PyTorch, a division by zero gives infinity or NaN.
 _OPTIONS = {"error_model": "numpy"}
 
 
-class Compiled(NamedTuple):
-    """A compiled function.
-
-    Attributes:
-        function: what C and ``ctypes`` can call.
-        note: what did not go as it should, in a sentence; empty if all did.
-    """
-
-    function: CFunc
-    note: str = ""
+@cache
+def _sources() -> str:
+    """Return a digest of all that kernels are made from: Numba looks at one file alone."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    files += [Path(str(module.__file__)) for module in (factors, int8)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 class _Checked(CompileResultCacheImpl):
@@ -48,17 +48,30 @@ class _Checked(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
-    """Numba's, but what cannot be loaded is compiled anew, and what cannot be saved is not."""
+    """Numba's, but what cannot be loaded is compiled anew, and what cannot be saved is not.
+
+    Args:
+        function: of Python.
+        variant: tells apart what is compiled from the same function in several ways.
+    """
 
     _impl_class = _Checked
-    damage: Exception | None = None
-    obstacle: Exception | None = None
+
+    def __init__(self, function: Callable[..., Any], variant: str) -> None:
+        super().__init__(function)
+        self._variant = variant
+
+    def _index_key(self, sig, codegen):
+        return (*super()._index_key(sig, codegen), self._variant, _sources())
 
     def load_overload(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:  # pickle raises anything
-            self.damage = error
+            warn_once(
+                f"What Numba had kept of CAME's kernels in {self.cache_path} was damaged "
+                f"({_reason(error)}), so they were compiled anew."
+            )
             with contextlib.suppress(OSError):
                 self.flush()  # else the damaged index would be read again, to save what is made
             return None
@@ -67,42 +80,51 @@ class _Cache(FunctionCache):
         try:
             super().save_overload(sig, data)
         except Exception as error:
-            self.obstacle = error
+            _warn_of_memory(error, f" in {self.cache_path}")
 
 
-def compile_and_keep(function: Callable[..., Any], signature: Any) -> Compiled:
-    """Compile a function, or load it from Numba's cache, if it is there and whole.
+def keep(dispatcher: Any, variant: str = "") -> Any:
+    """Let a function that Numba compiles be loaded from its cache, if it is there and whole.
+
+    Args:
+        dispatcher: what ``njit`` returns.
+        variant: as for :class:`_Cache`.
+    """
+    cache = _cache_of(dispatcher.py_func, variant)
+    if cache is not None:
+        dispatcher._cache = cache
+    return dispatcher
+
+
+def compile_and_keep(function: Callable[..., Any], signature: Any) -> CFunc:
+    """Compile a function that C can call, or load it likewise.
 
     Args:
         function: of Python.
         signature: Numba's.
     """
-    start = time.monotonic()
-    try:
-        cache = _Cache(function)
-    except Exception as error:  # no folder for it, or a variable of Numba's names nonsense
-        compiled = cfunc(signature, **_OPTIONS)(function)
-        return Compiled(compiled, _not_kept(error, "", time.monotonic() - start))
+    cache = _cache_of(function, "")
+    if cache is None:
+        return cfunc(signature, **_OPTIONS)(function)
     compiled = CFunc(function, sigutils.normalize_signature(signature), {}, dict(_OPTIONS))
     compiled._cache = cache
     compiled.compile()
-    if cache.obstacle is not None:
-        where = f" in {cache.cache_path}"
-        return Compiled(compiled, _not_kept(cache.obstacle, where, time.monotonic() - start))
-    if cache.damage is not None:
-        return Compiled(
-            compiled,
-            f"What Numba had kept of them in {cache.cache_path} was damaged"
-            f" ({_reason(cache.damage)}), so they were compiled anew.",
-        )
-    return Compiled(compiled)
+    return compiled
 
 
-def _not_kept(error: Exception, where: str, seconds: float) -> str:
-    return (
-        f"They were compiled in memory, in {seconds:.0f} s, as Numba cannot keep them{where}"
-        f" ({_reason(error)}): let NUMBA_CACHE_DIR name a folder that can be written, with room"
-        " for a few MiB, to start faster."
+def _cache_of(function: Callable[..., Any], variant: str) -> _Cache | None:
+    try:
+        return _Cache(function, variant)
+    except Exception as error:  # no folder for it, or a variable of Numba's names nonsense
+        _warn_of_memory(error, "")
+        return None
+
+
+def _warn_of_memory(error: Exception, where: str) -> None:
+    warn_once(
+        f"CAME's kernels are compiled in memory, as Numba cannot keep them{where} "
+        f"({_reason(error)}): let NUMBA_CACHE_DIR name a folder that can be written, with room for "
+        "a few MiB, to start faster."
     )
 
 

@@ -1,10 +1,10 @@
-"""The Numba kernels on threads."""
+"""The passes on a CPU, in Numba's kernels, one parameter after another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,125 +12,259 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_came.core.parameter_slice import ParameterSlice, SliceSums
+from megatron_came.core.momentum import MOMENTUM, SCALE
+from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
+from megatron_came.core.rounding import step_key
+from megatron_came.core.state import MATRIX_FACTORS, REMAINDER, VECTOR_FACTORS
 from megatron_came.kernels.backend import unsupported_by_kernels
 from megatron_came.kernels.cpu import threads
-from megatron_came.kernels.cpu.task import TaskField, compiled
-from megatron_came.kernels.cpu.tiles import room_elements
-from megatron_came.kernels.triton.fused import FusedPasses, Tables
-from megatron_came.kernels.triton.schedule import LaunchField, Schedule
-from megatron_came.kernels.triton.tables import GroupField
-from megatron_came.kernels.triton.tiling import Tiling
+from megatron_came.kernels.cpu.factors import Axis, update_instabilities, update_second_moments
+from megatron_came.kernels.cpu.shapes import Geometry, blocks_of, row_places
+from megatron_came.kernels.cpu.sums import add_instability_sums, add_square_sums
+from megatron_came.kernels.cpu.update import Arrays, Rates, Scales, update
+from megatron_came.kernels.state_checks import check_state, is_int8_momentum, wanted_state
 
-_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3")
-# Where the system does not say how large it is.
-_USUAL_CACHE = 16 * 2**20
+Array = npt.NDArray[Any]
+
+_GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+# Of fewer elements, one thread is done before others have begun.
+_SMALL = 64 * 1024
 
 
 class NumbaBackend:
-    """:class:`megatron_came.kernels.backend.Backend` for the CPU.
+    """:class:`megatron_came.kernels.backend.Backend` for the CPU, on PyTorch's threads.
 
-    PyTorch's threads (``torch.get_num_threads``) share every schedule. Making one compiles the
-    kernels, or loads them from Numba's cache.
-
-    Attributes:
-        note: what of that did not go as it should, in a sentence; empty if all did.
+    Kernels are compiled, or loaded from Numba's cache, when they are called first.
     """
 
     name = "numba"
-    written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    # Rows are read whole where they are no longer than this: memory read in pieces, with gaps
-    # between them, is read at half the speed.
-    tiling = Tiling(rows=64, columns=4096, slots=256, strip=64, stretch=4)
-
-    def __init__(self) -> None:
-        function, self.note = compiled()
-        address = function.address  # of what ``compiled`` keeps
-        assert address is not None
-        self._take_part = address
-        self._scratch = np.empty(0, np.float32)
-        self._room = np.empty(
-            (0, 4, room_elements(self.tiling.columns, self.tiling.span)), np.float32
-        )
-
-    @property
-    def cache_elements(self) -> int:
-        """What the last-level caches hold of gradient and momentum."""
-        return _last_caches(threads.usable()) // 8
 
     def unsupported(self, slice_: ParameterSlice) -> str | None:
         """Nothing beyond what hinders all kernels."""
         return unsupported_by_kernels(slice_)
 
-    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> FusedPasses:
-        """Make the passes, with tables of these parameters."""
-        return FusedPasses(sums, self, is_local)
-
-    def place(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return a copy: the original may change."""
-        return table.copy()
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """Of no interest here."""
-        return nullcontext()
-
-    def aligned(self, matrices: npt.NDArray[np.int64]) -> bool:
-        """Of no interest here."""
-        return False
-
-    def set_rate(self, tables: Tables, group: int, rate: Tensor) -> None:
-        """Write a group's learning rate to its table."""
-        tables.groups[group, GroupField.LR] = float(rate)
-
-    def count_step(self, tables: Tables) -> None:
-        """Add one to all groups' steps."""
-        tables.groups[:, GroupField.STEP] += 1
-
-    def scratch(self, slots: int, sums: int) -> npt.NDArray[np.float32]:
-        """Return the buffer, grown if need be."""
-        numel = slots * 3 * sums
-        if numel > self._scratch.size:
-            self._scratch = np.empty(numel, np.float32)
-        return self._scratch[:numel].reshape(slots, 3, sums)
-
-    def run(self, tables: Tables, schedule: Schedule) -> None:
-        """Work off a schedule on threads."""
-        if not len(schedule):
-            return
-        rows = schedule[:, LaunchField.STOP] - schedule[:, LaunchField.FIRST]
-        # One row is for one thread; any other number than all would end threads.
-        count = threads.usable() if rows.max() > 1 else 1
-        if count > len(self._room):
-            self._room = np.empty((count, *self._room.shape[1:]), np.float32)
-        arrays = {
-            TaskField.LAUNCHES: schedule,
-            TaskField.COUNTERS: np.zeros((len(schedule), count + 1), np.int64),
-            TaskField.MATRICES: tables.matrices,
-            TaskField.VECTORS: tables.vectors,
-            TaskField.TILES: tables.tiles,
-            TaskField.SPANS: tables.spans,
-            TaskField.STRIPS: tables.strips,
-            TaskField.FACTORS: tables.factors,
-            TaskField.GROUPS: tables.groups,
-            TaskField.DIVISORS: tables.divisors,
-            TaskField.SCRATCH: tables.scratch,
-        }
-        fields = {
-            TaskField.THREADS: (0, count),
-            TaskField.TILE: (tables.tiling.slot_rows, tables.tiling.columns),
-            TaskField.ROOM: (self._room.ctypes.data, self._room.shape[2]),
-            **{field: (array.ctypes.data, len(array)) for field, array in arrays.items()},
-        }
-        task = np.array([fields[field] for field in TaskField], np.int64)
-        threads.run(self._take_part, task.ctypes.data, count)
+    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> NumbaPasses:
+        """Make the passes, one parameter after another."""
+        return NumbaPasses(sums)
 
 
-def _last_caches(count: int) -> int:
-    """Bytes of the last-level caches of the processors that so many threads keep busy."""
-    try:
-        size = (_CACHE / "size").read_text().strip().removesuffix("K")
-        spans = [span.split("-") for span in (_CACHE / "shared_cpu_list").read_text().split(",")]
-        sharing = sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
-        return int(size) * 1024 * max(count // sharing, 1)
-    except (ArithmeticError, OSError, ValueError):  # not on every system
-        return _USUAL_CACHE
+class NumbaPasses:
+    """:class:`megatron_came.kernels.backend.Passes` on a CPU."""
+
+    def __init__(self, sums: Mapping[ParameterSlice, SliceSums]) -> None:
+        self._matrices = {slice_: _Matrices(slice_, own) for slice_, own in sums.items()}
+        largest = max(matrices.partial_size for matrices in self._matrices.values())
+        room = np.empty(largest, np.float32)  # all use the same, one after another
+        for matrices in self._matrices.values():
+            matrices.take_room(room)
+
+    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> NumbaStep:
+        """Take up a step's gradients, and tensors that have moved.
+
+        Raises:
+            ValueError: state that does not fit its parameter.
+        """
+        count = threads.usable()
+        updates = []
+        for slice_, given in inputs.items():
+            matrices = self._matrices[slice_]
+            matrices.find(given)
+            own_count = count if matrices.geometry.size >= _SMALL else 1
+            updates.append(_Update(matrices, given, _gradient(given.grad), own_count))
+        return NumbaStep(updates, count)
+
+
+class NumbaStep:
+    """:class:`megatron_came.kernels.backend.Step` on a CPU."""
+
+    def __init__(self, updates: Sequence[_Update], count: int) -> None:
+        self._updates, self._count = updates, count
+
+    def add_square_sums(self) -> None:
+        """Pass 1."""
+        with threads.pool(self._count):
+            for each in self._updates:
+                each.add_square_sums()
+
+    def add_instability_sums(self) -> None:
+        """Second moments and pass 2."""
+        with threads.pool(self._count):
+            for each in self._updates:
+                each.add_instability_sums()
+
+    def apply(self) -> None:
+        """Instabilities and pass 3."""
+        with threads.pool(self._count):
+            for each in self._updates:
+                each.apply()
+
+    def run(self) -> None:
+        """All passes of one parameter after another, which may stay in the cache."""
+        with threads.pool(self._count):
+            for each in self._updates:
+                each.add_square_sums()
+                each.add_instability_sums()
+                each.apply()
+
+
+def _array(tensor: Tensor, bf16_as: torch.dtype = torch.uint16) -> Array:
+    """View a contiguous tensor as a flat array."""
+    flat = tensor.detach().view(-1)
+    array: Array = (flat.view(bf16_as) if flat.dtype == torch.bfloat16 else flat).numpy()
+    return array
+
+
+def _gradient(grad: Tensor) -> Array:
+    if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
+        grad = grad.to(torch.float32).contiguous()
+    return _array(grad)
+
+
+def _is_written(weight: Tensor | None) -> bool:
+    """Whether kernels write model weights; others are copied."""
+    return weight is not None and weight.dtype == torch.bfloat16
+
+
+class _Matrices:
+    """What outlives a step of one parameter: a batch of matrices, see ``Geometry``.
+
+    Attributes:
+        arrays: of the slice.
+        second_moment: r and c; of a vector, the columns alone are v.
+        instability: R and C; of a vector, empty.
+    """
+
+    arrays: Arrays
+    second_moment: tuple[Axis, Axis]
+    instability: tuple[Axis, Axis]
+
+    def __init__(self, slice_: ParameterSlice, sums: SliceSums) -> None:
+        self.slice, self.total = slice_, sums.total.numpy()
+        self.geometry = Geometry.of(slice_.shard)
+        self.blocks, self.row_places = blocks_of(self.geometry), row_places(slice_.shard)
+        self.partial_size = len(self.blocks) * 3 * self.geometry.columns
+        self.is_vector, self.full_numel = slice_.shard.is_vector, slice_.shard.full_numel
+        batch, rows, columns = self.geometry.matrices
+        sizes = batch * rows, (batch, columns), batch * rows, (batch, columns)
+        self.scales = Scales(*(np.ones(size, np.float32) for size in sizes))
+        self.inverse_guesses = np.empty(batch, np.float32)
+        squares, instability = (
+            [each.numpy() for each in views] for views in (sums.squares, sums.instability)
+        )
+        if slice_.shard.is_vector:
+            squares = [np.empty((batch, 1)), squares[0].reshape(batch, columns)]
+            instability = [np.zeros((3, batch, 1)), np.empty((3, batch, 0))]
+        self._sums = *squares, *instability
+        self.row_squares, self.column_squares = squares[0].reshape(-1), squares[1]
+        self.row_sums, self.column_sums = instability[0].reshape(3, -1), instability[1]
+        self._seen: tuple[Any, ...] = ()
+
+    def take_room(self, room: Array) -> None:
+        """Use the beginning of an array for sums of columns."""
+        self.partial = room[: self.partial_size].reshape(-1, 3, self.geometry.columns)
+
+    def find(self, given: StepInputs) -> None:
+        """Look where this step's tensors lie, and view those anew that have moved.
+
+        Raises:
+            ValueError: state that does not fit its parameter.
+        """
+        state, weight = given.state, given.model_weight
+        tensors = [self.slice.param, *state.values()]
+        if weight is not None and _is_written(weight):
+            tensors.append(weight)
+        seen = *state, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
+        if seen != self._seen:
+            self._seen = ()  # until all is found
+            check_state(self.slice, state, wanted_state(self.slice, is_int8_momentum(state)))
+            self._view(state, weight if _is_written(weight) else None)
+            self._seen = seen
+
+    def _view(self, state: Mapping[str, Tensor], weight: Tensor | None) -> None:
+        remainder, block_scales = state.get(REMAINDER), state.get(SCALE)
+        self.arrays = Arrays(
+            weights=_array(self.slice.param, torch.int16),
+            remainders=np.empty(0, np.int16) if remainder is None else _array(remainder),
+            model_weights=np.empty(0, np.uint16) if weight is None else _array(weight),
+            momentum=_array(state[MOMENTUM]),
+            block_scales=np.empty(0, np.float32) if block_scales is None else _array(block_scales),
+        )
+        shard, batch = self.slice.shard, self.geometry.batch
+        counts, are_whole = (
+            (shard.full_columns, shard.full_rows),
+            (shard.tp_axis != "rows", shard.tp_axis != "columns"),
+        )
+        keys = VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS
+        moments = [_array(state[key]).reshape(batch, -1) for key in keys]
+        if shard.is_vector:
+            none = np.empty((batch, 0), np.float32)
+            moments, counts, are_whole = [none, *moments, none, none], (1, 1), (False, True)
+        r, c, R, C = (
+            Axis(moment, own_sums, scale.reshape(batch, -1), count, is_whole)
+            for moment, own_sums, scale, count, is_whole in zip(
+                moments,
+                self._sums,
+                self.scales,
+                counts * 2,
+                are_whole * 2,
+                strict=True,
+            )
+        )
+        self.second_moment, self.instability = (r, c), (R, C)
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """The passes of one step over one parameter.
+
+    Attributes:
+        matrices: what outlives the step.
+        given: what the step brings.
+        grad: its gradient, flat.
+        count: of threads.
+    """
+
+    matrices: _Matrices
+    given: StepInputs
+    grad: Array
+    count: int
+
+    def add_square_sums(self) -> None:
+        """Pass 1."""
+        own = self.matrices
+        add_square_sums(
+            self.grad, own.geometry, own.blocks, own.row_squares, own.column_squares, own.partial,
+            threads=self.count,
+        )  # fmt: skip
+
+    def add_instability_sums(self) -> None:
+        """The second moments r and c (v of a vector), and pass 2."""
+        own, hyper = self.matrices, self.given.hyper
+        update_second_moments(
+            *own.second_moment, own.inverse_guesses, hyper.eps1, hyper.beta2, hyper.clip_threshold
+        )
+        add_instability_sums(
+            self.grad, own.arrays.momentum, own.arrays.block_scales, own.geometry, own.blocks,
+            own.scales.row, own.scales.column, own.inverse_guesses, own.row_sums, own.column_sums,
+            own.partial, threads=self.count,
+        )  # fmt: skip
+        own.total[()] = own.row_sums[2].sum()
+
+    def apply(self) -> None:
+        """The clip divisor, R and C, and pass 3."""
+        own, given, hyper = self.matrices, self.given, self.given.hyper
+        total = float(own.total)
+        divisor = max(math.sqrt(total / own.full_numel) / hyper.clip_threshold, 1.0)
+        inverse = 1.0 / divisor + 0.0 * total  # NaN for an infinite gradient
+        if not own.is_vector:
+            update_instabilities(
+                *own.instability, own.inverse_guesses, inverse, hyper.eps2, hyper.beta3, hyper.beta1
+            )
+        lr, key = float(given.lr), step_key(own.slice.key, given.step)
+        rates = Rates(lr, lr * given.weight_decay, hyper.beta1, inverse, key)
+        update(
+            self.grad, own.arrays, own.geometry, own.row_places, own.scales, rates,
+            threads=self.count,
+        )  # fmt: skip
+        if not _is_written(given.model_weight):
+            own.slice.copy_to_model(given.model_weight)

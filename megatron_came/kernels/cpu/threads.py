@@ -1,71 +1,87 @@
-"""PyTorch's own threads, those of its OpenMP library, for kernels on CPUs.
+"""PyTorch's own threads, through Numba's OpenMP layer.
 
 After parallel work they wait awake for more, for milliseconds, and so they do when a step begins
-right after a backward pass: threads of our own would have to share the processors with them.
-
-In a forked process GNU's OpenMP waits for ever for threads that the parent alone has. Kernels use
-one thread there, if the parent had imported this module; PyTorch's own operations are not so
-careful.
+right after a backward pass: threads of Numba's own would have to share the processors with them.
+Where PyTorch is imported before Numba, both use the same OpenMP library and so the same threads.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 
-_Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def _entry_point() -> Any:
-    """Find what starts OpenMP's threads, in the library that PyTorch uses; None if it cannot be.
-
-    GNU's name, which LLVM's and Intel's libraries have as well.
-    """
-    if os.name != "posix":
-        return None
-    # As the loader does for PyTorch: what was preloaded first.
-    for library in (None, torch._C.__file__):
-        found = getattr(ctypes.CDLL(library), "GOMP_parallel", None)
-        if found is not None:
-            found.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            found.restype = None
-            return found
-    return None
-
-
-_parallel = _entry_point()
 _PROCESS = os.getpid()
+_lock = threading.Lock()  # without OpenMP Numba ends the process at two parallel calls at once
 
 
-def obstacle() -> str | None:
-    """Why this process cannot use PyTorch's threads, if so."""
-    if _parallel is None:
-        return "PyTorch's OpenMP threads cannot be reached"
-    if os.getpid() != _PROCESS:
-        return "this process was forked from one that had loaded CAME"
-    return None
+def is_forked() -> bool:
+    """Whether this process was forked from one that had loaded CAME.
+
+    GNU's OpenMP would wait for ever for threads that the parent alone has.
+    """
+    return os.getpid() != _PROCESS
 
 
 def usable() -> int:
-    """Return as many threads as PyTorch uses; one, where there is an :func:`obstacle`."""
-    return torch.get_num_threads() if obstacle() is None else 1
+    """Return on how many threads kernels run: as many as PyTorch's operations, where they can."""
+    wanted = torch.get_num_threads()
+    if wanted == 1 or is_forked():
+        return 1
+    from numba import config
+
+    return min(wanted, int(config.NUMBA_NUM_THREADS))
 
 
-def run(function: int, argument: int, threads: int) -> None:
-    """Call a function on several threads at once; return when all calls have.
+@contextmanager
+def pool(count: int) -> Iterator[None]:
+    """Let parallel kernels run on so many threads; with one, nothing is started."""
+    if count == 1:
+        yield
+        return
+    import numba
 
-    There may be fewer calls, where OpenMP is told to have fewer threads.
+    with _lock:
+        _start()
+        before = numba.get_num_threads()
+        numba.set_num_threads(count)  # of this thread of Python's
+        try:
+            yield
+        finally:
+            numba.set_num_threads(before)
 
-    Args:
-        function: address of ``void function(void *argument)``, which needs no lock of Python's.
-        argument: address.
-        threads: 1, or as many as are :func:`usable`. With fewer, GNU's library would end the rest
-            and PyTorch's next operation start them again (pytorch/pytorch#32008).
-    """
-    if threads == 1:
-        _Function(function)(argument)
-    else:
-        _parallel(function, argument, threads, 0)
+
+@cache
+def _start() -> str | None:
+    """Start Numba's pool; return what is wrong with it, in a sentence."""
+    import numba
+
+    before = torch.get_num_threads()
+    other = int(numba.config.NUMBA_NUM_THREADS) + 1
+    torch.set_num_threads(other)
+    numba.get_num_threads()  # starts it, and sets the number of threads of its OpenMP library
+    is_shared = torch.get_num_threads() != other
+    torch.set_num_threads(before)
+    layer = numba.threading_layer()
+    if layer == "workqueue":
+        return (
+            "Numba has found no OpenMP library, and its own threads are slower beside PyTorch's: "
+            "install libgomp (or tbb)."
+        )
+    if layer == "omp" and not is_shared:
+        return "Numba's threads are not PyTorch's, which is slower: import torch before numba."
+    return None
+
+
+def note() -> str:
+    """Return what slows kernels on this process's threads, in a sentence; empty if nothing."""
+    if is_forked():
+        return "All is done on one thread: this process was forked from one that had loaded CAME."
+    if usable() == 1:
+        return ""
+    with _lock:
+        return _start() or ""

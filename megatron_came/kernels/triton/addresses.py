@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_came.core import int8
+from megatron_came.core.momentum import MOMENTUM, MOMENTUM_DTYPES, SCALE, State
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs
-from megatron_came.core.state import MOMENTUM, REMAINDER, SCALE
+from megatron_came.core.state import REMAINDER
+from megatron_came.kernels.state_checks import (
+    check_state,
+    has_remainder,
+    is_int8_momentum,
+    wanted_state,
+)
 from megatron_came.kernels.triton.tables import IntTable
 
 if TYPE_CHECKING:
-    from megatron_came.kernels.triton.fused import Kernels
-
-State = Mapping[str, Tensor]
+    from megatron_came.kernels.triton.backend import TritonBackend
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
-_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 class Seen(NamedTuple):
@@ -40,13 +43,13 @@ class Seen(NamedTuple):
 
 
 class Addresses:
-    """Writes the first columns of a table: what the host may change between steps.
+    """Writes the first columns of a table: what others may change between steps.
 
     Args:
         slices: the parameters in the order of the table.
         table: of ``MatrixField`` or ``VectorField``.
         factors: keys of the state, in the order of the table's columns.
-        kernels: that read the table.
+        device: on which they lie.
         is_int8: whether the momentum is.
     """
 
@@ -55,17 +58,17 @@ class Addresses:
         slices: Sequence[ParameterSlice],
         table: IntTable,
         factors: Sequence[str],
-        kernels: Kernels,
+        device: TritonBackend,
         is_int8: bool,
     ) -> None:
         self._slices, self._table, self._factors = slices, table, factors
-        self._kernels, self._is_int8 = kernels, is_int8
-        self._wanted = [_wanted_state(slice_, factors, is_int8) for slice_ in slices]
+        self._device, self._is_int8 = device, is_int8
+        self._wanted = [wanted_state(slice_, is_int8) for slice_ in slices]
         self._get: list[Callable[[Any], tuple[Tensor, ...]]] = [
             itemgetter(*wanted) for wanted in self._wanted
         ]
         self._rows: list[tuple[Any, ...]] = [()] * len(slices)
-        self._placed: Any = None  # none, or not that of this table
+        self._uploaded: Any = None  # none, or not that of this table
 
     def refresh(self, inputs: Mapping[ParameterSlice, StepInputs]) -> Seen:
         """Look where the tensors lie in this step.
@@ -79,7 +82,7 @@ class Addresses:
             if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
                 grad = grad.to(torch.float32).contiguous()
                 grads.append(grad)
-            if weight is not None and weight.dtype not in self._kernels.written_dtypes:
+            if weight is not None and weight.dtype not in self._device.written_dtypes:
                 copied.append(slice_)
                 weight = None
             try:
@@ -100,13 +103,13 @@ class Addresses:
             rounds = rounds or state[MOMENTUM].dtype != torch.float32
             if row != self._rows[index]:
                 self._check(index, state)
-                self._rows[index], self._placed = (), None  # until all is written
+                self._rows[index], self._uploaded = (), None  # until all is written
                 columns = self._columns(slice_, state, grad, weight)
                 self._table[index, : len(columns)] = columns
                 self._rows[index] = row
-        if self._placed is None:
-            self._placed = self._kernels.place(self._table)
-        return Seen(self._placed, rounds, copied, grads)
+        if self._uploaded is None:
+            self._uploaded = self._device.upload(self._table)
+        return Seen(self._uploaded, rounds, copied, grads)
 
     def _columns(
         self, slice_: ParameterSlice, state: State, grad: Tensor, weight: Tensor | None
@@ -117,7 +120,7 @@ class Addresses:
             grad.data_ptr(),
             momentum.data_ptr(),
             state[SCALE].data_ptr() if self._is_int8 else 0,
-            state[REMAINDER].data_ptr() if _has_remainder(slice_) else 0,
+            state[REMAINDER].data_ptr() if has_remainder(slice_) else 0,
             0 if weight is None else weight.data_ptr(),
             *(state[key].data_ptr() for key in self._factors),
             grad.dtype == torch.bfloat16,
@@ -131,56 +134,8 @@ class Addresses:
         Raises:
             ValueError: another size, dtype, device or layout, or none.
         """
-        slice_ = self._slices[index]
         momentum = state.get(MOMENTUM)
-        known = momentum is not None and momentum.dtype in _MOMENTUM_DTYPES
+        known = momentum is not None and momentum.dtype in MOMENTUM_DTYPES.values()
         if known and is_int8_momentum(state) != self._is_int8:
             raise ValueError("CAME: momentum is int8 in some parameters and not in others.")
-        for key, wanted in self._wanted[index].items():
-            if key not in state:
-                raise ValueError(
-                    f"CAME: a parameter of shape {slice_.shard.shape} has no state {key!r}: it "
-                    "belongs to another model, or something has taken it away."
-                )
-            value = state[key]
-            fits = value.numel() == wanted.numel and value.dtype in wanted.dtypes
-            if not fits or not value.is_contiguous() or value.device != slice_.param.device:
-                raise ValueError(
-                    f"CAME: state {key!r} of a parameter of shape {slice_.shard.shape} has the "
-                    f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to "
-                    "another model, or something has changed it."
-                )
-
-
-def is_int8_momentum(state: State) -> bool:
-    """Whether a parameter's momentum is."""
-    return MOMENTUM in state and state[MOMENTUM].dtype == torch.int8
-
-
-class _Wanted(NamedTuple):
-    """What a tensor of the state must be: kernels would write beyond the end of a smaller one."""
-
-    numel: int
-    dtypes: tuple[torch.dtype, ...]
-
-
-def _has_remainder(slice_: ParameterSlice) -> bool:
-    """Kernels take a bf16 parameter only where it is the upper half of fp32 weights."""
-    return slice_.param.dtype == torch.bfloat16
-
-
-def _wanted_state(
-    slice_: ParameterSlice, factors: Sequence[str], is_int8: bool
-) -> dict[str, _Wanted]:
-    """All that kernels touch of a parameter's state."""
-    batch, rows, columns = slice_.shard.local_matrix
-    numel = slice_.shard.numel
-    wanted = {MOMENTUM: _Wanted(numel, _MOMENTUM_DTYPES)}
-    if is_int8:
-        wanted[SCALE] = _Wanted(int8.blocks(numel), (torch.float32,))
-    if _has_remainder(slice_):
-        wanted[REMAINDER] = _Wanted(numel, (torch.int16,))
-    for key in factors:
-        size = batch * (columns if key.endswith("_col") else rows)
-        wanted[key] = _Wanted(size, (torch.float32,))
-    return wanted
+        check_state(self._slices[index], state, self._wanted[index])

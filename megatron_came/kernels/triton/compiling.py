@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_came.core import factors, int8
+from megatron_came.core import factors, int8, rounding
 from megatron_came.kernels.triton import tables
 
 # To be imported by name: Triton does not notice a change of what it reaches through a module.
@@ -22,12 +22,17 @@ UPDATE_UNSCALE = tl.constexpr(2.0**32)
 LARGEST_MEAN = tl.constexpr(factors.largest_mean(torch.float32))
 LEAST_RATIO = tl.constexpr(factors.LEAST_RATIO)
 BAD_GUESS = tl.constexpr(factors.BAD_GUESS)
+MIX_FACTOR, MIX_FACTOR_2 = map(tl.constexpr, rounding.MIX_FACTORS)
+STEP_FACTOR = tl.constexpr(rounding.STEP_FACTOR)
+HIGH_FACTOR = tl.constexpr(rounding.HIGH_FACTOR)
 INT8_BLOCK = tl.constexpr(int8.BLOCK)
+# Beyond all offsets in a tile, which are below 2^30; it fits 32 bits, and vector loads.
+FAR = tl.constexpr(2**31 - 2**16)
 MATRIX_FIELDS = tl.constexpr(len(tables.MatrixField))
 VECTOR_FIELDS = tl.constexpr(len(tables.VectorField))
 TILE_FIELDS = tl.constexpr(len(tables.TileField))
-STRIP_FIELDS = tl.constexpr(len(tables.StripField))
-SPAN_FIELDS = tl.constexpr(len(tables.SpanField))
+ADDITION_FIELDS = tl.constexpr(len(tables.AdditionField))
+BLOCKS_FIELDS = tl.constexpr(len(tables.BlocksField))
 GROUP_FIELDS = tl.constexpr(len(tables.GroupField))
 _FINGERPRINT = tl.constexpr(tables.FINGERPRINT)
 

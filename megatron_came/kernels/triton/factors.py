@@ -97,11 +97,11 @@ def update_second_moments(from_row, matrices, factors, groups, divisors, BLOCK: 
     beta = tl.load(group + tables.GroupField.BETA2)
     rows = tl.load(param + tables.MatrixField.ROWS)
     columns = tl.load(param + tables.MatrixField.COLUMNS)
-    row = floats(tl.load(param + tables.MatrixField.ROW)) + matrix * rows
-    column = floats(tl.load(param + tables.MatrixField.COLUMN)) + matrix * columns
+    row = floats(tl.load(param + tables.MatrixField.SQUARE_ROW_FACTOR)) + matrix * rows
+    column = floats(tl.load(param + tables.MatrixField.SQUARE_COLUMN_FACTOR)) + matrix * columns
     row_total, row_ratio = update_moment(
         row,
-        doubles(tl.load(param + tables.MatrixField.SQUARE_ROWS)) + matrix * rows,
+        doubles(tl.load(param + tables.MatrixField.SQUARE_ROW_SUMS)) + matrix * rows,
         rows,
         tl.load(param + tables.MatrixField.FULL_COLUMNS),
         eps,
@@ -110,7 +110,7 @@ def update_second_moments(from_row, matrices, factors, groups, divisors, BLOCK: 
     )
     column_total, column_ratio = update_moment(
         column,
-        doubles(tl.load(param + tables.MatrixField.SQUARE_COLUMNS)) + matrix * columns,
+        doubles(tl.load(param + tables.MatrixField.SQUARE_COLUMN_SUMS)) + matrix * columns,
         columns,
         tl.load(param + tables.MatrixField.FULL_ROWS),
         eps,
@@ -140,7 +140,7 @@ def sum_squared_updates(from_row, matrices, BLOCK: tl.constexpr):
     """Sum u^2 over this rank's part of a matrix parameter, from its row sums."""
     param = matrices + (tl.program_id(0) + from_row).to(tl.int64) * MATRIX_FIELDS
     count = tl.load(param + tables.MatrixField.BATCH) * tl.load(param + tables.MatrixField.ROWS)
-    sums = doubles(tl.load(param + tables.MatrixField.RESIDUAL_ROWS)) + 2 * count
+    sums = doubles(tl.load(param + tables.MatrixField.INSTABILITY_ROW_SUMS)) + 2 * count
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, count, BLOCK):
         index = first + tl.arange(0, BLOCK)
@@ -155,10 +155,10 @@ def inverse_divisor(total, numel, clip_threshold):
 
 
 @triton.jit
-def _update_residual(
+def _update_instability(
     moment, sums, stride, size, inverse_guess, inverse, beta1, count, eps, beta, BLOCK: tl.constexpr
 ):
-    """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's sum."""
+    """Twin of ``factors.true_instability`` and ``update_moment``; returns the moment's sum."""
     delta = inverse - inverse_guess
     is_bad = inverse_guess > inverse * BAD_GUESS
     total = tl.zeros((BLOCK,), tl.float64)
@@ -170,11 +170,11 @@ def _update_residual(
         error = tl.load(sums + index, mask=mask, other=0.0)
         cross = tl.load(sums + stride + index, mask=mask, other=0.0)
         square = tl.load(sums + 2 * stride + index, mask=mask, other=0.0)
-        residual = error + delta * (2.0 * cross + delta * square)
-        residual = tl.where(is_bad, square * inverse * inverse, at_least(residual, 0.0))
-        residual = residual * beta1 * beta1
+        instability = error + delta * (2.0 * cross + delta * square)
+        instability = tl.where(is_bad, square * inverse * inverse, at_least(instability, 0.0))
+        instability = instability * beta1 * beta1
         old = tl.load(moment + index, mask=mask, other=0.0)
-        new = keep * old + add * at_most(residual / count + eps, LARGEST_MEAN).to(tl.float32)
+        new = keep * old + add * at_most(instability / count + eps, LARGEST_MEAN).to(tl.float32)
         tl.store(moment + index, new, mask=mask)
         total += tl.where(mask, new.to(tl.float64), 0.0)
     return tl.sum(total, 0)
@@ -182,7 +182,7 @@ def _update_residual(
 
 @kernel
 def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: tl.constexpr):
-    """Twin of ``factors.clip_divisor``, ``true_residuals``, ``update_moment`` and ``scales``.
+    """Twin of ``factors.clip_divisor``, ``true_instability``, ``update_moment`` and ``scales``.
 
     Args as those of :func:`update_second_moments`; 1/d is written to ``divisors``.
     """
@@ -202,11 +202,13 @@ def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: t
     )
     inverse_guess = tl.load(divisors + 2 * index).to(tl.float64)
     tl.store(divisors + 2 * index + 1, inverse.to(tl.float32))
-    row = floats(tl.load(param + tables.MatrixField.RESIDUAL_ROW)) + matrix * rows
-    column = floats(tl.load(param + tables.MatrixField.RESIDUAL_COLUMN)) + matrix * columns
-    row_total = _update_residual(
+    row = floats(tl.load(param + tables.MatrixField.INSTABILITY_ROW_FACTOR)) + matrix * rows
+    column = (
+        floats(tl.load(param + tables.MatrixField.INSTABILITY_COLUMN_FACTOR)) + matrix * columns
+    )
+    row_total = _update_instability(
         row,
-        doubles(tl.load(param + tables.MatrixField.RESIDUAL_ROWS)) + matrix * rows,
+        doubles(tl.load(param + tables.MatrixField.INSTABILITY_ROW_SUMS)) + matrix * rows,
         batch * rows,
         rows,
         inverse_guess,
@@ -217,9 +219,9 @@ def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: t
         beta,
         BLOCK,
     )
-    column_total = _update_residual(
+    column_total = _update_instability(
         column,
-        doubles(tl.load(param + tables.MatrixField.RESIDUAL_COLUMNS)) + matrix * columns,
+        doubles(tl.load(param + tables.MatrixField.INSTABILITY_COLUMN_SUMS)) + matrix * columns,
         batch * columns,
         columns,
         inverse_guess,

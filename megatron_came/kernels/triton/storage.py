@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from megatron_came.kernels.triton import tables
-from megatron_came.kernels.triton.compiling import INT8_BLOCK, aligned_floats, floats
+from megatron_came.kernels.triton.compiling import (
+    HIGH_FACTOR,
+    INT8_BLOCK,
+    MIX_FACTOR,
+    MIX_FACTOR_2,
+    STEP_FACTOR,
+    aligned_floats,
+    floats,
+)
 
 
 @triton.jit
@@ -61,23 +69,26 @@ def momenta(address, is_bf16, scales, index, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _mix(bits):
+    """Twin of ``rounding.mix``."""
+    bits = (bits ^ (bits >> 16)) * MIX_FACTOR
+    bits = (bits ^ (bits >> 13)) * MIX_FACTOR_2
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
 def step_key(key, group):
     """Twin of ``rounding.step_key``, of a parameter's key and its row of ``GroupField``."""
     step = tl.load(group + tables.GroupField.STEP).to(tl.int64)
-    mixed = (key + 0x9E3779B1 * (step + 1)).to(tl.uint32)
-    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
-    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
-    return mixed ^ (mixed >> 16)
+    return _mix((key + STEP_FACTOR * (step + 1)).to(tl.uint32))
 
 
 @triton.jit
 def _random_bits(place, key):
     """Twin of ``rounding.random_bits``, as uint32."""
-    mixed = place.to(tl.uint32) * 0x9E3779B1 + (place >> 32).to(tl.uint32) * 0x27D4EB2F
+    mixed = place.to(tl.uint32) * STEP_FACTOR + (place >> 32).to(tl.uint32) * HIGH_FACTOR
     mixed += key
-    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
-    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
-    return (mixed ^ (mixed >> 16)) & 0xFFFF
+    return _mix(mixed) & 0xFFFF
 
 
 @triton.jit

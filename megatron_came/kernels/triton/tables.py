@@ -1,6 +1,6 @@
-"""What the kernels read: tables of addresses, shapes and ranges, one row for each piece of work.
+"""What the kernels read: tables of addresses, shapes and ranges, one row for each program.
 
-See ``tiling`` for tiles, strips and spans. Vectors need none of these: see ``VectorField``.
+See ``tiling`` for tiles and additions. Vectors need none of these: see ``VectorField``.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from enum import IntEnum, auto
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from megatron_came.core.hyperparameters import TABLE
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums
 
 IntTable = npt.NDArray[np.int64]
@@ -21,17 +23,17 @@ IntTable = npt.NDArray[np.int64]
 class MatrixField(IntEnum):
     """Columns of the table of matrix parameters. Addresses point to fp32 unless said otherwise."""
 
-    # What the host may change between steps.
+    # What others may change between steps.
     PARAM = 0  # address of the slice; bf16 where there are remainders
     GRAD = auto()  # fp32 or bf16
     EXP_AVG = auto()  # fp32, bf16 or int8
     EXP_AVG_SCALE = auto()  # of blocks of the slice, for int8; otherwise 0
     REMAINDER = auto()  # int16, the lower halves of fp32 weights, or 0
     MODEL_WEIGHT = auto()  # 16-bit copy of the slice, or 0
-    ROW = auto()  # r, (batch, rows)
-    COLUMN = auto()  # c, (batch, columns)
-    RESIDUAL_ROW = auto()  # R
-    RESIDUAL_COLUMN = auto()  # C
+    SQUARE_ROW_FACTOR = auto()  # r, (batch, rows)
+    SQUARE_COLUMN_FACTOR = auto()  # c, (batch, columns)
+    INSTABILITY_ROW_FACTOR = auto()  # R
+    INSTABILITY_COLUMN_FACTOR = auto()  # C
     GRAD_IS_BF16 = auto()
     MODEL_IS_BF16 = auto()  # otherwise fp16
     EXP_AVG_IS_BF16 = auto()
@@ -54,11 +56,11 @@ class MatrixField(IntEnum):
     PART_JUMP = auto()
     GROUP = auto()  # row of the table of hyperparameters
     # Sums over elements, float64.
-    SQUARE_ROWS = auto()  # of g^2, (batch, rows)
-    SQUARE_COLUMNS = auto()
+    SQUARE_ROW_SUMS = auto()  # of g^2, (batch, rows)
+    SQUARE_COLUMN_SUMS = auto()
     TOTAL = auto()  # of u^2
-    RESIDUAL_ROWS = auto()  # of e^2, u e and u^2, (3, batch, rows)
-    RESIDUAL_COLUMNS = auto()
+    INSTABILITY_ROW_SUMS = auto()  # of e^2, u e and u^2, (3, batch, rows)
+    INSTABILITY_COLUMN_SUMS = auto()
     # Results of the factors, in the scale buffer.
     ROW_SCALE = auto()  # (batch, rows)
     COLUMN_SCALE = auto()
@@ -103,42 +105,36 @@ class TileField(IntEnum):
     COLUMN = 4  # first column
 
 
-class SpanField(IntEnum):
-    """Columns of the table of spans: whole blocks of int8 momentum, one after another."""
+class BlocksField(IntEnum):
+    """Columns of the table of blocks of int8 momentum: some that lie one after another."""
 
     PARAM = 0  # row of the table of matrix parameters
     FIRST = 1  # first element, in the slice
     STOP = 2
 
 
-class StripField(IntEnum):
-    """Columns of the table of strips: sums of tiles' sums, added to the buffers of sums."""
+class AdditionField(IntEnum):
+    """Columns of the table of additions: of tiles' sums to the buffers of sums."""
 
-    SLOT = 0  # of the first tile in the scratch buffer
-    STRIDE = 1  # slots to the next tile
+    TILE = 0  # the first one's number in the scratch buffer
+    STRIDE = 1  # to the next tile
     TILES = 2  # how many
-    WITHIN = 3  # offset of the strip's first sum in a slot: 0 for rows, slot_rows for columns
+    WITHIN = 3  # offset of the first sum in a tile's: 0 for rows, most_rows for columns
     COUNT = 4  # sums
     SQUARES = 5  # address of the first sum, float64
-    RESIDUALS = 6  # address of the first sum of e^2, float64
-    RESIDUALS_STRIDE = 7  # elements from there to u e, and on to u^2
+    INSTABILITY = 6  # address of the first sum of e^2, float64
+    INSTABILITY_STRIDE = 7  # elements from there to u e, and on to u^2
 
 
-class GroupField(IntEnum):
-    """Columns of the table of hyperparameters, float64, a row for each parameter group."""
-
-    LR = 0
-    WEIGHT_DECAY = 1
-    BETA1 = 2
-    BETA2 = 3
-    BETA3 = 4
-    EPS1 = 5
-    EPS2 = 6
-    CLIP_THRESHOLD = 7
-    STEP = 8  # steps before this one, for random bits; 0 where nothing is rounded with them
+# Columns of the table of hyperparameters, float64, a row for each parameter group; STEP counts the
+# steps before this one, for random bits, and is 0 where nothing is rounded with them.
+_enum: Any = IntEnum  # of which type checkers want the members written out
+GroupField = _enum(
+    "GroupField", ["LR", "WEIGHT_DECAY", *(row.name.upper() for row in TABLE), "STEP"], start=0
+)
 
 
-TABLES = (MatrixField, VectorField, TileField, SpanField, StripField, GroupField)
+TABLES = (MatrixField, VectorField, TileField, BlocksField, AdditionField, GroupField)
 # Changes when a column moves: compiled kernels that were kept must not outlive their tables.
 FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in TABLES]).encode())
 
@@ -187,9 +183,11 @@ def matrix_row(
     row[field.BATCH_OFFSET : field.COLUMN_OFFSET + 1] = shard.offsets
     row[field.PART_ROWS], row[field.PART_JUMP] = shard.row_parts
     row[field.GROUP] = group
-    row[field.SQUARE_ROWS : field.SQUARE_COLUMNS + 1] = [s.data_ptr() for s in sums.squares]
+    row[field.SQUARE_ROW_SUMS : field.SQUARE_COLUMN_SUMS + 1] = [s.data_ptr() for s in sums.squares]
     row[field.TOTAL] = sums.total.data_ptr()
-    row[field.RESIDUAL_ROWS : field.RESIDUAL_COLUMNS + 1] = [s.data_ptr() for s in sums.instability]
+    row[field.INSTABILITY_ROW_SUMS : field.INSTABILITY_COLUMN_SUMS + 1] = [
+        s.data_ptr() for s in sums.instability
+    ]
     row[field.ROW_SCALE : field.COLUMN_CONFIDENCE + 1] = [s.data_ptr() for s in scales]
     row[field.FIRST_MATRIX] = first_matrix
     return row

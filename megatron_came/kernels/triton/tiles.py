@@ -1,4 +1,4 @@
-"""The passes over tiles and spans of matrices, and over the strips that add up the tiles' sums.
+"""The passes over matrices: tiles, blocks of int8 momentum, and additions of the tiles' sums.
 
 A program takes one row of a table. Sums are written to places of their own and added up in a fixed
 order, so that runs are bit-identical.
@@ -13,13 +13,14 @@ import triton.language as tl
 
 from megatron_came.kernels.triton import storage, tables
 from megatron_came.kernels.triton.compiling import (
+    ADDITION_FIELDS,
+    BLOCKS_FIELDS,
+    FAR,
     GROUP_FIELDS,
     INT8_BLOCK,
     MATRIX_FIELDS,
-    SPAN_FIELDS,
     SQUARE_SCALE,
     SQUARE_UNSCALE,
-    STRIP_FIELDS,
     TILE_FIELDS,
     UPDATE_SCALE,
     UPDATE_UNSCALE,
@@ -53,7 +54,7 @@ def _tile(matrices, tiles, index, ALIGNED: tl.constexpr):
     stop = tl.load(param + tables.MatrixField.STOP)
     place = (matrix * rows + row) * columns + column - start
     low = tl.maximum(-place, 0).to(tl.int32)
-    high = tl.minimum(stop - start - place, 2147483648 - 65536).to(tl.int32)
+    high = tl.minimum(stop - start - place, FAR).to(tl.int32)
     narrow = columns.to(tl.int32)
     if ALIGNED:
         place = tl.multiple_of(place, 4)
@@ -75,25 +76,25 @@ def square_tiles(
     STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Twin of ``passes.add_squared_sums``: the row and column sums of a tile, to its slot.
+    """Twin of ``passes.add_squared_sums``: the row and column sums of a tile.
 
     Args:
         from_row: what the first program takes of the table.
         matrices: table of ``MatrixField``, int64.
         tiles: table of ``TileField``, int64.
-        scratch: (slots, 3, ROWS + COLUMNS), fp32, out; the first of the three is used.
+        scratch: (tiles, 3, ROWS + COLUMNS), fp32, out; the first of the three is used.
         ROWS: of a tile.
         COLUMNS: of a tile.
         STEP: rows that a program reads at once.
         ALIGNED: whether addresses, widths and starts allow vector loads.
     """
-    slot = tl.program_id(0)
+    number = tl.program_id(0)
     param, place, low, high, width, _matrix, row, stop_row, column = _tile(
-        matrices, tiles, slot + from_row, ALIGNED
+        matrices, tiles, number + from_row, ALIGNED
     )
     address = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
-    sums = scratch + slot.to(tl.int64) * (3 * (ROWS + COLUMNS))
+    sums = scratch + number.to(tl.int64) * (3 * (ROWS + COLUMNS))
     steps = tl.arange(0, STEP)
     across = tl.arange(0, COLUMNS)
     inside = across < width - column.to(tl.int32)
@@ -129,9 +130,9 @@ def instability_tiles(
         divisors: (matrices, 2), fp32: 1/d0, and 1/d which is not known yet.
     """
     # Backwards: what pass 1 has read last, and pass 3 will read first, is in the cache.
-    slot = tl.num_programs(0) - 1 - tl.program_id(0)
+    number = tl.num_programs(0) - 1 - tl.program_id(0)
     param, place, low, high, width, matrix, row, stop_row, column = _tile(
-        matrices, tiles, slot + from_row, ALIGNED
+        matrices, tiles, number + from_row, ALIGNED
     )
     grads = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
@@ -143,7 +144,7 @@ def instability_tiles(
     column_scales = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * width
     first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
     inverse_guess = tl.load(divisors + 2 * (first_matrix + matrix))
-    sums = scratch + slot.to(tl.int64) * (3 * (ROWS + COLUMNS))
+    sums = scratch + number.to(tl.int64) * (3 * (ROWS + COLUMNS))
     steps = tl.arange(0, STEP)
     across = tl.arange(0, COLUMNS)
     inside = across < width - column.to(tl.int32)
@@ -177,32 +178,32 @@ def instability_tiles(
 
 
 @kernel
-def add_strips(
+def add_tile_sums(
     from_row,
-    strips,
+    additions,
     scratch,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
     COUNT: tl.constexpr,
     SQUARES: tl.constexpr,
 ):
-    """Add the tiles' sums of a strip to the buffers of sums.
+    """Add the tiles' sums of a addition to the buffers of sums.
 
     Args:
         from_row: what the first program takes of the table.
-        strips: table of ``StripField``, int64.
-        scratch: (slots, 3, WIDTH), fp32.
-        WIDTH: of a slot's sums: rows and columns of a tile.
+        additions: table of ``AdditionField``, int64.
+        scratch: (tiles, 3, WIDTH), fp32.
+        WIDTH: sums of a tile, of its rows and columns.
         TILES: read at once.
-        COUNT: at least the sums of a strip.
+        COUNT: at least the sums of a addition.
         SQUARES: whether the sums are those of g^2.
     """
-    strip = strips + (tl.program_id(0) + from_row).to(tl.int64) * STRIP_FIELDS
-    slot = tl.load(strip + tables.StripField.SLOT)
-    stride = tl.load(strip + tables.StripField.STRIDE)
-    tiles = tl.load(strip + tables.StripField.TILES)
-    within = tl.load(strip + tables.StripField.WITHIN)
-    count = tl.load(strip + tables.StripField.COUNT)
+    addition = additions + (tl.program_id(0) + from_row).to(tl.int64) * ADDITION_FIELDS
+    first_tile = tl.load(addition + tables.AdditionField.TILE)
+    stride = tl.load(addition + tables.AdditionField.STRIDE)
+    tiles = tl.load(addition + tables.AdditionField.TILES)
+    within = tl.load(addition + tables.AdditionField.WITHIN)
+    count = tl.load(addition + tables.AdditionField.COUNT)
     which = tl.program_id(1)  # of e^2, u e and u^2
     index = tl.arange(0, COUNT)
     inside = index < count
@@ -210,17 +211,17 @@ def add_strips(
     total = tl.zeros((TILES, COUNT), tl.float64)
     for first in range(0, tiles, TILES):
         tile = first + below
-        place = (slot + tile * stride) * (3 * WIDTH) + which * WIDTH + within
+        place = (first_tile + tile * stride) * (3 * WIDTH) + which * WIDTH + within
         mask = (tile < tiles)[:, None] & inside[None, :]
         values = tl.load(scratch + place[:, None] + index[None, :], mask=mask, other=0.0)
         total += values.to(tl.float64)
     sums = tl.sum(total, 0)
     if SQUARES:
-        out = doubles(tl.load(strip + tables.StripField.SQUARES))
+        out = doubles(tl.load(addition + tables.AdditionField.SQUARES))
         sums = sums * SQUARE_UNSCALE
     else:
-        out = doubles(tl.load(strip + tables.StripField.RESIDUALS))
-        out += which * tl.load(strip + tables.StripField.RESIDUALS_STRIDE)
+        out = doubles(tl.load(addition + tables.AdditionField.INSTABILITY))
+        out += which * tl.load(addition + tables.AdditionField.INSTABILITY_STRIDE)
         sums = sums * UPDATE_UNSCALE
     before = tl.load(out + index, mask=inside, other=0.0)
     tl.store(out + index, before + sums, mask=inside)
@@ -301,30 +302,30 @@ def apply_tiles(
 
 
 @kernel
-def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexpr):
+def apply_blocks(from_row, matrices, blocks, groups, divisors, BLOCKS: tl.constexpr):
     """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
 
     Args:
         from_row: what the first program takes of the table.
         matrices: table of ``MatrixField``, int64.
-        spans: table of ``SpanField``, int64.
+        blocks: table of ``BlocksField``, int64.
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        BLOCKS: of a span.
+        BLOCKS: of a row of their table.
     """
     note_tables()
-    span = spans + (tl.program_id(0) + from_row).to(tl.int64) * SPAN_FIELDS
-    param = matrices + tl.load(span + tables.SpanField.PARAM) * MATRIX_FIELDS
-    first = tl.load(span + tables.SpanField.FIRST)
-    stop = tl.load(span + tables.SpanField.STOP)
+    row_of_blocks = blocks + (tl.program_id(0) + from_row).to(tl.int64) * BLOCKS_FIELDS
+    param = matrices + tl.load(row_of_blocks + tables.BlocksField.PARAM) * MATRIX_FIELDS
+    first = tl.load(row_of_blocks + tables.BlocksField.FIRST)
+    stop = tl.load(row_of_blocks + tables.BlocksField.STOP)
     rows = tl.load(param + tables.MatrixField.ROWS)
     columns = tl.load(param + tables.MatrixField.COLUMNS)
     # Matrix, row and column of the first element, then those of the others, in 32 bits.
     place = tl.load(param + tables.MatrixField.START) + first
     base = place // columns
     first_matrix = base // rows
-    blocks = tl.arange(0, BLOCKS)
-    inside = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
+    numbers = tl.arange(0, BLOCKS)
+    inside = numbers[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
     from_base = (place - base * columns).to(tl.int32) + inside
     below = from_base // columns.to(tl.int32)
     column = from_base - below * columns.to(tl.int32)
@@ -376,5 +377,5 @@ def apply_spans(from_row, matrices, spans, groups, divisors, BLOCKS: tl.constexp
     full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
     full_place = full_row * tl.load(param + tables.MatrixField.FULL_COLUMNS) + full_column
     key = storage.step_key(tl.load(param + tables.MatrixField.KEY), group)
-    block = first // INT8_BLOCK + blocks
+    block = first // INT8_BLOCK + numbers
     storage.store_int8(momenta, momentum_scales, block, index, momentum, mask, full_place, key)

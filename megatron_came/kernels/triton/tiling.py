@@ -1,12 +1,11 @@
 """How the slices of matrix parameters are cut into what the kernels take.
 
 The slice of a matrix parameter is cut into *tiles*, as a :class:`Tiling` says. A tile sums its rows
-and columns into a slot of a scratch buffer, and *strips* then add up, in a fixed order, what the
-tiles beside or below one another hold. Tiles are taken in *segments*, so that the scratch buffer
-has a fixed number of slots; where launches cost time, tiles of large models are higher instead, so
-that there are few segments. *Blocks* are matrices that go through passes by themselves: where no
-sum goes over ranks, *cache blocks* that together fit the cache go through all passes before the
-next ones. *Spans* are whole blocks of int8 momentum.
+and columns into its place in a scratch buffer, and *additions* then add up, in a fixed order, what
+the tiles beside or below one another hold. A *fill* is as many tiles as the scratch buffer holds;
+where launches cost time, tiles of large models are higher instead, so that there are few fills. A
+*set* is of matrices that go through passes by themselves: where no sum goes over ranks, those that
+together fit the cache go through all passes before the next ones.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import numpy as np
 
 from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.core.shard import Shard
-from megatron_came.kernels.triton.tables import IntTable, SpanField, StripField, TileField
+from megatron_came.kernels.triton.tables import AdditionField, BlocksField, IntTable, TileField
 
-# Places in a tile fit 32 bits.
-PLACES = 2**30
+# Offsets in a tile are below this, and fit 32 bits.
+MOST_OFFSETS = 2**30
 # A stretched tile has no more elements than one of so many columns that is not.
 _STRETCH_COLUMNS = 1024
 
@@ -34,37 +33,41 @@ class Tiling:
     Attributes:
         rows: of a tile that is not stretched.
         columns: of a tile, at most.
-        slots: tiles whose sums the scratch buffer holds, at least.
-        strip: sums of a strip, at most.
-        span: elements of a span.
+        scratch_tiles: whose sums the scratch buffer holds, at most.
+        addition: sums of an addition, at most.
+        block_elements: of a row of the table of blocks.
         stretch: narrow tiles have up to so many times the rows.
-        tallest: rows to which tiles may grow where there are more than slots.
+        tallest: rows that tiles may have where there are more than fit the scratch buffer.
     """
 
     rows: int
     columns: int
-    slots: int
-    strip: int = 256
-    span: int = 2048
+    scratch_tiles: int
+    addition: int = 256
+    block_elements: int = 2048
     stretch: int = 1
     tallest: int = 0
 
     @property
-    def slot_rows(self) -> int:
+    def most_rows(self) -> int:
         """Rows of the tallest tile."""
         return self.rows * self.stretch
 
     @property
-    def slot_sums(self) -> int:
-        """Sums of a tile's rows and columns that a slot has room for."""
-        return self.slot_rows + self.columns
+    def tile_sums(self) -> int:
+        """Sums of a tile's rows and columns that the scratch buffer has room for."""
+        return self.most_rows + self.columns
 
     def rows_of(self, columns: int) -> int:
         """Rows of the tiles of a matrix: more where they are narrow, so that there are fewer."""
         return self.rows * min(max(_STRETCH_COLUMNS // max(columns, 1), 1), self.stretch)
 
+    def across(self, columns: int) -> int:
+        """Tiles that lie side by side."""
+        return -(-columns // self.columns)
 
-def grown(tiling: Tiling, shards: Sequence[Shard]) -> Tiling:
+
+def with_higher_tiles(tiling: Tiling, shards: Sequence[Shard]) -> Tiling:
     """Make tiles higher until all of them share the scratch buffer, if they may be so high.
 
     The order of a matrix's sums then depends on how many others there are; ranks that hold the same
@@ -75,8 +78,8 @@ def grown(tiling: Tiling, shards: Sequence[Shard]) -> Tiling:
         shards: of the matrix parameters.
     """
     widest = max((shard.local_matrix[2] for shard in shards), default=0)
-    tallest = min(tiling.tallest, PLACES // max(widest, 1))
-    while 2 * tiling.rows <= tallest and _count_tiles(tiling, shards) > tiling.slots:
+    tallest = min(tiling.tallest, MOST_OFFSETS // max(widest, 1))
+    while 2 * tiling.rows <= tallest and _count_tiles(tiling, shards) > tiling.scratch_tiles:
         tiling = replace(tiling, rows=2 * tiling.rows)
     return tiling
 
@@ -85,34 +88,19 @@ def _count_tiles(tiling: Tiling, shards: Sequence[Shard]) -> int:
     count = 0
     for shard in shards:
         columns = shard.local_matrix[2]
-        bands = _touched(shard, tiling.rows_of(columns))
-        count += _across(tiling, columns) * sum(len(rows) for _, rows, _ in bands)
+        rows = sum(len(each.rows) for each in _tile_rows(0, shard, tiling.rows_of(columns)))
+        count += tiling.across(columns) * rows
     return count
 
 
-def _across(tiling: Tiling, columns: int) -> int:
-    """Tiles that lie side by side."""
-    return -(-columns // tiling.columns)
-
-
-class Segment(NamedTuple):
-    """Tiles that share the scratch buffer, and the strips that empty it."""
-
-    tiles: slice
-    strips: slice
-
-
-def spans(shards: Sequence[Shard], elements: int) -> IntTable:
-    """Cut the slices of matrix parameters into spans.
+def cut_blocks(shards: Sequence[Shard], elements: int) -> IntTable:
+    """Cut the slices of matrix parameters into rows of ``BlocksField``.
 
     Args:
         shards: in the order of their table.
-        elements: of a span, whole blocks of int8 momentum.
-
-    Returns:
-        Table of ``SpanField``.
+        elements: of a row, whole blocks of int8 momentum.
     """
-    tables = [np.zeros((0, len(SpanField)), np.int64)]
+    tables = [np.zeros((0, len(BlocksField)), np.int64)]
     for param, shard in enumerate(shards):
         first = np.arange(0, shard.numel, elements, dtype=np.int64)
         stop = np.minimum(first + elements, shard.numel)
@@ -120,28 +108,26 @@ def spans(shards: Sequence[Shard], elements: int) -> IntTable:
     return np.concatenate(tables)
 
 
-class _Bands(NamedTuple):
-    """Rows of tiles of one matrix that follow one another in a segment."""
+class Fill(NamedTuple):
+    """Rows of the tables of tiles that fill the scratch buffer, and of additions that empty it."""
 
-    param: int
-    matrix: int
-    rows: range  # first rows of the bands
-    stop_row: int
+    tiles: slice
+    additions: slice
 
 
-class Block(NamedTuple):
-    """Matrices that go through the passes together, and the rows of what they are cut into."""
+class MatrixSet(NamedTuple):
+    """Matrices that go through the passes together, and the tiles that they are cut into."""
 
     matrices: slice
-    segments: tuple[Segment, ...]
+    fills: tuple[Fill, ...]
 
 
-def cache_blocks(sizes: Sequence[int], limit: int | None) -> Iterator[range]:
+def in_cache(sizes: Sequence[int], limit: int | None) -> Iterator[range]:
     """Put matrices together that fit the cache.
 
     Args:
         sizes: elements of each.
-        limit: of a block that has more than one matrix; None for a single block.
+        limit: of a set that has more than one matrix; None for a single set.
     """
     first = total = 0
     for index, size in enumerate(sizes):
@@ -155,113 +141,129 @@ def cache_blocks(sizes: Sequence[int], limit: int | None) -> Iterator[range]:
 
 def cut(
     shards: Sequence[Shard], sums: Sequence[SliceSums], tiling: Tiling, together: Sequence[range]
-) -> tuple[IntTable, IntTable, tuple[Block, ...], int]:
+) -> tuple[IntTable, IntTable, tuple[MatrixSet, ...], int]:
     """Cut the slices of matrix parameters.
 
     Args:
         shards: of the matrix parameters, in the order of their table.
         sums: likewise.
         tiling: sizes.
-        together: the matrices of each block.
+        together: the matrices of each set.
 
     Returns:
-        Table of tiles, table of strips, blocks, and slots that a segment needs at most.
+        Table of tiles, table of additions, sets, and the tiles of the largest fill.
     """
     tiles: list[IntTable] = []
-    strips: list[list[int]] = []
-    segments: list[Segment] = []
-    blocks: list[Block] = []
-    tile_count = first_tile = first_strip = slots = 0
+    additions: list[list[int]] = []
+    fills: list[Fill] = []
+    sets: list[MatrixSet] = []
+    tile_count = first_tile = first_addition = most_tiles = 0
 
-    def end_segment() -> None:
-        nonlocal first_tile, first_strip, slots
+    def end_fill() -> None:
+        nonlocal first_tile, first_addition, most_tiles
         if tile_count > first_tile:
-            segments.append(Segment(slice(first_tile, tile_count), slice(first_strip, len(strips))))
-            slots = max(slots, tile_count - first_tile)
-            first_tile, first_strip = tile_count, len(strips)
+            filled = slice(first_tile, tile_count)
+            fills.append(Fill(filled, slice(first_addition, len(additions))))
+            most_tiles = max(most_tiles, tile_count - first_tile)
+            first_tile, first_addition = tile_count, len(additions)
 
     for members in together:
         for param in members:
             shard = shards[param]
-            across = _across(tiling, shard.local_matrix[2])
-            for matrix, rows, stop_row in _touched(shard, tiling.rows_of(shard.local_matrix[2])):
-                # A matrix that does not fit the rest of a segment begins a new one, so that its
-                # sums are added up in the same order whatever comes before it.
-                if tile_count - first_tile + len(rows) * across > tiling.slots:
-                    end_segment()
-                while rows:
-                    bands = _Bands(param, matrix, rows[: max(tiling.slots // across, 1)], stop_row)
-                    rows = rows[len(bands.rows) :]
-                    slot = tile_count - first_tile
-                    tiles.append(_tiles(bands, across, tiling))
-                    strips += _strips(bands, across, tiling, slot, shard, sums[param])
-                    tile_count += len(bands.rows) * across
-                    if rows:
-                        end_segment()
-        end_segment()
-        blocks.append(Block(slice(members.start, members.stop), tuple(segments)))
-        segments.clear()
+            across = tiling.across(shard.local_matrix[2])
+            for rest in _tile_rows(param, shard, tiling.rows_of(shard.local_matrix[2])):
+                # A matrix that does not fit the rest of the scratch buffer begins a new fill, so
+                # that its sums are added up in the same order whatever comes before it.
+                if tile_count - first_tile + len(rest.rows) * across > tiling.scratch_tiles:
+                    end_fill()
+                while rest.rows:
+                    some = rest._replace(rows=rest.rows[: max(tiling.scratch_tiles // across, 1)])
+                    rest = rest._replace(rows=rest.rows[len(some.rows) :])
+                    tiles.append(_tiles(some, across, tiling))
+                    number = tile_count - first_tile
+                    additions += _additions(some, across, tiling, number, shard, sums[param])
+                    tile_count += len(some.rows) * across
+                    if rest.rows:
+                        end_fill()
+        end_fill()
+        sets.append(MatrixSet(slice(members.start, members.stop), tuple(fills)))
+        fills.clear()
     return (
         np.concatenate([np.zeros((0, len(TileField)), np.int64), *tiles]),
-        np.array(strips, np.int64).reshape(-1, len(StripField)),
-        tuple(blocks),
-        slots,
+        np.array(additions, np.int64).reshape(-1, len(AdditionField)),
+        tuple(sets),
+        most_tiles,
     )
 
 
-def _touched(shard: Shard, tile_rows: int) -> Iterator[tuple[int, range, int]]:
-    """Yield what a slice touches: a matrix of the batch, first rows of its tiles, last row + 1."""
+class _TileRows(NamedTuple):
+    """Rows of tiles of one matrix that follow one another."""
+
+    param: int
+    matrix: int
+    rows: range  # first rows of the tiles
+    stop_row: int
+
+
+def _tile_rows(param: int, shard: Shard, height: int) -> Iterator[_TileRows]:
+    """Yield what a slice touches of each matrix of its batch."""
     _, rows, columns = shard.local_matrix
     if shard.start == shard.stop:
         return
     first, stop = shard.start // columns, -(-shard.stop // columns)
     for matrix in range(first // rows, -(-stop // rows)):
         low, high = max(first - matrix * rows, 0), min(stop - matrix * rows, rows)
-        yield matrix, range(low, high, tile_rows), high
+        yield _TileRows(param, matrix, range(low, high, height), high)
 
 
-def _tiles(bands: _Bands, across: int, tiling: Tiling) -> IntTable:
-    """Return the tiles of some bands, row by row."""
+def _tiles(some: _TileRows, across: int, tiling: Tiling) -> IntTable:
+    """Return their tiles, row by row."""
     row, column = np.meshgrid(
-        np.array(bands.rows, np.int64),
+        np.array(some.rows, np.int64),
         np.arange(across, dtype=np.int64) * tiling.columns,
         indexing="ij",
     )
     table = np.empty((row.size, len(TileField)), np.int64)
-    table[:, TileField.PARAM], table[:, TileField.MATRIX] = bands.param, bands.matrix
+    table[:, TileField.PARAM], table[:, TileField.MATRIX] = some.param, some.matrix
     table[:, TileField.ROW], table[:, TileField.COLUMN] = row.ravel(), column.ravel()
-    table[:, TileField.STOP_ROW] = np.minimum(row.ravel() + bands.rows.step, bands.stop_row)
+    table[:, TileField.STOP_ROW] = np.minimum(row.ravel() + some.rows.step, some.stop_row)
     return table
 
 
-def _strips(
-    bands: _Bands, across: int, tiling: Tiling, slot: int, shard: Shard, sums: SliceSums
+def _additions(
+    some: _TileRows, across: int, tiling: Tiling, number: int, shard: Shard, sums: SliceSums
 ) -> list[list[int]]:
-    """Return the strips that add up the bands' tiles: columns downwards, rows side by side.
+    """Return what adds up the sums of tiles: of columns downwards, of rows side by side.
 
     Those of columns come first: they take longest.
+
+    Args:
+        some: the tiles.
+        across: how many lie side by side.
+        tiling: sizes.
+        number: of the first tile in the scratch buffer.
+        shard: of the parameter.
+        sums: to which they are added.
     """
     batch, rows, columns = shard.local_matrix
-    (row_squares, column_squares), (row_residuals, column_residuals) = (
-        sums.squares,
-        sums.instability,
-    )
-    strips = []
-    for column in range(0, columns, tiling.columns):
-        top = slot + column // tiling.columns
-        stop = min(column + tiling.columns, columns)
-        for first in range(column, stop, tiling.strip):
-            count, within = min(tiling.strip, stop - first), tiling.slot_rows + first - column
-            place = (bands.matrix * columns + first) * 8
-            addresses = [column_squares.data_ptr() + place, column_residuals.data_ptr() + place]
-            tiles = len(bands.rows)
-            strips.append([top, across, tiles, within, count, *addresses, batch * columns])
-    for index, row in enumerate(bands.rows):
-        stop = min(row + bands.rows.step, bands.stop_row)
-        for first in range(row, stop, tiling.strip):
-            count, within = min(tiling.strip, stop - first), first - row
-            place = (bands.matrix * rows + first) * 8
-            addresses = [row_squares.data_ptr() + place, row_residuals.data_ptr() + place]
-            left = slot + index * across
-            strips.append([left, 1, across, within, count, *addresses, batch * rows])
-    return strips
+    row_sums, column_sums = zip(sums.squares, sums.instability, strict=True)
+    additions = []
+
+    for left in range(0, columns, tiling.columns):
+        top = number + left // tiling.columns
+        stop = min(left + tiling.columns, columns)
+        for first in range(left, stop, tiling.addition):
+            count, within = min(tiling.addition, stop - first), tiling.most_rows + first - left
+            offset = (some.matrix * columns + first) * 8
+            addresses = [each.data_ptr() + offset for each in column_sums]
+            tiles = len(some.rows)
+            additions.append([top, across, tiles, within, count, *addresses, batch * columns])
+    for index, row in enumerate(some.rows):
+        stop = min(row + some.rows.step, some.stop_row)
+        for first in range(row, stop, tiling.addition):
+            count, within = min(tiling.addition, stop - first), first - row
+            offset = (some.matrix * rows + first) * 8
+            addresses = [each.data_ptr() + offset for each in row_sums]
+            leftmost = number + index * across
+            additions.append([leftmost, 1, across, within, count, *addresses, batch * rows])
+    return additions

@@ -118,7 +118,9 @@ def arrangement_problem(gathered: dict[Any, Any], buffers: Sequence[Any]) -> str
     if spans is None:
         sizes = [_tensors(gathered, index)["numel_unpadded"] for index in range(len(buffers))]
         if sizes == [buffer.numel_unpadded for buffer in buffers]:
-            if any(_cut_short(buffer) for buffer in buffers):
+            # Another cut may have as many elements where a gap was left out at an end.
+            ends = [each.numel_unpadded for buffer in buffers for each in buffer.buckets[:-1]]
+            if any(end % _ALIGNMENT for end in ends):
                 say_once(
                     "the legacy checkpoint does not say how it was cut into buckets: its optimizer "
                     "state is read as if that had been done with the flags of this run."
@@ -139,11 +141,6 @@ def arrangement_problem(gathered: dict[Any, Any], buffers: Sequence[Any]) -> str
         "the checkpoint's parameters are of other sizes or in another order than the model's: "
         "load it with the flags it was saved with, or give --no-load-optim."
     )
-
-
-def _cut_short(buffer: Any) -> bool:
-    """Whether another cut into buckets may have as many elements: a gap was left out at an end."""
-    return any(bucket.numel_unpadded % _ALIGNMENT for bucket in buffer.buckets[:-1])
 
 
 def arrange(gathered: dict[Any, Any], buffers: Sequence[Any]) -> None:

@@ -25,7 +25,7 @@ SCHEDULE = {
     "wd_incr_style": ("wd_incr_style",),
 }
 _STEPS_TAKEN = ("num_steps", "num_iters")
-
+_SAMPLES = ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
 # Hyperparameters of a parameter group, and how many numbers each is.
 _NUMBERS = {"lr": 1, "weight_decay": 1, "betas": 3, "eps": 2, "clip_threshold": 1}
 
@@ -46,11 +46,10 @@ def progress_problem(state: Mapping[str, Any]) -> str | None:
     iteration = state.get("iteration", state.get("total_iters"))
     if not _is_count(iteration):
         return f"its iteration is {_shown(iteration)}, and not a number of iterations"
-    saved = state.get("args")
-    if saved is None:
+    if state.get("args") is None:
         return "the arguments of its run are missing"
-    for name in ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"):
-        value = getattr(saved, name, 0)
+    for name in _SAMPLES:
+        value = getattr(state["args"], name, 0)
         if not _is_count(value):
             return f"its {name} is {_shown(value)}, and not a number of samples"
     return None
@@ -68,13 +67,12 @@ def schedule_problem(state: Mapping[str, Any]) -> str | None:
         return f"its schedule (opt_param_scheduler) is {_shown(schedule)}"
     for names in (*SCHEDULE.values(), _STEPS_TAKEN):
         value = first_of(schedule, names)
-        if names[0].endswith("_style"):
-            if not isinstance(value, str | None):
-                return f"its schedule has {names[0]} {_shown(value)}, and not a name"
-        elif value is None and names[0].partition("_")[0] in ("start", "end", "wd"):
+        if value is None and names[0].startswith(("start_wd", "end_wd", "wd_", "lr_decay_style")):
             continue  # not written by old releases
-        elif not _is_number(value) or value < 0:
-            return f"its schedule has {names[0]} {_shown(value)}, and not a number"
+        is_name = names[0].endswith("_style")
+        if not (isinstance(value, str) if is_name else _is_number(value) and value >= 0):
+            what = "a name" if is_name else "a number"
+            return f"its schedule has {names[0]} {_shown(value)}, and not {what}"
     return None
 
 
@@ -126,16 +124,11 @@ def _groups_problem(groups: Any) -> str | None:
     for group in groups:
         if not _is_count(group.get("step")):
             return f"its param_groups have step {_shown(group.get('step'))}, and not a number"
-        for name, count in _NUMBERS.items():
-            if name not in group:
-                continue  # this run's counts anyway
-            value = group[name]
+        for name in filter(group.__contains__, _NUMBERS):  # what is missing is this run's
+            value, count = group[name], _NUMBERS[name]
             numbers = [value] if count == 1 else value
-            if (
-                not isinstance(numbers, list | tuple)
-                or len(numbers) != count
-                or not all(map(_is_number, numbers))
-            ):
+            is_right = isinstance(numbers, list | tuple) and len(numbers) == count
+            if not is_right or not all(map(_is_number, numbers)):
                 what = "a number" if count == 1 else f"{count} numbers"
                 return f"its param_groups have {name} {_shown(value)}, and not {what}"
     steps = sorted({int(group["step"]) for group in groups})

@@ -6,15 +6,24 @@ missing one for a first start. Here only names and sizes of files are looked at.
 
 from __future__ import annotations
 
-import zipfile
+import functools
 from pathlib import Path
 from typing import Any
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_REMOVE = "or remove the folder's contents to start from scratch"
+import torch.distributed as dist
 
-# What torch.save(..., _use_new_zipfile_serialization=False) begins with, as old converters write.
-_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+from megatron_came.checkpoint_files.folder import (
+    TRACKER,
+    complete,
+    ends_as_archive,
+    ends_as_pickle,
+    says_distributed,
+)
+from megatron_came.checkpoint_files.stored import CheckpointTensor
+from megatron_came.checkpoint_files.torch_dist import METADATA, read_layout
+from megatron_came.megatron.sharding import chain_of
+
+_REMOVE = "or remove the folder's contents to start from scratch"
 
 
 def folder_problem(load_dir: Any, args: Any) -> str | None:
@@ -31,12 +40,13 @@ def folder_problem(load_dir: Any, args: Any) -> str | None:
         return None
     folder = Path(str(load_dir))
     try:
-        return _problem(folder, getattr(args, "ckpt_step", None), args)
+        problem = _problem(folder, getattr(args, "ckpt_step", None))
     except OSError as error:
-        return (
-            f"--load {folder}: {error.filename or folder} cannot be read ({error.strerror}): let "
-            "the user of this run read it, or resume from a copy."
+        problem = (
+            f": {error.filename or folder} cannot be read ({error.strerror}): let the user of this "
+            "run read it, or resume from a copy."
         )
+    return problem and f"--load {folder}{problem}"
 
 
 def tracked(load_dir: Any) -> str | None:
@@ -45,54 +55,107 @@ def tracked(load_dir: Any) -> str | None:
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else None
 
 
-def _problem(folder: Path, step: int | None, args: Any) -> str | None:
+def _problem(folder: Path, step: int | None) -> str | None:
     if folder.exists() and not folder.is_dir():
-        return f"--load {folder} is a file: name the folder with the checkpoints of all iterations."
+        return " is a file: name the folder with the checkpoints of all iterations."
     if step:
-        return _iteration_problem(folder, f"iter_{step:07d}", f"--ckpt-step {step}", args)
+        return _iteration_problem(folder, f"iter_{step:07d}", f"--ckpt-step {step}")
     named = tracked(folder)
     if named is None:
-        complete = _complete(folder)
-        if not complete:
+        found = complete(folder)
+        if not found:
             return None
-        if "release" in complete and len(complete) == 1:
-            return _no_tracker(folder, "release")
-        return _no_tracker(folder, _numbers(complete)[-1])
-    if named == "release":
-        return _iteration_problem(folder, "release", f"its {TRACKER}", args)
-    if not (named.isascii() and named.isdigit()):
-        shown = f"holds {named[:40]!r}" if named else "is empty"
+        newest = (_numbers(found) or found)[-1]
         return (
-            f"--load {folder}: {TRACKER} {shown}, and no iteration: write the number of a "
-            f"complete checkpoint to it ({_there(folder)}), {_REMOVE}."
+            f" holds checkpoints but no {TRACKER}, which says where to resume: write {newest} to "
+            f"it ({_there(folder)}), {_REMOVE}."
         )
-    return _iteration_problem(folder, f"iter_{int(named):07d}", f"its {TRACKER}", args)
-
-
-def _no_tracker(folder: Path, newest: str) -> str:
+    if named == "release":
+        return _iteration_problem(folder, "release", f"its {TRACKER}")
+    if named.isascii() and named.isdigit():
+        return _iteration_problem(folder, f"iter_{int(named):07d}", f"its {TRACKER}")
+    shown = f"holds {named[:40]!r}" if named else "is empty"
     return (
-        f"--load {folder} holds checkpoints but no {TRACKER}, which says where to resume: write "
-        f"{newest} to it ({_there(folder)}), {_REMOVE}."
+        f": {TRACKER} {shown}, and no iteration: write the number of a complete checkpoint to it "
+        f"({_there(folder)}), {_REMOVE}."
     )
 
 
-def _iteration_problem(folder: Path, name: str, named_by: str, args: Any) -> str | None:
-    place = folder / name
-    if not place.is_dir():
+def _iteration_problem(folder: Path, name: str, named_by: str) -> str | None:
+    where = folder / name
+    if not where.is_dir():
         return (
-            f"--load {folder}: {named_by} names the checkpoint {name}, which is not there: name "
-            f"another with --ckpt-step ({_there(folder)}), {_REMOVE}."
+            f": {named_by} names the checkpoint {name}, which is not there: name another with "
+            f"--ckpt-step ({_there(folder)}), {_REMOVE}."
         )
-    if _is_distributed(place):
-        metadata = place / ".metadata"
-        if not metadata.is_file():
-            return _damaged(folder, metadata, "is missing")
-        return None if _is_pickle(metadata) else _damaged(folder, metadata, "is truncated")
-    if (place / ".metadata").is_file():
-        return _damaged(folder, place / "metadata.json", "is missing")
-    if any(place.glob("mp_rank_*")):
+    metadata = where / METADATA
+    if not says_distributed(where):
+        if metadata.is_file():
+            return _damaged(folder, where / "metadata.json", "is missing")
+        if any(where.glob("mp_rank_*")):
+            return None
+        return _damaged(folder, where, "holds no complete checkpoint of Megatron")
+    if not metadata.is_file():
+        return _damaged(folder, metadata, "is missing")
+    return None if ends_as_pickle(metadata) else _damaged(folder, metadata, "is truncated")
+
+
+@functools.lru_cache(1)
+def tensors_in(folder: str) -> list[CheckpointTensor]:
+    """Return what a distributed checkpoint says of its tensors; nothing, of files of one rank each.
+
+    Its metadata, which may be large, are kept until the load ends.
+
+    Raises:
+        CheckpointError: it cannot be read, or names what Megatron does not write.
+    """
+    path = Path(folder)
+    return list(read_layout(path).tensors.values()) if path.is_dir() else []
+
+
+def missing_files(load_dir: Any, args: Any) -> str | None:
+    """Look for the file of a ``torch`` checkpoint that this rank is going to read; see above."""
+    from megatron.core import mpu
+
+    if load_dir is None or args.non_persistent_ckpt_type is not None:
         return None
-    return _damaged(folder, place, "holds no complete checkpoint of Megatron")
+    if not dist.is_initialized() or not mpu.model_parallel_is_initialized():
+        return None
+    try:
+        base, file = (name_of(load_dir, args, return_base_dir=each) for each in (True, False))
+    except (OSError, TypeError, ValueError):  # nothing to resume from
+        return None
+    return None if says_distributed(Path(base)) else legacy_problem(load_dir, [file])
+
+
+def missing_state(load_dir: Any, args: Any, optimizer: Any) -> str | None:
+    """Look for the file of the optimizer's state beside the ``torch`` checkpoint that was read."""
+    from megatron.training import checkpointing
+
+    # One rank reads it for its data-parallel group.
+    wrappers = chain_of(optimizer)
+    if not args.use_distributed_optimizer or not any(
+        not each.is_stub_optimizer and each.data_parallel_group.rank() == 0 for each in wrappers
+    ):
+        return None
+    file = checkpointing.get_distributed_optimizer_checkpoint_name(name_of(load_dir, args))
+    return legacy_problem(load_dir, [file])
+
+
+def name_of(load_dir: Any, args: Any, *, return_base_dir: bool = False) -> str:
+    """Megatron's name of this rank's file of the checkpoint to load, or of its folder.
+
+    Raises:
+        ValueError: the tracker names no iteration.
+    """
+    from megatron.training import checkpointing
+
+    named = str(getattr(args, "ckpt_step", None) or tracked(load_dir))
+    iteration = (0, True) if named == "release" else (int(named), False)
+    name: str = checkpointing.get_checkpoint_name(
+        load_dir, *iteration, return_base_dir=return_base_dir
+    )
+    return name
 
 
 def legacy_problem(load_dir: Any, files: list[str]) -> str | None:
@@ -102,67 +165,32 @@ def legacy_problem(load_dir: Any, files: list[str]) -> str | None:
         load_dir: what ``--load`` names.
         files: what this rank is going to read.
     """
+    folder = Path(str(load_dir))
     for file in map(Path, files):
         if not file.is_file():
-            return _damaged(Path(str(load_dir)), file, "is missing")
-        if not _is_pytorchs(file):
-            return _damaged(Path(str(load_dir)), file, "is truncated or not PyTorch's")
+            return f"--load {folder}{_damaged(folder, file, 'is missing')}"
+        if not ends_as_archive(file):
+            what = "is truncated or not PyTorch's"
+            return f"--load {folder}{_damaged(folder, file, what)}"
     return None
 
 
-def _damaged(folder: Path, place: Path, what: str) -> str:
+def _damaged(folder: Path, path: Path, what: str) -> str:
     return (
-        f"--load {folder}: {place.relative_to(folder)} {what}: take it from a copy, or resume from "
-        f"another checkpoint with --ckpt-step ITERATION ({_there(folder)})."
+        f": {path.relative_to(folder)} {what}: take it from a copy, or resume from another "
+        f"checkpoint with --ckpt-step ITERATION ({_there(folder)})."
     )
 
 
 def _there(folder: Path) -> str:
     """Name the complete checkpoints of a folder."""
-    complete = _complete(folder)
-    numbers = _numbers(complete)
+    found = complete(folder)
+    numbers = _numbers(found)
     if not numbers:
-        return "complete there: " + ("release alone" if complete else "none")
+        return "complete there: " + ("release alone" if found else "none")
     shown = numbers if len(numbers) < 6 else [*numbers[:2], "...", *numbers[-2:]]
     return f"complete there: {', '.join(shown)}"
 
 
 def _numbers(names: list[str]) -> list[str]:
     return [name.removeprefix("iter_").lstrip("0") or "0" for name in names if name != "release"]
-
-
-def _complete(folder: Path) -> list[str]:
-    """Names of folders with checkpoints whose saving was not interrupted, in order."""
-    if not folder.is_dir():
-        return []
-    places = [*folder.glob("iter_*[0-9]"), folder / "release"]
-    return sorted(place.name for place in places if place.is_dir() and _is_complete(place))
-
-
-def _is_complete(place: Path) -> bool:
-    if _is_distributed(place):
-        metadata = place / ".metadata"  # written last
-        return metadata.is_file() and _is_pickle(metadata)
-    parts = [*place.glob("mp_rank_*")]
-    files = [part / "model_optim_rng.pt" for part in parts] + [*place.glob("mp_rank_*/*.pt")]
-    return bool(parts) and all(file.is_file() and _is_pytorchs(file) for file in files)
-
-
-def _is_pytorchs(file: Path) -> bool:
-    """Whether a file ends as PyTorch's do: a zip's directory is there. Old ones have none."""
-    if zipfile.is_zipfile(file):
-        return True
-    with file.open("rb") as data:
-        return data.read(len(_OLD)) == _OLD
-
-
-def _is_pickle(file: Path) -> bool:
-    """Whether a file ends as a pickle does; nothing is unpickled."""
-    with file.open("rb") as data:
-        data.seek(max(0, file.stat().st_size - 1))
-        return data.read() == b"."
-
-
-def _is_distributed(place: Path) -> bool:
-    """As Megatron tells the formats apart."""
-    return (place / "metadata.json").is_file()

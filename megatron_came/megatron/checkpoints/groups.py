@@ -9,25 +9,50 @@ would go on with them, the rates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 
+from megatron_came.optimizer import CAME
+
 Group = dict[str, Any]
+Groups = Sequence[Mapping[str, Any]]
 
 # Whether rates are this run's: --override-opt_param-scheduler.
 own_rates: ContextVar[bool] = ContextVar("own_rates", default=False)
 
 RATES = ("max_lr", "min_lr")
-_SCHEDULED = (*RATES, "start_wd", "end_wd")
-# What the scheduler sets before each step.
-_CURRENT = ("lr", "weight_decay")
+# What goes on as it was, unless rates are this run's; the last two are set before each step.
+_SCHEDULED = (*RATES, "start_wd", "end_wd", "lr", "weight_decay")
 _IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "default_config")
 
 
-def settings_to_load(own: Sequence[Group], saved: Sequence[Mapping[str, Any]]) -> list[Group]:
+@contextlib.contextmanager
+def own_settings_kept(came: CAME, saved: list[Group]) -> Iterator[list[Group]]:
+    """Keep hyperparameters over the loading of a state dictionary.
+
+    Args:
+        came: the optimizer.
+        saved: the parameter groups of the state dictionary.
+
+    Yields:
+        Groups to load in place of those that were saved.
+    """
+    wanted = settings_to_load(came.param_groups, saved)
+    groups = []
+    for index, (own, settings) in enumerate(zip(came.param_groups, wanted, strict=True)):
+        params = saved[index].get("params", []) if index < len(saved) else []
+        # Megatron finds a group by its own settings, rates included.
+        groups.append({**own, "step": settings["step"], "params": params})
+    yield groups
+    for group, settings in zip(came.param_groups, wanted, strict=True):
+        group.update(settings)
+
+
+def settings_to_load(own: Sequence[Group], saved: Groups) -> list[Group]:
     """Return what each group goes on with, without its parameters.
 
     Args:
@@ -42,42 +67,40 @@ def settings_to_load(own: Sequence[Group], saved: Sequence[Mapping[str, Any]]) -
         if match is not None and not own_rates.get():
             mine |= {
                 key: match[key]
-                for key in (*_SCHEDULED, *_CURRENT)
+                for key in _SCHEDULED
                 if key in group and key in match and not isinstance(group[key], Tensor)
             }
         settings.append(mine)
     return settings
 
 
-def matching(
-    own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any] | None]:
+def matching(own: Groups, saved: Groups) -> list[Mapping[str, Any] | None]:
     """Return for each group the saved one that held its parameters; None where it is not known.
 
     Groups stand in an order that Megatron makes of their settings, so those of equal position
     belong together, unless others are there; then the only ones of their kind do.
     """
-    kinds = [[_kind(group) for group in groups] for groups in (own, saved)]
-    if kinds[0] == kinds[1] and not _reordered(own, saved):
+    kinds, its_kinds = [*map(_kind, own)], [*map(_kind, saved)]
+    if kinds == its_kinds and not _reordered(own, saved):
         return list(saved)
     found: list[Mapping[str, Any] | None] = []
-    for group, kind in zip(own, kinds[0], strict=True):
-        same = [other for other, its in zip(saved, kinds[1], strict=True) if its == kind]
+    for group, kind in zip(own, kinds, strict=True):
+        same = [other for other, its in zip(saved, its_kinds, strict=True) if its == kind]
         exact = [other for other in same if _rates(other) == _rates(group)]
-        alone = len(same) == 1 and kinds[0].count(kind) == 1
+        alone = len(same) == 1 and kinds.count(kind) == 1
         found.append(exact[0] if len(exact) == 1 else same[0] if alone else None)
     return found
 
 
-def same_order(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> bool:
+def same_order(own: Groups, saved: Groups) -> bool:
     """Whether saved groups hold the same parameters as this run's, in the same order."""
-    sizes = [
+    sizes, its_sizes = (
         [len(group["params"]) for group in groups if "params" in group] for groups in (own, saved)
-    ]
+    )
     return (
-        [_kind(group) for group in own] == [_kind(group) for group in saved]
+        [*map(_kind, own)] == [*map(_kind, saved)]
         and not _reordered(own, saved)
-        and (not sizes[1] or sizes[0] == sizes[1])
+        and its_sizes in ([], sizes)
     )
 
 
@@ -90,8 +113,7 @@ def _rates(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(group.get(key) for key in RATES)
 
 
-def _reordered(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> bool:
+def _reordered(own: Groups, saved: Groups) -> bool:
     """Whether the same rates stand in another order."""
-    return [_rates(group) for group in own] != [_rates(group) for group in saved] and sorted(
-        repr(_rates(group)) for group in own
-    ) == sorted(repr(_rates(group)) for group in saved)
+    mine, its = [*map(_rates, own)], [*map(_rates, saved)]
+    return mine != its and sorted(map(repr, mine)) == sorted(map(repr, its))

@@ -1,12 +1,17 @@
-"""Checkpoints that CAME cannot resume from are refused, with what to do, before they are loaded."""
+"""Optimizer state that a run cannot resume from, as the two runs' flags tell."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from megatron_came.checkpoint_files.folder import TRACKER
 from megatron_came.megatron.checkpoints.contents import AFRESH
-from megatron_came.megatron.checkpoints.folders import TRACKER, tracked
+from megatron_came.megatron.checkpoints.flags import flag_of
+from megatron_came.megatron.checkpoints.folders import tracked
 
+_RESHARDABLE = "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable"
+# Sizes that formats of the optimizer's state by buckets are bound to.
 _SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -14,6 +19,8 @@ _SIZES = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
+# Megatron's buckets have 1,000,000 elements for each data-parallel rank, and for 40 at least.
+_RANKS_OF_LEAST, _ELEMENTS_OF_RANK = 40, 1_000_000
 
 
 def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
@@ -27,90 +34,125 @@ def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
     """
     if args.finetune or args.no_load_optim:
         return None
-    before, now = getattr(saved, "optimizer", None), args.optimizer
-    if getattr(saved, "no_save_optim", False):
-        if now != "came":
-            return None
-        return f"the checkpoint was saved with --no-save-optim and holds no optimizer: {AFRESH}."
-    if before != now and "came" in (before, now):
-        return (
-            f"the checkpoint holds the state of --optimizer {before}, this run has --optimizer "
-            f"{now}: {AFRESH}."
-        )
-    if now != "came":
-        return None
-    sharded = bool(getattr(saved, "use_distributed_optimizer", False))
+    before, now = _of(saved, "optimizer"), args.optimizer
+    if now == "came":
+        return next(_refusals(saved, args, sharding_type), None)
+    if before == "came" and not _of(saved, "no_save_optim"):
+        return _of_another(before, now)
+    return None
+
+
+def _of_another(before: Any, now: Any) -> str:
+    return (
+        f"the checkpoint holds the state of --optimizer {before}, this run has --optimizer {now}: "
+        f"{AFRESH}."
+    )
+
+
+def _refusals(saved: Any, args: Any, sharding_type: str | None) -> Iterator[str]:
+    if _of(saved, "no_save_optim"):
+        yield f"the checkpoint was saved with --no-save-optim and holds no optimizer: {AFRESH}."
+    if _of(saved, "optimizer") != "came":
+        yield _of_another(_of(saved, "optimizer"), "came")
+    sharded = bool(_of(saved, "use_distributed_optimizer"))
     if sharded != bool(args.use_distributed_optimizer):
         verb = "add" if sharded else "leave out"
-        return (
+        yield (
             f"the checkpoint was saved {'with' if sharded else 'without'} "
             f"--use-distributed-optimizer, whose state Megatron stores in a way of its own: {verb} "
             f"it, or {AFRESH}."
         )
     if _experts_apart(saved) != _experts_apart(args):
-        return (
+        yield (
             "Megatron keeps the optimizer state of experts apart where "
             "--expert-model-parallel-size is above 1 or --expert-tensor-parallel-size differs from "
             "the dense one, and the checkpoint and this run differ in that: resume at the saved "
             f"sizes, or {AFRESH}."
         )
-    if sharding_type != "fully_reshardable" and (problem := _precision_problem(saved, args)):
-        return problem
-    if not sharded or sharding_type not in ("dp_reshardable", "legacy"):
-        return None
-    step = getattr(args, "ckpt_step", None)
+    before, now = _precision(saved), _precision(args)
+    matters = args.use_distributed_optimizer or "fp32" in (before, now)
+    if sharding_type != "fully_reshardable" and before != now and matters:
+        yield (
+            f"the checkpoint's run had {before} weights, this run has {now} ones, and the "
+            "checkpoint's format of optimizer state does not allow a change of that: give the "
+            "flags of its run, save so with --ckpt-format torch_dist --use-distributed-optimizer "
+            f"--dist-ckpt-optim-fully-reshardable and resume from that, or {AFRESH}."
+        )
+    if sharded and sharding_type in ("dp_reshardable", "legacy"):
+        yield from _refusals_by_buckets(saved, args, sharding_type)
+
+
+def _refusals_by_buckets(saved: Any, args: Any, sharding_type: str) -> Iterator[str]:
+    """Say what formats that store the optimizer's state by buckets do not allow."""
+    step = _of(args, "ckpt_step")
     if sharding_type == "legacy" and step and tracked(args.load) != str(step):
-        return (
+        yield (
             f"--ckpt-step {step} is not the latest checkpoint, of which Megatron would take the "
             "optimizer's state all the same, because this one has --ckpt-format torch: write "
             f"{step} to {TRACKER} in {args.load} and leave --ckpt-step out, or {AFRESH}."
         )
     for name in _SIZES:
-        was, size = getattr(saved, name, None) or 1, getattr(args, name, None) or 1
+        was, size = _of(saved, name) or 1, _of(args, name) or 1
         if was != size:
-            flag = "--" + name.replace("_", "-")
-            return (
-                f"the checkpoint was saved at {flag} {was}, this run has {size}, and its format of "
-                "optimizer state allows a change of the data-parallel size alone: resume at "
-                f"{was}, save there with --ckpt-format torch_dist "
-                f"--dist-ckpt-optim-fully-reshardable and resume from that, or {AFRESH}."
+            yield (
+                f"the checkpoint was saved at {flag_of(name)} {was}, this run has {size}, and its "
+                "format of optimizer state allows a change of the data-parallel size alone: resume "
+                f"at {was}, save there with {_RESHARDABLE} and resume from that, or {AFRESH}."
             )
-    before, now = (bool(getattr(each, "grad_reduce_in_bf16", False)) for each in (saved, args))
+    before, now = (bool(_of(each, "grad_reduce_in_bf16")) for each in (saved, args))
     if before != now:
-        return (
+        yield (
             f"the checkpoint was saved {'with' if before else 'without'} --grad-reduce-in-bf16, "
             "and its format of optimizer state does not allow a change of that: "
-            f"{'add' if before else 'leave out'} it, save so with --ckpt-format torch_dist "
-            f"--dist-ckpt-optim-fully-reshardable and resume from that, or {AFRESH}."
+            f"{'add' if before else 'leave out'} it, save so with {_RESHARDABLE} and resume from "
+            f"that, or {AFRESH}."
         )
-    return None
 
 
-def _precision_problem(saved: Any, args: Any) -> str | None:
-    """Say in one sentence that weights of another precision were saved, where that matters."""
-    before, now = _precision(saved), _precision(args)
-    if before == now or (not args.use_distributed_optimizer and "fp32" not in (before, now)):
+def bucket_refusal(load_dir: Any, saved: Any, args: Any) -> str | None:
+    """Say in one sentence that a checkpoint was cut into other buckets, if its flags tell."""
+    changes = bucket_changes(saved, args)
+    if not changes:
         return None
     return (
-        f"the checkpoint's run had {before} weights, this run has {now} ones, and the checkpoint's "
-        "format of optimizer state does not allow a change of that: give the flags of its run, "
-        "save so with --ckpt-format torch_dist --use-distributed-optimizer "
-        f"--dist-ckpt-optim-fully-reshardable and resume from that, or {AFRESH}."
+        f"the checkpoint in {load_dir} was cut into other buckets ({changes}), which its format "
+        f"of optimizer state does not allow: resume with those, save there with {_RESHARDABLE} "
+        "and resume from that, or give --no-load-optim or --finetune."
     )
 
 
+def bucket_changes(saved: Any, args: Any) -> str:
+    """Say which flags that decide on buckets the run that saved had otherwise; empty if none."""
+    found = []
+    before, now = (bool(_of(each, "overlap_grad_reduce")) for each in (saved, args))
+    if before != now:
+        found.append(f"{'with' if before else 'without'} --overlap-grad-reduce")
+    for name in ("ddp_bucket_size", "ddp_num_buckets"):
+        was, size = _of(saved, name), _of(args, name)
+        if was != size:
+            found.append(
+                f"without {flag_of(name)}" if was is None else f"with {flag_of(name)} {was}"
+            )
+    # The size of buckets grows with the number of ranks unless one is given.
+    was, size = (getattr(each, "data_parallel_size", 1) for each in (saved, args))
+    if before and now and was != size and max(was, size) > _RANKS_OF_LEAST and not found:
+        elements = max(_RANKS_OF_LEAST, was) * _ELEMENTS_OF_RANK
+        found.append(
+            f"at data-parallel size {was}, where --ddp-bucket-size is {elements} unless it is given"
+        )
+    return ", ".join(found)
+
+
 def _precision(args: Any) -> str:
-    return next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "fp32")
+    return next((name for name in ("bf16", "fp16") if _of(args, name)), "fp32")
 
 
 def _experts_apart(args: Any) -> bool:
     """Whether expert parameters have an optimizer of their own."""
-    if not getattr(args, "num_experts", None):
-        return False
     dense = getattr(args, "tensor_model_parallel_size", 1)
-    return (getattr(args, "expert_model_parallel_size", 1) or 1) > 1 or (
-        (getattr(args, "expert_tensor_parallel_size", None) or dense) != dense
-    )
+    cut = (_of(args, "expert_model_parallel_size") or 1) > 1
+    cut |= (_of(args, "expert_tensor_parallel_size") or dense) != dense
+    return bool(_of(args, "num_experts")) and cut
 
 
 def notice(args: Any) -> str | None:
@@ -122,3 +164,7 @@ def notice(args: Any) -> str | None:
         "checkpoints of this run can be resumed at another data-parallel size, but not at other "
         "tensor- or pipeline-parallel sizes; --dist-ckpt-optim-fully-reshardable allows these."
     )
+
+
+def _of(run: Any, name: str) -> Any:
+    return getattr(run, name, None)

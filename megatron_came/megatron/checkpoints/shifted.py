@@ -7,7 +7,7 @@ optimizers are Megatron's, which is not changed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,23 +38,16 @@ def with_warning(original: Function) -> Function:
     return setup_model_and_optimizer
 
 
-def with_note(original: Function) -> Function:
-    """Remember a checkpoint that may be shifted."""
-
-    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        result = original(load_dir, args, *rest, **kwargs)
-        state = result[0] or {}
-        sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-        if sharding == "fully_reshardable" and _may_shift(state.get("args"), args):
-            _suspects.append(str(load_dir))
-        return result
-
-    return _load_base_checkpoint
+def note(load_dir: Any, state: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Remember a checkpoint of another optimizer that was read and may be shifted."""
+    sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    if sharding == "fully_reshardable" and _may_shift(state.get("args"), args):
+        _suspects.append(str(load_dir))
 
 
 def _may_shift(saved: Any, args: argparse.Namespace) -> bool:
     """Whether a run takes another optimizer's state, saved by one with several buckets."""
-    if args.optimizer == "came" or args.finetune or args.no_load_optim:
+    if args.finetune or args.no_load_optim:
         return False
     tied = not getattr(saved, "untie_embeddings_and_output_weights", False)
     stages = getattr(saved, "pipeline_model_parallel_size", 1) > 1

@@ -1,125 +1,255 @@
-"""Compares the tensors of a checkpoint, and its files, with what a run is going to load."""
+"""Tensors that a checkpoint has and a run lacks, or the other way, or that have other shapes in it.
+
+Megatron leaves what the model does not ask for unsaid, fills rows of a larger vocabulary with zeros
+and drops those of a smaller one; a ``torch`` checkpoint that does not fit is loaded as far as it
+does.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-from megatron_came.checkpoint_files.errors import CheckpointError
-from megatron_came.megatron.checkpoints import model_differences
-from megatron_came.megatron.checkpoints.folders import legacy_problem, tracked
-from megatron_came.megatron.checkpoints.loads import Load, current
-from megatron_came.voice import end_if, say_once
-
-
-def compare_tensors(
-    load: Load,
-    place: str,
-    asked: model_differences.Asked,
-    state: Mapping[str, Any],
-    args: Any,
-    resumes: bool,
-) -> None:
-    """Refuse or say what of a distributed checkpoint's tensors the run takes otherwise."""
-    folder = place if os.path.isdir(place) else os.path.dirname(place)
-    saved: list[Any] = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            saved[0] = model_differences.saved_shapes(folder)
-        except (CheckpointError, OSError) as error:  # of one rank: all are to hear of it
-            saved[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(saved, 0)
-    end_if(saved[1])
-    left, untrained = model_differences.left_over(asked, saved[0])
-    problem = model_differences.leftover_refusal(left, load.differing) if resumes else None
-    changed = model_differences.vocabulary_change(asked, saved[0])
-    sentence = None
-    if changed is not None:
-        sentence, refused = model_differences.vocabulary_sentence(*changed, state.get("args"), args)
-        problem = problem or (sentence if refused else None)
-    end_if(problem)
-    for notice in (
-        *([sentence] if sentence else []),
-        *model_differences.notices([] if resumes else left, untrained=untrained),
-    ):
-        say_once(notice)
+_OPTIMIZER, _STATE = "optimizer.", "optimizer.state."
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def compare_legacy_tensors(load: Load, state: Mapping[str, Any], resumes: bool) -> str | None:
-    """Return why this rank's part of a ``torch`` checkpoint does not fit, or say what is left."""
-    asked, saved = model_differences.legacy_tensors(load.model_chunks, state)
-    left = [name for name in saved if name not in asked.shapes]
-    if resumes:
-        return model_differences.misfit(
-            asked, saved, load.differing
-        ) or model_differences.leftover_refusal(left, load.differing)
-    for notice in model_differences.notices(left, [n for n in asked.shapes if n not in saved]):
-        say_once(notice)
+class Asked(NamedTuple):
+    """What a rank asks a checkpoint for.
+
+    Attributes:
+        shapes: of whole tensors, by name.
+        vocabulary: names of those that Megatron lets differ in their number of rows.
+    """
+
+    shapes: Shapes
+    vocabulary: set[str]
+
+
+class Verdict(NamedTuple):
+    """What becomes of a checkpoint's tensors in a run.
+
+    Attributes:
+        problem: why they do not fit, in a sentence; None if they do.
+        notices: sentences on what is taken otherwise.
+    """
+
+    problem: str | None
+    notices: list[str]
+
+
+def asked_for(sharded_state: Mapping[str, Any]) -> Asked:
+    """List what a sharded state dictionary asks a distributed checkpoint for."""
+    leaves = [
+        leaf
+        for entry in nested_values(extract_sharded_tensors_and_factories(dict(sharded_state))[0])
+        for leaf in ([entry] if isinstance(entry, ShardedTensor) else nested_values(entry.build()))
+        if isinstance(leaf, ShardedTensor)
+    ]
+    return Asked(
+        {leaf.key: tuple(leaf.global_shape) for leaf in leaves},
+        {leaf.key for leaf in leaves if leaf.allow_shape_mismatch},
+    )
+
+
+def misfit(asked: Asked, saved: Shapes, differing: str = "") -> str | None:
+    """Say in one sentence which tensor a model does not find as it needs it, or None.
+
+    Args:
+        asked: for what.
+        saved: what there is.
+        differing: what differs between the flags of the two runs, in brackets.
+    """
+    afresh = f"of its run{differing}, or --no-load-optim to start CAME afresh from its weights."
+    missing = [key for key in asked.shapes if key not in saved]
+    if weights := _weights(missing):
+        return (
+            f"the model has {_named(weights)}, which the checkpoint lacks: give it the flags of "
+            f"the checkpoint's run{differing}."
+        )
+    if missing:
+        return (
+            f"the checkpoint lacks {_named(missing)} of the optimizer's state: give the flags "
+            f"{afresh}"
+        )
+    others = [
+        key
+        for key, shape in asked.shapes.items()
+        if shape != saved[key] and key not in asked.vocabulary
+    ]
+    if others and not _weights(others):
+        return (
+            "the optimizer's state in the checkpoint belongs to other parameters than this run's, "
+            f"and its format does not allow that: give the flags {afresh}"
+        )
+    if others:
+        return (
+            f"{others[0]} is {_size(asked.shapes[others[0]])} in this run and "
+            f"{_size(saved[others[0]])} in the checkpoint: give the flags of its run{differing}."
+        )
     return None
 
 
-def misfit_of(
-    load_dir: Any, args: Any, asked: model_differences.Asked | None, load: Load | None
-) -> str | None:
-    """Say which tensor has made Megatron give up, if it was one; no other rank takes part."""
-    from megatron.training import checkpointing
+def of_distributed(
+    asked: Asked, saved: Shapes, runs: tuple[Any, Any], differing: str, *, resumes: bool
+) -> Verdict:
+    """Say what a run takes otherwise of a distributed checkpoint's tensors; a collective.
 
-    if asked is None or load is None:
-        return None
-    try:
-        name = checkpointing.get_checkpoint_name(
-            load_dir, *_named_iteration(load_dir, args), return_base_dir=True
+    Args:
+        asked: what this rank asks for.
+        saved: what there is.
+        runs: Megatron's arguments of the run that saved it, and of this one.
+        differing: what differs between them, in brackets.
+        resumes: whether everything is to be taken.
+    """
+    left, untrained = left_over(asked, saved)
+    notices = []
+    problem = _leftover_refusal(left, differing) if resumes else None
+    if rows := _rows(asked, saved):
+        sentence, is_refused = _vocabulary(*rows, getattr(runs[0], "vocab_size", None))
+        problem = problem or (sentence if is_refused else None)
+        notices.append(sentence)
+    if untrained:
+        notices.append(
+            f"this run does not train all parameters of the checkpoint's: {_named(untrained)} "
+            "is not taken."
         )
-        return model_differences.misfit(asked, model_differences.saved_shapes(name), load.differing)
-    except (Exception, CheckpointException):  # what is unreadable is said otherwise
+    return Verdict(problem, notices + _left_out([] if resumes else left))
+
+
+def of_legacy(
+    model_chunks: Iterable[Any], state: Mapping[str, Any], differing: str, *, resumes: bool
+) -> Verdict:
+    """Say what a rank takes otherwise of its file of a ``torch`` checkpoint; see above.
+
+    Args:
+        model_chunks: of this rank.
+        state: what the file holds.
+        differing: what differs between the flags of the two runs, in brackets.
+        resumes: whether everything is to be taken.
+    """
+    chunks = list(model_chunks)
+    mine: dict[str, tuple[int, ...]] = {}
+    its: dict[str, tuple[int, ...]] = {}
+    for index, chunk in enumerate(chunks):
+        key, prefix = ("model", "") if len(chunks) == 1 else (f"model{index}", f"chunk {index}: ")
+        mine |= _flat(chunk.state_dict_for_save_checkpoint(), prefix)
+        its |= _flat(state.get(key), prefix)
+    left = [name for name in its if name not in mine]
+    if resumes:
+        problem = misfit(Asked(mine, set()), its, differing) or _leftover_refusal(left, differing)
+        return Verdict(problem, [])
+    notices = _left_out(left)
+    if missing := [name for name in mine if name not in its]:
+        notices.append(f"the model has {_named(missing)}, which the checkpoint lacks: new.")
+    return Verdict(None, notices)
+
+
+def left_over(asked: Asked, saved: Shapes) -> tuple[list[str], list[str]]:
+    """Name what no rank asks a checkpoint for; a collective.
+
+    Returns:
+        What the run would lose, and the optimizer's state of parameters that it does not train.
+    """
+    names = sorted(saved)
+    taken = torch.tensor([name in asked.shapes for name in names], dtype=torch.int32)
+    if dist.is_initialized():
+        taken = taken.to("cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+    is_taken = dict(zip(names, map(bool, taken.tolist()), strict=True))
+    left = [name for name, value in is_taken.items() if not value]
+    if len(_weights(asked.shapes)) == len(asked.shapes):  # the optimizer is not loaded at all
+        return _weights(left), []
+    trained = {_parameter(name) for name, value in is_taken.items() if value}
+    untrained = {
+        name
+        for name in left
+        if _parameter(name) not in trained and is_taken.get(_parameter(name) or "")
+    }
+    return [name for name in left if name not in untrained], sorted(untrained)
+
+
+def _parameter(name: str) -> str | None:
+    """The parameter that a tensor of the optimizer's state belongs to; None for any other."""
+    return name.split(".", 3)[3] if name.startswith(_STATE) else None
+
+
+def _leftover_refusal(names: list[str], differing: str) -> str | None:
+    if weights := _weights(names):
+        return (
+            f"the checkpoint holds {_named(weights)}, which the model lacks: give it the flags of "
+            f"the checkpoint's run{differing}, or --no-load-optim or --finetune to train it on "
+            "from those weights that fit."
+        )
+    if not names:
         return None
-
-
-def _named_iteration(load_dir: Any, args: Any) -> tuple[int, bool]:
-    named = str(getattr(args, "ckpt_step", None) or tracked(load_dir))
-    return (0, True) if named == "release" else (int(named), False)
-
-
-def missing_files(load_dir: Any, args: Any) -> str | None:
-    """Look for the files of a ``torch`` checkpoint that this rank is going to read."""
-    from megatron.core import mpu
-    from megatron.training import checkpointing
-
-    if load_dir is None or args.non_persistent_ckpt_type is not None:
-        return None
-    if not dist.is_initialized() or not mpu.model_parallel_is_initialized():
-        return None
-    try:
-        iteration = _named_iteration(load_dir, args)
-    except (OSError, TypeError, ValueError):  # nothing to resume from
-        return None
-    base = checkpointing.get_checkpoint_name(load_dir, *iteration, return_base_dir=True)
-    if os.path.isfile(os.path.join(base, "metadata.json")):
-        return None
-    return legacy_problem(load_dir, [checkpointing.get_checkpoint_name(load_dir, *iteration)])
-
-
-def missing_state(load: Load, args: Any) -> str | None:
-    """Look for the file of the optimizer's state beside the ``torch`` checkpoint that was read."""
-    from megatron.training import checkpointing
-
-    if not args.use_distributed_optimizer or not _reads_state():
-        return None
-    iteration = _named_iteration(load.folder, args)
-    weights = checkpointing.get_checkpoint_name(load.folder, *iteration)
-    state = checkpointing.get_distributed_optimizer_checkpoint_name(weights)
-    return legacy_problem(load.folder, [state])
-
-
-def _reads_state() -> bool:
-    """Whether this rank reads the file of the distributed optimizer for its data-parallel group."""
-    load = current.get()
-    parts = getattr(load.optimizer, "chained_optimizers", [load.optimizer]) if load else []
-    return any(
-        not part.is_stub_optimizer and part.data_parallel_group.rank() == 0 for part in parts
+    return (
+        f"the checkpoint holds {_named(names)}, which this run would leave behind: give the flags "
+        f"of its run{differing}, or --no-load-optim to start CAME afresh from its weights."
     )
+
+
+def _left_out(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"the checkpoint holds {_named(names)}, which the model lacks: left out."]
+
+
+def _rows(asked: Asked, saved: Shapes) -> tuple[int, int] | None:
+    """The rows of the vocabulary in the checkpoint and in this run, if they differ."""
+    pairs = (
+        pair
+        for key in asked.vocabulary
+        for pair in zip(saved.get(key, ()), asked.shapes[key], strict=False)
+    )
+    return next(((before, now) for before, now in pairs if before != now), None)
+
+
+def _vocabulary(before: int, now: int, tokens: int | None) -> tuple[str, bool]:
+    """Say what becomes of a vocabulary of another size, and whether that is to be refused."""
+    what = (
+        f"the vocabulary is padded to {now} rows in this run and to {before} in the checkpoint "
+        "(--vocab-size, --make-vocab-size-divisible-by, --tensor-model-parallel-size or another "
+        "tokenizer)"
+    )
+    if now > before:
+        return (
+            f"{what}: the {now - before} new rows start at zero, so that the model takes their "
+            "tokens for likely and the loss begins higher."
+        ), False
+    if tokens is None or tokens <= now:
+        return f"{what}: its last {before - now} rows are left out.", False
+    return (
+        f"{what}, and its {tokens} tokens would lose rows: give the flags of its run, or start a "
+        "new one."
+    ), True
+
+
+def _flat(state: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a state dictionary, by name; of damaged ones, what there is."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, value in state.items() if isinstance(state, Mapping) else ():
+        if isinstance(value, Mapping):
+            shapes |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor) and not str(key).endswith("_extra_state"):
+            shapes[f"{prefix}{key}"] = tuple(value.shape)
+    return shapes
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith(_OPTIMIZER)]
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return names[0] + more
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"

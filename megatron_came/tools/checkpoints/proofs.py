@@ -4,132 +4,89 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 
-from megatron_came.checkpoint_files.stored import Box as StoredBox
-from megatron_came.checkpoint_files.stored import Stored
-from megatron_came.core import digests
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Record, Saved
-from megatron_came.tools.checkpoints import names
+from megatron_came.checkpoint_files.claims import files_of, metadata_flaws
+from megatron_came.checkpoint_files.folder import Checkpoint
+from megatron_came.checkpoint_files.legacy import flat_parameters
+from megatron_came.checkpoint_files.stored import Box, CheckpointTensor, Shape
+from megatron_came.checkpoint_files.tensors import StoredTensor
+from megatron_came.core import digests, int8
+from megatron_came.core.digests import WEIGHTS, Record
 
-Shape = tuple[int, ...]
-# A box of a whole tensor: where it begins, and its size. Copies of it may stand in several buckets.
-Part = tuple[Shape, Shape]
+# Of CAME's state, as far as there are digests of it.
+_DTYPES = (torch.float32, torch.bfloat16)
 
-
-@dataclass(slots=True)
-class Proof:
-    """What was found of a tensor that the record names.
-
-    Attributes:
-        parts: by box of it, the sums of all its copies.
-        files: that hold some of it.
-        flaw: why it cannot be what was saved.
-    """
-
-    parts: dict[Part, dict[object, int]] = field(default_factory=dict)
-    files: set[str] = field(default_factory=set)
-    flaw: str | None = None
-
-    def add(self, part: Part, copy: object, value: int) -> None:
-        """Add to the sum of one copy of a part."""
-        copies = self.parts.setdefault(part, {})
-        copies[copy] = digests.unsigned(copies.get(copy, 0) + value)
-
-    @property
-    def total(self) -> int:
-        """The sum over all parts, of one copy of each."""
-        return digests.unsigned(sum(next(iter(each.values())) for each in self.parts.values()))
+# Kind and name of a tensor in the record.
+Named = tuple[str, str]
 
 
 class Proofs:
-    """Compares tensors with a record of digests, as they are read.
+    """Compares tensors of format torch_dist with a record of digests, as they are read.
 
     Args:
         record: the checkpoint's.
+        tensors: the checkpoint's.
+
+    Attributes:
+        unnamed: how many tensors the record does not name.
     """
 
-    def __init__(self, record: Record) -> None:
-        self._record = record
-        self._found: dict[tuple[str, str], Proof] = {}
-        self.unnamed: list[str] = []
+    def __init__(self, record: Record, tensors: list[CheckpointTensor]) -> None:
+        self._record, self._tensors = record, tensors
+        # By name, box of the tensor and copy of that: several buckets may hold the same box.
+        self._sums: dict[Named, dict[object, dict[object, int]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(int))
+        )
+        self._flaws: dict[Named, str] = {
+            (kind, name): flaw for kind, name, _, flaw in metadata_flaws(record, tensors)
+        }
         # By kind and key, what there is along the axes that Megatron has put before it.
-        self._axes: dict[tuple[str, str], dict[Shape, Saved]] = {}
+        self._names: dict[tuple[str | None, str], dict[Shape, str]] = defaultdict(dict)
         for kind, named in record.tensors.items():
-            for name, saved in named.items():
+            for name in named:
                 key, axes = digests.split_name(name)
-                self._axes.setdefault((kind, key), {})[axes] = saved
+                self._names[kind, key][axes] = name
+        self.unnamed = sum(
+            not tensor.is_bucket and (tensor.kind, tensor.key) not in self._names
+            for tensor in tensors
+        )
 
-    def begin(self, tensor: Stored) -> None:
-        """Look at a tensor's shape and dtype, before its elements are added."""
-        known = names.named(tensor.name)
-        if names.bucket(tensor.name):
-            return
-        if known is None or known not in self._axes:
-            self.unnamed.append(tensor.name)
-            return
-        for axes, saved in self._axes[known].items():
-            proof = self._proof(known[0], digests.name_of(known[1], axes))
-            shape = tensor.shape[len(axes) :]
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            small = (
-                known[0] == MOMENTUM and dtype == "bfloat16"
-            )  # has the bits of fp32's first half
-            if shape != saved.shape:
-                proof.flaw = f"has shape {shape} where {saved.shape} was saved"
-            elif dtype != saved.dtype and not small:
-                proof.flaw = f"is {dtype} where {saved.dtype} was saved"
-
-    def add(self, tensor: Stored, box: StoredBox) -> None:
+    def add(self, tensor: CheckpointTensor, box: Box) -> None:
         """Add elements of a tensor."""
-        known, bucket = names.named(tensor.name), names.bucket(tensor.name)
-        if bucket is not None:
-            self._add_bucket(*bucket, box)
-        elif known is not None and known in self._axes:
-            self._add_named(*known, box)
-
-    def _add_named(self, kind: str, key: str, box: StoredBox) -> None:
-        every = self._axes[kind, key]
-        depth = len(next(iter(every)))
-        spans = [
-            range(start, start + size)
-            for start, size in zip(box.offsets[:depth], box.values.shape[:depth], strict=True)
-        ]
-        for axes in itertools.product(*spans):
-            if axes not in every:
+        if tensor.kind is None:
+            return
+        if tensor.is_bucket:
+            self._add_bucket(tensor.kind, tensor.key, box)
+            return
+        names = self._names.get((tensor.kind, tensor.key), {})
+        depth = len(next(iter(names), ()))
+        for at in itertools.product(*map(range, box.values.shape[:depth])):
+            name = names.get(tuple(i + o for i, o in zip(at, box.offsets, strict=False)))
+            if name is None or (tensor.kind, name) in self._flaws:
                 continue
-            proof = self._proof(kind, digests.name_of(key, axes))
-            proof.files.add(box.file)
-            if proof.flaw:
-                continue
-            place = tuple(axis - start for axis, start in zip(axes, box.offsets, strict=False))
-            values = box.values[place]
-            size = tuple(values.shape)
-            offset = box.offsets[depth:]
-            where = digests.Box.alone(size, offset, every[axes].shape)
-            proof.add((offset, size), 0, _sum(kind, values, size, where))
+            values = box.values[at]
+            size, offset = tuple(values.shape), box.offsets[depth:]
+            whole = self._record.tensors[tensor.kind][name].shape
+            where = digests.Box.alone(size, offset, whole)
+            self._sums[tensor.kind, name][offset][0] += _sum(tensor.kind, values, size, where)
 
-    def _add_bucket(self, kind: str, key: str, box: StoredBox) -> None:
+    def _add_bucket(self, kind: str, key: str, box: Box) -> None:
         first, last = box.offsets[0], box.offsets[0] + box.values.numel()
         for number, inside in enumerate(self._record.buckets.get(key, ())):
-            start, stop = inside.start, inside.start + math.prod(inside.shape)
-            low, high = max(start, first), min(stop, last)
+            low = max(inside.start, first)
+            high = min(inside.start + math.prod(inside.shape), last)
             if low >= high:
                 continue
             values = box.values[low - first : high - first]
             for name, where in inside.boxes:
-                proof = self._proof(kind, name)
-                proof.files.add(box.file)
-                value = _sum(kind, values, inside.shape, where, low - start)
-                proof.add((where.offset, where.size), (key, number), value)
+                value = _sum(kind, values, inside.shape, where, low - inside.start)
+                self._sums[kind, name][where.offset, where.size][key, number] += value
 
-    def _proof(self, kind: str, name: str) -> Proof:
-        return self._found.setdefault((kind, name), Proof())
-
-    def damaged(self) -> Iterator[tuple[str, str, str, list[str]]]:
+    def damaged(self) -> Iterator[tuple[str, str, str, set[str]]]:
         """Say what is not as it was saved.
 
         Yields:
@@ -137,32 +94,82 @@ class Proofs:
         """
         for kind, named in self._record.tensors.items():
             for name, saved in named.items():
-                proof = self._found.get((kind, name))
-                flaw = "is in no file" if proof is None else _flaw(proof, saved)
+                sums = self._sums.get((kind, name), {}).values()
+                flaw = self._flaws.get((kind, name))
+                if flaw is None and not sums and 0 not in saved.shape:
+                    flaw = "is in no file"
+                elif flaw is None and any(
+                    len(set(map(digests.unsigned, copies.values()))) > 1 for copies in sums
+                ):
+                    flaw = "has copies that differ from each other"
+                elif flaw is None and self.total(kind, name) != saved.digest:
+                    flaw = "is not what was saved, as its digest shows"
                 if flaw:
-                    yield kind, name, flaw, sorted(proof.files) if proof else []
-
-    def total(self, kind: str, name: str) -> int:
-        """The digest of what lies in the files."""
-        return self._proof(kind, name).total
+                    yield kind, name, flaw, files_of(self._record, self._tensors, kind, name)
 
     @property
     def count(self) -> int:
         """How many tensors the record names."""
         return sum(map(len, self._record.tensors.values()))
 
-
-def _flaw(proof: Proof, saved: Saved) -> str | None:
-    if proof.flaw:
-        return proof.flaw
-    if any(len(set(copies.values())) > 1 for copies in proof.parts.values()):
-        return "has copies that differ from each other"
-    same = proof.total == saved.digest
-    return None if same else "is not what was saved, as its digest shows"
+    def total(self, kind: str, name: str) -> int:
+        """The digest of what lies in the files: of one copy of each box."""
+        sums = self._sums[kind, name].values()
+        return digests.unsigned(sum(next(iter(copies.values())) for copies in sums))
 
 
 def _sum(kind: str, values: torch.Tensor, shape: Shape, box: digests.Box, start: int = 0) -> int:
-    if kind not in (WEIGHTS, MOMENTUM, MAIN_WEIGHTS) and values.dtype != torch.float32:
-        return 0  # a factor of another dtype: said by its dtype
-    as_fp32 = kind != WEIGHTS
-    return digests.digest(digests.terms(values, shape, box, start=start, as_fp32=as_fp32))
+    if kind != WEIGHTS and values.dtype not in _DTYPES:
+        return 0
+    terms = digests.terms(values, shape, box, start=start, as_fp32=kind != WEIGHTS)
+    return digests.digest(terms)
+
+
+def legacy_digests(
+    checkpoint: Checkpoint, record: Record
+) -> dict[str, tuple[Counter[tuple[Shape, int]], set[str]]]:
+    """Compute digests of whole tensors of format torch, whose names are others than the record's.
+
+    Returns:
+        By kind, how often each shape and digest is there, and the files.
+    """
+    found: dict[str, tuple[Counter[tuple[Shape, int]], set[str]]] = {}
+    scales = {each.name: each for each in checkpoint.tensors if each.name.endswith("_scale")}
+    for tensor in checkpoint.tensors:
+        if tensor.kind and tensor.key:
+            counter, files = found.setdefault(tensor.kind, (Counter(), set()))
+            values, scale = _read(tensor), scales.get(f"{tensor.name}_scale")
+            blocks = (int8.blocks(values.numel()),)
+            if values.dtype == torch.int8 and scale is not None and scale.shape == blocks:
+                values = int8.dequantize(values, _read(scale))
+            counter[tensor.shape, _whole(tensor.kind, values)] += 1
+            files.update(tensor.files)
+    for state in checkpoint.optimizers:
+        for kind, buffer, elements in flat_parameters(state):
+            counter, files = found.setdefault(kind, (Counter(), set()))
+            files.update(_files_of(checkpoint, buffer))
+            named = record.tensors.get(kind, {}).values()
+            shapes = {saved.shape for saved in named if math.prod(saved.shape) == len(elements)}
+            values = buffer.rows(elements.start, len(elements))
+            for shape in shapes:  # of which one is the parameter's
+                counter[shape, _whole(kind, values.view(shape))] += 1
+    return found
+
+
+def _read(tensor: CheckpointTensor) -> torch.Tensor:
+    return tensor.box((0,) * len(tensor.shape), tensor.shape)
+
+
+def _files_of(checkpoint: Checkpoint, buffer: StoredTensor) -> list[str]:
+    return next(
+        tensor.files
+        for tensor in checkpoint.tensors
+        if tensor.chunks[0].opened and tensor.chunks[0].opened[1] is buffer
+    )
+
+
+def _whole(kind: str, values: torch.Tensor) -> int:
+    """The digest; of no tensor for state in a dtype that CAME does not have."""
+    if kind != WEIGHTS and values.dtype not in _DTYPES:
+        return -1
+    return digests.digest_whole(values, as_fp32=kind != WEIGHTS)

@@ -10,53 +10,61 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_came.checkpoint_files.archives import PICKLE, Archive
+from megatron_came.checkpoint_files.claims import holds
+from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.folder import Checkpoint
-from megatron_came.checkpoint_files.torch_dist import Chunk, DistributedTensor
+from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item
+from megatron_came.checkpoint_files.tensors import READ_BYTES
 from megatron_came.core import digests
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, Record
-from megatron_came.tools.checkpoints import names
 from megatron_came.tools.checkpoints.main_weights import pairs, unlike
 from megatron_came.tools.checkpoints.proofs import Proofs
-from megatron_came.tools.checkpoints.rewriting import overwrite, replace_text
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A chunk that is to be made anew, or a momentum that is to begin at zero.
+    """Main weights of a chunk that are to be made anew, and momentum that is to begin at zero.
 
     Attributes:
-        name: the parameter's key.
-        main: tensor and chunk of the main weights; None if they are right.
+        main: the parameter's main weights.
+        chunk: of these.
         model: the model's weights.
         momentum: tensor and chunks of the momentum; none if it is right.
         reason: why.
+        is_of_main: whether main weights are damaged, and not the momentum alone.
     """
 
-    name: str
-    main: tuple[DistributedTensor, Chunk] | None
-    model: DistributedTensor
-    momentum: tuple[tuple[DistributedTensor, Chunk], ...]
+    main: CheckpointTensor
+    chunk: Chunk
+    model: CheckpointTensor
+    momentum: tuple[tuple[CheckpointTensor, Chunk], ...]
     reason: str
+    is_of_main: bool = True
 
     def line(self) -> str:
         """What is done about it."""
-        _, chunk = self.main or self.momentum[0]
-        where = self.name
-        if any(chunk.offsets):
-            where += f" from {list(chunk.offsets)} on"
+        chunk = self.chunk if self.is_of_main else self.momentum[0][1]
+        where = f" from {list(chunk.offsets)} on" if any(chunk.offsets) else ""
         done = []
-        if self.main is not None:
-            bits = str(self.model.dtype).removeprefix("torch.")
-            done.append(f"main weights are the model's {bits} weights")
+        if self.is_of_main:
+            done.append(f"main weights are the model's {self.model.dtype_name} weights")
         if self.momentum:
             done.append("momentum is lost and begins at zero")
-        return f"repaired: {where} ({self.reason}): {', '.join(done)}"
+        return f"repaired: {self.main.key}{where} ({self.reason}): {', '.join(done)}"
+
+    @property
+    def numel(self) -> int:
+        """How many elements of main weights are made anew."""
+        return math.prod(self.chunk.sizes) if self.is_of_main else 0
 
 
 def losses(checkpoint: Checkpoint, record: Record | None) -> list[Loss]:
@@ -69,86 +77,65 @@ def losses(checkpoint: Checkpoint, record: Record | None) -> list[Loss]:
     Raises:
         CheckpointError: something cannot be read.
     """
-    stored = {each.name: each for each in checkpoint.tensors if isinstance(each, DistributedTensor)}
-    wrong = None if record is None else _wrong_by_digest(checkpoint, record)
-    found: list[Loss] = []
-    unsure: list[Loss] = []
+    candidates = []
     for main, model in pairs(checkpoint):
-        known = names.named(main.name)
-        key = known[1] if known else main.name
-        momentum = _momentum(stored, key)
+        momenta = [t for t in checkpoint.tensors if (t.kind, t.key) == (MOMENTUM, main.key)]
         for chunk in main.chunks:
-            lost = tuple((tensor, each) for tensor, each in momentum if _overlap(each, chunk))
-            values = model.box(chunk.offsets, chunk.sizes)
-            if wrong is not None:
-                bad_main = any(
-                    (MAIN_WEIGHTS, digests.name_of(key, axes)) in wrong
-                    for axes in _axes(record, MAIN_WEIGHTS, key, chunk)
-                )
-                lost = tuple(
-                    (tensor, each)
-                    for tensor, each in lost
-                    if any(
-                        (MOMENTUM, digests.name_of(key, axes)) in wrong
-                        for axes in _axes(record, MOMENTUM, key, each)
-                    )
-                )
-                if bad_main or lost:
-                    whose = (main, chunk) if bad_main else None
-                    found.append(Loss(key, whose, model, lost, "as digests show"))
-                continue
-            count = int(unlike(main.box(chunk.offsets, chunk.sizes), values).sum())
+            momentum = [
+                (each, its) for each in momenta for its in each.chunks if _overlap(its, chunk)
+            ]
+            candidates.append(Loss(main, chunk, model, tuple(momentum), ""))
+    if record is not None:
+        return list(_by_digests(candidates, checkpoint, record))
+    found, unsure = [], []
+    for loss in candidates:
+        values = loss.model.box(loss.chunk.offsets, loss.chunk.sizes)
+        mains = loss.main.box(loss.chunk.offsets, loss.chunk.sizes)
+        count = int(unlike(mains, values).sum())
+        if count:
             reason = f"{count} of {values.numel()} elements were others"
-            if count:
-                found.append(Loss(key, (main, chunk), model, lost, reason))
-            elif values.numel() and _is_uniform(values):
-                reason = "its elements are all alike, so that a shift would not be seen"
-                unsure.append(Loss(key, (main, chunk), model, lost, reason))
-            elif not all(_is_finite(tensor, each) for tensor, each in lost):
-                found.append(Loss(key, None, model, lost, "its momentum was not finite"))
-    return found + (unsure if any(loss.main for loss in found) else [])
+            found.append(dataclasses.replace(loss, reason=reason))
+        elif values.numel() and (values == values.reshape(-1)[0]).all():
+            reason = "its elements are all alike, so that a shift would not be seen"
+            unsure.append(dataclasses.replace(loss, reason=reason))
+        elif not all(t.box(c.offsets, c.sizes).isfinite().all() for t, c in loss.momentum):
+            reason = "its momentum was not finite"
+            found.append(dataclasses.replace(loss, reason=reason, is_of_main=False))
+    return found + (unsure if any(loss.is_of_main for loss in found) else [])
 
 
-def _momentum(
-    stored: dict[str, DistributedTensor], key: str
-) -> list[tuple[DistributedTensor, Chunk]]:
-    tensors = (each for each in stored.values() if names.named(each.name) == (MOMENTUM, key))
-    return [(tensor, chunk) for tensor in tensors for chunk in tensor.chunks]
+def _by_digests(candidates: list[Loss], checkpoint: Checkpoint, record: Record) -> Iterator[Loss]:
+    """Those that digests show to be damaged."""
+    wrong = [
+        (kind, *digests.split_name(name))
+        for kind, name, _, _ in _proved(checkpoint, record).damaged()
+    ]
+
+    def is_wrong(tensor: CheckpointTensor, chunk: Chunk) -> bool:
+        return any(
+            (kind, key) == (tensor.kind, tensor.key) and holds(chunk, axes)
+            for kind, key, axes in wrong
+        )
+
+    for loss in candidates:
+        is_of_main = is_wrong(loss.main, loss.chunk)
+        momentum = tuple(each for each in loss.momentum if is_wrong(*each))
+        if is_of_main or momentum:
+            reason = "as digests show"
+            yield Loss(loss.main, loss.chunk, loss.model, momentum, reason, is_of_main)
 
 
 def _overlap(one: Chunk, other: Chunk) -> bool:
-    spans = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    return all(max(a, b) < min(a + n, b + m) for a, n, b, m in spans)
-
-
-def _axes(record: Record | None, kind: str, key: str, chunk: Chunk) -> Iterator[tuple[int, ...]]:
-    """Indices along the axes before a parameter that the record names and a chunk has."""
-    for name in record.tensors.get(kind, {}) if record else ():
-        other, axes = digests.split_name(name)
-        spans = zip(axes, chunk.offsets, chunk.sizes, strict=False)
-        if other == key and all(start <= axis < start + size for axis, start, size in spans):
-            yield axes
-
-
-def _wrong_by_digest(checkpoint: Checkpoint, record: Record) -> set[tuple[str, str]]:
-    return {(kind, name) for kind, name, _, _ in _proved(checkpoint, record).damaged()}
+    bounds = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(max(a, b) < min(a + n, b + m) for a, n, b, m in bounds)
 
 
 def _proved(checkpoint: Checkpoint, record: Record) -> Proofs:
-    proofs = Proofs(record)
+    proofs = Proofs(record, checkpoint.tensors)
     for tensor in checkpoint.tensors:
-        proofs.begin(tensor)
         for box in tensor.boxes():
             proofs.add(tensor, box)
     return proofs
-
-
-def _is_uniform(values: Tensor) -> bool:
-    return bool((values == values.reshape(-1)[0]).all())
-
-
-def _is_finite(tensor: DistributedTensor, chunk: Chunk) -> bool:
-    return bool(tensor.box(chunk.offsets, chunk.sizes).isfinite().all())
 
 
 def apply(losses: list[Loss]) -> None:
@@ -158,12 +145,11 @@ def apply(losses: list[Loss]) -> None:
         CheckpointError: a file cannot be rewritten.
     """
     for loss in losses:
-        if loss.main is not None:
-            main, chunk = loss.main
-            values = loss.model.box(chunk.offsets, chunk.sizes).to(main.dtype)
-            overwrite(chunk, main.name, values)
+        if loss.is_of_main:
+            values = loss.model.box(loss.chunk.offsets, loss.chunk.sizes).to(loss.main.dtype)
+            overwrite(loss.main, loss.chunk, values)
         for tensor, chunk in loss.momentum:
-            overwrite(chunk, tensor.name, torch.zeros(chunk.sizes, dtype=tensor.dtype))
+            overwrite(tensor, chunk, torch.zeros(chunk.sizes, dtype=tensor.dtype))
 
 
 def renew_digests(checkpoint: Checkpoint, record: Record) -> None:
@@ -173,23 +159,58 @@ def renew_digests(checkpoint: Checkpoint, record: Record) -> None:
         CheckpointError: the record cannot be rewritten.
     """
     proofs = _proved(checkpoint, record)
-    tensors = {
-        kind: {
+    tensors = dict(record.tensors)
+    for kind in tensors.keys() & {MAIN_WEIGHTS, MOMENTUM}:
+        tensors[kind] = {
             name: dataclasses.replace(saved, digest=proofs.total(kind, name))
-            if kind in (MAIN_WEIGHTS, MOMENTUM)
-            else saved
-            for name, saved in named.items()
+            for name, saved in tensors[kind].items()
         }
-        for kind, named in record.tensors.items()
-    }
-    new = digests.pack(dataclasses.replace(record, tensors=tensors))
-    old = str(checkpoint.common[digests.KEY])
+    new = digests.pack(dataclasses.replace(record, tensors=tensors)).encode()
+    old = str(checkpoint.common[digests.KEY]).encode()
     for name, item in checkpoint.objects.items():
         if name.startswith("common_state/"):
-            replace_text(item, old, new)
+            with item.open() as archive:
+                pickled = archive.whole(PICKLE)
+                if pickled.count(old) != 1 or len(old) != len(new):
+                    raise CheckpointError(
+                        f"{item.file} does not hold its record of digests as it is written."
+                    )
+                _write(archive, PICKLE, item, pickled.index(old), new)
             return
 
 
-def elements(loss: Loss) -> int:
-    """How many elements of main weights are made anew."""
-    return math.prod(loss.main[1].sizes) if loss.main else 0
+def overwrite(tensor: CheckpointTensor, chunk: Chunk, values: Tensor) -> None:
+    """Put other elements in place of a chunk's, in its file.
+
+    Args:
+        tensor: of the chunk.
+        chunk: that is changed.
+        values: of its shape and dtype.
+
+    Raises:
+        CheckpointError: its elements do not lie in order.
+    """
+    with tensor.opened(chunk) as (archive, stored):
+        if not stored.is_contiguous:
+            raise CheckpointError(
+                f"{chunk.item.file} holds {tensor.name} with strides, which repair cannot rewrite: "
+                "resume from the checkpoint's weights with --no-load-optim."
+            )
+        start = stored.start * stored.dtype.itemsize
+        data = values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        _write(archive, f"data/{stored.storage.key}", chunk.item, start, data)
+
+
+def _write(archive: Archive, member: str, item: Item, start: int, data: bytes) -> None:
+    """Change some bytes of an archive's member, and the checksums that it has of them."""
+    first, size = item.start + archive.offset_of(member), archive.members[member].file_size
+    offsets, checksum = archive.checksum_offsets(member), 0
+    with item.file.open("r+b") as file:
+        file.seek(first + start)
+        file.write(data)
+        file.seek(first)
+        for done in range(0, size, READ_BYTES):
+            checksum = zlib.crc32(file.read(min(size - done, READ_BYTES)), checksum)
+        for offset in offsets:
+            file.seek(item.start + offset)
+            file.write(struct.pack("<I", checksum))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.claims import is_half_momentum
+from megatron_came.checkpoint_files.errors import CheckpointError, printable
 from megatron_came.checkpoint_files.folder import Checkpoint
-from megatron_came.checkpoint_files.stored import Stored
+from megatron_came.checkpoint_files.stored import CheckpointTensor
 from megatron_came.core import digests
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, Record, RecordError
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Record, RecordError
 from megatron_came.core.state import FACTORS
-from megatron_came.tools.checkpoints import legacy_proofs, main_weights, names, shapes
-from megatron_came.tools.checkpoints.kinds import has_padding, kind_of
-from megatron_came.tools.checkpoints.listing import bytes_of, printable, progress
-from megatron_came.tools.checkpoints.proofs import Proofs
-from megatron_came.tools.checkpoints.values import Values
+from megatron_came.tools.checkpoints import main_weights
+from megatron_came.tools.checkpoints.listing import Values, progress
+from megatron_came.tools.checkpoints.proofs import Proofs, legacy_digests
+
+_LACKS = {  # the axis of a weight that a factor was averaged over
+    "exp_avg_sq_row": -1,
+    "exp_avg_res_row": -1,
+    "exp_avg_sq_col": -2,
+    "exp_avg_res_col": -2,
+}
 
 
 @dataclass
@@ -34,7 +41,7 @@ class Verdict:
     is_proved: bool = False
     is_of_main_weights: bool = True
 
-    def add(self, kind: str, sentence: str) -> None:
+    def add(self, kind: str | None, sentence: str) -> None:
         """Note a damage of a kind of tensor, or of something else."""
         self.damages.append(printable(sentence))
         self.is_of_main_weights &= kind in (MAIN_WEIGHTS, MOMENTUM)
@@ -44,17 +51,21 @@ def verify(checkpoint: Checkpoint) -> Verdict:
     """Read all of a checkpoint, and compare it with itself."""
     verdict = Verdict()
     record = _record(checkpoint, verdict)
-    _say_contradictions(checkpoint, record, verdict)
-    _read_objects(checkpoint, verdict)
-    proofs = Proofs(record) if record is not None and checkpoint.folder.is_distributed else None
-    readable = _read_tensors(checkpoint, proofs, verdict)
+    for sentence in _contradictions(checkpoint, record):
+        verdict.add(None, sentence)
+    for name, item in checkpoint.objects.items():
+        try:
+            item.load()
+        except CheckpointError as error:
+            verdict.add(None, f"{name}: {error}")
+    is_distributed = checkpoint.folder.is_distributed
+    proofs = Proofs(record, checkpoint.tensors) if record and is_distributed else None
+    is_readable = _read_tensors(checkpoint, proofs, verdict)
     if proofs is not None:
-        for kind, name, flaw, files in proofs.damaged():
-            verdict.add(kind, f"{_of(kind, name)}{_in(files)} {flaw}")
-        _say_proved(proofs.count, len(proofs.unnamed), verdict)
+        _judge(proofs, verdict)
     elif record is not None:
-        legacy_proofs.prove(checkpoint, record, verdict)
-    if readable:
+        _judge_legacy(checkpoint, record, verdict)
+    if is_readable:
         _compare_main_weights(checkpoint, record, verdict)
     verdict.is_proved &= not verdict.damages
     return verdict
@@ -71,71 +82,137 @@ def _record(checkpoint: Checkpoint, verdict: Verdict) -> Record | None:
     try:
         return digests.unpack(text)
     except RecordError as error:
-        verdict.add("", f"the common state: {error}")
+        verdict.add(None, f"the common state: {error}")
         return None
 
 
-def _say_contradictions(checkpoint: Checkpoint, record: Record | None, verdict: Verdict) -> None:
+def _contradictions(checkpoint: Checkpoint, record: Record | None) -> Iterator[str]:
     iteration, named = checkpoint.common.get("iteration"), checkpoint.folder.iteration
-    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
+    if type(iteration) is not int or iteration < 0:
         has = "no iteration" if iteration is None else f"{iteration!r:.40} as its iteration"
-        verdict.add("", f"the common state has {has}")
+        yield f"the common state has {has}"
     elif named is not None and named != iteration:
-        verdict.add("", f"the common state is of iteration {iteration}, the folder of {named}")
+        yield f"the common state is of iteration {iteration}, the folder of {named}"
     if not checkpoint.args.fields:
-        verdict.add("", "the common state has no arguments")
+        yield "the common state has no arguments"
     if record is None:
         return
     if record.iteration != iteration:
-        verdict.add("", f"the digests are of iteration {record.iteration}, not {iteration!r:.40}")
+        yield f"the digests are of iteration {record.iteration}, not {iteration!r:.40}"
     optimizer = checkpoint.args.get("optimizer")
     if record.optimizer != optimizer:
-        verdict.add("", f"the digests are of --optimizer {record.optimizer}, not {optimizer!r:.40}")
-
-
-def _read_objects(checkpoint: Checkpoint, verdict: Verdict) -> None:
-    for name, item in checkpoint.objects.items():
-        try:
-            item.load()
-        except CheckpointError as error:
-            verdict.add("", f"{name}: {error}")
+        yield f"the digests are of --optimizer {record.optimizer}, not {optimizer!r:.40}"
 
 
 def _read_tensors(checkpoint: Checkpoint, proofs: Proofs | None, verdict: Verdict) -> bool:
     """Read every tensor once; returns whether all could be read."""
-    readable = True
-    expected = shapes.Expected(checkpoint)
-    with progress("Verifying", sum(map(bytes_of, checkpoint.tensors))) as bar:
+    is_readable = True
+    weights = {each.key: each for each in checkpoint.tensors if each.kind == WEIGHTS}
+    with progress("Verifying", sum(each.stored_bytes for each in checkpoint.tensors)) as advance:
         for tensor in checkpoint.tensors:
-            kind = kind_of(tensor.name)
             try:
-                for flaw in (*expected.flaws(tensor), *_flaws(tensor, kind, proofs)):
-                    verdict.add(kind, f"{tensor.name}{_in(tensor.files)} {flaw}")
+                for flaw in (
+                    *_metadata_flaws(tensor, weights.get(tensor.key), checkpoint),
+                    *_flaws(tensor, checkpoint, proofs),
+                ):
+                    verdict.add(tensor.kind, f"{tensor.name}{_in(tensor.files)} {flaw}")
             except CheckpointError as error:
-                readable = False
-                verdict.add(kind, f"{tensor.name}: {error}")
-            bar.advance(bytes_of(tensor))
-    return readable
+                is_readable = False
+                verdict.add(tensor.kind, f"{tensor.name}: {error}")
+            advance(tensor.stored_bytes)
+    return is_readable
 
 
-def _flaws(tensor: Stored, kind: str, proofs: Proofs | None) -> Iterator[str]:
-    values = Values()
-    wrong = tensor.wrong_files()
-    if wrong:
+def _metadata_flaws(
+    tensor: CheckpointTensor, weight: CheckpointTensor | None, checkpoint: Checkpoint
+) -> Iterator[str]:
+    """Say what a tensor's shape and dtype should be by the model's weight, if they are others."""
+    numel, is_factor = math.prod(tensor.shape), tensor.kind in FACTORS
+    if tensor.stored_numel != numel and not tensor.is_bucket:
+        yield f"has {tensor.stored_numel} elements in files, and should have {numel}"
+    if checkpoint.args.get("optimizer") != "came" or tensor.kind in (None, WEIGHTS):
+        return
+    dtypes = ["float32"]
+    if not checkpoint.folder.is_distributed:
+        dtypes.append("float64")
+        if not is_factor:
+            return
+    elif weight is None:
+        return
+    else:
+        shape = list(weight.shape)
+        if tensor.kind in _LACKS:
+            del shape[_LACKS[tensor.kind]]
+        if list(tensor.shape) != shape:
+            yield f"has shape {tensor.shape}, and should have {tuple(shape)}"
+        if weight.dtype_name == "float64":
+            dtypes = ["float64"]
+    if tensor.dtype_name not in dtypes and not is_half_momentum(tensor):
+        yield f"is {tensor.dtype_name}, and should be {dtypes[0]}"
+
+
+def _flaws(
+    tensor: CheckpointTensor, checkpoint: Checkpoint, proofs: Proofs | None
+) -> Iterator[str]:
+    """Say what is wrong with a tensor's elements, while they are read."""
+    if wrong := tensor.wrong_files():
         yield f"has bytes that were not written so, as the checksum in {', '.join(wrong)} shows"
-    if proofs is not None:
-        proofs.begin(tensor)
+    values = Values()
     for box in tensor.boxes():
         values.add(box.values)
         if proofs is not None:
             proofs.add(tensor, box)
-    if has_padding(tensor.name):
+    if tensor.is_bucket:
         return
     if values.nans or values.infinities:
         yield f"has {values.nans} NaN and {values.infinities} infinite elements"
-    words = tensor.name.split(".")
-    if values.negatives and (kind == "factors" or any(word in FACTORS for word in words)):
+    if values.negatives and tensor.kind in FACTORS:
         yield f"has {values.negatives} negative elements, where means of squares should be"
+
+
+def _judge(proofs: Proofs, verdict: Verdict) -> None:
+    for kind, name, flaw, files in proofs.damaged():
+        verdict.add(kind, f"{kind} of {name}{_in(sorted(files))} {flaw}")
+    verdict.is_proved = not verdict.damages
+    if not verdict.damages:
+        others = f" {proofs.unnamed} more tensors have no digest." if proofs.unnamed else ""
+        verdict.remarks.append(
+            f"All {proofs.count} tensors that it has digests of are what was saved.{others}"
+        )
+
+
+def _judge_legacy(checkpoint: Checkpoint, record: Record, verdict: Verdict) -> None:
+    """Find every tensor of the record in the files of the only model-parallel rank."""
+    ranks = {chunk.item.file.parent for each in checkpoint.tensors for chunk in each.chunks}
+    if len(ranks) > 1:
+        verdict.remarks.append(
+            f"Its digests are of whole tensors, and its files hold those of {len(ranks)} ranks: "
+            "they are compared when it is loaded, not here."
+        )
+        return
+    found = legacy_digests(checkpoint, record)
+    left, proved = [], 0
+    for kind, named in record.tensors.items():
+        if kind not in found:
+            left.append(kind)
+            continue
+        counter, files = found[kind]
+        for name, saved in named.items():
+            proved += 1
+            if not counter[saved.shape, saved.digest]:
+                verdict.add(
+                    kind,
+                    f"{kind} of {name}, in {', '.join(sorted(files))}, is not what was saved: no "
+                    "tensor there has its digest",
+                )
+    if left:
+        verdict.remarks.append(
+            f"{' and '.join(left).capitalize()} lie in flat buffers, whose order the files do not "
+            "say: their digests are compared when the checkpoint is loaded, not here."
+        )
+    if not verdict.damages:
+        verdict.is_proved = not left
+        verdict.remarks.append(f"{proved} tensors are what was saved, as their digests show.")
 
 
 def _compare_main_weights(checkpoint: Checkpoint, record: Record | None, verdict: Verdict) -> None:
@@ -151,30 +228,14 @@ def _compare_main_weights(checkpoint: Checkpoint, record: Record | None, verdict
                 )
     except (CheckpointError, ValueError) as error:
         verdict.add(MAIN_WEIGHTS, f"main weights cannot be compared with the model's: {error}")
-    if compared:
-        return
-    buckets = any(names.bucket(tensor.name) for tensor in checkpoint.tensors)
-    if buckets or not checkpoint.folder.is_distributed:
+    buckets = any(tensor.is_bucket for tensor in checkpoint.tensors)
+    if not compared and (buckets or not checkpoint.folder.is_distributed):
         verdict.remarks.append(
             "Main weights were not compared with the model's: the files do not say which belong "
             "to which."
         )
 
 
-def _say_proved(count: int, unnamed: int, verdict: Verdict) -> None:
-    others = f" {unnamed} more tensors have no digest." if unnamed else ""
-    wrong = len(verdict.damages)
-    verdict.is_proved = not wrong
-    if not wrong:
-        verdict.remarks.append(
-            f"All {count} tensors that it has digests of are what was saved.{others}"
-        )
-
-
-def _of(kind: str, name: str) -> str:
-    return f"{kind} of {name}"
-
-
-def _in(files: list[str]) -> str:
+def _in(files: Collection[str]) -> str:
     more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
-    return f" in {', '.join(files[:3])}{more}" if files else ""
+    return f" in {', '.join(list(files)[:3])}{more}" if files else ""

@@ -11,17 +11,24 @@ from typing import Any
 
 import torch
 
+from megatron_came.checkpoint_files.claims import files_of, is_half_momentum, metadata_flaws
 from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.legacy import OPTIMIZER_FILE
 from megatron_came.core.digests import (
     KEY,
     MAIN_WEIGHTS,
+    MOMENTUM,
     WEIGHTS,
     Record,
     RecordError,
     unpack,
 )
-from megatron_came.megatron.checkpoints.digests import files
+from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints.digests.sums import KINDS, Totals
+from megatron_came.megatron.checkpoints.folders import tensors_in
+
+# Kind and name of a tensor in a record.
+Named = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +61,11 @@ class Source:
     def of(cls, loaded: Sequence[Any], folder: str) -> Source:
         """Read it from what Megatron's ``_load_base_checkpoint`` returns."""
         state, file, _, kind = loaded
-        record, error = None, None
+        record = error = identity = None
         if state.get(KEY) is not None:
             try:
                 record = unpack(state[KEY])
+                identity = hashlib.sha256(state[KEY].encode()).hexdigest()
             except RecordError as found:
                 error = str(found)
         args = state.get("args")
@@ -70,7 +78,7 @@ class Source:
             folder=folder,
             is_legacy=getattr(kind, "name", None) == "LEGACY",
             record=record,
-            identity=None if record is None else hashlib.sha256(state[KEY].encode()).hexdigest(),
+            identity=identity,
             error=error,
             iteration=state.get("iteration"),
             optimizer=getattr(args, "optimizer", None),
@@ -78,7 +86,7 @@ class Source:
         )
 
     @property
-    def place(self) -> str:
+    def path(self) -> str:
         """The folder of the iteration."""
         return str(Path(self.file).parents[1]) if self.is_legacy else self.file
 
@@ -91,6 +99,10 @@ class Source:
             "--came-no-verify."
         )
 
+    def damaged(self, what: str, first: str = "") -> str:
+        """The sentence that refuses it; ``first`` is a remedy that goes before the others."""
+        return f"the checkpoint in {self.path} is damaged: {what}: {first}{self.remedy}"
+
     def problem(self, *, finetune: bool, reads_metadata: bool, with_optimizer: bool) -> str | None:
         """Say what contradicts itself, if anything does, or None.
 
@@ -99,41 +111,41 @@ class Source:
             reads_metadata: look at the tensors' shapes and dtypes, too.
             with_optimizer: at those of the optimizer's state as well.
         """
-        what = self.error or self._iterations(finetune) or self._optimizers()
+        what = self.error or self._iterations(finetune)
+        if what is None and self.record is not None and self.record.optimizer != self.optimizer:
+            digests = f"its digests {self.record.optimizer}"
+            what = f"its arguments say --optimizer {self.optimizer}, {digests}"
         if what is None and reads_metadata and not self.is_legacy:
             try:
-                tensors = files.tensors_of(self.file)
+                what = self._metadata(with_optimizer)
             except (CheckpointError, OSError) as error:  # of one rank: all are to hear of it
-                return f"{error}"
-            what = files.unlike(tensors, self.record, with_optimizer=with_optimizer)
-        return what and f"the checkpoint in {self.place} is damaged: {what}: {self.remedy}"
+                return str(error)
+        return what and self.damaged(what)
 
     def _iterations(self, finetune: bool) -> str | None:
-        named = re.findall(r"iter_(\d{7,})", self.file)
         if finetune and self.record is None:
             return None
-        if not isinstance(self.iteration, int) or isinstance(self.iteration, bool):
-            has = (
-                "has no iteration"
-                if self.iteration is None
-                else f"has iteration {self.iteration!r}"
-            )
-            return f"its common state {has}"
         if self.record is not None and self.record.iteration != self.iteration:
-            return (
-                f"its common state says iteration {self.iteration}, "
-                f"its digests {self.record.iteration}"
-            )
+            digests = f"its digests {self.record.iteration}"
+            return f"its common state says iteration {self.iteration!r}, {digests}"
+        named = re.findall(r"iter_(\d{7,})", self.file)
         if named and not finetune and int(named[-1]) != self.iteration:
-            return f"the folder's iteration is {int(named[-1])}, its content's {self.iteration}"
+            return f"the folder's iteration is {int(named[-1])}, its content's {self.iteration!r}"
         return None
 
-    def _optimizers(self) -> str | None:
-        if self.record is None or self.record.optimizer == self.optimizer:
-            return None
-        return (
-            f"its arguments say --optimizer {self.optimizer}, its digests {self.record.optimizer}"
-        )
+    def _metadata(self, with_optimizer: bool) -> str | None:
+        """Say which tensor has another shape or dtype than it should."""
+        tensors = tensors_in(self.file)
+        for tensor in tensors if with_optimizer else ():
+            is_state = tensor.kind in (MOMENTUM, *FACTORS) and not tensor.is_bucket
+            if is_state and tensor.dtype_name != "float32" and not is_half_momentum(tensor):
+                return f"{tensor.name} is in {tensor.dtype_name}, and CAME keeps it in float32"
+        for kind, name, flawed, flaw in (
+            metadata_flaws(self.record, tensors) if self.record and tensors else ()
+        ):
+            if with_optimizer or kind == WEIGHTS:
+                return f"{flawed.name if flawed else f'{kind} of {name}'} {flaw}"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +164,7 @@ class Found:
     has_optimizer: bool
     steps: set[int]
     cast: Sequence[str]
-    holders: Callable[[], list[tuple[str, list[tuple[str, str]]]]]
+    holders: Callable[[], list[tuple[str, list[Named]]]]
 
 
 def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
@@ -162,10 +174,8 @@ def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
         A sentence that refuses it, or None; and sentences that are worth saying in any case.
     """
     record, remarks = source.record, []
-    start = f"the checkpoint in {source.place} is damaged"
     if found.cast:
-        return f"{start}: {_some(found.cast)}, not in fp32: {source.remedy}", []
-    damaged: list[tuple[str, str]] = []
+        return source.damaged(f"{_some(found.cast)}, not in fp32"), []
     if record is None:
         remarks.append(
             f"the checkpoint in {source.folder} was saved without digests, so that it cannot be "
@@ -175,35 +185,31 @@ def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
         damaged, unlike = _compared(record, found)
         if unlike:
             remarks.append(f"not verified: {_some(unlike)}.")
-    if damaged:
-        return f"{start}: {_described(damaged, source, found)}: {_remedy(damaged, source)}", remarks
-    step = record.step if record is not None and found.has_optimizer else None
-    if step is not None and found.steps - {step}:
-        steps = ", ".join(map(str, sorted(found.steps)))
-        return (
-            f"{start}: its parameter groups have taken {steps} steps, its digests say {step}: "
-            f"{source.remedy}"
-        ), remarks
-    flaws = found.totals.flaws
-    if flaws:
-        kind, name, flaw = flaws[0]
+        if damaged:
+            return _refusal(damaged, source, found), remarks
+        if found.has_optimizer and record.step is not None and found.steps - {record.step}:
+            steps = ", ".join(map(str, sorted(found.steps)))
+            digests = f"its digests say {record.step}"
+            return (
+                source.damaged(f"its parameter groups have taken {steps} steps, {digests}"),
+                remarks,
+            )
+    if found.totals.flaws:
+        (kind, name, flaw), *others = found.totals.flaws
+        more = f" (and {len(others)} more)" if others else ""
         where = _where([(kind, name)], source, found)
-        more = f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
         return (
-            f"the checkpoint in {source.place} cannot be trained on: {kind} of {name}{more}"
-            f"{where} holds {flaw}: {source.remedy}"
+            f"the checkpoint in {source.path} cannot be trained on: {kind} of {name}{more}{where} "
+            f"holds {flaw}: {source.remedy}"
         ), remarks
-    if found.totals.differing:
-        return _differing(source, found), remarks
-    return None, remarks
+    return _differing(source, found) if found.totals.differing else None, remarks
 
 
-def _compared(record: Record, found: Found) -> tuple[list[tuple[str, str]], list[str]]:
+def _compared(record: Record, found: Found) -> tuple[list[Named], list[str]]:
     """Return kind and name of what differs, and in words what could not be compared."""
-    damaged: list[tuple[str, str]] = []
+    damaged: list[Named] = []
     unlike: list[str] = []
-    kinds = KINDS if found.has_optimizer else (WEIGHTS,)
-    for kind in kinds:
+    for kind in KINDS if found.has_optimizer else (WEIGHTS,):
         saved, loaded = record.tensors.get(kind, {}), found.totals.tensors.get(kind, {})
         for name in sorted(saved.keys() | loaded.keys()):
             one, other = saved.get(name), loaded.get(name)
@@ -219,41 +225,44 @@ def _compared(record: Record, found: Found) -> tuple[list[tuple[str, str]], list
     return damaged, unlike
 
 
-def _described(damaged: Sequence[tuple[str, str]], source: Source, found: Found) -> str:
+def _refusal(damaged: Sequence[Named], source: Source, found: Found) -> str:
     kind, name = damaged[0]
     more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-    return f"{kind} of {name}{more}{_where(damaged, source, found)} is not what was saved"
+    where = _where(damaged, source, found)
+    rebuild = ""
+    if {kind for kind, _ in damaged} == {MAIN_WEIGHTS} and source.rounded != torch.float32:
+        repair = f"megatron-came repair {source.folder} OUT"
+        rebuild = f"rebuild them from the model's weights with {repair}, or "
+    return source.damaged(f"{kind} of {name}{more}{where} is not what was saved", rebuild)
 
 
-def _where(damaged: Sequence[tuple[str, str]], source: Source, found: Found) -> str:
+def _where(damaged: Sequence[Named], source: Source, found: Found) -> str:
     """Name the files that hold all of some tensors, or else those that hold the first."""
     if source.is_legacy:
         holders = found.holders()
         held = [
-            files.legacy(kind, [file for file, named in holders if (kind, name) in named])
+            {_legacy_file(kind, Path(file)) for file, named in holders if (kind, name) in named}
             for kind, name in damaged
         ]
     else:
-        tensors = files.tensors_of(source.file)
-        held = [files.holding(tensors, source.record, kind, name) for kind, name in damaged]
+        tensors = tensors_in(source.file)
+        held = [files_of(source.record, tensors, kind, name) for kind, name in damaged]
     common = set.intersection(*held) or held[0]
     return f" in {_some(sorted(common), 4)}" if common else ""
 
 
-def _remedy(damaged: Sequence[tuple[str, str]], source: Source) -> str:
-    if {kind for kind, _ in damaged} == {MAIN_WEIGHTS} and source.rounded != torch.float32:
-        return (
-            f"rebuild them from the model's weights with megatron-came repair {source.folder} OUT, "
-            f"or {source.remedy}"
-        )
-    return source.remedy
+def _legacy_file(kind: str, model: Path) -> str:
+    """The file of format ``torch`` that holds a tensor, given the rank's model file."""
+    beside = model.with_name(OPTIMIZER_FILE)
+    file = beside if kind != WEIGHTS and beside.exists() else model
+    return f"{file.parent.name}/{file.name}"
 
 
 def _differing(source: Source, found: Found) -> str:
     differing = found.totals.differing
     name = next(iter(differing))
     return (
-        f"in the checkpoint in {source.place} the main weights of {_some(list(differing))} "
+        f"in the checkpoint in {source.path} the main weights of {_some(list(differing))} "
         f"are not the model's weights ({differing[name]} elements of {name} differ): either "
         "is damaged, or it was saved with --dist-ckpt-optim-fully-reshardable and several buckets, "
         "where Megatron 0.16 to 0.19 shifts the optimizer's state (Megatron-LM#5077): rebuild it "

@@ -163,9 +163,9 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
 def _buckets(optimizer: Any, entries: dict[int, Entry]) -> dict[str, tuple[InBucket, ...]]:
     """Say where parameters lie in buckets; ranks that share these say the same."""
     found: dict[str, tuple[InBucket, ...]] = {}
-    optimizers = chain_of(optimizer)
-    for position, wrapper in enumerate(optimizers):
-        prefix = f"chained_{position}." if len(optimizers) > 1 else ""  # as Megatron's chain has it
+    chain = chain_of(optimizer)
+    for position, wrapper in enumerate(chain):
+        prefix = f"chained_{position}." if len(chain) > 1 else ""  # as Megatron's chain has it
         if getattr(wrapper, "optimizer", None) is None or not counts(wrapper):
             continue
         for index, ranges in enumerate(getattr(wrapper, "gbuf_ranges", ())):

@@ -24,9 +24,10 @@ from megatron_came.core.digests import (
     terms,
     unsigned,
 )
+from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.momentum import SCALE
 from megatron_came.core.remainders import join
-from megatron_came.core.state import FACTORS, REMAINDER, SCALE
-from megatron_came.core.state import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.kernels.digests import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
 from megatron_came.megatron.checkpoints.factors import AVERAGED, without

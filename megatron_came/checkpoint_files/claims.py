@@ -1,0 +1,69 @@
+"""What a checkpoint's record of digests claims of its files, as far as metadata tell."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, Record, split_name
+
+Tensors = Collection[CheckpointTensor]
+
+
+def metadata_flaws(
+    record: Record, tensors: Tensors
+) -> Iterator[tuple[str, str, CheckpointTensor | None, str]]:
+    """Compare what metadata say of tensors with the record; of format torch_dist.
+
+    Yields:
+        Kind and name in the record, the tensor in question, and what is wrong with it.
+    """
+    found = {(each.kind, each.key): each for each in tensors if not each.is_bucket}
+    bucketed = {
+        name
+        for inside in record.buckets.values()
+        for parameter in inside
+        for name, _ in parameter.boxes
+    }
+    for kind, named in record.tensors.items():
+        for name, saved in named.items():
+            if kind in (MAIN_WEIGHTS, MOMENTUM) and name in bucketed:
+                continue
+            key, axes = split_name(name)
+            tensor = found.get((kind, key))
+            if tensor is None:
+                yield kind, name, None, "is in no file"
+            elif tensor.shape[len(axes) :] != saved.shape:
+                shape = tensor.shape[len(axes) :]
+                yield kind, name, tensor, f"has shape {shape}, and {saved.shape} was saved"
+            elif tensor.dtype_name != saved.dtype and not is_half_momentum(tensor):
+                dtypes = f"{tensor.dtype_name}, and {saved.dtype} was saved"
+                yield kind, name, tensor, f"is in {dtypes}"
+
+
+def is_half_momentum(tensor: CheckpointTensor) -> bool:
+    """Whether a tensor is momentum in bf16, which are fp32's upper halves."""
+    return tensor.kind == MOMENTUM and tensor.dtype_name == "bfloat16"
+
+
+def files_of(record: Record | None, tensors: Tensors, kind: str, name: str) -> set[str]:
+    """Return the files of a distributed checkpoint that hold a tensor of its record."""
+    key, axes = split_name(name)
+    buckets = {
+        bucket
+        for bucket, inside in (record.buckets if record else {}).items()
+        if any(name == other for parameter in inside for other, _ in parameter.boxes)
+    }
+    return {
+        chunk.item.name
+        for tensor in tensors
+        if tensor.kind == kind and tensor.key in (buckets if tensor.is_bucket else {key})
+        for chunk in tensor.chunks
+        if tensor.is_bucket or holds(chunk, axes)
+    }
+
+
+def holds(chunk: Chunk, axes: tuple[int, ...]) -> bool:
+    """Whether a chunk has what stands at these indices of its first axes."""
+    bounds = zip(axes, chunk.offsets, chunk.sizes, strict=False)
+    return all(start <= index < start + size for index, start, size in bounds)

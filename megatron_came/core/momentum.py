@@ -1,0 +1,201 @@
+"""How momentum is kept: one codec for each dtype.
+
+What is kept in fewer bits than the arithmetic takes is rounded stochastically by a step, and to
+nearest where it is loaded. A codec is all that the rest of the package knows of a dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_came.core import int8
+from megatron_came.core.rounding import to_bf16
+
+MOMENTUM, SCALE = "exp_avg", "exp_avg_scale"
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Momentum that is kept as the arithmetic takes it: fp32 and float64.
+
+    Attributes:
+        dtype: of the state ``exp_avg``.
+    """
+
+    dtype: torch.dtype
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether a step reads copies and rounds them back; else it updates what is kept."""
+        return False
+
+    @property
+    def exact(self) -> torch.dtype:
+        """A floating dtype that holds the values by itself: that of checkpoints."""
+        return self.dtype
+
+    @property
+    def block(self) -> int:
+        """Elements that share an fp32 scale, and are written together; 0 without scales."""
+        return 0
+
+    def new(self, like: Tensor) -> dict[str, Tensor]:
+        """Return the momentum of a parameter before its first step, with what belongs to it."""
+        return {MOMENTUM: torch.zeros(like.shape, dtype=self.dtype, device=like.device)}
+
+    def read(self, state: State, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of the flat slice for the arithmetic."""
+        return state[MOMENTUM].view(-1)[start:stop]
+
+    def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
+        """Round values and keep them.
+
+        Args:
+            state: of the parameter.
+            start: of the first in the flat slice, at the beginning of a block.
+            values: flat, floating; up to the end of a block, or of the slice.
+            bits: random ones, of each element, for stochastic rounding; None rounds to nearest.
+        """
+        state[MOMENTUM].view(-1)[start : start + values.numel()] = values
+
+
+class _BF16(Codec):
+    """Momentum in bf16."""
+
+    __slots__ = ()
+
+    @property
+    def is_rounded(self) -> bool:
+        return True
+
+    def read(self, state: State, start: int, stop: int) -> Tensor:
+        return Codec.read(self, state, start, stop).to(torch.float32)
+
+    def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
+        rounded = values if bits is None else to_bf16(values, bits)
+        Codec.write(self, state, start, rounded)
+
+
+class _Int8(Codec):
+    """Momentum in int8, with scales; see :mod:`megatron_came.core.int8`."""
+
+    __slots__ = ()
+
+    @property
+    def is_rounded(self) -> bool:
+        return True
+
+    @property
+    def exact(self) -> torch.dtype:
+        return torch.bfloat16
+
+    @property
+    def block(self) -> int:
+        return int8.BLOCK
+
+    def new(self, like: Tensor) -> dict[str, Tensor]:
+        scales = torch.zeros(int8.blocks(like.numel()), dtype=torch.float32, device=like.device)
+        return {**Codec.new(self, like), SCALE: scales}
+
+    def read(self, state: State, start: int, stop: int) -> Tensor:
+        return int8.dequantize(Codec.read(self, state, start, stop), state[SCALE], start)
+
+    def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
+        quantized, scale = int8.quantize(values.to(torch.float32), bits)
+        Codec.write(self, state, start, quantized)
+        first = start // int8.BLOCK
+        state[SCALE][first : first + scale.numel()] = scale
+
+
+# By the name of the flag's value.
+CODECS: dict[str, Codec] = {
+    "fp32": Codec(torch.float32),
+    "bf16": _BF16(torch.bfloat16),
+    "int8": _Int8(torch.int8),
+}
+MOMENTUM_DTYPES = {name: codec.dtype for name, codec in CODECS.items()}
+_BY_DTYPE = {codec.dtype: codec for codec in CODECS.values()}
+
+
+def codec_of(dtype: torch.dtype) -> Codec:
+    """Return the codec of a dtype; of others than those of flags, momentum is kept as it is."""
+    return _BY_DTYPE.get(dtype) or Codec(dtype)
+
+
+def codec_for(param: Tensor, wanted: torch.dtype) -> Codec:
+    """Return the codec of a parameter's momentum: float64 parameters keep theirs in float64."""
+    return codec_of(torch.float64 if param.dtype == torch.float64 else wanted)
+
+
+def check_momentum_dtype(wanted: object) -> None:
+    """Refuse a dtype that momentum cannot have.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    dtypes = MOMENTUM_DTYPES.values()
+    if wanted not in dtypes:
+        raise ValueError(
+            f"CAME: momentum_dtype {wanted} is not one of {', '.join(map(str, dtypes))}."
+        )
+
+
+def momentum_of(state: State) -> Tensor:
+    """Return the momentum in a dtype that holds its values exactly by itself, in its shape."""
+    momentum = state[MOMENTUM]
+    codec = codec_of(momentum.dtype)
+    if codec.exact == momentum.dtype:
+        return momentum
+    return codec.read(state, 0, momentum.numel()).to(codec.exact).view(momentum.shape)
+
+
+def set_momentum(state: State, values: Tensor) -> None:
+    """Write momentum, rounded to nearest where its dtype cannot hold the values.
+
+    Args:
+        state: with the momentum in its dtype.
+        values: of any floating dtype, with as many elements.
+    """
+    momentum = state[MOMENTUM]
+    codec_of(momentum.dtype).write(state, 0, values.to(momentum.device).reshape(-1))
+
+
+def is_complete(state: State) -> bool:
+    """Whether momentum is one that CAME writes, and has the scales that it needs."""
+    momentum = state[MOMENTUM]
+    if codec_of(momentum.dtype).block:
+        return SCALE in state and state[SCALE].numel() == int8.blocks(momentum.numel())
+    return momentum.is_floating_point()
+
+
+class RoundedWriter:
+    """Rounds momentum that comes box by box, from the first element to the last.
+
+    Args:
+        state: of the parameter; its codec rounds.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state, self._codec = state, codec_of(state[MOMENTUM].dtype)
+        self._written = 0
+        # Elements of a block that the next box goes on with, and their bits.
+        self._rest: tuple[Tensor, Tensor] | None = None
+
+    def write(self, values: Tensor, bits: Tensor) -> None:
+        """Round the next elements, with random bits of each; both flat."""
+        if self._rest:
+            values, bits = map(torch.cat, zip(self._rest, (values, bits), strict=True))
+        stop = self._written + values.numel()
+        is_last = stop == self._state[MOMENTUM].numel()
+        rest = 0 if is_last or not self._codec.block else stop % self._codec.block
+        count = values.numel() - rest
+        self._codec.write(self._state, self._written, values[:count], bits[:count])
+        self._written += count
+        # Copies, since a view would keep the whole box.
+        self._rest = (values[count:].clone(), bits[count:].clone()) if rest else None

@@ -1,0 +1,183 @@
+"""Numbers as memory holds them: bf16, int8 and weights in two halves, widened and rounded.
+
+bf16 is seen as uint16, the upper halves of fp32 weights as int16. Kernels call these functions in
+the loops that use the numbers, so that the arithmetic hides behind the wait for memory.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from megatron_came.core.int8 import BLOCK
+from megatron_came.kernels.cpu.compiling import elementwise
+
+_EXPONENT = np.uint32(0x7F800000)  # all ones: infinity and NaN
+NOT_FINITE = 255  # the biased exponent of infinity and NaN
+_NAN = np.int32(0x7FC00000)
+_UPPER, _LOWER = np.uint32(0xFFFF0000), np.uint32(0xFFFF)
+_typed = {"fastmath": {"contract"}, "error_model": "numpy", "forceinline": True}
+PLACE_FACTOR = 0x9E3779B1  # see megatron_came.core.rounding
+HIGH_FACTOR = 0x27D4EB2F
+
+
+def widen(value, scale):
+    """Return an element in fp32; int8 is multiplied by the scale of its block."""
+
+
+@overload(widen, **_typed)
+def _widen(value, scale):
+    if value == types.float32:
+        return lambda value, scale: value
+    if value == types.uint16:
+        return lambda value, scale: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value, scale: np.float32(value) * scale
+
+
+def read(values, scales, low, high, room):
+    """Return elements [low, high) for :func:`widen`: themselves; of int8, in fp32 in ``room``."""
+
+
+@overload(read, **_typed)
+def _read(values, scales, low, high, room):
+    if values.dtype == types.int8:
+        return lambda values, scales, low, high, room: _read_int8(values, scales, low, high, room)
+    return lambda values, scales, low, high, room: values[low:high]
+
+
+@elementwise
+def _read_int8(values, scales, low, high, room):
+    start = low
+    while start < high:
+        stop = min((start // BLOCK + 1) * BLOCK, high)
+        scale, out, small = (
+            scales[start // BLOCK],
+            room[start - low : stop - low],
+            values[start:stop],
+        )
+        for i in range(small.size):
+            out[i] = np.float32(small[i]) * scale
+        start = stop
+    return room[: high - low]
+
+
+# Stochastic rounding, see megatron_came.core.rounding.
+
+
+@elementwise
+def first_bits(place, key):
+    """Return what :func:`random_bits` needs of the first of consecutive places.
+
+    Their upper halves must be the same.
+    """
+    high = np.uint32((place >> 32) * HIGH_FACTOR)
+    return np.uint32(np.uint32(place) * np.uint32(PLACE_FACTOR) + high + key)
+
+
+@elementwise
+def random_bits(first, i):
+    """16 random bits of the i-th place."""
+    x = np.uint32(first + np.uint32(np.uint32(i) * np.uint32(PLACE_FACTOR)))
+    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+    x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    return np.uint32((x ^ (x >> np.uint32(16))) & _LOWER)
+
+
+def narrow(kept, value, inverse_scale, first, i):
+    """Round fp32 to the dtype of ``kept`` with the random bits of the i-th place."""
+
+
+@overload(narrow, **_typed)
+def _narrow(kept, value, inverse_scale, first, i):
+    if kept == types.float32:
+        return lambda kept, value, inverse_scale, first, i: value
+    if kept == types.uint16:
+        return lambda kept, value, inverse_scale, first, i: _to_bf16(value, first, i)
+    return lambda kept, value, inverse_scale, first, i: _to_int8(value, inverse_scale, first, i)
+
+
+@elementwise
+def _to_bf16(value, first, i):
+    """Twin of ``rounding.to_bf16``."""
+    word = np.float32(value).view(np.uint32)
+    quiet = np.uint32(0x10000) if value != value else np.uint32(0)
+    finite = (word & _EXPONENT) != _EXPONENT
+    rounded = np.uint32(word + random_bits(first, i)) if finite else np.uint32(word | quiet)
+    return np.uint16(rounded >> np.uint32(16))
+
+
+@elementwise
+def _to_int8(value, inverse_scale, first, i):
+    """Twin of ``int8.quantize`` for an element."""
+    dither = np.float32(np.int32(random_bits(first, i))) + np.float32(0.5)
+    exact = value * inverse_scale + dither * np.float32(2.0**-16)
+    cut = np.int32(exact)  # towards zero
+    floor = np.int32(cut - np.int32(np.float32(cut) > exact))
+    return np.int8(min(floor, np.int32(127)))  # the largest may have been summed up otherwise
+
+
+@elementwise
+def exponent_of_scale(largest):
+    """Return the biased exponent of a block's scale, from the bits of its largest element."""
+    if largest >= np.int32(_EXPONENT):
+        return NOT_FINITE
+    return max(((np.int64(largest) + 0x1FFFF) >> 23) - 6, 1)
+
+
+@elementwise
+def power_of_two(exponent):
+    """Return the fp32 number with this biased exponent."""
+    return np.uint32(exponent << 23).view(np.float32)
+
+
+# Weights.
+
+
+def read_weight(weights, remainders, i):
+    """Return a weight in fp32; twin of ``remainders.join``."""
+
+
+@overload(read_weight, **_typed)
+def _read_weight(weights, remainders, i):
+    if weights.dtype == types.float32:
+        return lambda weights, remainders, i: weights[i]
+
+    def join(weights, remainders, i):
+        high = np.int32(np.int32(weights[i]) << np.int32(16))
+        return np.int32(high + np.int32(remainders[i])).view(np.float32)
+
+    return join
+
+
+def write_weight(weights, remainders, i, value):
+    """Write a weight; twin of ``remainders.split``."""
+
+
+@overload(write_weight, **_typed)
+def _write_weight(weights, remainders, i, value):
+    if weights.dtype == types.float32:
+
+        def write(weights, remainders, i, value):
+            weights[i] = value
+
+        return write
+
+    def split(weights, remainders, i, value):
+        whole = np.float32(value).view(np.int32) if value == value else _NAN
+        rest = np.int16(whole)
+        remainders[i] = rest
+        weights[i] = np.int16(np.int32(whole - np.int32(rest)) >> np.int32(16))
+
+    return split
+
+
+@elementwise
+def to_nearest_bf16(value):
+    """Round to the nearest bf16, to the even one of two; NaN stays NaN."""
+    word = np.float32(value).view(np.uint32)
+    odd = np.uint32((word >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(word + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return np.uint16(np.uint32(0x7FC0) if value != value else rounded)

@@ -1,0 +1,80 @@
+"""A slice as the kernels see it: a batch of matrices, and blocks of their rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_came.core.shard import Shard
+
+# Rows that are taken together, so as to add to the sums of columns less often.
+AT_ONCE = 4
+# Rows of a block, about, and blocks of a matrix at most: their columns are summed in fp32.
+_BLOCK_ROWS = 64
+_MAX_BLOCKS = 128
+
+
+class Geometry(NamedTuple):
+    """A slice of a batch of matrices.
+
+    A vector is a batch of its parts (see ``Shard.tp_parts``), each a matrix of one row.
+
+    Attributes:
+        start: first element of the slice, in the flattened local tensor.
+        size: its elements.
+        batch: matrices.
+        rows: of a matrix.
+        columns: likewise.
+    """
+
+    start: int
+    size: int
+    batch: int
+    rows: int
+    columns: int
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """The shape of the batch."""
+        return self.batch, self.rows, self.columns
+
+    @classmethod
+    def of(cls, shard: Shard) -> Geometry:
+        """Return the geometry of a shard."""
+        batch, rows, columns = shard.local_matrix
+        if shard.is_vector:
+            batch, rows, columns = shard.tp_parts, 1, rows // shard.tp_parts
+        return cls(shard.start, shard.numel, batch, rows, columns)
+
+
+def row_places(shard: Shard) -> npt.NDArray[np.int64]:
+    """Return where in the full tensor each row begins: random bits belong to places there."""
+    batch, rows, _ = shard.local_matrix
+    at_batch, at_row, at_column = shard.offsets
+    part_rows, part_jump = shard.row_parts
+    row = np.arange(rows)
+    full_row = at_row + row + row // part_rows * part_jump
+    if shard.is_vector:
+        return full_row[::part_rows]
+    matrix = (at_batch + np.arange(batch)).reshape(-1, 1) * shard.full_rows
+    return (matrix + full_row).reshape(-1) * shard.full_columns + at_column
+
+
+def blocks_of(geometry: Geometry) -> npt.NDArray[np.int64]:
+    """Cut the rows of a slice into blocks: (blocks, 3), of each its matrix, first and last row + 1.
+
+    Rows are numbered through the batch. The cut depends on the slice alone, so that any number of
+    threads adds up in the same order; a power of two is shared evenly by most numbers of them.
+    """
+    blocks: list[tuple[Any, ...]] = []
+    rows, columns = geometry.rows, geometry.columns
+    if geometry.size:
+        first, stop = geometry.start // columns, -(-(geometry.start + geometry.size) // columns)
+        for matrix in range(first // rows, -(-stop // rows)):
+            low, high = max(first, matrix * rows), min(stop, (matrix + 1) * rows)
+            wanted = 1 << ((high - low - 1) // _BLOCK_ROWS).bit_length()
+            height = -(-(high - low) // (min(wanted, _MAX_BLOCKS) * AT_ONCE)) * AT_ONCE
+            blocks += [(matrix, row, min(row + height, high)) for row in range(low, high, height)]
+    return np.array(blocks, np.int64).reshape(-1, 3)

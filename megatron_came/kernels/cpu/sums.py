@@ -1,0 +1,229 @@
+"""Passes 1 and 2: sums over rows and columns.
+
+Columns are summed in fp32 by blocks of rows, in ``partial``, and these in float64; so the number of
+threads changes no bit.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from megatron_came.kernels.cpu.compiling import (
+    ONE,
+    SQUARE_SCALE,
+    SQUARE_UNSCALE,
+    UPDATE_SCALE,
+    UPDATE_UNSCALE,
+    Kernel,
+    fast,
+    inline,
+)
+from megatron_came.kernels.cpu.precision import read, widen
+from megatron_came.kernels.cpu.shapes import AT_ONCE
+
+
+@inline
+def _quarter(geometry, row, stop):
+    """Return a quarter of a block's rows, if all of them lie in the slice from end to end."""
+    low, high = row * geometry.columns, stop * geometry.columns
+    is_whole = low >= geometry.start and high <= geometry.start + geometry.size
+    return (stop - row) // AT_ONCE if is_whole else 0
+
+
+@inline
+def _in_slice(geometry, row):
+    """Return what of a row lies in the slice: first element, last + 1, and the first's column."""
+    offset = row * geometry.columns - geometry.start
+    low, high = max(offset, 0), min(offset + geometry.columns, geometry.size)
+    return low, high, low - offset
+
+
+@inline
+def _add_blocks(blocks, partial, kind, factor, low, high, sums):
+    """Add columns [low, high) of the blocks to the sums of their matrices, (batch, columns)."""
+    for number in range(len(blocks)):
+        some, out = partial[number, kind, low:high], sums[blocks[number, 0], low:high]
+        for i in range(out.size):
+            out[i] += factor * np.float64(some[i])
+
+
+@fast
+def _square_row(grad, sums):
+    total = np.float32(0)
+    for i in range(grad.size):
+        g = widen(grad[i], ONE) * SQUARE_SCALE
+        total += g * g
+        sums[i] += g * g
+    return total
+
+
+@fast
+def _square_rows(g0, g1, g2, g3, sums):
+    a = b = c = d = np.float32(0)
+    for i in range(sums.size):
+        p, q = widen(g0[i], ONE) * SQUARE_SCALE, widen(g1[i], ONE) * SQUARE_SCALE
+        r, s = widen(g2[i], ONE) * SQUARE_SCALE, widen(g3[i], ONE) * SQUARE_SCALE
+        a, b, c, d = a + p * p, b + q * q, c + r * r, d + s * s
+        sums[i] += p * p + q * q + r * r + s * s
+    return a, b, c, d
+
+
+@inline
+def _square_block(grad, geometry, row, stop, row_sums, sums):
+    sums[:] = 0
+    n, apart = geometry.columns, _quarter(geometry, row, stop)
+    for r0 in range(row, row + apart):
+        r1, r2, r3 = r0 + apart, r0 + 2 * apart, r0 + 3 * apart
+        a, b = r0 * n - geometry.start, r1 * n - geometry.start
+        c, d = r2 * n - geometry.start, r3 * n - geometry.start
+        row_sums[r0], row_sums[r1], row_sums[r2], row_sums[r3] = _square_rows(
+            grad[a : a + n], grad[b : b + n], grad[c : c + n], grad[d : d + n], sums
+        )
+    for alone in range(row + AT_ONCE * apart, stop):
+        low, high, column = _in_slice(geometry, alone)
+        row_sums[alone] = _square_row(grad[low:high], sums[column:])
+    for i in range(row, stop):
+        row_sums[i] *= SQUARE_UNSCALE
+
+
+@Kernel
+def add_square_sums(grad, geometry, blocks, row_sums, column_sums, partial, threads):
+    """Pass 1: sums of g^2.
+
+    Args:
+        grad: of the slice, fp32 or bf16.
+        geometry: of the slice.
+        blocks: of its rows.
+        row_sums: (batch rows,), float64, out.
+        column_sums: (batch, columns), float64, zeros, out.
+        partial: room for sums of columns, (blocks, 3, columns), fp32.
+        threads: to use.
+    """
+    count = len(blocks)
+    for thread in prange(threads):
+        for number in range(count * thread // threads, count * (thread + 1) // threads):
+            _, row, stop = blocks[number]
+            _square_block(grad, geometry, row, stop, row_sums, partial[number, 0])
+    n = column_sums.shape[1]
+    for thread in prange(threads):
+        low, high = n * thread // threads, n * (thread + 1) // threads
+        _add_blocks(blocks, partial, 0, SQUARE_UNSCALE, low, high, column_sums)
+
+
+@fast
+def _instability_row(g, m, row_scale, column_scale, guess, errors, crosses, squares):
+    a = b = c = np.float32(0)
+    for i in range(g.size):
+        u = widen(g[i], ONE) * row_scale * column_scale[i]
+        e = u * guess - widen(m[i], ONE) * UPDATE_SCALE
+        a, b, c = a + e * e, b + u * e, c + u * u
+        errors[i] += e * e
+        crosses[i] += u * e
+        squares[i] += u * u
+    return a, b, c
+
+
+@fast
+def _instability_rows(g, m, row_scales, column_scale, guess, errors, crosses, squares):
+    """Four rows at once."""
+    g0, g1, g2, g3 = g
+    m0, m1, m2, m3 = m
+    r0, r1, r2, r3 = row_scales
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = np.float32(0)
+    for i in range(column_scale.size):
+        s = column_scale[i]
+        u0, u1 = widen(g0[i], ONE) * r0 * s, widen(g1[i], ONE) * r1 * s
+        u2, u3 = widen(g2[i], ONE) * r2 * s, widen(g3[i], ONE) * r3 * s
+        e0 = u0 * guess - widen(m0[i], ONE) * UPDATE_SCALE
+        e1 = u1 * guess - widen(m1[i], ONE) * UPDATE_SCALE
+        e2 = u2 * guess - widen(m2[i], ONE) * UPDATE_SCALE
+        e3 = u3 * guess - widen(m3[i], ONE) * UPDATE_SCALE
+        a0, a1, a2, a3 = a0 + e0 * e0, a1 + e1 * e1, a2 + e2 * e2, a3 + e3 * e3
+        b0, b1, b2, b3 = b0 + u0 * e0, b1 + u1 * e1, b2 + u2 * e2, b3 + u3 * e3
+        c0, c1, c2, c3 = c0 + u0 * u0, c1 + u1 * u1, c2 + u2 * u2, c3 + u3 * u3
+        errors[i] += e0 * e0 + e1 * e1 + e2 * e2 + e3 * e3
+        crosses[i] += u0 * e0 + u1 * e1 + u2 * e2 + u3 * e3
+        squares[i] += u0 * u0 + u1 * u1 + u2 * u2 + u3 * u3
+    return (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3)
+
+
+@inline
+def _instability_block(
+    grad, momentum, block_scales, geometry, row, stop, row_scale, column_scale, guess, row_sums,
+    sums, room,
+):  # fmt: skip
+    sums[:] = 0
+    n, apart = geometry.columns, _quarter(geometry, row, stop)
+    for r0 in range(row, row + apart):
+        r1, r2, r3 = r0 + apart, r0 + 2 * apart, r0 + 3 * apart
+        a, b = r0 * n - geometry.start, r1 * n - geometry.start
+        c, d = r2 * n - geometry.start, r3 * n - geometry.start
+        totals = _instability_rows(
+            (grad[a : a + n], grad[b : b + n], grad[c : c + n], grad[d : d + n]),
+            (
+                read(momentum, block_scales, a, a + n, room[0]),
+                read(momentum, block_scales, b, b + n, room[1]),
+                read(momentum, block_scales, c, c + n, room[2]),
+                read(momentum, block_scales, d, d + n, room[3]),
+            ),
+            (
+                row_scale[r0] * UPDATE_SCALE, row_scale[r1] * UPDATE_SCALE,
+                row_scale[r2] * UPDATE_SCALE, row_scale[r3] * UPDATE_SCALE,
+            ),
+            column_scale, guess, sums[0], sums[1], sums[2],
+        )  # fmt: skip
+        for kind in range(3):
+            row_sums[kind, r0], row_sums[kind, r1], row_sums[kind, r2], row_sums[kind, r3] = totals[
+                kind
+            ]
+    for alone in range(row + AT_ONCE * apart, stop):
+        low, high, column = _in_slice(geometry, alone)
+        row_sums[0, alone], row_sums[1, alone], row_sums[2, alone] = _instability_row(
+            grad[low:high], read(momentum, block_scales, low, high, room[0]),
+            row_scale[alone] * UPDATE_SCALE, column_scale[column:], guess, sums[0, column:],
+            sums[1, column:], sums[2, column:],
+        )  # fmt: skip
+    for kind in range(3):
+        for i in range(row, stop):
+            row_sums[kind, i] *= UPDATE_UNSCALE
+
+
+@Kernel
+def add_instability_sums(
+    grad, momentum, block_scales, geometry, blocks, row_scale, column_scale, inverse_guesses,
+    row_sums, column_sums, partial, threads,
+):  # fmt: skip
+    """Pass 2: sums of e^2, u e and u^2, where e = u/d0 - m.
+
+    Args:
+        grad: of the slice, fp32 or bf16.
+        momentum: likewise, fp32, bf16 or int8.
+        block_scales: of int8 momentum.
+        geometry: of the slice.
+        blocks: of its rows.
+        row_scale: (batch rows,), fp32.
+        column_scale: (batch, columns), fp32.
+        inverse_guesses: 1/d0 of each matrix, fp32.
+        row_sums: (3, batch rows), float64, out.
+        column_sums: (3, batch, columns), float64, zeros, out; of vectors, (3, batch, 0).
+        partial: room for sums of columns, (blocks, 3, columns), fp32.
+        threads: to use.
+    """
+    count = len(blocks)
+    for thread in prange(threads):
+        # Only int8 needs it: rows of momentum in fp32.
+        room = np.empty((AT_ONCE, geometry.columns if momentum.itemsize == 1 else 0), np.float32)
+        for number in range(count * thread // threads, count * (thread + 1) // threads):
+            matrix, row, stop = blocks[number]
+            _instability_block(
+                grad, momentum, block_scales, geometry, row, stop, row_scale,
+                column_scale[matrix], inverse_guesses[matrix], row_sums, partial[number], room,
+            )  # fmt: skip
+    n = column_sums.shape[2]
+    for thread in prange(threads):
+        low, high = n * thread // threads, n * (thread + 1) // threads
+        for kind in range(3):
+            _add_blocks(blocks, partial, kind, UPDATE_UNSCALE, low, high, column_sums[kind])

@@ -1,0 +1,72 @@
+"""What the tensors of a state must be, so that kernels neither read nor write beyond their ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from megatron_came.core import int8
+from megatron_came.core.momentum import MOMENTUM, MOMENTUM_DTYPES, SCALE, State
+from megatron_came.core.parameter_slice import ParameterSlice
+from megatron_came.core.state import (
+    MATRIX_FACTORS,
+    REMAINDER,
+    VECTOR_FACTORS,
+    without_averaged_axis,
+)
+
+
+class Wanted(NamedTuple):
+    """What a tensor of the state must be."""
+
+    numel: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+def is_int8_momentum(state: State) -> bool:
+    """Whether a parameter's momentum is."""
+    return MOMENTUM in state and state[MOMENTUM].dtype == torch.int8
+
+
+def has_remainder(slice_: ParameterSlice) -> bool:
+    """Kernels take a bf16 parameter only where it is the upper half of fp32 weights."""
+    return slice_.param.dtype == torch.bfloat16
+
+
+def wanted_state(slice_: ParameterSlice, is_int8: bool) -> dict[str, Wanted]:
+    """Return all that kernels touch of a parameter's state."""
+    numel = slice_.shard.numel
+    wanted = {MOMENTUM: Wanted(numel, tuple(MOMENTUM_DTYPES.values()))}
+    if is_int8:
+        wanted[SCALE] = Wanted(int8.blocks(numel), (torch.float32,))
+    if has_remainder(slice_):
+        wanted[REMAINDER] = Wanted(numel, (torch.int16,))
+    for key in VECTOR_FACTORS if slice_.shard.is_vector else MATRIX_FACTORS:
+        shape = without_averaged_axis(key, slice_.shard.shape)
+        wanted[key] = Wanted(math.prod(shape), (torch.float32,))
+    return wanted
+
+
+def check_state(slice_: ParameterSlice, state: State, wanted: Mapping[str, Wanted]) -> None:
+    """Compare a parameter's state with what kernels rely on.
+
+    Raises:
+        ValueError: another size, dtype, device or layout, or none.
+    """
+    for key, (numel, dtypes) in wanted.items():
+        if key not in state:
+            raise ValueError(
+                f"CAME: a parameter of shape {slice_.shard.shape} has no state {key!r}: it "
+                "belongs to another model, or something has taken it away."
+            )
+        value = state[key]
+        fits = value.numel() == numel and value.dtype in dtypes and value.is_contiguous()
+        if not fits or value.device != slice_.param.device:
+            raise ValueError(
+                f"CAME: state {key!r} of a parameter of shape {slice_.shard.shape} has the "
+                f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}: it belongs to "
+                "another model, or something has changed it."
+            )

@@ -1,0 +1,215 @@
+"""The passes of a step through the kernels: their tables, and what is launched over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_came.core.hyperparameters import TABLE
+from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
+from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
+from megatron_came.kernels.state_checks import is_int8_momentum
+from megatron_came.kernels.triton.addresses import Addresses, Seen
+from megatron_came.kernels.triton.launch import Tables, aligned, run
+from megatron_came.kernels.triton.schedule import Schedule, Schedules
+from megatron_came.kernels.triton.tables import (
+    BlocksField,
+    GroupField,
+    IntTable,
+    MatrixField,
+    VectorField,
+    matrix_row,
+    vector_row,
+)
+from megatron_came.kernels.triton.tiling import cut, cut_blocks, in_cache, with_higher_tiles
+
+if TYPE_CHECKING:
+    from megatron_came.kernels.triton.backend import TritonBackend
+
+
+class TritonPasses:
+    """:class:`megatron_came.kernels.backend.Passes` on a GPU.
+
+    Args:
+        sums: of the parameters that may take part in a step.
+        device: on which they lie.
+        is_local: whether no sum goes over ranks, so that matrices that together fit the cache can
+            go through all passes before the next ones.
+    """
+
+    def __init__(
+        self, sums: Mapping[ParameterSlice, SliceSums], device: TritonBackend, is_local: bool
+    ) -> None:
+        self._device, self._sums = device, sums
+        self._cache_elements = None
+        if is_local and device.cache_elements is not None:
+            # The fuller a cache, the more of it is lost.
+            self._cache_elements = device.cache_elements // 2
+        self._members: list[ParameterSlice] = []
+        self._steps: list[int] | None = None  # of all groups
+        self._scales = {slice_: _scales(slice_) for slice_ in sums}
+
+    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> TritonStep:
+        """Look where this step's tensors lie, and make new tables where other parameters come."""
+        if not self._members or list(inputs) != self._members:
+            self._build(inputs)
+        matrices, vectors = self._matrices.refresh(inputs), self._vectors.refresh(inputs)
+        if matrices.table is not self._tables.matrices:
+            self._tables.aligned = aligned(self._matrix_table)
+            self._tables.matrices = matrices.table
+        self._tables.vectors = vectors.table
+        self._refresh_groups(inputs, rounds=matrices.rounds or vectors.rounds)
+        # Others share the scratch buffer, which may have grown since.
+        self._tables.scratch = self._device.scratch(
+            self._scratch_tiles, self._tables.tiling.tile_sums
+        )
+        return TritonStep(self._device, self._tables, self._schedules, (matrices, vectors), inputs)
+
+    def _build(self, inputs: Mapping[ParameterSlice, StepInputs]) -> None:
+        """Make the tables of these parameters."""
+        self._members = []  # until all is made
+        is_int8 = any(is_int8_momentum(each.state) for each in inputs.values())
+        matrices = [slice_ for slice_ in inputs if not slice_.shard.is_vector]
+        vectors = [slice_ for slice_ in inputs if slice_.shard.is_vector]
+        self._groups = list({slice_.group: slice_ for slice_ in inputs}.values())
+        group_of = {slice_.group: index for index, slice_ in enumerate(self._groups)}
+        sums = [self._sums[slice_] for slice_ in matrices]
+        batches = [slice_.shard.local_matrix[0] for slice_ in matrices]
+        firsts = np.cumsum([0, *batches])
+        self._matrix_table = _stack(
+            MatrixField,
+            [
+                matrix_row(slice_, one, group_of[slice_.group], self._scales[slice_], int(first))
+                for slice_, one, first in zip(matrices, sums, firsts, strict=False)
+            ],
+        )
+        vector_table = _stack(
+            VectorField,
+            [vector_row(slice_, self._sums[slice_], group_of[slice_.group]) for slice_ in vectors],
+        )
+        factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
+        shards = [slice_.shard for slice_ in matrices]
+        tiling = with_higher_tiles(self._device.tiling, shards)
+        together = [*in_cache([shard.numel for shard in shards], self._cache_elements)]
+        tiles, additions, sets, self._scratch_tiles = cut(shards, sums, tiling, together)
+        blocks = cut_blocks(shards if is_int8 else [], tiling.block_elements)
+        first_blocks = np.searchsorted(
+            blocks[:, BlocksField.PARAM], np.arange(len(shards) + 1)
+        ).tolist()
+        self._schedules = Schedules.of(sets, firsts.tolist(), first_blocks, len(vectors), is_int8)
+        upload = self._device.upload
+        of = self._device, is_int8
+        self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
+        self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
+        self._group_rows: list[tuple[float, ...]] = []
+        self._steps = None
+        self._tables = Tables(
+            tiling=tiling,
+            matrices=None,
+            vectors=None,
+            tiles=upload(tiles),
+            blocks=upload(blocks),
+            additions=upload(additions),
+            factors=upload(np.array(factors, np.int64).reshape(-1, 2)),
+            groups=None,
+            divisors=upload(np.zeros((int(firsts[-1]), 2), np.float32)),
+            scratch=None,
+        )
+        self._members = list(inputs)
+
+    def _refresh_groups(self, inputs: Mapping[ParameterSlice, StepInputs], *, rounds: bool) -> None:
+        """Write anew learning rates and other hyperparameters, if any has changed."""
+        groups = [inputs[slice_] for slice_ in self._groups]
+        rows = [_group_row(group) for group in groups]
+        steps = [group.step for group in groups] if rounds else []
+        # After a step that has failed they are the last ones: what was counted is in doubt.
+        last, self._steps = self._steps, steps
+        is_next = last is not None and steps == [step + 1 for step in last]
+        if rows != self._group_rows or (rounds and not is_next):
+            self._group_rows = []  # until they are placed
+            table = np.array(rows, np.float64).reshape(-1, len(GroupField))
+            table[:, GroupField.STEP] = steps or 0
+            self._tables.groups = self._device.upload(table)
+            self._group_rows = rows
+        elif rounds:
+            self._count_step()
+        for index, group in enumerate(groups):
+            if isinstance(group.lr, Tensor):
+                self._tables.groups[index, GroupField.LR].copy_(group.lr)
+
+    def _count_step(self) -> None:
+        """Add one to all groups' steps, on the device."""
+        self._tables.groups[:, GroupField.STEP].add_(1)
+
+
+class TritonStep:
+    """:class:`megatron_came.kernels.backend.Step` on a GPU."""
+
+    def __init__(
+        self,
+        device: TritonBackend,
+        tables: Tables,
+        schedules: Schedules,
+        seen: Sequence[Seen],
+        inputs: Mapping[ParameterSlice, StepInputs],
+    ) -> None:
+        self._device, self._tables, self._schedules = device, tables, schedules
+        self._seen, self._inputs = seen, inputs
+
+    def add_square_sums(self) -> None:
+        """Pass 1."""
+        self._launch(self._schedules.squares)
+
+    def add_instability_sums(self) -> None:
+        """With the sums of pass 1 complete: second moments and pass 2."""
+        self._launch(self._schedules.instability)
+
+    def apply(self) -> None:
+        """With the sums of pass 2 complete: instabilities and pass 3."""
+        self._launch(self._schedules.apply)
+        self._copy_to_model()
+
+    def run(self) -> None:
+        """All passes, where no sum goes over ranks."""
+        self._launch(self._schedules.step)
+        self._copy_to_model()
+
+    def _launch(self, schedule: Schedule) -> None:
+        with self._device.current():
+            run(self._tables, schedule)
+
+    def _copy_to_model(self) -> None:
+        """Rewrite what the kernels have not of the model's weights."""
+        for seen in self._seen:
+            for slice_ in seen.copied:
+                slice_.copy_to_model(self._inputs[slice_].model_weight)
+
+
+def _group_row(group: StepInputs) -> tuple[float, ...]:
+    """Return a row of ``GroupField``, without the step."""
+    row = [0.0] * len(GroupField)
+    # A rate on the device is copied there: nobody waits for it, and a CUDA graph reads it anew.
+    row[GroupField.LR] = -1.0 if isinstance(group.lr, Tensor) else float(group.lr)
+    row[GroupField.WEIGHT_DECAY] = group.weight_decay
+    for each in TABLE:
+        row[GroupField[each.name.upper()]] = float(getattr(group.hyper, each.name))
+    return tuple(row)
+
+
+def _scales(slice_: ParameterSlice) -> tuple[Tensor, ...]:
+    """Make room for row and column scale, and row and column confidence, of a matrix parameter."""
+    if slice_.shard.is_vector:
+        return ()
+    batch, rows, columns = slice_.shard.local_matrix
+    return tuple(
+        torch.empty(batch, count, dtype=torch.float32, device=slice_.param.device)
+        for count in (rows, columns, rows, columns)
+    )
+
+
+def _stack(fields: type[MatrixField] | type[VectorField], rows: list[IntTable]) -> IntTable:
+    return np.stack(rows) if rows else np.zeros((0, len(fields)), np.int64)

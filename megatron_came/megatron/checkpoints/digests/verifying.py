@@ -1,0 +1,266 @@
+"""What has been loaded is compared with the digests of what was saved, before training starts.
+
+Weights are looked at between the loading of the model and that of the optimizer, which writes fp32
+weights once more; momentum and main weights as they were read, before they are rounded to the dtype
+of this run; factors where they have come to lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
+from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
+from megatron_came.core.momentum import momentum_of
+from megatron_came.core.state import FACTORS
+from megatron_came.megatron.checkpoints.digests.damage import Found, Source, judge
+from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
+from megatron_came.megatron.checkpoints.digests.saving import (
+    counts,
+    is_sliced,
+    steps_of,
+    wrappers_of,
+)
+from megatron_came.megatron.checkpoints.digests.sums import (
+    Sums,
+    as_it_is,
+    distinct,
+    main_pieces,
+)
+from megatron_came.optimizer import CAME
+from megatron_came.voice import rank, say, stop
+
+_current: ContextVar[Verification | None] = ContextVar("verification", default=None)
+
+
+@contextlib.contextmanager
+def verified(model: Any, optimizer: Any, args: Any) -> Iterator[None]:
+    """Compare what is loaded meanwhile with the digests that were saved with it.
+
+    Args:
+        model: that is loaded.
+        optimizer: Megatron's, or None.
+        args: Megatron's arguments.
+
+    Raises:
+        SystemExit: on all ranks, where something differs.
+    """
+    if args.optimizer != "came" or getattr(args, "came_no_verify", False):
+        yield
+        return
+    verification = Verification(unwrapped(model), optimizer, args)
+    token = _current.set(verification)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+    verification.finish()
+
+
+def note_files(loaded: Sequence[Any], folder: str, *, first_look: bool) -> None:
+    """Tell the verification under way, if any, what Megatron has read.
+
+    Args:
+        loaded: what ``_load_base_checkpoint`` has returned.
+        folder: what ``--load`` names.
+        first_look: whether it has read the settings alone.
+    """
+    verification = _current.get()
+    if verification is not None and loaded[0] is not None:
+        source = Source.of(loaded, folder)
+        if not (first_look and source.is_legacy):
+            verification.check(source, is_release=bool(loaded[2]))
+        verification.has_begun = not first_look
+
+
+class Verification:
+    """A checkpoint that is being loaded, and the sums of what was read of it.
+
+    Attributes:
+        has_begun: whether the files have been read.
+
+    Args:
+        model_chunks: without their wrappers.
+        optimizer: Megatron's, or None.
+        settings: Megatron's arguments.
+    """
+
+    def __init__(self, model_chunks: Sequence[Any], optimizer: Any, settings: Any) -> None:
+        self._chunks, self._settings = model_chunks, settings
+        self._wrappers = list(wrappers_of(optimizer))
+        self._has_weights = self._has_optimizer = False
+        self._source: Source | None = None
+        self.has_begun = False
+        self._cast: list[str] = []
+
+    def check(self, source: Source, *, is_release: bool) -> None:
+        """Look at what a checkpoint says of itself, before anything is filled from it.
+
+        Of distributed checkpoints Megatron reads the common state first, and alone.
+        """
+        if self._source is not None:
+            return
+        self._source = source
+        afresh = self._settings.finetune or is_release
+        problem = source.problem(
+            finetune=afresh,
+            reads_metadata=rank() == 0,
+            with_optimizer=not (afresh or self._settings.no_load_optim),
+        )
+        seen = distinct((problem, source.file, source.identity))
+        for found in filter(None, (problem for problem, _, _ in seen)):
+            stop(found)
+        other = next((file for _, file, identity in seen if identity != seen[0][2]), None)
+        if other is not None:
+            files = f"its files {seen[0][1]} and {other}"
+            stop(source.damaged(f"{files} are not of one and the same save"))
+
+    @cached_property
+    def _entries(self) -> dict[int, Entry]:
+        return entries_of(self._chunks)
+
+    @cached_property
+    def _sums(self) -> Sums:
+        return Sums(self._entries, looks=True)
+
+    def note_optimizer(self) -> None:
+        """The optimizer is about to be loaded."""
+        self._has_optimizer = True
+        self.note_weights()
+
+    @torch.no_grad()
+    def note_weights(self) -> None:
+        """Add up the model's weights, the first time that this is called."""
+        if not self._has_weights:
+            self._has_weights = True
+            for entry in self._entries.values():
+                self._sums.add_weights(entry)
+            self._sums.flush()
+
+    @torch.no_grad()
+    def note_slice(self, wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Add up what a distributed optimizer has read of a parameter."""
+        entry = self._entries.get(id(param))
+        if entry is None or not counts(wrapper):
+            return
+        start, stop = wrapper._span_of(param)
+        main, momentum = tensors["param"], tensors[MOMENTUM_KEY]
+        for kind, values in ((MAIN_WEIGHTS, main), (MOMENTUM, momentum)):
+            self._sums.add_slice((kind,), entry, as_it_is(values), start)
+        self._sums.flush()
+        self._compare(entry, param.detach().view(-1)[start:stop], main)
+
+    @torch.no_grad()
+    def note_whole(self, came: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """Add up the momentum that an optimizer of whole tensors has read."""
+        (wrapper,) = (one for one in self._wrappers if one.optimizer is came)
+        if is_sliced(wrapper):
+            return  # it reads slices, see above
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = {id(part): id(param) for param, part in wrapper._parts}
+        mine = chain.from_iterable(group["params"] for group in came.param_groups)
+        for key, part in zip(saved, mine, strict=False):  # what does not fit is said by CAME
+            state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(part)])
+            if entry is not None and MOMENTUM_KEY in state:
+                self._sums.add_slice((MOMENTUM,), entry, as_it_is(momentum_of(state)), None)
+                self._note_dtypes(entry, state)
+        self._sums.flush()
+
+    def _note_dtypes(self, entry: Entry, state: Mapping[str, Tensor]) -> None:
+        for key in FACTORS:
+            if key in state and state[key].dtype != torch.float32:
+                dtype = str(state[key].dtype).removeprefix("torch.")
+                self._cast.append(f"{key} of {entry.leaves[0].name} in {dtype}")
+
+    def _compare(self, entry: Entry, weights: Tensor, main: Tensor) -> None:
+        """Count where weights are not their main weights, rounded; they may be either of two."""
+        if self._source is None or self._source.record is not None:
+            return
+        rounded = self._source.rounded
+        if rounded is None:
+            return
+        main = main.to(weights.device)
+        off = (main - weights.float()).abs() > (main - main.to(rounded).float()).abs()
+        count = int(off.sum())
+        if count:
+            self._sums.add_differing(entry, count)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Compare, on all ranks.
+
+        Raises:
+            SystemExit: on all ranks, where something differs.
+        """
+        source = self._source
+        if source is None:
+            return  # there was no checkpoint
+        self.note_weights()
+        mine = self._has_optimizer, steps_of(self._wrappers), self._cast, self._sums.names
+        flags, steps, cast, names = zip(*distinct(mine), strict=True)
+        has_optimizer = any(flags)
+        for wrapper in self._wrappers if has_optimizer else ():
+            self._add_rest(wrapper)
+        found = Found(
+            totals=self._sums.over_all_ranks(tuple(chain(*names))),
+            has_optimizer=has_optimizer,
+            steps=set(chain(*steps)),
+            cast=list(dict.fromkeys(chain(*cast))),
+            holders=lambda: distinct((source.file, self._sums.held)),
+        )
+        problem, remarks = judge(source, found)
+        for remark in remarks:
+            say(remark)
+        if problem:
+            stop(problem)
+
+    def _add_rest(self, wrapper: Any) -> None:
+        """Add factors, and the main weights of an optimizer of whole tensors."""
+        for param, part in wrapper._parts:
+            entry = self._entries.get(id(param))
+            if entry is None:
+                continue
+            state = wrapper.optimizer.state[part]
+            self._sums.add_factors(entry, state)
+            if not is_sliced(wrapper) and part is not param:
+                self._sums.add_slice((MAIN_WEIGHTS,), entry, main_pieces(part, state), None)
+                self._compare(entry, param.detach(), part.detach())
+
+
+def note_slice(wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Tell the verification under way, if any, what a distributed optimizer has read."""
+    verification = _under_way()
+    if verification is not None:
+        verification.note_slice(wrapper, param, tensors)
+
+
+@contextlib.contextmanager
+def watched(came: CAME) -> Iterator[None]:
+    """Tell the verification under way, if any, what is read while an optimizer is loaded."""
+    verification = _under_way()
+    if verification is None:
+        yield
+        return
+    verification.note_optimizer()
+    hook = came.register_load_state_dict_pre_hook(verification.note_whole)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _under_way() -> Verification | None:
+    """The current verification, once the files have been read.
+
+    Before, Megatron loads an optimizer from itself, to create its state.
+    """
+    current = _current.get()
+    return current if current is not None and current.has_begun else None

@@ -1,0 +1,309 @@
+"""Checks while Megatron loads a checkpoint: a run that cannot resume as its flags say ends.
+
+Megatron reads what a distributed checkpoint holds beside tensors (and of a ``torch`` one all), then
+the tensors, and loads both into model, optimizer and schedule. Before and after each reading, all
+ranks agree whether one of them has found a problem, so that they end together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.megatron.checkpoints import contents, flags, folders, shifted, tensors
+from megatron_came.megatron.checkpoints.contents import AFRESH
+from megatron_came.megatron.checkpoints.digests.verifying import note_files, verified
+from megatron_came.megatron.checkpoints.groups import Groups, own_rates, same_order
+from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.sharding import chain_of
+from megatron_came.patching import Function
+from megatron_came.voice import end_if, rank, say_once, stop
+
+
+@dataclass
+class Load:
+    """The load of a checkpoint under way.
+
+    Attributes:
+        model_chunks: what is filled.
+        optimizer: likewise.
+        scheduler: likewise.
+        folder: where Megatron found the checkpoint.
+        differing: flags that it was saved with otherwise.
+        other_buckets: that it was cut into other buckets, in a sentence, if so.
+        is_finished: whether this is the end that ``--exit-on-missing-checkpoint`` asks for.
+    """
+
+    model_chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    folder: Any = None
+    differing: str = ""
+    other_buckets: str | None = None
+    is_finished: bool = False
+
+
+# The load under way, if it is to fill an optimizer: a checkpoint's weights alone suit anyone.
+_current: ContextVar[Load | None] = ContextVar("load", default=None)
+
+
+def with_sentences(original: Function) -> Function:
+    """Verify what is loaded, and end all ranks with one sentence where a load fails."""
+
+    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        try:
+            with verified(ddp_model, optimizer, get_args()):
+                load = original if optimizer is None else checked
+                return load(ddp_model, optimizer, *args, **kwargs)
+        finally:
+            folders.tensors_in.cache_clear()
+
+    def checked(
+        ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from megatron.training import get_args
+
+        run = get_args()
+        load = Load(ddp_model, optimizer, opt_param_scheduler)
+        tokens = _current.set(load), own_rates.set(bool(run.override_opt_param_scheduler))
+        try:
+            result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
+        except (UnsupportedError, torch.OutOfMemoryError, dist.DistError):
+            raise  # the checkpoint is not to blame
+        except SystemExit as end:
+            if run.optimizer != "came" or end.code or load.is_finished:
+                raise
+            stop(
+                f"the checkpoint in {load.folder or run.load} lacks what Megatron needs to resume "
+                "(see the line above): without random states give --no-load-rng, otherwise resume "
+                f"from another one with --ckpt-step ITERATION, or {AFRESH}."
+            )
+        except Exception as error:
+            if run.optimizer != "came":
+                raise
+            stop(_unreadable(load.folder or run.load, error), error)
+        finally:
+            _current.reset(tokens[0])
+            own_rates.reset(tokens[1])
+        if run.optimizer == "came":
+            _after(opt_param_scheduler, result[0], run)
+        return result
+
+    return load_checkpoint
+
+
+def _after(scheduler: Any, iteration: int, args: Any) -> None:
+    if iteration and scheduler is not None:
+        # Megatron sets weight decay before it has loaded its schedule.
+        scheduler.step(0)
+    if args.train_iters and iteration >= args.train_iters and not args.skip_train:
+        say_once(
+            f"the checkpoint is at iteration {iteration}, and --train-iters {args.train_iters} "
+            "leaves nothing to train."
+        )
+
+
+def with_checks(original: Function) -> Function:
+    """Check what Megatron is going to read, and what it has read."""
+
+    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        of_rank_0 = bool(kwargs.get("rank0", rest and rest[0]))
+        result = checked(load_dir, args, *rest, of_rank_0=of_rank_0, **kwargs)
+        note_files(result, str(load_dir), first_look=of_rank_0)
+        return result
+
+    def checked(load_dir: Any, args: Any, *rest: Any, of_rank_0: bool, **kwargs: Any) -> Any:
+        load = _current.get()
+        if args.optimizer != "came":
+            result = original(load_dir, args, *rest, **kwargs)
+            if load is not None:
+                _check_for_others(load_dir, result, args)
+            return result
+        if load is None and dist.is_initialized():
+            return original(load_dir, args, *rest, **kwargs)
+        end_if(folders.folder_problem(load_dir, args) or folders.missing_files(load_dir, args))
+        load = load or Load([], None, None)
+        load.folder = load_dir
+        sharded_state = kwargs.get("sharded_state_dict")
+        asked = None if sharded_state is None else tensors.asked_for(sharded_state)
+        try:
+            result = original(load_dir, args, *rest, **kwargs)
+        except SystemExit as end:
+            nothing_there = not args.ckpt_step and folders.tracked(load_dir) is None
+            if end.code or (args.exit_on_missing_checkpoint and nothing_there):
+                load.is_finished = True
+                raise
+            stop(_unreadable(load_dir, OSError("Megatron could not load its file")))
+        except (Exception, CheckpointException) as error:
+            stop(_reason(load, error, args, asked), error)
+        if _current.get() is not None and result[0] is not None:
+            _check(load, result, asked, args, of_rank_0)
+        return result
+
+    return _load_base_checkpoint
+
+
+def _check_for_others(load_dir: Any, result: Any, args: Any) -> None:
+    """Warn of shifted state, and refuse CAME's, where another optimizer loads a checkpoint."""
+    state, _, is_release, _ = result
+    shifted.note(load_dir, state or {}, args)
+    if state and state.get("args") is not None and not is_release:
+        problem = refusal(state["args"], args, None)
+        if problem:
+            stop(problem)
+
+
+def _check(
+    load: Load, result: Any, asked: tensors.Asked | None, args: Any, of_rank_0: bool
+) -> None:
+    """Stop on all ranks, if one of them cannot resume from what Megatron has read.
+
+    Args:
+        load: what it is loaded into.
+        result: of Megatron's reading.
+        asked: which tensors were read; None where they were not, or a ``torch`` checkpoint was.
+        args: Megatron's arguments of this run.
+        of_rank_0: whether every rank has read what rank 0 saved, to know its settings.
+    """
+    state, path, is_release, kind = result
+    legacy = getattr(kind, "name", None) == "LEGACY"
+    resumes = not (is_release or args.finetune)
+    with_optimizer = resumes and not args.no_load_optim
+    saved: Any = state.get("args")
+    notices: list[str] = []
+    load.differing = "" if saved is None else flags.differences(saved, args)
+    problem = _problem(load, state, args, legacy, resumes, with_optimizer)
+    if problem is None and legacy and not of_rank_0:
+        problem, notices = tensors.of_legacy(
+            load.model_chunks, state, load.differing, resumes=with_optimizer
+        )
+    if problem is None and with_optimizer and not (legacy and of_rank_0):
+        problem = _settings_problem(load, state, args, legacy)
+        if problem is None and legacy:
+            problem = folders.missing_state(load.folder, args, load.optimizer)
+    end_if(problem)
+    if asked is not None and getattr(kind, "name", None) != "LOCAL":  # each rank has its own file
+        problem, notices = tensors.of_distributed(
+            asked, _saved_shapes(path), (saved, args), load.differing, resumes=with_optimizer
+        )
+        end_if(problem)
+    if with_optimizer and not of_rank_0:
+        notices = [*notices, *flags.conversions(saved, args), *flags.said_changes(saved, args)]
+    for notice in notices:
+        say_once(notice)
+
+
+def _problem(
+    load: Load,
+    state: Mapping[str, Any],
+    args: Any,
+    legacy: bool,
+    resumes: bool,
+    with_optimizer: bool,
+) -> str | None:
+    """Say in one sentence what is damaged beside tensors, or refused by flags, or None."""
+    if not resumes:
+        return None
+    damage = contents.progress_problem(state)
+    if damage is None:
+        saved = state["args"]
+        sharding = "legacy" if legacy else _sharding(state)
+        problem = flags.model_refusal(saved, args) or refusal(saved, args, sharding)
+        if problem:
+            return problem
+        if with_optimizer and sharding == "dp_reshardable":
+            load.other_buckets = bucket_refusal(load.folder, saved, args)
+    if damage is None and with_optimizer:
+        damage = contents.schedule_problem(state)
+        # What Megatron reads first of a distributed checkpoint lacks some of the optimizer's.
+        is_whole = legacy or "model" in state or "model0" in state
+        if damage is None and is_whole:
+            damage = contents.optimizer_problem(state.get("optimizer"))
+    return None if damage is None else contents.damaged(damage, load.folder)
+
+
+def _sharding(state: Mapping[str, Any]) -> str | None:
+    """The format of the distributed optimizer's state."""
+    return (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+
+
+def _settings_problem(load: Load, state: Mapping[str, Any], args: Any, legacy: bool) -> str | None:
+    """Say in one sentence why the groups or the schedule of a checkpoint do not fit, or None."""
+    groups = list(_groups(load.optimizer, state.get("optimizer")))
+    by_order = legacy or not args.use_distributed_optimizer
+    if by_order and not all(same_order(mine, its) for mine, its in groups):
+        return (
+            "the checkpoint's parameters are in other groups than this run's (--decoupled-lr, "
+            "--use-mup, weight decay), and its format stores the optimizer's state by their "
+            f"order: give the flags of its run{load.differing}, or {AFRESH}."
+        )
+    if load.scheduler is None:
+        return None
+    schedules = contents.schedule_of(state), load.scheduler.state_dict()
+    return flags.schedule_refusal(state["args"], args, schedules, groups)
+
+
+def _groups(optimizer: Any, saved: Any) -> Iterator[tuple[Groups, Groups]]:
+    """Of each of Megatron's optimizers, this run's parameter groups and the checkpoint's."""
+    own = chain_of(optimizer)
+    for wrapper, its in zip(own, contents.optimizers_of(saved), strict=False):
+        groups = contents.groups_of(its)
+        if wrapper.optimizer is not None and isinstance(groups, list):
+            yield wrapper.optimizer.param_groups, groups
+
+
+def _saved_shapes(path: str) -> tensors.Shapes:
+    """Which tensors a distributed checkpoint holds, as the first rank reads it; a collective."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = {each.name: each.shape for each in folders.tensors_in(folder)}
+        except (CheckpointError, OSError) as error:  # all ranks are to hear of it
+            found[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, 0)
+    end_if(found[1])
+    shapes: tensors.Shapes = found[0]
+    return shapes
+
+
+def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | None) -> str:
+    """Say in one sentence why Megatron could not read a checkpoint; no other rank takes part."""
+    errors = [error]
+    if isinstance(error, CheckpointException):
+        errors += [failure[0] for failure in error.failures.values()]
+    if load.other_buckets and any("bucket_idx" in str(each) for each in errors):
+        return load.other_buckets
+    misfit = None
+    if asked is not None:
+        try:
+            folder = folders.name_of(load.folder, args, return_base_dir=True)
+            saved = {each.name: each.shape for each in folders.tensors_in(folder)}
+            misfit = tensors.misfit(asked, saved, load.differing)
+        except (CheckpointError, OSError, TypeError, ValueError):
+            pass  # that it is unreadable is said below
+    return misfit or _unreadable(load.folder, error)
+
+
+def _unreadable(load_dir: Any, error: BaseException) -> str:
+    """Say in one sentence that a checkpoint cannot be read, and what to do."""
+    if isinstance(error, CheckpointException):  # of several ranks: one of theirs
+        error = next(iter(error.failures.values()))[0]
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"the checkpoint in {load_dir} cannot be read ({type(error).__name__}: {reason}); if it is "
+        "truncated or not Megatron's, resume from an earlier one with --ckpt-step ITERATION, or "
+        f"{AFRESH}."
+    )

@@ -1,0 +1,238 @@
+"""How a training run lays a pipeline stage out in memory: Megatron's buffers, and their shards."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_came.core.int8 import BLOCK
+from megatron_came.core.momentum import MOMENTUM
+from megatron_came.core.parameter_slice import ParameterSlice
+from megatron_came.core.state import MATRIX_FACTORS, new_state
+from megatron_came.core.sums import SumBuffer
+from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.memory.grid import Grid
+from megatron_came.memory.meta_model import Chunk
+from megatron_came.memory.optimizers import Components, Optimizer
+from megatron_came.memory.stand_ins import META, SizedGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One of Megatron's buffers of weights and gradients, and what each shard of it holds.
+
+    Attributes:
+        padded: number of elements, padding included.
+        elements: number of elements without it, by shard.
+        blocks: number of the blocks that share a scale of int8, by shard.
+        weight: bytes of a weight.
+        gradient: bytes of a gradient.
+        of_experts: cut over the experts' data-parallel ranks.
+    """
+
+    padded: int
+    elements: Tensor
+    blocks: Tensor
+    weight: int
+    gradient: int
+    of_experts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A pipeline stage as its ranks hold it, and one of them.
+
+    Attributes:
+        number: from 0.
+        layers: number of transformer layers.
+        parameters: number of elements of one rank's weights.
+        frozen: bytes of weights that are not trained.
+        buffers: of the others.
+        factors: bytes of r and c of all matrices, and of v of all vectors.
+        confidence: bytes of R and C of all matrices.
+        sums: bytes of CAME's sums over ranks.
+        shards: which shards of dense and of experts' parameters the rank holds.
+        activations: bytes of its activations, by Megatron's estimate.
+    """
+
+    number: int
+    layers: int
+    parameters: int
+    frozen: int
+    buffers: tuple[Buffer, ...]
+    factors: int
+    confidence: int
+    sums: int
+    shards: tuple[int, int] = (0, 0)
+    activations: int = 0
+
+    def components(self, optimizer: Optimizer) -> Components:
+        """What the rank keeps from step to step."""
+        main_weights = momentum = second_moment = copies = 0
+        for buffer in self.buffers:
+            shard = self.shards[buffer.of_experts]
+            elements, blocks = int(buffer.elements[shard]), int(buffer.blocks[shard])
+            momentum += int(optimizer.momentum_bytes(elements, blocks))
+            main_weights += elements * optimizer.main_weights_bytes(buffer.weight)
+            if optimizer.second_moment == "full":
+                second_moment += elements * optimizer.moment
+            if buffer.gradient == 2 and optimizer.copies_gradients:
+                copies += elements * 4
+        if optimizer.second_moment in ("factors", "confidence"):
+            second_moment += self.factors
+        if optimizer.second_moment == "confidence":
+            second_moment += self.confidence
+            copies += self.sums
+        return Components(
+            weights=self.weights,
+            gradients=sum(buffer.padded * buffer.gradient for buffer in self.buffers),
+            main_weights=main_weights,
+            momentum=momentum,
+            second_moment=second_moment,
+            buffers=copies,
+        )
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights, padding included."""
+        return self.frozen + sum(buffer.padded * buffer.weight for buffer in self.buffers)
+
+    def total(self, optimizer: Optimizer) -> int:
+        """Bytes of the rank, activations included."""
+        return self.components(optimizer).total + self.activations
+
+    def fullest_shards(self, grid: Grid) -> tuple[int, int]:
+        """The shards, dense and of experts, of the rank that holds most elements."""
+        shards = grid.shards_of_ranks()
+        held = sum(buffer.elements[shards[buffer.of_experts]] for buffer in self.buffers)
+        rank = int(torch.as_tensor(held).argmax())
+        return int(shards[0][rank]), int(shards[1][rank])
+
+
+def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[Chunk]) -> Stage:
+    """Lay out a stage as Megatron's ``DistributedDataParallel`` and its optimizers do."""
+    from megatron.training.training import get_megatron_ddp_config, resolve_ddp_bucket_size
+
+    params = [param for chunk in chunks for param in chunk.params]
+    ddp_config = get_megatron_ddp_config(args)
+    bucket_size = resolve_ddp_bucket_size(
+        ddp_config,
+        SizedGroup(grid.data * grid.context),
+        ddp_config.overlap_grad_reduce,
+        sum(param.numel() for param in params),
+    )
+    buffers: list[Buffer] = []
+    for index, chunk in enumerate(chunks):
+        # Megatron makes one bucket of all but the first chunk of the first stage.
+        whole = index > 0 or number > 0 or args.overlap_param_gather_with_optimizer_step
+        buffers += _buffers(ddp_config, grid, chunk, None if whole else bucket_size)
+    factors, confidence, sums = _whole_on_every_rank(params, grid)
+    return Stage(
+        number=number,
+        layers=sum(chunk.layers for chunk in chunks),
+        parameters=sum(param.numel() for param in params),
+        frozen=sum(param.nbytes for param in params if not param.requires_grad),
+        buffers=tuple(buffers),
+        factors=factors,
+        confidence=confidence,
+        sums=sums,
+    )
+
+
+def _buffers(
+    ddp_config: Any, grid: Grid, chunk: Chunk, bucket_size: int | None
+) -> Iterable[Buffer]:
+    from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    trained = [param for param in chunk.params if param.requires_grad]
+    if not grid.sharded:
+        groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)
+        for key, (params, _) in groups.items():
+            sizes = torch.tensor([param.numel() for param in params], device="cpu")
+            numel, blocks = sizes.sum(), _blocks(sizes).sum()
+            yield _buffer(key, int(numel), numel.view(1), blocks.view(1))
+        return
+    dense, experts = grid.shards
+    layout = DistributedOptimizer.compute_full_param_layout(
+        trained, bucket_size, dense, ddp_config, expert_data_parallel_world_size=experts
+    )
+    for key, buffer in layout.layouts.items():
+        yield cut(key, buffer, experts if key.is_expert_parallel else dense)
+
+
+def _blocks(sizes: Tensor) -> Tensor:
+    return -(-sizes // BLOCK)
+
+
+def _buffer(key: Any, padded: int, elements: Tensor, blocks: Tensor) -> Buffer:
+    weight, gradient = key.param_dtype.itemsize, key.grad_dtype.itemsize
+    return Buffer(padded, elements, blocks, weight, gradient, key.is_expert_parallel)
+
+
+def cut(key: Any, buffer: Any, shards: int) -> Buffer:
+    """Cut every bucket of Megatron's layout of a buffer evenly into so many shards.
+
+    As ``DistributedOptimizer._build_model_gbuf_range`` does.
+    """
+    elements = torch.zeros(shards, dtype=torch.int64, device="cpu")
+    blocks = torch.zeros_like(elements)
+    for start, stop, bucket in buffer.param_index_map.values():
+        bucket_start, bucket_stop = buffer.bucket_indices[bucket]
+        size = (bucket_stop - bucket_start) // shards
+        first, last = (start - bucket_start) // size, (stop - 1 - bucket_start) // size
+        bounds = bucket_start + size * torch.arange(first, last + 2, device="cpu")
+        sizes = bounds.clamp(start, stop).diff()
+        elements[first : last + 1] += sizes
+        blocks[first : last + 1] += _blocks(sizes)
+    return _buffer(key, buffer.bucket_indices[-1][1], elements, blocks)
+
+
+def _whole_on_every_rank(params: Iterable[Tensor], grid: Grid) -> tuple[int, ...]:
+    """Bytes of CAME's factors, of its confidence and of its sums, of all trained parameters."""
+    groups = _groups(grid)
+    known: dict[tuple[object, ...], tuple[int, int, int]] = {}  # of parameters that are alike
+    found = [(0, 0, 0)]
+    for param in params:
+        if param.requires_grad:
+            shard = shard_of(param, groups)
+            alike = (shard.shape, param.dtype, shard.tp_dim, shard.tp_size)
+            if alike not in known:
+                known[alike] = _bytes_of_one(ParameterSlice(param, shard))
+            found.append(known[alike])
+    return tuple(map(sum, zip(*found, strict=True)))
+
+
+def _bytes_of_one(param: ParameterSlice) -> tuple[int, int, int]:
+    state = new_state(param.param, param.shard)
+    sizes = {key: value.nbytes for key, value in state.items() if key != MOMENTUM}
+    confidence = sum(sizes.get(key, 0) for key in MATRIX_FACTORS[2:])
+    sums = SumBuffer([*param.square_requests(), *param.instability_requests()], META).flat.nbytes
+    return sum(sizes.values()) - confidence, confidence, sums
+
+
+def _groups(grid: Grid) -> ModelGroups:
+    tensor: Any = SizedGroup(grid.tensor)
+    experts: Any = SizedGroup(grid.expert_tensor)
+    embedding: Any = SizedGroup(min(grid.pipeline, 2))  # the first and the last stage
+    return ModelGroups(tp=tensor, expert_tp=experts, embedding=embedding)
+
+
+def full_parameters(chunk: Chunk, grid: Grid) -> int:
+    """Number of elements that a chunk's weights have on all tensor- and expert-parallel ranks.
+
+    Megatron's second copy of tied embeddings is none of them.
+    """
+    groups = _groups(grid)
+    return sum(
+        param.numel()
+        * shard_of(param, groups).tp_size
+        * (1 if getattr(param, "allreduce", True) else grid.expert)
+        for param in chunk.params
+        if not getattr(param, "shared", False)
+    )

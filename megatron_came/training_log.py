@@ -1,0 +1,134 @@
+"""Trainings of this package's own GPT script, in processes of their own, followed by their log."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO
+
+# A step that an overflow skips has no loss.
+_ITERATION = re.compile(
+    r"iteration +\d+/ *(\d+) .*elapsed time per iteration \(ms\): ([\d.]+)(?:.* lm loss: (\S+))?"
+)
+# Of the ranks' least and greatest milliseconds, the greatest.
+_TIMER = re.compile(r"^ *([a-z-]+)[ .]*: \([\d.]+, ([\d.]+)\)")
+_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|error): .*)")
+# The other ranks fail in turn, and then torchrun sums up; neither says why.
+_CONSEQUENCE = re.compile(r"Connection (closed|reset)")
+_TORCHRUN = re.compile(r"^[EW]\d{4} .*torch/distributed/elastic", re.MULTILINE)
+
+
+class TrainingError(Exception):
+    """A training failed or cannot start; the message says why."""
+
+
+@dataclass
+class TrainingLog:
+    """What Megatron logs of each iteration, in milliseconds but for the losses.
+
+    Attributes:
+        losses: of the iterations.
+        milliseconds: that they took.
+        timers: by name, what Megatron's timers counted on the slowest rank.
+        iterations: how many there are to be.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)
+    timers: dict[str, list[float]] = field(default_factory=dict)
+    iterations: int = 0
+
+    def read(self, line: str) -> bool:
+        """Take up a line; return whether it ends an iteration."""
+        if iteration := _ITERATION.search(line):
+            self.iterations = int(iteration[1])
+            self.milliseconds.append(float(iteration[2]))
+            self.losses.append(float(iteration[3] or "nan"))
+        elif timer := _TIMER.match(line):
+            self.timers.setdefault(timer[1], []).append(float(timer[2]))
+        return iteration is not None
+
+
+def choose_port(port: int | None) -> int:
+    """Return a free TCP port: ``port``, or any if that is None.
+
+    Raises:
+        TrainingError: ``port`` is in use.
+    """
+    with socket.socket() as probe:
+        # As torchrun does it: a port in its last minute of life after a run counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port or 0))
+        except OSError as error:
+            raise TrainingError(
+                f"Port {port} cannot be used ({(error.strerror or '').lower()}): name another one,"
+                " or none to have a free one chosen."
+            ) from error
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def follow(
+    flags: Sequence[str],
+    *,
+    ranks: int,
+    port: int | None,
+    environment: Mapping[str, str],
+    log: IO[str],
+    advance: Callable[[TrainingLog], None],
+) -> TrainingLog:
+    """Train on this machine, and read the log meanwhile.
+
+    Args:
+        flags: Megatron's, with ``--log-interval 1``.
+        ranks: number of processes.
+        port: on which they meet; None for a free one.
+        environment: all of theirs.
+        log: for all that they say; open for reading as well.
+        advance: is called after each iteration.
+
+    Raises:
+        TrainingError: it failed; the message is what tells most in its log.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(choose_port(port))]
+    command += ["-m", "megatron_came.pretrain_gpt", *flags]
+    found = TrainingLog()
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    try:
+        for line in process.stdout or ():
+            log.write(line)
+            if found.read(line):
+                advance(found)
+    finally:
+        process.terminate()  # if this was interrupted; nothing happens to one that has ended
+        status = process.wait()
+    if status or not found.losses or len(found.losses) != found.iterations:
+        log.seek(0)
+        raise TrainingError(last_words(log.read()))
+    return found
+
+
+def last_words(log: str) -> str:
+    """Return the lines of a failed run's log that tell most: its errors, or else its end."""
+    program, *torchrun = _TORCHRUN.split(log, maxsplit=1)
+    lines = list(dict.fromkeys(line.rstrip() for line in program.splitlines() if line.strip()))
+    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
+    causes = [line for line in errors if not _CONSEQUENCE.search(line)]
+    words = list(dict.fromkeys(causes))[:3] or errors[:3] or lines[-3:]
+    if any("exitcode: -9" in line for line in torchrun):
+        words.append("The system killed it, most likely because memory ran out.")
+    return "\n".join(f"  {line}" for line in words)

@@ -1,0 +1,25 @@
+"""Slices of tensor-parallel shards on simulated ranks, against the authors' optimizer."""
+
+import torch
+
+from scripts.cases.slices import SETTINGS, train_sharded
+from tests.support.oracle import DEVICES, distance, gradient_history, oracle_updates
+
+STEPS = 12
+MID_ROW = ((0.3, 0.3, 0.71),) * 2  # an empty slice, and bounds within rows
+
+
+def worst_distance(tp, dp, tensors, betas, kind, dtype, kernels, *, seed, steps=STEPS, tp_dp=False):
+    generator = torch.Generator().manual_seed(seed)
+    starts = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in tensors
+    ]
+    histories = [gradient_history(t.shape, steps, kind, dtype, generator) for t in tensors]
+    ours = train_sharded(
+        tp, dp, tensors, starts, histories, betas, kernels, DEVICES[kernels], tp_dp
+    )
+    theirs = [
+        oracle_updates(start, history, betas=betas, **SETTINGS)[-1]
+        for start, history in zip(starts, histories, strict=True)
+    ]
+    return max(distance(*triple) for triple in zip(ours, theirs, starts, strict=True))
