@@ -111,9 +111,9 @@ def test_megatrons_rerun_machine_decides_where_its_events_are_tracked(seen, name
 
 def test_a_step_that_megatron_has_judged_needs_no_collective_of_its_own(monkeypatch):
     asked = []
-    monkeypatch.setattr(bad_numbers, "_first", asked.append)
+    monkeypatch.setattr(bad_numbers, "of_any_rank", lambda problem, _: asked.append(problem))
     machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
-    end = bad_numbers._ended(RerunStateMachine.should_checkpoint_and_exit)
+    end = bad_numbers.ended(RerunStateMachine.should_checkpoint_and_exit)
     for turns, expected in ((1, 1), (1, 1), (2, 2)):  # the first is judged by nobody
         bad_numbers._watch.set(bad_numbers._Watch([], "", turns=turns))
         end(machine)
