@@ -41,7 +41,8 @@ class Rule:
         if installed and installed not in self.releases:
             return None
         value = getattr(settings, self.destination, None) if self.flag else True
-        if not value or getattr(value, "name", value) in self.works or not self.when(settings):
+        is_set = bool(value) or value == ""  # such as an empty variable of a shell's
+        if not is_set or getattr(value, "name", value) in self.works or not self.when(settings):
             return None
         typed = getattr(settings, name_of(self.flag), value)  # Megatron may derive one from it
         given = self.flag if typed is True else f"{self.flag} {_as_typed(typed)}"

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.state import FACTORS, REMAINDER
-from megatron_came.megatron.sharding import chain_of
 from megatron_came.memory.optimizers import Components
 from megatron_came.optimizer import CAME
 
@@ -56,6 +55,8 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
         model: the model chunks, in Megatron's ``DistributedDataParallel``.
         optimizer: Megatron's, after a step.
     """
+    from megatron_came.megatron.sharding import chain_of  # imports Megatron, as only a run need
+
     chain = chain_of(optimizer)
     inner = [each.optimizer for each in chain if getattr(each, "optimizer", None) is not None]
     weights = _storages(param for chunk in model for param in chunk.parameters())

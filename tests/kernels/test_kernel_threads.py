@@ -1,6 +1,7 @@
 """The threads that share the work of Numba's kernels."""
 
 import itertools
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,6 @@ import torch
 
 from megatron_came import CAME
 from megatron_came.kernels.cpu import threads
-from megatron_came.kernels.dispatch import choose
 
 pytest.importorskip("numba")
 MOMENTA = [torch.float32, torch.bfloat16, torch.int8]
@@ -95,18 +95,82 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_pool_without_openmp_is_spoken_of(monkeypatch, set_threads):
+def test_a_pool_without_openmp_is_spoken_of(monkeypatch, set_threads, caplog):
     import numba
 
     set_threads(2)
     if threads.usable() == 1:
         pytest.skip("one processor")
-    assert choose("numba", torch.device("cpu")).reason[-1] == "."
     threads._start.cache_clear()
     monkeypatch.setattr(numba, "threading_layer", lambda: "workqueue")
-    reason = choose("numba", torch.device("cpu")).reason
-    assert "Numba has found no OpenMP library" in reason
+    assert threads.usable() > 1
+    assert "Numba has found no OpenMP library" in caplog.text
     threads._start.cache_clear()
+
+
+def in_a_process(script, **variables):
+    environment = {**os.environ, **variables}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+
+
+def test_a_layer_that_cannot_be_loaded_leaves_one_thread():
+    done = in_a_process(STEP_SCRIPT, NUMBA_THREADING_LAYER="tbb", OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "TBB" not in done.stderr:
+        pytest.skip("TBB is installed, or there is one processor")
+    assert "run on one thread" in done.stderr
+    assert "unset NUMBA_THREADING_LAYER" in done.stderr
+
+
+STEP_SCRIPT = """
+import torch
+from megatron_came import CAME
+before = torch.get_num_threads()
+param = torch.nn.Parameter(torch.ones(500, 300))
+optimizer = CAME([param], lr=1e-2, kernels="numba")
+param.grad = torch.ones(500, 300)
+optimizer.step()
+assert torch.get_num_threads() == before
+assert param[0, 0] < 1
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+def test_an_optimizer_alone_starts_no_threads():
+    done = in_a_process(CHILDS_SCRIPT, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# The children of a process that has made an optimizer may use Numba's threads, as data loaders do.
+CHILDS_SCRIPT = """
+import os, torch, numpy, numba
+from megatron_came import CAME
+
+@numba.njit(parallel=True)
+def total(a):
+    s = 0.0
+    for i in numba.prange(a.size):
+        s += a[i]
+    return s
+
+CAME([torch.nn.Parameter(torch.ones(5, 3))], lr=1e-2, kernels="numba")
+child = os.fork()
+if not child:
+    os._exit(int(total(numpy.ones(1000)) != 1000))
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_memory_is_not_held_beyond_its_tensors():
+    param = torch.nn.Parameter(torch.ones(500, 300))
+    optimizer = CAME([param], lr=1e-2, kernels="numba")
+    param.grad = torch.ones(500, 300)
+    optimizer.step()
+    for tensor in (param.grad, param, *optimizer.state[param].values()):
+        tensor.untyped_storage().resize_(0)  # refused where NumPy has a view
 
 
 # In a process of its own: numba, imported first, may bring another OpenMP library.
@@ -117,9 +181,8 @@ import torch
 before = torch.get_num_threads()
 torch.set_num_threads(2)
 from megatron_came.kernels.cpu import threads
-note = threads.note()
+threads.usable()
 assert torch.get_num_threads() == 2
-print(note)
 """
 
 

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import pickle
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +24,15 @@ from megatron_came.voice import warn_once
 _OPTIONS = {"error_model": "numpy"}
 
 
-@cache
-def _sources() -> str:
-    """Return a digest of all that kernels are made from: Numba looks at one file alone."""
+def _digest_of_sources() -> str:
     files = sorted(Path(__file__).parent.glob("*.py"))
     files += [Path(str(module.__file__)) for module in (factors, int8)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+# Of all that kernels are made from: Numba looks at one file alone. Read when they are imported:
+# the files may have changed by the time that the first is compiled.
+_SOURCES = _digest_of_sources()
 
 
 class _Checked(CompileResultCacheImpl):
@@ -62,7 +64,7 @@ class _Cache(FunctionCache):
         self._variant = variant
 
     def _index_key(self, sig, codegen):
-        return (*super()._index_key(sig, codegen), self._variant, _sources())
+        return (*super()._index_key(sig, codegen), self._variant, _SOURCES)
 
     def load_overload(self, sig, target_context):
         try:

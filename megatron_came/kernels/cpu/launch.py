@@ -27,6 +27,8 @@ from megatron_came.kernels.state_checks import check_state, is_int8_momentum, wa
 Array = npt.NDArray[Any]
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+# NumPy's names of dtypes; bf16 is one of two integers'.
+_KINDS = {torch.float32: "f4", torch.int16: "i2", torch.int8: "i1", torch.float64: "f8"}
 # Of fewer elements, one thread is done before others have begun.
 _SMALL = 64 * 1024
 
@@ -34,10 +36,21 @@ _SMALL = 64 * 1024
 class NumbaBackend:
     """:class:`megatron_came.kernels.backend.Backend` for the CPU, on PyTorch's threads.
 
-    Kernels are compiled, or loaded from Numba's cache, when they are called first.
+    The other kernels are compiled, or loaded from Numba's cache, when they are called first.
+
+    Raises:
+        Exception: anything that Numba raises where it cannot compile.
     """
 
     name = "numba"
+
+    def __init__(self) -> None:
+        # What keeps Numba from compiling shows here, where eager PyTorch can still take over.
+        one, sums = np.zeros(1, np.float32), np.zeros(1)
+        add_square_sums(
+            one, Geometry(0, 1, 1, 1, 1), np.array([[0, 0, 1]]), sums, sums.reshape(1, 1),
+            np.zeros((1, 3, 1), np.float32), threads=1,
+        )  # fmt: skip
 
     def unsupported(self, slice_: ParameterSlice) -> str | None:
         """Nothing beyond what hinders all kernels."""
@@ -70,7 +83,8 @@ class NumbaPasses:
             matrices = self._matrices[slice_]
             matrices.find(given)
             own_count = count if matrices.geometry.size >= _SMALL else 1
-            updates.append(_Update(matrices, given, _gradient(given.grad), own_count))
+            grad = _readable(given.grad)
+            updates.append(_Update(matrices, given, grad, _array(grad), own_count))
         return NumbaStep(updates, count)
 
 
@@ -107,17 +121,33 @@ class NumbaStep:
                 each.apply()
 
 
-def _array(tensor: Tensor, bf16_as: torch.dtype = torch.uint16) -> Array:
-    """View a contiguous tensor as a flat array."""
-    flat = tensor.detach().view(-1)
-    array: Array = (flat.view(bf16_as) if flat.dtype == torch.bfloat16 else flat).numpy()
-    return array
+class _Memory:
+    """A contiguous tensor's memory, for NumPy.
+
+    ``Tensor.numpy()`` would hold the memory after the tensor has let go of it, and no host could
+    resize it any more.
+    """
+
+    def __init__(self, tensor: Tensor, bf16_as: str) -> None:
+        self.kind = bf16_as if tensor.dtype == torch.bfloat16 else _KINDS[tensor.dtype]
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": (tensor.numel(),),
+            "typestr": self.kind,
+            "version": 3,
+        }
 
 
-def _gradient(grad: Tensor) -> Array:
+def _array(tensor: Tensor, bf16_as: str = "u2") -> Array:
+    """View a contiguous tensor as a flat array, valid as long as the tensor is where it is."""
+    memory = _Memory(tensor, bf16_as)
+    return np.asarray(memory) if tensor.numel() else np.empty(0, memory.kind)
+
+
+def _readable(grad: Tensor) -> Tensor:
     if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
-        grad = grad.to(torch.float32).contiguous()
-    return _array(grad)
+        return grad.to(torch.float32).contiguous()
+    return grad
 
 
 def _is_written(weight: Tensor | None) -> bool:
@@ -184,7 +214,7 @@ class _Matrices:
     def _view(self, state: Mapping[str, Tensor], weight: Tensor | None) -> None:
         remainder, block_scales = state.get(REMAINDER), state.get(SCALE)
         self.arrays = Arrays(
-            weights=_array(self.slice.param, torch.int16),
+            weights=_array(self.slice.param, "i2"),
             remainders=np.empty(0, np.int16) if remainder is None else _array(remainder),
             model_weights=np.empty(0, np.uint16) if weight is None else _array(weight),
             momentum=_array(state[MOMENTUM]),
@@ -221,12 +251,14 @@ class _Update:
     Attributes:
         matrices: what outlives the step.
         given: what the step brings.
-        grad: its gradient, flat.
+        tensor: its gradient as kernels read it, here to be kept as long as they do.
+        grad: the same, as a flat array.
         count: of threads.
     """
 
     matrices: _Matrices
     given: StepInputs
+    tensor: Tensor
     grad: Array
     count: int
 

@@ -24,6 +24,9 @@ from megatron_came.kernels.cpu.compiling import (
 from megatron_came.kernels.cpu.precision import read, widen
 from megatron_came.kernels.cpu.shapes import AT_ONCE
 
+# Elements of a row that are added up in fp32; their sums are added in float64.
+_WIDTH = 4096
+
 
 @inline
 def _quarter(geometry, row, stop):
@@ -74,17 +77,28 @@ def _square_rows(g0, g1, g2, g3, sums):
 @inline
 def _square_block(grad, geometry, row, stop, row_sums, sums):
     sums[:] = 0
+    row_sums[row:stop] = 0
     n, apart = geometry.columns, _quarter(geometry, row, stop)
     for r0 in range(row, row + apart):
         r1, r2, r3 = r0 + apart, r0 + 2 * apart, r0 + 3 * apart
-        a, b = r0 * n - geometry.start, r1 * n - geometry.start
-        c, d = r2 * n - geometry.start, r3 * n - geometry.start
-        row_sums[r0], row_sums[r1], row_sums[r2], row_sums[r3] = _square_rows(
-            grad[a : a + n], grad[b : b + n], grad[c : c + n], grad[d : d + n], sums
-        )
+        for left in range(0, n, _WIDTH):
+            right = min(left + _WIDTH, n)
+            a, b = r0 * n - geometry.start + left, r1 * n - geometry.start + left
+            c, d = r2 * n - geometry.start + left, r3 * n - geometry.start + left
+            w = right - left
+            totals = _square_rows(
+                grad[a : a + w], grad[b : b + w], grad[c : c + w], grad[d : d + w],
+                sums[left:right],
+            )  # fmt: skip
+            row_sums[r0] += totals[0]
+            row_sums[r1] += totals[1]
+            row_sums[r2] += totals[2]
+            row_sums[r3] += totals[3]
     for alone in range(row + AT_ONCE * apart, stop):
         low, high, column = _in_slice(geometry, alone)
-        row_sums[alone] = _square_row(grad[low:high], sums[column:])
+        for left in range(low, high, _WIDTH):
+            right = min(left + _WIDTH, high)
+            row_sums[alone] += _square_row(grad[left:right], sums[column + left - low :])
     for i in range(row, stop):
         row_sums[i] *= SQUARE_UNSCALE
 
@@ -156,36 +170,45 @@ def _instability_block(
     sums, room,
 ):  # fmt: skip
     sums[:] = 0
+    row_sums[:, row:stop] = 0
     n, apart = geometry.columns, _quarter(geometry, row, stop)
     for r0 in range(row, row + apart):
         r1, r2, r3 = r0 + apart, r0 + 2 * apart, r0 + 3 * apart
-        a, b = r0 * n - geometry.start, r1 * n - geometry.start
-        c, d = r2 * n - geometry.start, r3 * n - geometry.start
-        totals = _instability_rows(
-            (grad[a : a + n], grad[b : b + n], grad[c : c + n], grad[d : d + n]),
-            (
-                read(momentum, block_scales, a, a + n, room[0]),
-                read(momentum, block_scales, b, b + n, room[1]),
-                read(momentum, block_scales, c, c + n, room[2]),
-                read(momentum, block_scales, d, d + n, room[3]),
-            ),
-            (
-                row_scale[r0] * UPDATE_SCALE, row_scale[r1] * UPDATE_SCALE,
-                row_scale[r2] * UPDATE_SCALE, row_scale[r3] * UPDATE_SCALE,
-            ),
-            column_scale, guess, sums[0], sums[1], sums[2],
-        )  # fmt: skip
-        for kind in range(3):
-            row_sums[kind, r0], row_sums[kind, r1], row_sums[kind, r2], row_sums[kind, r3] = totals[
-                kind
-            ]
+        for left in range(0, n, _WIDTH):
+            w = min(_WIDTH, n - left)
+            a, b = r0 * n - geometry.start + left, r1 * n - geometry.start + left
+            c, d = r2 * n - geometry.start + left, r3 * n - geometry.start + left
+            totals = _instability_rows(
+                (grad[a : a + w], grad[b : b + w], grad[c : c + w], grad[d : d + w]),
+                (
+                    read(momentum, block_scales, a, a + w, room[0]),
+                    read(momentum, block_scales, b, b + w, room[1]),
+                    read(momentum, block_scales, c, c + w, room[2]),
+                    read(momentum, block_scales, d, d + w, room[3]),
+                ),
+                (
+                    row_scale[r0] * UPDATE_SCALE, row_scale[r1] * UPDATE_SCALE,
+                    row_scale[r2] * UPDATE_SCALE, row_scale[r3] * UPDATE_SCALE,
+                ),
+                column_scale[left : left + w], guess, sums[0, left:], sums[1, left:],
+                sums[2, left:],
+            )  # fmt: skip
+            for kind in range(3):
+                row_sums[kind, r0] += totals[kind][0]
+                row_sums[kind, r1] += totals[kind][1]
+                row_sums[kind, r2] += totals[kind][2]
+                row_sums[kind, r3] += totals[kind][3]
     for alone in range(row + AT_ONCE * apart, stop):
         low, high, column = _in_slice(geometry, alone)
-        row_sums[0, alone], row_sums[1, alone], row_sums[2, alone] = _instability_row(
-            grad[low:high], read(momentum, block_scales, low, high, room[0]),
-            row_scale[alone] * UPDATE_SCALE, column_scale[column:], guess, sums[0, column:],
-            sums[1, column:], sums[2, column:],
-        )  # fmt: skip
+        for left in range(low, high, _WIDTH):
+            right, at = min(left + _WIDTH, high), column + left - low
+            alone_totals = _instability_row(
+                grad[left:right], read(momentum, block_scales, left, right, room[0]),
+                row_scale[alone] * UPDATE_SCALE, column_scale[at:], guess, sums[0, at:],
+                sums[1, at:], sums[2, at:],
+            )  # fmt: skip
+            for kind in range(3):
+                row_sums[kind, alone] += alone_totals[kind]
     for kind in range(3):
         for i in range(row, stop):
             row_sums[kind, i] *= UPDATE_UNSCALE
@@ -215,7 +238,9 @@ def add_instability_sums(
     count = len(blocks)
     for thread in prange(threads):
         # Only int8 needs it: rows of momentum in fp32.
-        room = np.empty((AT_ONCE, geometry.columns if momentum.itemsize == 1 else 0), np.float32)
+        room = np.empty(
+            (AT_ONCE, min(geometry.columns, _WIDTH) if momentum.itemsize == 1 else 0), np.float32
+        )
         for number in range(count * thread // threads, count * (thread + 1) // threads):
             matrix, row, stop = blocks[number]
             _instability_block(

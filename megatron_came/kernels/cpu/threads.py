@@ -15,6 +15,8 @@ from functools import cache
 
 import torch
 
+from megatron_came.voice import warn_once
+
 _PROCESS = os.getpid()
 _lock = threading.Lock()  # without OpenMP Numba ends the process at two parallel calls at once
 
@@ -28,10 +30,17 @@ def is_forked() -> bool:
 
 
 def usable() -> int:
-    """Return on how many threads kernels run: as many as PyTorch's operations, where they can."""
+    """Return on how many threads kernels run: as many as PyTorch's operations, where they can.
+
+    The first call for more than one starts them, and no earlier one: after that a child that is
+    forked cannot use them, nor can what else it does with Numba.
+    """
     wanted = torch.get_num_threads()
     if wanted == 1 or is_forked():
         return 1
+    with _lock:
+        if not _start():
+            return 1
     from numba import config
 
     return min(wanted, int(config.NUMBA_NUM_THREADS))
@@ -39,14 +48,13 @@ def usable() -> int:
 
 @contextmanager
 def pool(count: int) -> Iterator[None]:
-    """Let parallel kernels run on so many threads; with one, nothing is started."""
+    """Let parallel kernels run on so many threads, no more than :func:`usable` has said."""
     if count == 1:
         yield
         return
     import numba
 
     with _lock:
-        _start()
         before = numba.get_num_threads()
         numba.set_num_threads(count)  # of this thread of Python's
         try:
@@ -56,32 +64,42 @@ def pool(count: int) -> Iterator[None]:
 
 
 @cache
-def _start() -> str | None:
-    """Start Numba's pool; return what is wrong with it, in a sentence."""
+def _start() -> bool:
+    """Start Numba's threads; where they are none or slow, warn. Return whether there are any."""
     import numba
+    from numba.np.ufunc import parallel
 
+    was_running = getattr(parallel, "_is_initialized", False)
     before = torch.get_num_threads()
     other = int(numba.config.NUMBA_NUM_THREADS) + 1
     torch.set_num_threads(other)
-    numba.get_num_threads()  # starts it, and sets the number of threads of its OpenMP library
-    is_shared = torch.get_num_threads() != other
-    torch.set_num_threads(before)
-    layer = numba.threading_layer()
-    if layer == "workqueue":
-        return (
-            "Numba has found no OpenMP library, and its own threads are slower beside PyTorch's: "
-            "install libgomp (or tbb)."
+    try:
+        numba.get_num_threads()  # starts them, and sets the number of its OpenMP library's
+        is_shared = was_running or torch.get_num_threads() != other
+        layer = numba.threading_layer()
+    except Exception as error:  # a layer that a variable names and that is not there
+        warn_once(
+            "CAME's kernels run on one thread, as Numba's could not be started "
+            f"({str(error).partition('.')[0]}): unset NUMBA_THREADING_LAYER."
         )
-    if layer == "omp" and not is_shared:
-        return "Numba's threads are not PyTorch's, which is slower: import torch before numba."
-    return None
+        return False
+    finally:
+        torch.set_num_threads(before)
+    if layer == "workqueue":
+        warn_once(
+            "CAME's kernels: Numba has found no OpenMP library, and its own threads are slower "
+            "beside PyTorch's: install libgomp (or tbb)."
+        )
+    elif layer == "omp" and not is_shared:
+        warn_once(
+            "CAME's kernels: Numba's threads are not PyTorch's, which is slower: import torch "
+            "before numba."
+        )
+    return True
 
 
 def note() -> str:
-    """Return what slows kernels on this process's threads, in a sentence; empty if nothing."""
+    """Return why kernels run on one thread, in a sentence; empty if they need not."""
     if is_forked():
         return "All is done on one thread: this process was forked from one that had loaded CAME."
-    if usable() == 1:
-        return ""
-    with _lock:
-        return _start() or ""
+    return ""
