@@ -13,7 +13,8 @@ from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.kernels.dispatch import choose
-from megatron_came.kernels.triton.backend import TritonBackend, sets_save_time
+from megatron_came.kernels.triton.backend import TritonBackend
+from megatron_came.kernels.triton.device import sets_save_time
 from megatron_came.kernels.triton.tables import AdditionField
 from megatron_came.kernels.triton.tiling import Tiling, cut, in_cache
 from megatron_came.voice import warn_once
@@ -87,9 +88,9 @@ def test_autograd_notices_a_step():
 
 @pytest.mark.parametrize(("rows", "most"), [(1, 128), (8, 128), (12, 3), (500, 128)])
 @pytest.mark.parametrize("name", ["middle of rows", "aligned", "batches"])
-def test_any_cut_into_blocks_of_rows(name, rows, most, monkeypatch):
-    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._BLOCK_ROWS", rows)
-    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MAX_BLOCKS", most)
+def test_any_cut_into_tiles_of_rows(name, rows, most, monkeypatch):
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._TILE_ROWS", rows)
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MAX_TILES", most)
     case = next(case for case in CASES if case.name == name)
     assert worst_distance(case, "numba", DEVICES["numba"]) <= TOLERANCE
 

@@ -56,7 +56,7 @@ def test_what_is_missing_is_named(
 
 
 def test_numba_is_named_where_all_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [name for name in sys.modules if name.startswith("megatron_came.kernels.numba")]:
+    for module in [name for name in sys.modules if name.startswith("megatron_came.kernels.cpu")]:
         monkeypatch.delitem(sys.modules, module)
     for package in ("numba", "llvmlite"):
         monkeypatch.setitem(sys.modules, package, None)

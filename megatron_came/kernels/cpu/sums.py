@@ -1,6 +1,6 @@
 """Passes 1 and 2: sums over rows and columns.
 
-Columns are summed in fp32 by blocks of rows, in ``partial``, and these in float64; so the number of
+Columns are summed in fp32 by tiles of rows, in ``partial``, and these in float64; so the number of
 threads changes no bit.
 """
 
@@ -27,7 +27,7 @@ from megatron_came.kernels.cpu.shapes import AT_ONCE
 
 @inline
 def _quarter(geometry, row, stop):
-    """Return a quarter of a block's rows, if all of them lie in the slice from end to end."""
+    """Return a quarter of a tile's rows, if all of them lie in the slice from end to end."""
     low, high = row * geometry.columns, stop * geometry.columns
     is_whole = low >= geometry.start and high <= geometry.start + geometry.size
     return (stop - row) // AT_ONCE if is_whole else 0
@@ -42,10 +42,10 @@ def _in_slice(geometry, row):
 
 
 @inline
-def _add_blocks(blocks, partial, kind, factor, low, high, sums):
-    """Add columns [low, high) of the blocks to the sums of their matrices, (batch, columns)."""
-    for number in range(len(blocks)):
-        some, out = partial[number, kind, low:high], sums[blocks[number, 0], low:high]
+def _add_tiles(tiles, partial, kind, factor, low, high, sums):
+    """Add columns [low, high) of the tiles to the sums of their matrices, (batch, columns)."""
+    for number in range(len(tiles)):
+        some, out = partial[number, kind, low:high], sums[tiles[number, 0], low:high]
         for i in range(out.size):
             out[i] += factor * np.float64(some[i])
 
@@ -72,7 +72,7 @@ def _square_rows(g0, g1, g2, g3, sums):
 
 
 @inline
-def _square_block(grad, geometry, row, stop, row_sums, sums):
+def _square_tile(grad, geometry, row, stop, row_sums, sums):
     sums[:] = 0
     n, apart = geometry.columns, _quarter(geometry, row, stop)
     for r0 in range(row, row + apart):
@@ -90,27 +90,27 @@ def _square_block(grad, geometry, row, stop, row_sums, sums):
 
 
 @Kernel
-def add_square_sums(grad, geometry, blocks, row_sums, column_sums, partial, threads):
+def add_square_sums(grad, geometry, tiles, row_sums, column_sums, partial, threads):
     """Pass 1: sums of g^2.
 
     Args:
         grad: of the slice, fp32 or bf16.
         geometry: of the slice.
-        blocks: of its rows.
+        tiles: of its rows.
         row_sums: (batch rows,), float64, out.
         column_sums: (batch, columns), float64, zeros, out.
-        partial: room for sums of columns, (blocks, 3, columns), fp32.
+        partial: scratch for sums of columns, (tiles, 3, columns), fp32.
         threads: to use.
     """
-    count = len(blocks)
+    count = len(tiles)
     for thread in prange(threads):
         for number in range(count * thread // threads, count * (thread + 1) // threads):
-            _, row, stop = blocks[number]
-            _square_block(grad, geometry, row, stop, row_sums, partial[number, 0])
+            _, row, stop = tiles[number]
+            _square_tile(grad, geometry, row, stop, row_sums, partial[number, 0])
     n = column_sums.shape[1]
     for thread in prange(threads):
         low, high = n * thread // threads, n * (thread + 1) // threads
-        _add_blocks(blocks, partial, 0, SQUARE_UNSCALE, low, high, column_sums)
+        _add_tiles(tiles, partial, 0, SQUARE_UNSCALE, low, high, column_sums)
 
 
 @fast
@@ -151,9 +151,9 @@ def _instability_rows(g, m, row_scales, column_scale, guess, errors, crosses, sq
 
 
 @inline
-def _instability_block(
+def _instability_tile(
     grad, momentum, block_scales, geometry, row, stop, row_scale, column_scale, guess, row_sums,
-    sums, room,
+    sums, scratch,
 ):  # fmt: skip
     sums[:] = 0
     n, apart = geometry.columns, _quarter(geometry, row, stop)
@@ -164,10 +164,10 @@ def _instability_block(
         totals = _instability_rows(
             (grad[a : a + n], grad[b : b + n], grad[c : c + n], grad[d : d + n]),
             (
-                read(momentum, block_scales, a, a + n, room[0]),
-                read(momentum, block_scales, b, b + n, room[1]),
-                read(momentum, block_scales, c, c + n, room[2]),
-                read(momentum, block_scales, d, d + n, room[3]),
+                read(momentum, block_scales, a, a + n, scratch[0]),
+                read(momentum, block_scales, b, b + n, scratch[1]),
+                read(momentum, block_scales, c, c + n, scratch[2]),
+                read(momentum, block_scales, d, d + n, scratch[3]),
             ),
             (
                 row_scale[r0] * UPDATE_SCALE, row_scale[r1] * UPDATE_SCALE,
@@ -182,7 +182,7 @@ def _instability_block(
     for alone in range(row + AT_ONCE * apart, stop):
         low, high, column = _in_slice(geometry, alone)
         row_sums[0, alone], row_sums[1, alone], row_sums[2, alone] = _instability_row(
-            grad[low:high], read(momentum, block_scales, low, high, room[0]),
+            grad[low:high], read(momentum, block_scales, low, high, scratch[0]),
             row_scale[alone] * UPDATE_SCALE, column_scale[column:], guess, sums[0, column:],
             sums[1, column:], sums[2, column:],
         )  # fmt: skip
@@ -193,7 +193,7 @@ def _instability_block(
 
 @Kernel
 def add_instability_sums(
-    grad, momentum, block_scales, geometry, blocks, row_scale, column_scale, inverse_guesses,
+    grad, momentum, block_scales, geometry, tiles, row_scale, column_scale, inverse_guesses,
     row_sums, column_sums, partial, threads,
 ):  # fmt: skip
     """Pass 2: sums of e^2, u e and u^2, where e = u/d0 - m.
@@ -203,27 +203,27 @@ def add_instability_sums(
         momentum: likewise, fp32, bf16 or int8.
         block_scales: of int8 momentum.
         geometry: of the slice.
-        blocks: of its rows.
+        tiles: of its rows.
         row_scale: (batch rows,), fp32.
         column_scale: (batch, columns), fp32.
         inverse_guesses: 1/d0 of each matrix, fp32.
         row_sums: (3, batch rows), float64, out.
         column_sums: (3, batch, columns), float64, zeros, out; of vectors, (3, batch, 0).
-        partial: room for sums of columns, (blocks, 3, columns), fp32.
+        partial: scratch for sums of columns, (tiles, 3, columns), fp32.
         threads: to use.
     """
-    count = len(blocks)
+    count = len(tiles)
     for thread in prange(threads):
         # Only int8 needs it: rows of momentum in fp32.
-        room = np.empty((AT_ONCE, geometry.columns if momentum.itemsize == 1 else 0), np.float32)
+        scratch = np.empty((AT_ONCE, geometry.columns if momentum.itemsize == 1 else 0), np.float32)
         for number in range(count * thread // threads, count * (thread + 1) // threads):
-            matrix, row, stop = blocks[number]
-            _instability_block(
+            matrix, row, stop = tiles[number]
+            _instability_tile(
                 grad, momentum, block_scales, geometry, row, stop, row_scale,
-                column_scale[matrix], inverse_guesses[matrix], row_sums, partial[number], room,
+                column_scale[matrix], inverse_guesses[matrix], row_sums, partial[number], scratch,
             )  # fmt: skip
     n = column_sums.shape[2]
     for thread in prange(threads):
         low, high = n * thread // threads, n * (thread + 1) // threads
         for kind in range(3):
-            _add_blocks(blocks, partial, kind, UPDATE_UNSCALE, low, high, column_sums[kind])
+            _add_tiles(tiles, partial, kind, UPDATE_UNSCALE, low, high, column_sums[kind])
