@@ -2,7 +2,7 @@
 
 Each room that changes Megatron has one table of rows: ``megatron/install.py``,
 ``cpu_megatron/install.py`` and ``memory/__init__.py``. No other line assigns to a name of
-Megatron's.
+Megatron's, but those of ``memory/stand_ins.py``, for as long as a prediction lasts.
 """
 
 from __future__ import annotations

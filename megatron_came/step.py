@@ -30,7 +30,7 @@ class Bundle:
         backend: for those that it supports; eager PyTorch takes the others.
 
     Attributes:
-        left: of each parameter that the back end leaves to eager PyTorch, why.
+        left: of each parameter that the backend leaves to eager PyTorch, why.
     """
 
     def __init__(self, slices: Sequence[ParameterSlice], backend: Backend) -> None:
@@ -107,7 +107,7 @@ class Plan:
         param_groups: as they are now; :meth:`fits` compares with them.
 
     Attributes:
-        left: why back ends leave parameters to eager PyTorch, of each.
+        left: why backends leave parameters to eager PyTorch, of each.
     """
 
     def __init__(

@@ -127,7 +127,7 @@ def draw_floors(path: Path) -> None:
     for room in TopologicalSorter(graph).static_order():
         reached[room] = set().union(*({below} | reached[below] for below in graph[room]))
     for room, belows in graph.items():
-        for below in belows:
+        for below in sorted(belows):
             if not any(below in reached[other] for other in belows):
                 (x0, y0), (x1, y1) = middle[room], middle[below]
                 _arrow(axes, (x0, y0), (x1, y1 + 0.62))
@@ -147,7 +147,7 @@ STEP = [
     ("pass 3", "read g, m, p\nwrite m, p", PLAIN),
 ]
 LIVES = (
-    "g, m, p: this rank's slice.   Sums: float64, one buffer for all parameters, gone after the "
+    "g, m, p: this rank's slice.   Sums: float64, in buffers of many parameters, zeroed at every "
     "step.   r, c, R, C: fp32, whole on every data-parallel rank, in checkpoints by name."
 )
 

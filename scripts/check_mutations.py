@@ -169,7 +169,7 @@ FAULTS = (
         KERNELS,
     ),
     Fault(
-        "Numba: blocks share their room",
+        "Numba: tiles share their scratch",
         "kernels/cpu/sums.py",
         "row_sums, partial[number, 0])",
         "row_sums, partial[0, 0])",
@@ -192,8 +192,8 @@ FAULTS = (
     Fault(
         "Triton: the guess used as the clip divisor",
         "kernels/triton/tiles.py",
-        "inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix) + 1)",
-        "inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix))",
+        "inverse_divisor = tl.load(divisor_of(divisors, param, matrix, 1))",
+        "inverse_divisor = tl.load(divisor_of(divisors, param, matrix, 0))",
         KERNELS,
     ),
     Fault(

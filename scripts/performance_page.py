@@ -34,8 +34,8 @@ HEAD = """\
 
 A step of CAME must read the gradient three times, the momentum twice and the weights once, and write momentum and
 weights: 32 bytes a parameter in fp32, or 20 in matrices whose gradient and momentum stay in the last cache from pass to
-pass, which takes one data-parallel rank and, on a GPU, memory slow enough for this to pay (`blocks_save_time` in
-`megatron_came/kernels/triton/launch.py`); with bf16 momentum 26 or 16, with int8 23 or 14. AdamW's 28 are the
+pass, which takes one data-parallel rank and, on a GPU, memory slow enough for this to pay (`sets_save_time` in
+`megatron_came/kernels/triton/device.py`); with bf16 momentum 26 or 16, with int8 23 or 14. AdamW's 28 are the
 yardstick. "Floor" is the mean of these over the parameters, "GB/s" its bytes over the median time, "of floor" the same
 over the copy bandwidth measured in the same run: above 100% where a step moves bytes faster than the copy did, which
 also fetches its target before it writes it. "Extra" is the peak of the memory taken during a step beyond what was held

@@ -67,7 +67,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class ReadBox:
     """A box of a tensor that has been read.
 
     Attributes:
@@ -159,7 +159,7 @@ class CheckpointTensor:
                     wrong.add(chunk.item.name)
         return sorted(wrong)
 
-    def boxes(self, *chunks: Chunk) -> Iterator[Box]:
+    def boxes(self, *chunks: Chunk) -> Iterator[ReadBox]:
         """Read it box by box: all of it, or some of its chunks.
 
         Raises:
@@ -171,7 +171,7 @@ class CheckpointTensor:
                     offsets = chunk.offsets
                     if offsets:
                         offsets = (offsets[0] + first, *offsets[1:])
-                    yield Box(chunk.item.name, offsets, values)
+                    yield ReadBox(chunk.item.name, offsets, values)
 
     def box(self, offsets: Shape, sizes: Shape) -> Tensor:
         """Read a box, from all chunks that have some of it.

@@ -35,7 +35,7 @@ every ``model_optim_rng.pt`` (``torch``), is one string, JSON as :func:`pack` wr
 - ``buckets`` is there for Megatron's default format of the distributed optimizer
   (``dp_reshardable``) alone, whose files hold flat buckets ``<key>.param`` and ``<key>.exp_avg``:
   a parameter begins at ``start``, is a flat tensor of ``shape``, and the box of it at ``place`` of
-  size ``size`` stands at ``offset`` of the tensor ``name``. :class:`Box` takes just these.
+  size ``size`` stands at ``offset`` of the tensor ``name``. :class:`PlacedBox` takes just these.
   A bucket names a parameter also where another bucket holds a copy of it (tensor-parallel ranks,
   tied embeddings): copies are equal, and each is the whole part.
 """
@@ -61,9 +61,9 @@ WEIGHTS, MAIN_WEIGHTS, MOMENTUM = "weights", "main weights", "momentum"
 Shape = tuple[int, ...]
 
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
-# Elements that are looked at in one piece: on a CPU their products, in 64 bits, stay in the cache;
+# Elements that are taken at once: on a CPU their products, in 64 bits, stay in the cache;
 # a GPU would wait for so many small launches.
-_PIECE, _PIECE_OF_GPU = 1 << 16, 1 << 24
+_AT_ONCE, _AT_ONCE_OF_GPU = 1 << 16, 1 << 24
 # So many slices are remembered: training sums up the same ones at every save.
 _REMEMBERED = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -91,7 +91,7 @@ def _table(keys: Callable[[Tensor], Tensor], log2: int, device: torch.device) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class PlacedBox:
     """A box of a local tensor, and where it stands in the whole tensor.
 
     Attributes:
@@ -107,12 +107,12 @@ class Box:
     shape: Shape
 
     @classmethod
-    def whole(cls, shape: Shape) -> Box:
+    def whole(cls, shape: Shape) -> PlacedBox:
         """Return the box of a reader who has all of a tensor."""
         return cls.alone(shape, (0,) * len(shape), shape)
 
     @classmethod
-    def alone(cls, size: Shape, offset: Shape, shape: Shape) -> Box:
+    def alone(cls, size: Shape, offset: Shape, shape: Shape) -> PlacedBox:
         """Return the box that is all of a local tensor."""
         return cls((0,) * len(size), size, offset, shape)
 
@@ -166,18 +166,18 @@ def _sum(bits: Tensor, matrix: Matrix, shift: int) -> Tensor:
     begin = bits.storage_offset() + matrix.position
     bits = bits.as_strided((matrix.rows, matrix.columns), (matrix.stride, 1), begin)
     total = rows.new_zeros(())
-    limit = _PIECE if bits.device.type == "cpu" else _PIECE_OF_GPU
+    limit = _AT_ONCE if bits.device.type == "cpu" else _AT_ONCE_OF_GPU
     for left in range(0, matrix.columns, limit):
         keys = columns[left : left + limit].to(torch.int64)
         step = max(1, limit // keys.numel())
         for top in range(0, matrix.rows, step):
-            piece = bits[top : top + step, left : left + limit].to(torch.int64, copy=True)
-            total += (piece.mul_(keys).sum(1) * rows[top : top + step]).sum()
+            some = bits[top : top + step, left : left + limit].to(torch.int64, copy=True)
+            total += (some.mul_(keys).sum(1) * rows[top : top + step]).sum()
     return total << shift
 
 
 def terms(
-    values: Tensor, local: Shape, box: Box, *, start: int = 0, as_fp32: bool = False
+    values: Tensor, local: Shape, box: PlacedBox, *, start: int = 0, as_fp32: bool = False
 ) -> list[Term]:
     """Return what a slice of a local tensor adds to the digest of a whole tensor.
 
@@ -208,14 +208,14 @@ def digest(added: Sequence[Term], add: Adder = add_up) -> int:
 def digest_whole(values: Tensor, *, as_fp32: bool = False, add: Adder = add_up) -> int:
     """Return the digest of a whole tensor, in [0, 2^64)."""
     shape = tuple(values.shape)
-    return digest(terms(values, shape, Box.whole(shape), as_fp32=as_fp32), add)
+    return digest(terms(values, shape, PlacedBox.whole(shape), as_fp32=as_fp32), add)
 
 
 @lru_cache(_REMEMBERED)
-def _matrices(start: int, numel: int, local: Shape, box: Box) -> tuple[Matrix, ...]:
+def _matrices(start: int, numel: int, local: Shape, box: PlacedBox) -> tuple[Matrix, ...]:
     """Cut what a slice holds of a box into matrices."""
     if not local:
-        local, box = (1,), Box.whole((1,))
+        local, box = (1,), PlacedBox.whole((1,))
     width, shift = local[-1], box.offset[-1] - box.place[-1]
     found = []
     for top, rows, row in _rows(local, box):
@@ -229,7 +229,7 @@ def _matrices(start: int, numel: int, local: Shape, box: Box) -> tuple[Matrix, .
     return tuple(found)
 
 
-def _rows(local: Shape, box: Box) -> Iterator[tuple[int, int, int]]:
+def _rows(local: Shape, box: PlacedBox) -> Iterator[tuple[int, int, int]]:
     """Rows of a box that follow each other: the first here, how many, the first in the whole."""
     inner, rows = len(local) - 1, 1
     while inner:  # dimensions that are whole are one with the dimension before
@@ -291,7 +291,7 @@ class InBucket:
 
     start: int
     shape: Shape
-    boxes: tuple[tuple[str, Box], ...]
+    boxes: tuple[tuple[str, PlacedBox], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,8 +364,8 @@ def unpack(text: object) -> Record:
                     start,
                     tuple(shape),
                     tuple(
-                        (name, Box(tuple(place), tuple(size), tuple(offset), weights[name].shape))
-                        for name, place, size, offset in boxes
+                        (name, PlacedBox(tuple(at), tuple(size), tuple(to), weights[name].shape))
+                        for name, at, size, to in boxes
                     ),
                 )
                 for start, shape, boxes in inside

@@ -1,7 +1,7 @@
-"""What a back end fulfils: eager PyTorch for all that there is, Triton on GPUs, Numba on CPUs.
+"""What a backend fulfils: eager PyTorch for all that there is, Triton on GPUs, Numba on CPUs.
 
 A :class:`Backend` computes on one device. :meth:`Backend.passes` makes, once for a set of
-parameters, what outlives a step (tables, room); :meth:`Passes.begin` makes of that and of what a
+parameters, what outlives a step (tables, scratch); :meth:`Passes.begin` makes of that and of what a
 step brings a :class:`Step`, which is dropped after it. Three methods of it are the three passes;
 between them ``step.py`` completes the sums over ranks.
 """
@@ -85,7 +85,7 @@ class Backend(Protocol):
     def unsupported(self, slice_: ParameterSlice) -> str | None:
         """Return why it does not update a parameter, as "with float64 weights"; None if it does.
 
-        What one back end does not update, eager PyTorch does.
+        What one backend does not update, eager PyTorch does.
         """
         ...
 

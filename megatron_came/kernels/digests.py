@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from megatron_came.core.digests import Adder, Box, add_up, terms
+from megatron_came.core.digests import Adder, PlacedBox, add_up, terms
 
 
 @cache
@@ -17,7 +17,7 @@ def adder(device: torch.device) -> Adder:
     try:
         from megatron_came.kernels.cpu.digests import add_up_fast
 
-        add_up_fast(terms(torch.ones(1), (1,), Box.whole((1,))))  # compiles, or cannot
+        add_up_fast(terms(torch.ones(1), (1,), PlacedBox.whole((1,))))  # compiles, or cannot
     except Exception:  # not installed, or not working here: of no consequence but the time
         return add_up
     return add_up_fast

@@ -25,7 +25,7 @@ class Choice(NamedTuple):
     Attributes:
         backend: that computes.
         reason: one sentence.
-        should_warn: whether a faster back end, or one that starts sooner, is not usable.
+        should_warn: whether a faster backend, or one that starts sooner, is not usable.
     """
 
     backend: Backend

@@ -146,7 +146,7 @@ def _kernels_here(wanted: str, model_chunks: list[Any]) -> Kernels | None:
 
 
 def _name(backend: str) -> str:
-    """Return a back end with the version of what compiles it, on which the last bits depend."""
+    """Return a backend with the version of what compiles it, on which the last bits depend."""
     if backend == "plain":
         return backend
     return f"{backend} {importlib.import_module(backend).__version__}"

@@ -30,7 +30,7 @@ def update_sizes(settings: Hyperparameters) -> Iterator[float]:
     """The root mean square of the updates at iterations 1, 2, ..., in units of the rate.
 
     Of gradients that are independent noise; a steady gradient makes larger updates. It follows the
-    variances of momentum and residual, whose elements are then sums of independent numbers:
+    variances of momentum and of u - m, whose elements are then sums of independent numbers:
     u - m_t = beta1 (u - m_(t-1)).
 
     Args:
@@ -43,8 +43,8 @@ def update_sizes(settings: Hyperparameters) -> Iterator[float]:
     while True:
         power *= beta2
         update = min(settings.clip_threshold**2, 1 / (1 - power))
-        residual = beta1**2 * (update + momentum)
-        instability = beta3 * instability + (1 - beta3) * residual
+        square = beta1**2 * (update + momentum)
+        instability = beta3 * instability + (1 - beta3) * square
         momentum = beta1**2 * momentum + (1 - beta1) ** 2 * update
         yield math.sqrt(momentum / instability) if instability else math.inf
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_came.core import digests
-from megatron_came.core.digests import Box, InBucket, Record, Saved
+from megatron_came.core.digests import InBucket, PlacedBox, Record, Saved
 from megatron_came.kernels.digests import adder
 
 _SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (9, 1), (3, 4, 5), (2, 3, 1, 4)]
@@ -19,7 +19,7 @@ def _whole(tensor: torch.Tensor) -> int:
     return digests.digest_whole(tensor)
 
 
-def _digest(part: torch.Tensor, local: tuple[int, ...], box: Box, *, start: int) -> int:
+def _digest(part: torch.Tensor, local: tuple[int, ...], box: PlacedBox, *, start: int) -> int:
     return digests.digest(digests.terms(part, local, box, start=start))
 
 
@@ -49,7 +49,7 @@ def test_slices_of_boxes_add_up(shape: tuple[int, ...]) -> None:
             for low, high in ((0, cut), (cut, size)):
                 local = tensor.narrow(dim, low, high - low).contiguous()
                 offset = tuple(low * (d == dim) for d in range(len(shape)))
-                box = Box((0,) * len(shape), tuple(local.shape), offset, shape)
+                box = PlacedBox((0,) * len(shape), tuple(local.shape), offset, shape)
                 ends = sorted(torch.randint(local.numel() + 1, (2,), generator=generator).tolist())
                 for start, stop in zip((0, *ends), (*ends, local.numel()), strict=True):
                     part = local.view(-1)[start:stop]
@@ -64,7 +64,7 @@ def test_parts_of_a_local_tensor_stand_apart_in_the_whole_one() -> None:
     for rank in range(2):
         local = torch.cat([whole[2 * rank : 2 * rank + 2], whole[4 + 2 * rank : 6 + 2 * rank]])
         for half in range(2):
-            box = Box((2 * half, 0), (2, 5), (4 * half + 2 * rank, 0), (8, 5))
+            box = PlacedBox((2 * half, 0), (2, 5), (4 * half + 2 * rank, 0), (8, 5))
             for start, stop in ((0, 8), (8, 20)):
                 part = local.view(-1)[start:stop]
                 total += _digest(part, (4, 5), box, start=start)
@@ -110,11 +110,11 @@ def test_bf16_counts_as_the_fp32_that_it_is() -> None:
         digests.digest_whole(tensor.half(), as_fp32=True)
 
 
-def test_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(37, 53)
     before = _whole(tensor)
-    for piece in (1, 10, 53, 200):
-        monkeypatch.setattr(digests, "_PIECE", piece)
+    for at_once in (1, 10, 53, 200):
+        monkeypatch.setattr(digests, "_AT_ONCE", at_once)
         assert _whole(tensor) == before
 
 
@@ -127,7 +127,7 @@ def test_the_kernel_adds_up_as_plain_pytorch_does(dtype: torch.dtype) -> None:
         tensor = torch.randn(shape).to(dtype)
         assert digests.digest_whole(tensor, add=add) == _whole(tensor)
     whole = torch.randn(6, 7).to(dtype)
-    box = Box((1, 2), (3, 4), (0, 0), (3, 4))
+    box = PlacedBox((1, 2), (3, 4), (0, 0), (3, 4))
     terms = digests.terms(whole, (6, 7), box)
     assert digests.digest(terms, add) == digests.digest(terms) == _whole(whole[1:4, 2:6])
 
@@ -141,7 +141,9 @@ def test_threads_add_up_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         term
         for shape in ((37, 53), (7,), (3, 4, 5))
         for dtype in (torch.float32, torch.bfloat16, torch.int8)
-        for term in digests.terms(torch.randn(shape).mul(9).to(dtype), shape, Box.whole(shape))
+        for term in digests.terms(
+            torch.randn(shape).mul(9).to(dtype), shape, PlacedBox.whole(shape)
+        )
     ]
     expected = [digests.unsigned(total) for total in digests.add_up(terms)]
     try:
@@ -163,7 +165,7 @@ def _record() -> Record:
             "exp_avg_sq": {"b": Saved((4,), "float32", 5)},
         },
         buckets={
-            "k": (InBucket(2, (2, 3), (("a[0][1]", Box((0, 0), (2, 3), (2, 0), (4, 3))),)),),
+            "k": (InBucket(2, (2, 3), (("a[0][1]", PlacedBox((0, 0), (2, 3), (2, 0), (4, 3))),)),),
         },
     )
 

@@ -88,9 +88,9 @@ def test_autograd_notices_a_step():
 
 @pytest.mark.parametrize(("rows", "most"), [(1, 128), (8, 128), (12, 3), (500, 128)])
 @pytest.mark.parametrize("name", ["middle of rows", "aligned", "batches"])
-def test_any_cut_into_blocks_of_rows(name, rows, most, monkeypatch):
-    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._BLOCK_ROWS", rows)
-    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MAX_BLOCKS", most)
+def test_any_cut_into_tiles_of_rows(name, rows, most, monkeypatch):
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._TILE_ROWS", rows)
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MAX_TILES", most)
     case = next(case for case in CASES if case.name == name)
     assert worst_distance(case, "numba", DEVICES["numba"]) <= TOLERANCE
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_came.core.digests import MOMENTUM, WEIGHTS, Box, digest_whole
+from megatron_came.core.digests import MOMENTUM, WEIGHTS, PlacedBox, digest_whole
 from megatron_came.megatron.checkpoints.digests import leaves
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
 from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
@@ -17,7 +17,9 @@ RANKS = 3
 
 def _entry(name, tensor):
     shape = tuple(tensor.shape)
-    return Entry(tensor, (Leaf(name, Box.whole(shape), is_main=True, is_first=True, copy=None),))
+    return Entry(
+        tensor, (Leaf(name, PlacedBox.whole(shape), is_main=True, is_first=True, copy=None),)
+    )
 
 
 def _tensors():

@@ -109,18 +109,18 @@ def update_second_moments(rows, columns, inverse_guesses, eps, beta, clip_thresh
 def _update_instability(
     moment, sums, matrix, inverse_guess, inverse_divisor, beta1, count, eps, beta
 ):
-    """Twin of ``factors.true_residuals`` and ``update_moment``; returns the moment's mean."""
+    """Twin of ``factors.true_instability`` and ``update_moment``; returns the moment's mean."""
     errors, crosses, squares = sums[0, matrix], sums[1, matrix], sums[2, matrix]
     delta = inverse_divisor - inverse_guess
     is_bad = inverse_guess > BAD_GUESS * inverse_divisor
     total = 0.0
     keep, add = np.float32(beta), np.float32(1.0 - beta)
     for i in range(moment.size):
-        residual = errors[i] + delta * (2.0 * crosses[i] + delta * squares[i])
-        residual = _at_least(residual, 0.0)
+        instability = errors[i] + delta * (2.0 * crosses[i] + delta * squares[i])
+        instability = _at_least(instability, 0.0)
         if is_bad:
-            residual = squares[i] * inverse_divisor * inverse_divisor
-        mean = _at_most(residual * beta1 * beta1 / count + eps, LARGEST_MEAN)
+            instability = squares[i] * inverse_divisor * inverse_divisor
+        mean = _at_most(instability * beta1 * beta1 / count + eps, LARGEST_MEAN)
         moment[i] = keep * moment[i] + add * np.float32(mean)
         total += moment[i]
     return total / moment.size

@@ -19,7 +19,7 @@ from megatron_came.core.state import MATRIX_FACTORS, REMAINDER, VECTOR_FACTORS
 from megatron_came.kernels.backend import unsupported_by_kernels
 from megatron_came.kernels.cpu import threads
 from megatron_came.kernels.cpu.factors import Axis, update_instabilities, update_second_moments
-from megatron_came.kernels.cpu.shapes import Geometry, blocks_of, row_places
+from megatron_came.kernels.cpu.shapes import Geometry, row_places, tiles_of
 from megatron_came.kernels.cpu.sums import add_instability_sums, add_square_sums
 from megatron_came.kernels.cpu.update import Arrays, Rates, Scales, update
 from megatron_came.kernels.state_checks import check_state, is_int8_momentum, wanted_state
@@ -67,9 +67,9 @@ class NumbaPasses:
     def __init__(self, sums: Mapping[ParameterSlice, SliceSums]) -> None:
         self._matrices = {slice_: _Matrices(slice_, own) for slice_, own in sums.items()}
         largest = max(matrices.partial_size for matrices in self._matrices.values())
-        room = np.empty(largest, np.float32)  # all use the same, one after another
+        scratch = np.empty(largest, np.float32)  # all use the same, one after another
         for matrices in self._matrices.values():
-            matrices.take_room(room)
+            matrices.take_scratch(scratch)
 
     def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> NumbaStep:
         """Take up a step's gradients, and tensors that have moved.
@@ -171,8 +171,8 @@ class _Matrices:
     def __init__(self, slice_: ParameterSlice, sums: SliceSums) -> None:
         self.slice, self.total = slice_, sums.total.numpy()
         self.geometry = Geometry.of(slice_.shard)
-        self.blocks, self.row_places = blocks_of(self.geometry), row_places(slice_.shard)
-        self.partial_size = len(self.blocks) * 3 * self.geometry.columns
+        self.tiles, self.row_places = tiles_of(self.geometry), row_places(slice_.shard)
+        self.partial_size = len(self.tiles) * 3 * self.geometry.columns
         self.is_vector, self.full_numel = slice_.shard.is_vector, slice_.shard.full_numel
         batch, rows, columns = self.geometry.matrices
         sizes = batch * rows, (batch, columns), batch * rows, (batch, columns)
@@ -190,9 +190,11 @@ class _Matrices:
         self.column_sums = instability[1]
         self._seen: tuple[Any, ...] = ()
 
-    def take_room(self, room: Array) -> None:
+    def take_scratch(self, scratch: Array) -> None:
         """Use the beginning of an array for sums of columns."""
-        self.partial = room[: self.partial_size].reshape(len(self.blocks), 3, self.geometry.columns)
+        self.partial = scratch[: self.partial_size].reshape(
+            len(self.tiles), 3, self.geometry.columns
+        )
 
     def find(self, given: StepInputs) -> None:
         """Look where this step's tensors lie, and view those anew that have moved.
@@ -266,7 +268,7 @@ class _Update:
         """Pass 1."""
         own = self.matrices
         add_square_sums(
-            self.grad, own.geometry, own.blocks, own.row_squares, own.column_squares, own.partial,
+            self.grad, own.geometry, own.tiles, own.row_squares, own.column_squares, own.partial,
             threads=self.count,
         )  # fmt: skip
 
@@ -277,7 +279,7 @@ class _Update:
             *own.second_moment, own.inverse_guesses, hyper.eps1, hyper.beta2, hyper.clip_threshold
         )
         add_instability_sums(
-            self.grad, own.arrays.momentum, own.arrays.block_scales, own.geometry, own.blocks,
+            self.grad, own.arrays.momentum, own.arrays.block_scales, own.geometry, own.tiles,
             own.scales.row, own.scales.column, own.inverse_guesses, own.row_sums, own.column_sums,
             own.partial, threads=self.count,
         )  # fmt: skip

@@ -37,31 +37,33 @@ def _widen(value, scale):
     return lambda value, scale: np.float32(value) * scale
 
 
-def read(values, scales, low, high, room):
-    """Return elements [low, high) for :func:`widen`: themselves; of int8, in fp32 in ``room``."""
+def read(values, scales, low, high, scratch):
+    """Return elements [low, high) for :func:`widen`: themselves; int8 in fp32 in ``scratch``."""
 
 
 @overload(read, **_typed)
-def _read(values, scales, low, high, room):
+def _read(values, scales, low, high, scratch):
     if values.dtype == types.int8:
-        return lambda values, scales, low, high, room: _read_int8(values, scales, low, high, room)
-    return lambda values, scales, low, high, room: values[low:high]
+        return lambda values, scales, low, high, scratch: _read_int8(
+            values, scales, low, high, scratch
+        )
+    return lambda values, scales, low, high, scratch: values[low:high]
 
 
 @elementwise
-def _read_int8(values, scales, low, high, room):
+def _read_int8(values, scales, low, high, scratch):
     start = low
     while start < high:
         stop = min((start // BLOCK + 1) * BLOCK, high)
         scale, out, small = (
             scales[start // BLOCK],
-            room[start - low : stop - low],
+            scratch[start - low : stop - low],
             values[start:stop],
         )
         for i in range(small.size):
             out[i] = np.float32(small[i]) * scale
         start = stop
-    return room[: high - low]
+    return scratch[: high - low]
 
 
 # Stochastic rounding, see megatron_came.core.rounding.

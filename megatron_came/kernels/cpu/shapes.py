@@ -1,4 +1,4 @@
-"""A slice as the kernels see it: a batch of matrices, and blocks of their rows."""
+"""A slice as the kernels see it: a batch of matrices, and tiles of their rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_came.core.shard import Shard
 
 # Rows that are taken together, so as to add to the sums of columns less often.
 AT_ONCE = 4
-# Rows of a block, about, and blocks of a matrix at most: their columns are summed in fp32.
-_BLOCK_ROWS = 64
-_MAX_BLOCKS = 128
+# Rows of a tile, about, and tiles of a matrix at most: their columns are summed in fp32.
+_TILE_ROWS = 64
+_MAX_TILES = 128
 
 
 class Geometry(NamedTuple):
@@ -62,19 +62,19 @@ def row_places(shard: Shard) -> npt.NDArray[np.int64]:
     return (matrix + full_row).reshape(-1) * shard.full_columns + at_column
 
 
-def blocks_of(geometry: Geometry) -> npt.NDArray[np.int64]:
-    """Cut the rows of a slice into blocks: (blocks, 3), of each its matrix, first and last row + 1.
+def tiles_of(geometry: Geometry) -> npt.NDArray[np.int64]:
+    """Cut the rows of a slice into tiles: (tiles, 3), of each its matrix, first and last row + 1.
 
     Rows are numbered through the batch. The cut depends on the slice alone, so that any number of
     threads adds up in the same order; a power of two is shared evenly by most numbers of them.
     """
-    blocks: list[tuple[Any, ...]] = []
+    tiles: list[tuple[Any, ...]] = []
     rows, columns = geometry.rows, geometry.columns
     if geometry.size:
         first, stop = geometry.start // columns, -(-(geometry.start + geometry.size) // columns)
         for matrix in range(first // rows, -(-stop // rows)):
             low, high = max(first, matrix * rows), min(stop, (matrix + 1) * rows)
-            wanted = 1 << ((high - low - 1) // _BLOCK_ROWS).bit_length()
-            height = -(-(high - low) // (min(wanted, _MAX_BLOCKS) * AT_ONCE)) * AT_ONCE
-            blocks += [(matrix, row, min(row + height, high)) for row in range(low, high, height)]
-    return np.array(blocks, np.int64).reshape(-1, 3)
+            wanted = 1 << ((high - low - 1) // _TILE_ROWS).bit_length()
+            height = -(-(high - low) // (min(wanted, _MAX_TILES) * AT_ONCE)) * AT_ONCE
+            tiles += [(matrix, row, min(row + height, high)) for row in range(low, high, height)]
+    return np.array(tiles, np.int64).reshape(-1, 3)

@@ -1,6 +1,6 @@
 """Passes 1 and 2: sums over rows and columns.
 
-Columns are summed in fp32 by blocks of rows, in ``partial``, and these in float64; so the number of
+Columns are summed in fp32 by tiles of rows, in ``partial``, and these in float64; so the number of
 threads changes no bit.
 """
 
@@ -30,7 +30,7 @@ _WIDTH = 4096
 
 @inline
 def _quarter(geometry, row, stop):
-    """Return a quarter of a block's rows, if all of them lie in the slice from end to end."""
+    """Return a quarter of a tile's rows, if all of them lie in the slice from end to end."""
     low, high = row * geometry.columns, stop * geometry.columns
     is_whole = low >= geometry.start and high <= geometry.start + geometry.size
     return (stop - row) // AT_ONCE if is_whole else 0
@@ -45,10 +45,10 @@ def _in_slice(geometry, row):
 
 
 @inline
-def _add_blocks(blocks, partial, kind, factor, low, high, sums):
-    """Add columns [low, high) of the blocks to the sums of their matrices, (batch, columns)."""
-    for number in range(len(blocks)):
-        some, out = partial[number, kind, low:high], sums[blocks[number, 0], low:high]
+def _add_tiles(tiles, partial, kind, factor, low, high, sums):
+    """Add columns [low, high) of the tiles to the sums of their matrices, (batch, columns)."""
+    for number in range(len(tiles)):
+        some, out = partial[number, kind, low:high], sums[tiles[number, 0], low:high]
         for i in range(out.size):
             out[i] += factor * np.float64(some[i])
 
@@ -75,7 +75,7 @@ def _square_rows(g0, g1, g2, g3, sums):
 
 
 @inline
-def _square_block(grad, geometry, row, stop, row_sums, sums):
+def _square_tile(grad, geometry, row, stop, row_sums, sums):
     sums[:] = 0
     row_sums[row:stop] = 0
     n, apart = geometry.columns, _quarter(geometry, row, stop)
@@ -104,27 +104,27 @@ def _square_block(grad, geometry, row, stop, row_sums, sums):
 
 
 @Kernel
-def add_square_sums(grad, geometry, blocks, row_sums, column_sums, partial, threads):
+def add_square_sums(grad, geometry, tiles, row_sums, column_sums, partial, threads):
     """Pass 1: sums of g^2.
 
     Args:
         grad: of the slice, fp32 or bf16.
         geometry: of the slice.
-        blocks: of its rows.
+        tiles: of its rows.
         row_sums: (batch rows,), float64, out.
         column_sums: (batch, columns), float64, zeros, out.
-        partial: room for sums of columns, (blocks, 3, columns), fp32.
+        partial: scratch for sums of columns, (tiles, 3, columns), fp32.
         threads: to use.
     """
-    count = len(blocks)
+    count = len(tiles)
     for thread in prange(threads):
         for number in range(count * thread // threads, count * (thread + 1) // threads):
-            _, row, stop = blocks[number]
-            _square_block(grad, geometry, row, stop, row_sums, partial[number, 0])
+            _, row, stop = tiles[number]
+            _square_tile(grad, geometry, row, stop, row_sums, partial[number, 0])
     n = column_sums.shape[1]
     for thread in prange(threads):
         low, high = n * thread // threads, n * (thread + 1) // threads
-        _add_blocks(blocks, partial, 0, SQUARE_UNSCALE, low, high, column_sums)
+        _add_tiles(tiles, partial, 0, SQUARE_UNSCALE, low, high, column_sums)
 
 
 @fast
@@ -165,9 +165,9 @@ def _instability_rows(g, m, row_scales, column_scale, guess, errors, crosses, sq
 
 
 @inline
-def _instability_block(
+def _instability_tile(
     grad, momentum, block_scales, geometry, row, stop, row_scale, column_scale, guess, row_sums,
-    sums, room,
+    sums, scratch,
 ):  # fmt: skip
     sums[:] = 0
     row_sums[:, row:stop] = 0
@@ -181,10 +181,10 @@ def _instability_block(
             totals = _instability_rows(
                 (grad[a : a + w], grad[b : b + w], grad[c : c + w], grad[d : d + w]),
                 (
-                    read(momentum, block_scales, a, a + w, room[0]),
-                    read(momentum, block_scales, b, b + w, room[1]),
-                    read(momentum, block_scales, c, c + w, room[2]),
-                    read(momentum, block_scales, d, d + w, room[3]),
+                    read(momentum, block_scales, a, a + w, scratch[0]),
+                    read(momentum, block_scales, b, b + w, scratch[1]),
+                    read(momentum, block_scales, c, c + w, scratch[2]),
+                    read(momentum, block_scales, d, d + w, scratch[3]),
                 ),
                 (
                     row_scale[r0] * UPDATE_SCALE, row_scale[r1] * UPDATE_SCALE,
@@ -203,7 +203,7 @@ def _instability_block(
         for left in range(low, high, _WIDTH):
             right, at = min(left + _WIDTH, high), column + left - low
             alone_totals = _instability_row(
-                grad[left:right], read(momentum, block_scales, left, right, room[0]),
+                grad[left:right], read(momentum, block_scales, left, right, scratch[0]),
                 row_scale[alone] * UPDATE_SCALE, column_scale[at:], guess, sums[0, at:],
                 sums[1, at:], sums[2, at:],
             )  # fmt: skip
@@ -216,7 +216,7 @@ def _instability_block(
 
 @Kernel
 def add_instability_sums(
-    grad, momentum, block_scales, geometry, blocks, row_scale, column_scale, inverse_guesses,
+    grad, momentum, block_scales, geometry, tiles, row_scale, column_scale, inverse_guesses,
     row_sums, column_sums, partial, threads,
 ):  # fmt: skip
     """Pass 2: sums of e^2, u e and u^2, where e = u/d0 - m.
@@ -226,29 +226,29 @@ def add_instability_sums(
         momentum: likewise, fp32, bf16 or int8.
         block_scales: of int8 momentum.
         geometry: of the slice.
-        blocks: of its rows.
+        tiles: of its rows.
         row_scale: (batch rows,), fp32.
         column_scale: (batch, columns), fp32.
         inverse_guesses: 1/d0 of each matrix, fp32.
         row_sums: (3, batch rows), float64, out.
         column_sums: (3, batch, columns), float64, zeros, out; of vectors, (3, batch, 0).
-        partial: room for sums of columns, (blocks, 3, columns), fp32.
+        partial: scratch for sums of columns, (tiles, 3, columns), fp32.
         threads: to use.
     """
-    count = len(blocks)
+    count = len(tiles)
     for thread in prange(threads):
         # Only int8 needs it: rows of momentum in fp32.
-        room = np.empty(
+        scratch = np.empty(
             (AT_ONCE, min(geometry.columns, _WIDTH) if momentum.itemsize == 1 else 0), np.float32
         )
         for number in range(count * thread // threads, count * (thread + 1) // threads):
-            matrix, row, stop = blocks[number]
-            _instability_block(
+            matrix, row, stop = tiles[number]
+            _instability_tile(
                 grad, momentum, block_scales, geometry, row, stop, row_scale,
-                column_scale[matrix], inverse_guesses[matrix], row_sums, partial[number], room,
+                column_scale[matrix], inverse_guesses[matrix], row_sums, partial[number], scratch,
             )  # fmt: skip
     n = column_sums.shape[2]
     for thread in prange(threads):
         low, high = n * thread // threads, n * (thread + 1) // threads
         for kind in range(3):
-            _add_blocks(blocks, partial, kind, UPDATE_UNSCALE, low, high, column_sums[kind])
+            _add_tiles(tiles, partial, kind, UPDATE_UNSCALE, low, high, column_sums[kind])

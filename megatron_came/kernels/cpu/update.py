@@ -24,7 +24,7 @@ from megatron_came.kernels.cpu.precision import (
 )
 
 # Elements that are taken at once where momentum is not int8; rows are not cut.
-_SPAN = 4096
+_RANGE_ELEMENTS = 4096
 _ABSOLUTE = np.int32(0x7FFFFFFF)
 
 
@@ -117,7 +117,7 @@ def _clear(values):
 
 
 @inline
-def _segment(geometry, row_places, low, stop):
+def _rest_of_row(geometry, row_places, low, stop):
     """Return the row at an element, its matrix and column, its place, and where all this ends."""
     row = (geometry.start + low) // geometry.columns
     column = geometry.start + low - row * geometry.columns
@@ -130,7 +130,7 @@ def _segment(geometry, row_places, low, stop):
 
 @Kernel
 def update(grad, arrays, geometry, row_places, scales, rates, threads):
-    """Pass 3 over spans of a slice, which for int8 are its blocks.
+    """Pass 3 over flat ranges of a slice, which for int8 are its blocks.
 
     Args:
         grad: of the slice, fp32 or bf16.
@@ -147,16 +147,16 @@ def update(grad, arrays, geometry, row_places, scales, rates, threads):
     lr, decay, beta1 = np.float32(rates.lr), np.float32(rates.decay), np.float32(rates.beta1)
     rest = np.float32((1.0 - rates.beta1) * rates.inverse_divisor)
     key, is_int8 = np.uint32(rates.key), momentum.itemsize == 1
-    span = BLOCK if is_int8 else max(_SPAN // geometry.columns, 1) * geometry.columns
-    spans = -(-geometry.size // span)
+    size = BLOCK if is_int8 else max(_RANGE_ELEMENTS // geometry.columns, 1) * geometry.columns
+    count = -(-geometry.size // size)
     for thread in prange(threads):
-        for number in range(spans * thread // threads, spans * (thread + 1) // threads):
-            begin, stop = number * span, min((number + 1) * span, geometry.size)
+        for number in range(count * thread // threads, count * (thread + 1) // threads):
+            begin, stop = number * size, min((number + 1) * size, geometry.size)
             scale, inverse_scale, exponent = ONE, ONE, np.int64(0)
             if is_int8:
                 scale, largest, low = block_scales[number], np.int32(0), begin
                 while low < stop:
-                    row, matrix, column, _, high = _segment(geometry, row_places, low, stop)
+                    row, matrix, column, _, high = _rest_of_row(geometry, row_places, low, stop)
                     largest = _largest(
                         grad[low:high], momentum[low:high], column_scale[matrix, column:],
                         rest * row_scale[row], beta1, scale, largest,
@@ -166,7 +166,7 @@ def update(grad, arrays, geometry, row_places, scales, rates, threads):
                 inverse_scale = power_of_two(254 - min(exponent, 253))
             low = begin
             while low < stop:
-                row, matrix, column, place, high = _segment(geometry, row_places, low, stop)
+                row, matrix, column, place, high = _rest_of_row(geometry, row_places, low, stop)
                 _update(
                     weights[low:high], remainders[low:high], grad[low:high], momentum[low:high],
                     column_scale[matrix, column:], column_confidence[matrix, column:],

@@ -1,4 +1,4 @@
-"""Triton's back end: which parameters it takes."""
+"""Triton's backend: which parameters it takes."""
 
 from __future__ import annotations
 

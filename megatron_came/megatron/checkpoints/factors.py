@@ -26,23 +26,23 @@ from megatron_came.optimizer import CAME
 FORMAT = 1
 
 # A parameter of the model, and what the optimizer updates of it on this rank.
-Part = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 Place = tuple[slice, ...]
 
 
 def sharded_factors(
-    came: CAME, parts: Iterable[Part], model_state: Mapping[str, Any]
+    came: CAME, pairs: Iterable[Pair], model_state: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Describe all factors for ``dist_checkpointing.save`` or ``load``.
 
     Args:
         came: the optimizer, with its state.
-        parts: in an order that is the same when the checkpoint is loaded at the same layout.
+        pairs: in an order that is the same when the checkpoint is loaded at the same layout.
         model_state: the model's sharded state dictionary, made with ``keep_vars=True``.
 
     Returns:
-        ``format`` and ``parameters``: by position of the part and name of the factor, a list of
-        pieces with ``values`` (a ``ShardedTensor`` named ``optimizer.state.<factor>.<name of the
+        ``format`` and ``parameters``: by position of the pair and name of the factor, a list of
+        boxes with ``values`` (a ``ShardedTensor`` named ``optimizer.state.<factor>.<name of the
         parameter>``) and ``place`` in the factor.
 
     Raises:
@@ -54,14 +54,14 @@ def sharded_factors(
         for entry in nested_values(extract_sharded_tensors_and_factories(model_state)[0])
     }
     parameters: dict[str, Any] = {}
-    for position, (param, part) in enumerate(parts):
+    for position, (param, local) in enumerate(pairs):
         if id(param) not in entries:
             raise ValueError(
                 f"--optimizer came: a parameter of shape {tuple(param.shape)} is not in the "
                 "model's sharded state, so its factors cannot be saved or loaded: give "
                 "--no-save-optim to save and --no-load-optim to load, or use --optimizer adam."
             )
-        entry, shard = entries[id(param)], came.shard_of(part)
+        entry, shard = entries[id(param)], came.shard_of(local)
         if isinstance(entry, ShardedTensor) and _cuts(entry) != shard.tp_size:
             raise ValueError(
                 f"--optimizer came: {entry.key} is cut into {_cuts(entry)} by tensor parallelism, "
@@ -69,11 +69,11 @@ def sharded_factors(
                 "layers that set tensor_model_parallel and partition_dim, or "
                 "--tensor-model-parallel-size 1, and start again."
             )
-        state = came.state[part]
+        state = came.state[local]
         parameters[str(position)] = {
             key: [
                 {"values": values, "place": LocalNonpersistentObject(place)}
-                for values, place in pieces_of(key, state[key], entry, param)
+                for values, place in boxes_of(key, state[key], entry, param)
             ]
             for key in FACTORS
             if key in state
@@ -81,12 +81,12 @@ def sharded_factors(
     return {"format": FORMAT, "parameters": parameters}
 
 
-def load_factors(came: CAME, parts: Iterable[Part], loaded: Mapping[str, Any]) -> None:
+def load_factors(came: CAME, pairs: Iterable[Pair], loaded: Mapping[str, Any]) -> None:
     """Copy loaded factors into the optimizer's state.
 
     Args:
         came: the optimizer, with its state.
-        parts: as given to :func:`sharded_factors`.
+        pairs: as given to :func:`sharded_factors`.
         loaded: what ``dist_checkpointing.load`` has made of its result.
 
     Raises:
@@ -94,11 +94,11 @@ def load_factors(came: CAME, parts: Iterable[Part], loaded: Mapping[str, Any]) -
     """
     if loaded.get("format") != FORMAT:
         raise ValueError(unknown_format(loaded.get("format")))
-    for position, (_, part) in enumerate(parts):
-        state = came.state[part]
-        for key, pieces in loaded["parameters"][str(position)].items():
-            for piece in pieces:
-                state[key][piece["place"]].copy_(piece["values"])
+    for position, (_, local) in enumerate(pairs):
+        state = came.state[local]
+        for key, boxes in loaded["parameters"][str(position)].items():
+            for box in boxes:
+                state[key][box["place"]].copy_(box["values"])
 
 
 def unknown_format(found: object) -> str:
@@ -109,7 +109,7 @@ def unknown_format(found: object) -> str:
     )
 
 
-def pieces_of(
+def boxes_of(
     key: str, factor: Tensor, entry: ShardedTensor | ShardedTensorFactory, param: Tensor
 ) -> Iterator[tuple[ShardedTensor, Place]]:
     """Cut a factor as the parameter is cut in the checkpoint (SwiGLU's halves, experts)."""
@@ -117,21 +117,21 @@ def pieces_of(
     leaves = [entry] if isinstance(entry, ShardedTensor) else nested_values(entry.build())
     for leaf in leaves:
         place = without_averaged_axis(key, place_in(leaf.data, param))
-        bounds = tuple((span.start, span.stop) for span in place)
+        bounds = tuple((axis.start, axis.stop) for axis in place)
         if bounds in seen:  # halves of the rows have all of the columns: one copy will do
             continue
         seen.add(bounds)
-        yield _piece(key, factor[place], leaf), place
+        yield _box(key, factor[place], leaf), place
 
 
-def _piece(key: str, values: Tensor, leaf: ShardedTensor) -> ShardedTensor:
+def _box(key: str, values: Tensor, leaf: ShardedTensor) -> ShardedTensor:
     axis, replica_id = AVERAGED_AXIS[key], leaf.replica_id
     if axis is not None:
         pipeline, tensor, data = replica_id
         # Ranks that hold other parts of the averaged dimension hold the same factor.
         replica_id = (pipeline, tensor + leaf.global_offset[axis] // leaf.local_shape[axis], data)
     fragmentations = leaf.axis_fragmentations
-    piece = replace(
+    box = replace(
         leaf,
         key=f"optimizer.state.{key}.{leaf.key}",
         data=values,
@@ -144,12 +144,12 @@ def _piece(key: str, values: Tensor, leaf: ShardedTensor) -> ShardedTensor:
         else without_averaged_axis(key, tuple(fragmentations)),
         replica_id=replica_id,
     )
-    piece.validate_metadata_integrity()
-    return piece
+    box.validate_metadata_integrity()
+    return box
 
 
 def _cuts(entry: ShardedTensor) -> int:
-    """Into how many parts the parameter's own dimensions are cut."""
+    """Into how many boxes the parameter's own dimensions are cut."""
     return math.prod((entry.axis_fragmentations or ())[entry.prepend_axis_num :])
 
 

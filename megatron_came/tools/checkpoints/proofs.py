@@ -12,7 +12,7 @@ import torch
 from megatron_came.checkpoint_files.claims import files_of, metadata_flaws
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.legacy import flat_parameters
-from megatron_came.checkpoint_files.stored import Box, CheckpointTensor, Shape
+from megatron_came.checkpoint_files.stored import CheckpointTensor, ReadBox, Shape
 from megatron_came.checkpoint_files.tensors import StoredTensor
 from megatron_came.core import digests, int8
 from megatron_came.core.digests import WEIGHTS, Record
@@ -55,7 +55,7 @@ class Proofs:
             for tensor in tensors
         )
 
-    def add(self, tensor: CheckpointTensor, box: Box) -> None:
+    def add(self, tensor: CheckpointTensor, box: ReadBox) -> None:
         """Add elements of a tensor."""
         if tensor.kind is None:
             return
@@ -71,10 +71,10 @@ class Proofs:
             values = box.values[at]
             size, offset = tuple(values.shape), box.offsets[depth:]
             whole = self._record.tensors[tensor.kind][name].shape
-            where = digests.Box.alone(size, offset, whole)
+            where = digests.PlacedBox.alone(size, offset, whole)
             self._sums[tensor.kind, name][offset][0] += _sum(tensor.kind, values, size, where)
 
-    def _add_bucket(self, kind: str, key: str, box: Box) -> None:
+    def _add_bucket(self, kind: str, key: str, box: ReadBox) -> None:
         first, last = box.offsets[0], box.offsets[0] + box.values.numel()
         for number, inside in enumerate(self._record.buckets.get(key, ())):
             low = max(inside.start, first)
@@ -118,7 +118,9 @@ class Proofs:
         return digests.unsigned(sum(next(iter(copies.values())) for copies in sums))
 
 
-def _sum(kind: str, values: torch.Tensor, shape: Shape, box: digests.Box, start: int = 0) -> int:
+def _sum(
+    kind: str, values: torch.Tensor, shape: Shape, box: digests.PlacedBox, start: int = 0
+) -> int:
     if kind != WEIGHTS and values.dtype not in _DTYPES:
         return 0
     terms = digests.terms(values, shape, box, start=start, as_fp32=kind != WEIGHTS)

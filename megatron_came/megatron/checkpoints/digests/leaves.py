@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
-from megatron_came.core.digests import Box, name_of
+from megatron_came.core.digests import PlacedBox, name_of
 from megatron_came.core.state import AVERAGED_AXIS, without_averaged_axis
 from megatron_came.megatron.checkpoints.factors import place_in
 
@@ -31,7 +31,7 @@ class Leaf:
     """
 
     name: str
-    box: Box
+    box: PlacedBox
     is_main: bool
     is_first: bool
     copy: Tensor | None
@@ -50,12 +50,12 @@ class Entry:
         return (leaf for leaf in self.leaves if leaf.copy is None)
 
     def factor(self, key: str) -> Iterator[Leaf]:
-        """The boxes that a factor consists of, as :func:`.factors.pieces_of` has it."""
+        """The boxes that a factor consists of, as :func:`.factors.boxes_of` has it."""
         axis = AVERAGED_AXIS[key]
         seen = set()
         for leaf in self.views:
             box = leaf.box
-            own = Box(
+            own = PlacedBox(
                 *(
                     without_averaged_axis(key, s)
                     for s in (box.place, box.size, box.offset, box.shape)
@@ -131,7 +131,7 @@ def _leaf(leaf: ShardedTensor, whole: Tensor) -> Leaf:
     replica = leaf.replica_id if isinstance(leaf.replica_id, tuple) else (leaf.replica_id,)
     return Leaf(
         name=name_of(leaf.key, tuple(leaf.global_offset[:axes])),
-        box=Box(place, size, offset, tuple(leaf.global_shape[axes:])),
+        box=PlacedBox(place, size, offset, tuple(leaf.global_shape[axes:])),
         is_main=is_main_replica(leaf.replica_id),
         is_first=not any(replica[:-1]),
         copy=copy,

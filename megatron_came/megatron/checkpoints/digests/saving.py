@@ -22,8 +22,8 @@ from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of,
 from megatron_came.megatron.checkpoints.digests.sums import (
     Sums,
     distinct,
-    main_pieces,
-    momentum_pieces,
+    main_ranges,
+    momentum_ranges,
 )
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
@@ -139,11 +139,11 @@ def counts(wrapper: Any) -> bool:
 def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[int]:
     """Add an optimizer's state; returns the entries whose weights are its main weights."""
     shared: set[int] = set()
-    for param, part in wrapper._pairs:
+    for param, local in wrapper._pairs:
         entry = entries.get(id(param))
         if entry is None:
             continue
-        shard, state = wrapper.optimizer.shard_of(part), wrapper.optimizer.state[part]
+        shard, state = wrapper.optimizer.shard_of(local), wrapper.optimizer.state[local]
         sums.add_factors(entry, state)
         # Of fp32 weights the slices are views, and need to be read only once.
         same = is_sliced(wrapper) and param.dtype == torch.float32
@@ -153,10 +153,10 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
         if not counts(wrapper):
             continue
         start = shard.start if is_sliced(wrapper) else None
-        if is_sliced(wrapper) or part is not param:
+        if is_sliced(wrapper) or local is not param:
             kinds = (MAIN_WEIGHTS, WEIGHTS) if same else (MAIN_WEIGHTS,)
-            sums.add_slice(kinds, entry, main_pieces(part, state), start)
-        sums.add_slice((MOMENTUM,), entry, momentum_pieces(state), start)
+            sums.add_slice(kinds, entry, main_ranges(local, state), start)
+        sums.add_slice((MOMENTUM,), entry, momentum_ranges(state), start)
     return shared
 
 

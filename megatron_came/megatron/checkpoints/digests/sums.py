@@ -16,7 +16,7 @@ from megatron_came.core.digests import (
     MAIN_WEIGHTS,
     MOMENTUM,
     WEIGHTS,
-    Box,
+    PlacedBox,
     Saved,
     Term,
     signed,
@@ -31,14 +31,14 @@ from megatron_came.kernels.digests import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
 
 KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
-# Elements that are converted in one piece, whole blocks of int8.
-_PIECE = 1 << 18
+# Elements that are converted at once, whole blocks of int8.
+_AT_ONCE = 1 << 18
 # Elements that wait to be added up; those that were converted need memory.
 _WAITING = 1 << 24
 
 Kinds = tuple[str, ...]
 Names = tuple[tuple[str, tuple[int, ...], str], ...]
-Pieces = Iterator[tuple[int, Tensor]]
+Ranges = Iterator[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +95,17 @@ class Sums:
         self._add((WEIGHTS,), entry.tensor, [leaf for leaf in entry.views if leaf.is_main])
         for leaf in entry.leaves:
             if leaf.copy is not None and leaf.is_main:
-                box = Box.alone(leaf.box.size, leaf.box.offset, leaf.box.shape)
+                box = PlacedBox.alone(leaf.box.size, leaf.box.offset, leaf.box.shape)
                 alone = Leaf(leaf.name, box, leaf.is_main, leaf.is_first, None)
                 self._add((WEIGHTS,), leaf.copy, [alone])
 
-    def add_slice(self, kinds: Kinds, entry: Entry, pieces: Pieces, start: int | None) -> None:
+    def add_slice(self, kinds: Kinds, entry: Entry, ranges: Ranges, start: int | None) -> None:
         """Add a slice of main weights or momentum.
 
         Args:
             kinds: all that have these values.
             entry: of the parameter.
-            pieces: of the slice: where they begin in it, and their values in fp32 or bf16, flat.
+            ranges: of the slice: where they begin in it, and their values in fp32 or bf16, flat.
             start: where the slice begins in the parameter; None for all of the parameter, of which
                 the other data-parallel ranks have copies.
         """
@@ -113,7 +113,7 @@ class Sums:
             leaf for leaf in entry.views if (leaf.is_first if start is not None else leaf.is_main)
         ]
         shape = tuple(entry.tensor.shape)
-        for begin, values in pieces if leaves else ():
+        for begin, values in ranges if leaves else ():
             self._add(kinds, values, leaves, shape, (start or 0) + begin)
 
     def add_factors(self, entry: Entry, state: Mapping[str, Tensor]) -> None:
@@ -240,29 +240,29 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def as_it_is(values: Tensor) -> Pieces:
-    """One piece."""
+def in_one_range(values: Tensor) -> Ranges:
+    """Values as they are, as one range."""
     yield 0, values.detach().reshape(-1)
 
 
-def momentum_pieces(state: Mapping[str, Tensor]) -> Pieces:
+def momentum_ranges(state: Mapping[str, Tensor]) -> Ranges:
     """The momentum, as it goes into a checkpoint."""
     momentum = state[MOMENTUM_KEY].detach().view(-1)
     codec = codec_of(momentum.dtype)
     if codec.exact == momentum.dtype:
         yield 0, momentum
         return
-    for begin in range(0, momentum.numel(), _PIECE):
-        yield begin, codec.read(state, begin, min(begin + _PIECE, momentum.numel()))
+    for begin in range(0, momentum.numel(), _AT_ONCE):
+        yield begin, codec.read(state, begin, min(begin + _AT_ONCE, momentum.numel()))
 
 
-def main_pieces(part: Tensor, state: Mapping[str, Tensor]) -> Pieces:
+def main_ranges(local: Tensor, state: Mapping[str, Tensor]) -> Ranges:
     """The main weights, in fp32."""
-    part = part.detach().view(-1)
+    local = local.detach().view(-1)
     if REMAINDER not in state:
-        yield 0, part
+        yield 0, local
         return
     remainder = state[REMAINDER].view(-1)
-    for begin in range(0, part.numel(), _PIECE):
-        span = slice(begin, begin + _PIECE)
-        yield begin, join(part[span], remainder[span])
+    for begin in range(0, local.numel(), _AT_ONCE):
+        some = slice(begin, begin + _AT_ONCE)
+        yield begin, join(local[some], remainder[some])

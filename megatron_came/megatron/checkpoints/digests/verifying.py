@@ -31,9 +31,9 @@ from megatron_came.megatron.checkpoints.digests.saving import (
 )
 from megatron_came.megatron.checkpoints.digests.sums import (
     Sums,
-    as_it_is,
     distinct,
-    main_pieces,
+    in_one_range,
+    main_ranges,
 )
 from megatron_came.optimizer import CAME
 from megatron_came.voice import rank, say, stop
@@ -154,7 +154,7 @@ class Verification:
         start, stop = wrapper._range_of(param)
         main, momentum = tensors["param"], tensors[MOMENTUM_KEY]
         for kind, values in ((MAIN_WEIGHTS, main), (MOMENTUM, momentum)):
-            self._sums.add_slice((kind,), entry, as_it_is(values), start)
+            self._sums.add_slice((kind,), entry, in_one_range(values), start)
         self._sums.flush()
         self._compare(entry, param.detach().view(-1)[start:stop], main)
 
@@ -165,12 +165,12 @@ class Verification:
         if is_sliced(wrapper):
             return  # it reads slices, see above
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = {id(part): id(param) for param, part in wrapper._pairs}
+        params = {id(local): id(param) for param, local in wrapper._pairs}
         mine = chain.from_iterable(group["params"] for group in came.param_groups)
-        for key, part in zip(saved, mine, strict=False):  # what does not fit is said by CAME
-            state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(part)])
+        for key, local in zip(saved, mine, strict=False):  # what does not fit is said by CAME
+            state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(local)])
             if entry is not None and MOMENTUM_KEY in state:
-                self._sums.add_slice((MOMENTUM,), entry, as_it_is(momentum_of(state)), None)
+                self._sums.add_slice((MOMENTUM,), entry, in_one_range(momentum_of(state)), None)
                 self._note_dtypes(entry, state)
         self._sums.flush()
 
@@ -224,15 +224,15 @@ class Verification:
 
     def _add_rest(self, wrapper: Any) -> None:
         """Add factors, and the main weights of an optimizer of whole tensors."""
-        for param, part in wrapper._pairs:
+        for param, local in wrapper._pairs:
             entry = self._entries.get(id(param))
             if entry is None:
                 continue
-            state = wrapper.optimizer.state[part]
+            state = wrapper.optimizer.state[local]
             self._sums.add_factors(entry, state)
-            if not is_sliced(wrapper) and part is not param:
-                self._sums.add_slice((MAIN_WEIGHTS,), entry, main_pieces(part, state), None)
-                self._compare(entry, param.detach(), part.detach())
+            if not is_sliced(wrapper) and local is not param:
+                self._sums.add_slice((MAIN_WEIGHTS,), entry, main_ranges(local, state), None)
+                self._compare(entry, param.detach(), local.detach())
 
 
 def note_slice(wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
