@@ -12,7 +12,8 @@ def test_gpt2_sizes():
     assert sum(a * b for a, *rest in shapes_of("gpt2-medium") for b in rest or [1]) == 354_871_296
 
 
-def test_a_step_is_timed_and_written(tmp_path, capsys):
+def test_a_step_is_timed_and_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_came.bench.floors._ELEMENTS", 1 << 20)
     file = tmp_path / "results" / "one.json"
     options = ["--model", "gpt2-mini", "--layers", "1", "--steps", "1", "--device", "cpu"]
     assert command.main([*options, "--only", "came,", "adamw, fused", "--json", str(file)]) == 0

@@ -46,7 +46,7 @@ def compiled(is_dispatcher: bool = True) -> Made:
         function(numbers)
         assert numbers.tolist() == [0.0, 1 / 3, 2 / 3, 1.0]
         return Made(sum(function.stats.cache_hits.values()), " ".join(notes))
-    made = keeping.compile_and_keep(fill_one, types.int64(types.int64)).function
+    made = keeping.compile_and_keep(fill_one, types.int64(types.int64))
     assert made.ctypes(4) == 5
     return Made(made.cache_hits, " ".join(notes))
 

@@ -9,7 +9,7 @@ import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from numba import cfunc
 from numba.core import sigutils
@@ -98,14 +98,7 @@ def keep(dispatcher: Any, variant: str = "") -> Any:
     return dispatcher
 
 
-class Compiled(NamedTuple):
-    """A function that C can call."""
-
-    function: CFunc
-    note: str = ""
-
-
-def compile_and_keep(function: Callable[..., Any], signature: Any) -> Compiled:
+def compile_and_keep(function: Callable[..., Any], signature: Any) -> CFunc:
     """Compile a function that C can call, or load it likewise.
 
     Args:
@@ -114,11 +107,11 @@ def compile_and_keep(function: Callable[..., Any], signature: Any) -> Compiled:
     """
     cache = _cache_of(function, "")
     if cache is None:
-        return Compiled(cfunc(signature, **_OPTIONS)(function))
+        return cast(CFunc, cfunc(signature, **_OPTIONS)(function))
     compiled = CFunc(function, sigutils.normalize_signature(signature), {}, dict(_OPTIONS))
     compiled._cache = cache
     compiled.compile()
-    return Compiled(compiled)
+    return compiled
 
 
 def _cache_of(function: Callable[..., Any], variant: str) -> _Cache | None:
