@@ -216,7 +216,9 @@ def add_instability_sums(
     for thread in prange(threads):
         # Only int8 needs it: rows of momentum in fp32.
         room = np.empty((AT_ONCE, geometry.columns if momentum.itemsize == 1 else 0), np.float32)
-        for number in range(count * thread // threads, count * (thread + 1) // threads):
+        first, end = count * thread // threads, count * (thread + 1) // threads
+        for step in range(end - first):
+            number = end - 1 - step  # backwards: what pass 1 read last is still in the cache
             matrix, row, stop = blocks[number]
             _instability_block(
                 grad, momentum, block_scales, geometry, row, stop, row_scale,
