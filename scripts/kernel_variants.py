@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_came.kernels.triton import factors, launch, tiles, vectors
+from megatron_came.kernels.triton import blocks, factors, launch, tiles, vectors
 from megatron_came.kernels.triton.backend import TritonBackend
 from megatron_came.kernels.triton.tiling import Tiling
 
@@ -55,7 +55,7 @@ def _variants() -> list[Variant]:
             for tiling, suffix in ((usual, ""), (tall, ", tall")):
                 found.append(_variant(kernel, name + suffix, tiling, turn, ALIGNED=aligned))
         found.append(_variant(tiles.apply_tiles, name, usual, turn, ALIGNED=aligned))
-    found.append(_variant(tiles.apply_blocks, "int8 momentum", usual, usual.block_elements))
+    found.append(_variant(blocks.apply_blocks, "int8 momentum", usual, usual.block_elements))
     for tiling, suffix in ((usual, ""), (tall, ", tall")):
         for squares, name in ((True, "pass 1"), (False, "pass 2")):
             turn = launch.ADDITION_TILES * tiling.addition
@@ -86,7 +86,9 @@ def compile_for(variant: Variant, capability: int) -> Any:
     Returns:
         Triton's compiled kernel, with ``asm["ptx"]`` and ``asm["cubin"]``.
     """
-    module = next(module for module in (tiles, factors, vectors) if hasattr(module, variant.kernel))
+    module = next(
+        module for module in (tiles, blocks, factors, vectors) if hasattr(module, variant.kernel)
+    )
     kernel = getattr(module, variant.kernel)
     names = kernel.arg_names
     signature, hints = {}, {}

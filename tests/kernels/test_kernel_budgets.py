@@ -60,10 +60,11 @@ def test_a_kernel_keeps_to_its_budget(name, rows):
 
 
 def test_every_kernel_is_in_the_report(rows):
-    from megatron_came.kernels.triton import factors, tiles, vectors
+    from megatron_came.kernels.triton import blocks, factors, tiles, vectors
 
     compiled = {name.split()[0] for name in rows}
-    source = "".join(Path(module.__file__).read_text() for module in (factors, tiles, vectors))
+    modules = (blocks, factors, tiles, vectors)
+    source = "".join(Path(module.__file__).read_text() for module in modules)
     assert set(re.findall(r"@kernel\ndef (\w+)", source)) == compiled
 
 

@@ -53,7 +53,7 @@ def _add_up(address, count):
 @cache
 def _compiled() -> tuple[object, Callable[[int, int], None]]:
     """Compile :func:`_add_up`, or load it from Numba's cache; kept together with its address."""
-    function, _ = compile_and_keep(_add_up, types.void(types.voidptr, types.int64))
+    function = compile_and_keep(_add_up, types.void(types.voidptr, types.int64))
     address = function.address  # of what is kept
     assert address is not None
     return function, _Task(address)

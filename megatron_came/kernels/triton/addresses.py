@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from megatron_came.kernels.state_checks import (
     is_int8_momentum,
     wanted_state,
 )
+from megatron_came.kernels.triton.device import Device
 from megatron_came.kernels.triton.tables import IntTable
-
-if TYPE_CHECKING:
-    from megatron_came.kernels.triton.backend import TritonBackend
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -58,7 +56,7 @@ class Addresses:
         slices: Sequence[ParameterSlice],
         table: IntTable,
         factors: Sequence[str],
-        device: TritonBackend,
+        device: Device,
         is_int8: bool,
     ) -> None:
         self._slices, self._table, self._factors = slices, table, factors

@@ -95,3 +95,59 @@ def rates(group):
         lr.to(tl.float32),
         decay.to(tl.float32),
     )
+
+
+@triton.jit
+def momenta_of(param):
+    """Address of a parameter's momentum, whether it is bf16, and the address of its scales."""
+    return (
+        tl.load(param + tables.MatrixField.EXP_AVG),
+        tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16),
+        tl.load(param + tables.MatrixField.EXP_AVG_SCALE),
+    )
+
+
+@triton.jit
+def scales_of(param):
+    """Pointers to a parameter's row and column scales, and row and column confidences."""
+    return (
+        floats(tl.load(param + tables.MatrixField.ROW_SCALE)),
+        floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)),
+        floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)),
+        floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE)),
+    )
+
+
+@triton.jit
+def weights_of(param):
+    """Addresses of a parameter's weights, remainders and model weights; whether these are bf16."""
+    return (
+        tl.load(param + tables.MatrixField.PARAM),
+        tl.load(param + tables.MatrixField.REMAINDER),
+        tl.load(param + tables.MatrixField.MODEL_WEIGHT),
+        tl.load(param + tables.MatrixField.MODEL_IS_BF16),
+    )
+
+
+@triton.jit
+def divisor_of(divisors, param, matrix, number: tl.constexpr):
+    """Pointer to 1/d0 of matrices of a parameter if the number is 0, to 1/d if it is 1."""
+    return divisors + 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix) + number
+
+
+@triton.jit
+def full_places(param, matrix, row, column):
+    """Where random bits belong to: row and column of a tile's first element in the full matrix.
+
+    Returns:
+        Row and column; columns of the full matrix; local rows of one of the tensor's equal parts,
+        and rows of the full matrix between the local ones of two.
+    """
+    full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
+    full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS) + row
+    full_row += tl.load(param + tables.MatrixField.ROW_OFFSET)
+    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
+    full_columns = tl.load(param + tables.MatrixField.FULL_COLUMNS)
+    part_rows = tl.load(param + tables.MatrixField.PART_ROWS)
+    part_jump = tl.load(param + tables.MatrixField.PART_JUMP)
+    return full_row, full_column, full_columns, part_rows, part_jump

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepIn
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.kernels.state_checks import is_int8_momentum
 from megatron_came.kernels.triton.addresses import Addresses, Seen
+from megatron_came.kernels.triton.device import Device
 from megatron_came.kernels.triton.launch import Tables, aligned, run
 from megatron_came.kernels.triton.schedule import Schedule, Schedules
 from megatron_came.kernels.triton.tables import (
@@ -27,9 +27,6 @@ from megatron_came.kernels.triton.tables import (
 )
 from megatron_came.kernels.triton.tiling import cut, cut_blocks, in_cache, with_higher_tiles
 
-if TYPE_CHECKING:
-    from megatron_came.kernels.triton.backend import TritonBackend
-
 
 class TritonPasses:
     """:class:`megatron_came.kernels.backend.Passes` on a GPU.
@@ -42,7 +39,7 @@ class TritonPasses:
     """
 
     def __init__(
-        self, sums: Mapping[ParameterSlice, SliceSums], device: TritonBackend, is_local: bool
+        self, sums: Mapping[ParameterSlice, SliceSums], device: Device, is_local: bool
     ) -> None:
         self._device, self._sums = device, sums
         self._cache_elements = None
@@ -151,7 +148,7 @@ class TritonStep:
 
     def __init__(
         self,
-        device: TritonBackend,
+        device: Device,
         tables: Tables,
         schedules: Schedules,
         seen: Sequence[Seen],

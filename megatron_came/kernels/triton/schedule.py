@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
-from megatron_came.kernels.triton import factors, tiles, vectors
+from megatron_came.kernels.triton import blocks, factors, tiles, vectors
 from megatron_came.kernels.triton.tiling import MatrixSet
 
 
@@ -13,7 +13,7 @@ class Launch(NamedTuple):
     """A kernel over rows of the table that it takes.
 
     Attributes:
-        kernel: one of those of ``tiles``, ``factors`` and ``vectors``.
+        kernel: one of those of ``tiles``, ``blocks``, ``factors`` and ``vectors``.
         rows: the sums of the first tile are first in the scratch buffer.
         kinds: of sums that are added: 1 for g^2; 3 for e^2, u e and u^2; 0 where none are.
     """
@@ -79,7 +79,7 @@ class Schedules(NamedTuple):
             second.append(Launch(factors.sum_squared_updates, matrices))
             third = [Launch(factors.update_instabilities, of_factors)]
             if is_int8:
-                third.append(Launch(tiles.apply_blocks, of_blocks))
+                third.append(Launch(blocks.apply_blocks, of_blocks))
             else:
                 # Cut as in the other passes, so that the same processors take the same tiles.
                 third += [Launch(tiles.apply_tiles, some) for some, _ in fills]

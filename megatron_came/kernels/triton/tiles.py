@@ -14,21 +14,24 @@ import triton.language as tl
 from megatron_came.kernels.triton import storage, tables
 from megatron_came.kernels.triton.compiling import (
     ADDITION_FIELDS,
-    BLOCKS_FIELDS,
     FAR,
     GROUP_FIELDS,
-    INT8_BLOCK,
     MATRIX_FIELDS,
     SQUARE_SCALE,
     SQUARE_UNSCALE,
     TILE_FIELDS,
     UPDATE_SCALE,
     UPDATE_UNSCALE,
+    divisor_of,
     doubles,
     floats,
+    full_places,
     kernel,
+    momenta_of,
     note_tables,
     rates,
+    scales_of,
+    weights_of,
 )
 
 
@@ -136,14 +139,11 @@ def instability_tiles(
     )
     grads = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
-    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
-    momenta_are_bf16 = tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16)
-    momentum_scales = tl.load(param + tables.MatrixField.EXP_AVG_SCALE)
+    momenta, momenta_are_bf16, momentum_scales = momenta_of(param)
     rows = tl.load(param + tables.MatrixField.ROWS)
     row_scales = floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + matrix * rows + row
     column_scales = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * width
-    first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
-    inverse_guess = tl.load(divisors + 2 * (first_matrix + matrix))
+    inverse_guess = tl.load(divisor_of(divisors, param, matrix, 0))
     sums = scratch + number.to(tl.int64) * (3 * (ROWS + COLUMNS))
     steps = tl.arange(0, STEP)
     across = tl.arange(0, COLUMNS)
@@ -247,44 +247,32 @@ def apply_tiles(
     )
     grads = tl.load(param + tables.MatrixField.GRAD)
     is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
-    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
-    momenta_are_bf16 = tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16)
-    full_columns = tl.load(param + tables.MatrixField.FULL_COLUMNS)
-    full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
-    full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS) + row
-    full_row += tl.load(param + tables.MatrixField.ROW_OFFSET)
-    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
-    part_rows = tl.load(param + tables.MatrixField.PART_ROWS)
-    part_jump = tl.load(param + tables.MatrixField.PART_JUMP)
-    weights = tl.load(param + tables.MatrixField.PARAM)
-    remainders = tl.load(param + tables.MatrixField.REMAINDER)
-    model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
-    model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
-    rows = tl.load(param + tables.MatrixField.ROWS)
-    row_place = matrix * rows + row
-    column_place = matrix * width + column
-    row_scales = floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + row_place
-    row_confidences = floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)) + row_place
-    column_scales = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + column_place
-    column_confidences = floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
-    first_matrix = tl.load(param + tables.MatrixField.FIRST_MATRIX)
-    inverse_divisor = tl.load(divisors + 2 * (first_matrix + matrix) + 1)
+    momenta, momenta_are_bf16, _ = momenta_of(param)
+    full_row, full_column, full_columns, part_rows, part_jump = full_places(
+        param, matrix, row, column
+    )
+    weights, remainders, model, model_is_bf16 = weights_of(param)
+    row_place = matrix * tl.load(param + tables.MatrixField.ROWS) + row
+    row_scales, column_scales, row_confidences, column_confidences = scales_of(param)
+    inverse_divisor = tl.load(divisor_of(divisors, param, matrix, 1))
     group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
     beta1, rest, lr, decay = rates(group)
     key = storage.step_key(tl.load(param + tables.MatrixField.KEY), group)
     steps = tl.arange(0, STEP)
     across = tl.arange(0, COLUMNS)
     inside = across < width - column.to(tl.int32)
-    column_scale = tl.load(column_scales + across, mask=inside, other=0.0)
-    column_confidence = tl.load(column_confidences + column_place + across, mask=inside, other=0.0)
+    columns = matrix * width + column + across
+    column_scale = tl.load(column_scales + columns, mask=inside, other=0.0)
+    column_confidence = tl.load(column_confidences + columns, mask=inside, other=0.0)
     height = (stop_row - row).to(tl.int32)
     for first in range(0, height, STEP):
         down = first + steps
         in_rows = down < height
         offset = down[:, None] * width + across[None, :]
         mask = in_rows[:, None] & inside[None, :] & (offset >= low) & (offset < high)
-        row_scale = tl.load(row_scales + down, mask=in_rows, other=0.0) * inverse_divisor
-        row_confidence = tl.load(row_confidences + down, mask=in_rows, other=0.0) * lr
+        row_scale = tl.load(row_scales + row_place + down, mask=in_rows, other=0.0)
+        row_scale *= inverse_divisor
+        row_confidence = tl.load(row_confidences + row_place + down, mask=in_rows, other=0.0) * lr
         grad = storage.read(grads, is_bf16, place + offset, mask, ALIGNED)
         momentum = storage.read(momenta, momenta_are_bf16, place + offset, mask, ALIGNED)
         weight = storage.weights(weights, remainders, place + offset, mask, ALIGNED)
@@ -299,83 +287,3 @@ def apply_tiles(
         storage.store_weights(weights, remainders, place + offset, weight, mask, ALIGNED)
         if model != 0:
             storage.store_short(model, model_is_bf16, place + offset, weight, mask, ALIGNED)
-
-
-@kernel
-def apply_blocks(from_row, matrices, blocks, groups, divisors, BLOCKS: tl.constexpr):
-    """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
-
-    Args:
-        from_row: what the first program takes of the table.
-        matrices: table of ``MatrixField``, int64.
-        blocks: table of ``BlocksField``, int64.
-        groups: table of ``GroupField``, float64.
-        divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        BLOCKS: of a row of their table.
-    """
-    note_tables()
-    row_of_blocks = blocks + (tl.program_id(0) + from_row).to(tl.int64) * BLOCKS_FIELDS
-    param = matrices + tl.load(row_of_blocks + tables.BlocksField.PARAM) * MATRIX_FIELDS
-    first = tl.load(row_of_blocks + tables.BlocksField.FIRST)
-    stop = tl.load(row_of_blocks + tables.BlocksField.STOP)
-    rows = tl.load(param + tables.MatrixField.ROWS)
-    columns = tl.load(param + tables.MatrixField.COLUMNS)
-    # Matrix, row and column of the first element, then those of the others, in 32 bits.
-    place = tl.load(param + tables.MatrixField.START) + first
-    base = place // columns
-    first_matrix = base // rows
-    numbers = tl.arange(0, BLOCKS)
-    inside = numbers[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
-    from_base = (place - base * columns).to(tl.int32) + inside
-    below = from_base // columns.to(tl.int32)
-    column = from_base - below * columns.to(tl.int32)
-    row = (base - first_matrix * rows).to(tl.int32) + below
-    matrices_on = row // rows.to(tl.int32)
-    row -= matrices_on * rows.to(tl.int32)
-    matrix = first_matrix + matrices_on
-    index = first + inside
-    mask = index < stop
-
-    row_place = base + below
-    column_place = matrix * columns + column
-    row_scales = floats(tl.load(param + tables.MatrixField.ROW_SCALE))
-    column_scales = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE))
-    row_confidences = floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE))
-    column_confidences = floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
-    row_scale = tl.load(row_scales + row_place, mask=mask, other=0.0)
-    column_scale = tl.load(column_scales + column_place, mask=mask, other=0.0)
-    row_confidence = tl.load(row_confidences + row_place, mask=mask, other=0.0)
-    column_confidence = tl.load(column_confidences + column_place, mask=mask, other=0.0)
-    divisor = 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix) + 1
-    inverse_divisor = tl.load(divisors + divisor, mask=mask, other=0.0)
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
-    beta1, rest, lr, decay = rates(group)
-
-    grads = tl.load(param + tables.MatrixField.GRAD)
-    is_bf16 = tl.load(param + tables.MatrixField.GRAD_IS_BF16)
-    momenta = tl.load(param + tables.MatrixField.EXP_AVG)
-    momentum_scales = tl.load(param + tables.MatrixField.EXP_AVG_SCALE)
-    weights = tl.load(param + tables.MatrixField.PARAM)
-    remainders = tl.load(param + tables.MatrixField.REMAINDER)
-    grad = storage.read(grads, is_bf16, index, mask, False)
-    momentum = storage.momenta(momenta, 0, momentum_scales, index, mask, False)
-    weight = storage.weights(weights, remainders, index, mask, False)
-    momentum = beta1 * momentum + rest * (grad * (row_scale * inverse_divisor) * column_scale)
-    weight -= decay * weight
-    weight -= (row_confidence * lr) * (momentum * column_confidence)
-    storage.store_weights(weights, remainders, index, weight, mask, False)
-    model = tl.load(param + tables.MatrixField.MODEL_WEIGHT)
-    if model != 0:
-        model_is_bf16 = tl.load(param + tables.MatrixField.MODEL_IS_BF16)
-        storage.store_short(model, model_is_bf16, index, weight, mask, False)
-
-    full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
-    full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS)
-    full_row += row + tl.load(param + tables.MatrixField.ROW_OFFSET)
-    parts_on = row // tl.load(param + tables.MatrixField.PART_ROWS).to(tl.int32)
-    full_row += parts_on * tl.load(param + tables.MatrixField.PART_JUMP)
-    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
-    full_place = full_row * tl.load(param + tables.MatrixField.FULL_COLUMNS) + full_column
-    key = storage.step_key(tl.load(param + tables.MatrixField.KEY), group)
-    block = first // INT8_BLOCK + numbers
-    storage.store_int8(momenta, momentum_scales, block, index, momentum, mask, full_place, key)

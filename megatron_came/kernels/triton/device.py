@@ -1,0 +1,86 @@
+"""A device that Triton's kernels run on: its cache, and where tables and scratch memory lie."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_came.kernels.triton.tiling import Tiling
+
+# A set of matrices that stay in the cache saves 12 of 32 bytes an element, and takes a launch of
+# each of the kernels for matrices, from Python.
+_SAVED_BYTES, _SET_LAUNCHES, _LAUNCH_SECONDS = 12, 8, 5e-6
+
+
+def sets_save_time(cache_elements: int, bytes_per_second: float) -> bool:
+    """Whether sets that fill half of a cache save more time than their launches take.
+
+    They do not where memory is fast: an H200 moves what a set saves in the time of two launches.
+
+    Args:
+        cache_elements: whose gradient and momentum fill the cache.
+        bytes_per_second: between the device and its memory; 0: not known.
+    """
+    if not bytes_per_second:
+        return False
+    saved = _SAVED_BYTES * cache_elements / 2 / bytes_per_second
+    return saved > _SET_LAUNCHES * _LAUNCH_SECONDS
+
+
+class Device:
+    """A GPU; under ``TRITON_INTERPRET=1`` the CPU.
+
+    Args:
+        device: where the parameters lie.
+
+    Attributes:
+        written_dtypes: of the model weights that kernels write beside the fp32 ones.
+        tiling: how matrices are cut.
+    """
+
+    written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    tiling = Tiling(rows=64, columns=256, scratch_tiles=4096, tallest=512)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._is_cuda = device, device.type == "cuda"
+        self._scratch = torch.empty(0, dtype=torch.float32, device=device)
+
+    @property
+    def cache_elements(self) -> int | None:
+        """What the L2 cache holds of gradient and momentum, where sets of matrices save time."""
+        if not self._is_cuda:
+            return None
+        device = torch.cuda.get_device_properties(self._device)
+        # Older PyTorch, and some devices, do not report them.
+        kilohertz = getattr(device, "memory_clock_rate", 0)
+        bits = getattr(device, "memory_bus_width", 0)
+        elements = device.L2_cache_size // 8
+        return elements if sets_save_time(elements, 2e3 * kilohertz * bits / 8) else None
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Return a context in which the device is the current one, on which Triton launches."""
+        return torch.cuda.device(self._device) if self._is_cuda else nullcontext()
+
+    def upload(self, table: npt.NDArray[Any]) -> Tensor:
+        """Copy to the device, from pinned memory: the copy is queued, not waited for."""
+        copy = torch.from_numpy(table.copy())
+        if not self._is_cuda:
+            return copy
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "CAME: a tensor or hyperparameter has changed while a CUDA graph is captured: warm "
+                "up with the gradients where they will stay, and give the learning rate as a "
+                "tensor on the device."
+            )
+        return copy.pin_memory().to(self._device, non_blocking=True)
+
+    def scratch(self, tiles: int, sums: int) -> Tensor:
+        """Return the buffer, grown if need be."""
+        numel = tiles * 3 * sums
+        if numel > self._scratch.numel():
+            self._scratch = self._scratch.new_empty(numel)
+        return self._scratch[:numel].view(tiles, 3, sums)
