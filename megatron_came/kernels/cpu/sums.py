@@ -241,7 +241,9 @@ def add_instability_sums(
         scratch = np.empty(
             (AT_ONCE, min(geometry.columns, _WIDTH) if momentum.itemsize == 1 else 0), np.float32
         )
-        for number in range(count * thread // threads, count * (thread + 1) // threads):
+        first, end = count * thread // threads, count * (thread + 1) // threads
+        for step in range(end - first):
+            number = end - 1 - step  # backwards: what pass 1 read last is still in the cache
             matrix, row, stop = tiles[number]
             _instability_tile(
                 grad, momentum, block_scales, geometry, row, stop, row_scale,
