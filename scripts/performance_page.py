@@ -43,6 +43,7 @@ before it: of tensors, and on a CPU of NumPy's arrays and Python's objects. The 
 same parameters, so that they can be compared; from run to run the bandwidth of a shared machine differs, here between
 {slowest:.0f} and {fastest:.0f} GB/s.
 
+**Measured before the kernels for CPUs became plain loops** (see [speed.md](speed.md)); `make benchmarks` measures again.
 "CAME, fused" runs in kernels: Numba's on CPUs, Triton's on GPUs. **The Triton kernels {gpu}.**
 """
 
