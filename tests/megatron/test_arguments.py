@@ -145,3 +145,13 @@ def test_checkpoints_that_can_be_resumed_are_not_refused():
         checkpoints.refusal(changed(SAVED, optimizer="sgd"), changed(RUN, optimizer="adam"), None)
         is None
     )
+
+
+@pytest.mark.parametrize("flag", ["--came-momentum-dtype", "--came-main-params"])
+def test_an_empty_variable_of_a_shell_is_refused(flag):
+    from argparse import Namespace
+
+    from megatron_came.megatron.rules import RULES
+    from megatron_came.rules import name_of, refusal
+
+    assert "is not allowed: use fp32 or" in refusal(RULES, Namespace(**{name_of(flag): ""}))
