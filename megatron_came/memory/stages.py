@@ -74,6 +74,8 @@ class Stage:
     def components(self, optimizer: Optimizer) -> Components:
         """What the rank keeps from step to step."""
         main_weights = momentum = second_moment = copies = 0
+        # Beside gradients in fp32 CAME copies those in 16 bits, too.
+        copied = optimizer.copies_gradients or len({each.gradient for each in self.buffers}) > 1
         for buffer in self.buffers:
             shard = self.shards[buffer.of_experts]
             elements, blocks = int(buffer.elements[shard]), int(buffer.blocks[shard])
@@ -81,7 +83,7 @@ class Stage:
             main_weights += elements * optimizer.main_weights_bytes(buffer.weight)
             if optimizer.second_moment == "full":
                 second_moment += elements * optimizer.moment
-            if buffer.gradient == 2 and optimizer.copies_gradients:
+            if buffer.gradient == 2 and copied:
                 copies += elements * 4
         if optimizer.second_moment in ("factors", "confidence"):
             second_moment += self.factors
