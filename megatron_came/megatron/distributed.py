@@ -12,9 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_came.core.momentum import momentum_of, set_momentum
 from megatron_came.core.parameter_slice import gradient_of
-from megatron_came.core.remainders import join, split
+from megatron_came.core.saved import (
+    copied_weights,
+    saved_momentum,
+    saved_weights,
+    set_momentum,
+    set_weights,
+)
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.megatron.checkpoints.buckets import (
@@ -220,15 +225,12 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
         local = self._owned[model_param]
         state = self.optimizer.state[local]
-        momentum, weights = momentum_of(state), local
-        if REMAINDER in state:
-            weights = join(local.detach(), state[REMAINDER])
-        elif self._is_loading and model_param.dtype == torch.float32:
-            weights = local.detach().clone()  # the model's own are read there, and looked at
+        # An fp32 model's own weights are read into the tensors themselves, and looked at.
+        is_copied = self._is_loading and model_param.dtype == torch.float32
         return {
-            "param": weights,
+            "param": (copied_weights if is_copied else saved_weights)(local, state),
             # Asked for in fp32 when it is loaded, whatever it was saved in.
-            "exp_avg": momentum.float() if self._is_loading else momentum,
+            "exp_avg": saved_momentum(state, torch.float32 if self._is_loading else None),
         }
 
     def _set_main_param_and_optimizer_states(
@@ -236,11 +238,8 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     ) -> None:
         note_slice(self, model_param, tensors)
         local = self._owned[model_param]
-        state, weights = self.optimizer.state[local], tensors["param"]
-        if REMAINDER in state:
-            weights, remainder = split(weights.to(local.device))
-            state[REMAINDER].copy_(remainder)
-        local.detach().copy_(weights)
+        state = self.optimizer.state[local]
+        set_weights(local, state, tensors["param"])
         set_momentum(state, tensors["exp_avg"])
 
     def state_dict(self) -> dict[str, Any]:

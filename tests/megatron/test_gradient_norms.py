@@ -1,7 +1,5 @@
 """What Megatron's norms and loss scales are given of gradients in 16 bits."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -23,24 +21,16 @@ def test_the_norm_of_bf16_gradients_is_fp32():
 
 
 def optimizers(*dtypes, scaler=None):
-    """A chain of optimizers that read gradients of these dtypes in place; simulated."""
+    """A chain of optimizers that read gradients of these dtypes in place."""
     from megatron_came.megatron.builder import share_gradient_dtype
-    from megatron_came.megatron.distributed import CameDistributedOptimizer
+    from tests.support.simulated_optimizers import SimulatedOptimizer
 
-    class Optimizer(CameDistributedOptimizer):
-        is_stub_optimizer, _in_place, grad_scaler = False, True, scaler
-
-        def __init__(self, dtype):
-            self.buffers = [SimpleNamespace(grad_dtype=dtype)]
-            self._whole_grads = []
-            self.param, self.local = torch.nn.Parameter(torch.ones(4, 3)), torch.ones(5)
-            self.param.main_grad = torch.arange(12.0).view(4, 3).to(dtype)
-            self._owned = {self.param: self.local}
-
-        def _range_of(self, param):
-            return 3, 8
-
-    chain = [Optimizer(dtype) for dtype in dtypes]
+    chain = []
+    for dtype in dtypes:
+        param = torch.nn.Parameter(torch.ones(4, 3))
+        param.main_grad = torch.arange(12.0).view(4, 3).to(dtype)
+        owned = {param: torch.ones(5)}
+        chain.append(SimulatedOptimizer(owned, dtype=dtype, start=3, scaler=scaler))
     share_gradient_dtype(chain)
     return chain
 
@@ -56,19 +46,21 @@ def optimizers(*dtypes, scaler=None):
 )
 def test_all_gradients_of_a_chain_are_shown_in_one_dtype(dtypes, scaler, shown):
     for each, dtype in zip(optimizers(*dtypes, scaler=scaler), dtypes, strict=True):
+        ((param, local),) = each._owned.items()
         for _ in range(2):
             each._copy_model_grads_to_main_grads()
-            assert each.local.decoupled_grad.dtype == shown
-            assert each.local.decoupled_grad.tolist() == [3, 4, 5, 6, 7]
-        in_place = each.param.main_grad.view(-1)[3:8].data_ptr()
-        assert (each.local.decoupled_grad.data_ptr() == in_place) == (dtype == shown)
+            assert local.decoupled_grad.dtype == shown
+            assert local.decoupled_grad.tolist() == [3, 4, 5, 6, 7]
+        in_place = param.main_grad.view(-1)[3:8].data_ptr()
+        assert (local.decoupled_grad.data_ptr() == in_place) == (dtype == shown)
 
 
 def test_a_gradient_that_was_replaced_is_found():
     (each,) = optimizers(FP32)
+    ((param, local),) = each._owned.items()
     each._copy_model_grads_to_main_grads()
-    each.param.main_grad = torch.zeros(4, 3)
+    param.main_grad = torch.zeros(4, 3)
     each._copy_model_grads_to_main_grads()
-    assert each.local.decoupled_grad.tolist() == [0] * 5
-    each.param.main_grad.fill_(2.0)
-    assert each.local.decoupled_grad.tolist() == [2] * 5
+    assert local.decoupled_grad.tolist() == [0] * 5
+    param.main_grad.fill_(2.0)
+    assert local.decoupled_grad.tolist() == [2] * 5
