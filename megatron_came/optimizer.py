@@ -23,7 +23,7 @@ from megatron_came.core.shard import Shard, check_shards
 from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.parameter_checks import Guard
-from megatron_came.state_dicts import states_in
+from megatron_came.state_dicts import as_state, states_in
 from megatron_came.step import Plan
 from megatron_came.voice import warn_once
 
@@ -285,10 +285,11 @@ class CAME(torch.optim.Optimizer):
         """
         states: dict[Tensor, dict[str, Tensor]] = {}
 
-        def take(_: torch.optim.Optimizer, final: Any) -> None:
+        def take(_: torch.optim.Optimizer, final: Any) -> dict[str, Any]:
             # Of sharded parameters, Megatron's wrappers load the factors themselves.
             is_partial = bool(self._shards)
             states.update(states_in(final, self.param_groups, self._new_state, is_partial))
+            return {**final, "state": {}}  # which PyTorch would cast, all of it at once
 
         if not isinstance(state_dict, Mapping):
             take(self, state_dict)  # says so
@@ -297,7 +298,8 @@ class CAME(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self.state.update(states)
+        for param, saved in states.items():  # one at a time: the old state is gone by now
+            self.state[param] = as_state(saved, self._new_state(param), param) if saved else {}
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:

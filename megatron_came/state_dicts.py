@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_came.core.hyperparameters import check_group
-from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete, momentum_of, set_momentum
+from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete
+from megatron_came.core.saved import momentum_ranges, set_momentum
 from megatron_came.core.state import FACTORS, REMAINDER
 
 _SETTINGS = ("lr", "betas", "eps", "clip_threshold", "weight_decay")
@@ -26,7 +27,7 @@ def states_in(
     new_state: Callable[[Tensor], dict[str, Tensor]],
     is_partial: bool,
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """Return the state that a state dictionary holds, one of ``came_pytorch.CAME`` too.
+    """Check the state that a state dictionary holds, one of ``came_pytorch.CAME`` too.
 
     Args:
         state_dict: what was given to ``load_state_dict``.
@@ -35,7 +36,7 @@ def states_in(
         is_partial: whether Megatron's wrappers load the rest.
 
     Returns:
-        By parameter, in the dtypes that CAME gives them.
+        By parameter, as it was saved; see :func:`as_state`.
 
     Raises:
         ValueError: it is another optimizer's, or another model's.
@@ -63,9 +64,8 @@ def states_in(
             )
         _check_keys(state, key)
         saved = {name: value for name, value in state.items() if name not in _AUTHORS_OWN}
-        param, own = pairs[key], new_state(pairs[key])
-        _check_state(saved, own, param, is_partial)
-        states[param] = _as_state(saved, own, param) if saved else {}
+        _check_state(saved, new_state(pairs[key]), pairs[key], is_partial)
+        states[pairs[key]] = saved
     return states
 
 
@@ -100,16 +100,23 @@ def _check_state(
     _check_dtypes(saved, shape)
 
 
-def _as_state(
+def as_state(
     saved: Mapping[str, Tensor], own: dict[str, Tensor], param: Tensor
 ) -> dict[str, Tensor]:
-    """Give loaded state our dtypes."""
+    """Give loaded state our dtypes.
+
+    Args:
+        saved: of a parameter.
+        own: its state before the first step, which is filled and returned.
+        param: the parameter.
+    """
     for key, value in saved.items():
         if key == MOMENTUM:
             if value.dtype == own[key].dtype:
                 own[key] = value.to(param.device).contiguous()
             else:
-                set_momentum(own, momentum_of(saved))
+                for start, some in momentum_ranges(saved):
+                    set_momentum(own, some, start)
         elif key in own and (key != SCALE or saved.get(MOMENTUM, value).dtype == torch.int8):
             # Not the scale of a momentum of another dtype, which has taken it up.
             own[key] = value.to(device=param.device, dtype=own[key].dtype).contiguous()

@@ -140,8 +140,8 @@ class Plan:
         """Whether the groups are the plan's, and hold its parameters, as they were."""
         params = [group["params"] for group in param_groups]
         return (
-            _are_same(param_groups, self._groups)
-            and all(map(_are_same, params, self._params))
+            are_same(param_groups, self._groups)
+            and all(map(are_same, params, self._params))
             and _layouts(params) == self._layouts
         )
 
@@ -160,7 +160,8 @@ class Plan:
             step.apply()
 
 
-def _are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
+def are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether two lists hold the same objects, in the same order."""
     return len(objects) == len(others) and all(map(is_, objects, others))
 
 

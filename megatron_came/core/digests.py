@@ -63,7 +63,7 @@ Shape = tuple[int, ...]
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 # Elements that are taken at once: on a CPU their products, in 64 bits, stay in the cache;
 # a GPU would wait for so many small launches.
-_AT_ONCE, _AT_ONCE_OF_GPU = 1 << 16, 1 << 24
+_AT_ONCE, _AT_ONCE_OF_GPU = 1 << 16, 1 << 22
 # So many slices are remembered: training sums up the same ones at every save.
 _REMEMBERED = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

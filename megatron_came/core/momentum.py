@@ -146,26 +146,6 @@ def check_momentum_dtype(wanted: object) -> None:
         )
 
 
-def momentum_of(state: State) -> Tensor:
-    """Return the momentum in a dtype that holds its values exactly by itself, in its shape."""
-    momentum = state[MOMENTUM]
-    codec = codec_of(momentum.dtype)
-    if codec.exact == momentum.dtype:
-        return momentum
-    return codec.read(state, 0, momentum.numel()).to(codec.exact).view(momentum.shape)
-
-
-def set_momentum(state: State, values: Tensor) -> None:
-    """Write momentum, rounded to nearest where its dtype cannot hold the values.
-
-    Args:
-        state: with the momentum in its dtype.
-        values: of any floating dtype, with as many elements.
-    """
-    momentum = state[MOMENTUM]
-    codec_of(momentum.dtype).write(state, 0, values.to(momentum.device).reshape(-1))
-
-
 def is_complete(state: State) -> bool:
     """Whether momentum is one that CAME writes, and has the scales that it needs."""
     momentum = state[MOMENTUM]

@@ -6,7 +6,8 @@ The model, the schedules, the optimizers and the checkpoints are Megatron's, unm
 script can be tried on a laptop before it is sent to a cluster.  A machine with a GPU is left alone
 unless the CPU is asked for:
 
-* ``MEGATRON_CAME_CPU`` unset: the CPU where there is no GPU;
+* ``MEGATRON_CAME_CPU`` unset: the CPU where there is no GPU; where the machine has one that
+  PyTorch cannot use, and on several nodes, whose ranks may be on GPUs, a sentence ends the run;
 * ``MEGATRON_CAME_CPU=1``: the CPU, even where there is a GPU;
 * ``MEGATRON_CAME_CPU=0``: never; without a GPU Megatron stops with its own error.
 

@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -10,6 +11,7 @@ import torch.distributed
 from megatron_came.voice import say
 
 VARIABLE = "MEGATRON_CAME_CPU"
+_DEVICES = Path("/dev")
 
 _enabled = False
 
@@ -18,7 +20,8 @@ def wanted() -> bool:
     """Whether this process should train on the CPU.
 
     Raises:
-        ValueError: ``MEGATRON_CAME_CPU`` is set to something else than 0 or 1.
+        ValueError: ``MEGATRON_CAME_CPU`` is set to something else than 0 or 1, or is not set where
+            the CPU would be taken for want of a GPU that there should be.
     """
     if _enabled:
         return True  # the stand-ins answer for torch.cuda by now, so it cannot be asked again
@@ -28,7 +31,34 @@ def wanted() -> bool:
             f"{VARIABLE} must be 1 (train on the CPU), 0 (never) or unset (the CPU where there is "
             f"no GPU), not {choice!r}."
         )
-    return choice == "1" or (choice == "" and not torch.cuda.is_available())
+    if choice or torch.cuda.is_available():
+        return choice == "1"
+    if expected := _why_a_gpu_is_expected():
+        raise ValueError(
+            f"{expected}, but PyTorch finds none here ({_why_no_cuda()}): repair the driver or the "
+            f"installation of PyTorch, or set {VARIABLE}=1 for all ranks to train on the CPU."
+        )
+    return True
+
+
+def _why_a_gpu_is_expected() -> str | None:
+    """Say why the CPU must be asked for here: other ranks may train on GPUs, and would wait."""
+    ranks, here = (os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if here and ranks != here:
+        return f"of this launch's {ranks} ranks {here} are here, and the others may be on GPUs"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    devices = [] if hidden else sorted(_DEVICES.glob("nvidia[0-9]*"))
+    return f"this machine has a GPU ({devices[0]})" if devices else None
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "it is built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:  # of whatever kind
+        return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+    return "no device is visible"
 
 
 def enable() -> bool:
@@ -41,7 +71,7 @@ def enable() -> bool:
         True if Megatron will train on the CPU, False if nothing was touched.
 
     Raises:
-        ValueError: ``MEGATRON_CAME_CPU`` is set to something else than 0 or 1.
+        ValueError: see :func:`wanted`.
         RuntimeError: Megatron was imported before this call.
         MegatronError: Megatron is missing, of a release that is not supported, or lacks a flag that
             has to be set.

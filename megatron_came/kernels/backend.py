@@ -21,6 +21,18 @@ from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepIn
 _MANY_MATRICES, _SMALL_MATRIX = 64, 1024
 
 
+class UnusableError(Exception):
+    """Kernels that are installed and do not run: the message is the reason, in a clause.
+
+    Attributes:
+        remedy: what to do, in a clause.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
 class Step(Protocol):
     """The passes of one step over the parameters that take part in it.
 

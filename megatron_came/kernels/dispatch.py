@@ -77,7 +77,8 @@ def choose(wanted: str, device: torch.device) -> Choice:
     try:
         return _compiled(str(name), device)
     except Exception as error:  # not installed, or not working here, for whatever reason
-        reason, command = _why_not(error), _INSTALL[str(name)]
+        reason = _why_not(error)
+        command = getattr(error, "remedy", _INSTALL[str(name)])
         if wanted != "auto":
             raise ValueError(
                 f"CAME: kernels {wanted!r} need {name}, which cannot be used ({reason}): {command}."
@@ -109,7 +110,10 @@ def _compiled(name: str, device: torch.device) -> Choice:
         return Choice(
             NumbaBackend(), f"CAME's step runs in Numba's kernels ({why}).{note and ' ' + note}"
         )
+    from megatron_came.kernels.triton import probe
     from megatron_came.kernels.triton.backend import TritonBackend
 
+    if device.type == "cuda":
+        probe.check(device)
     why = f"the weights are on {device}, and Triton is installed"
     return Choice(TritonBackend(device), f"CAME's step runs in Triton's kernels ({why}).")

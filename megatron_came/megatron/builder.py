@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import identities
 from megatron_came.megatron.rank_settings import arguments
 from megatron_came.megatron.rules import refuse
-from megatron_came.megatron.sharding import ModelGroups, check_replicas
+from megatron_came.megatron.sharding import ModelGroups, chain_of, check_replicas
 from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
 from megatron_came.patching import Function
@@ -44,9 +45,19 @@ def with_came(original: Function) -> Function:
             )
         elif arguments() and collection is None:
             tell_optimizer(config)
-        return original(config, model_chunks, *args, **kwargs)
+        optimizer = original(config, model_chunks, *args, **kwargs)
+        share_gradient_dtype(chain_of(optimizer))
+        return optimizer
 
     return get_megatron_optimizer
+
+
+def share_gradient_dtype(chain: Iterable[Any]) -> None:
+    """Let optimizers whose gradients go into one norm show them in one dtype."""
+    ours = [each for each in chain if isinstance(each, CameDistributedOptimizer)]
+    is_mixed = len(set().union(*(each.gradient_dtypes for each in ours))) > 1
+    for each in ours:
+        each.copies_gradients = is_mixed
 
 
 def settings_of_model(config: Any, model_chunks: list[Any]) -> SimpleNamespace:

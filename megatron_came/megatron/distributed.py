@@ -12,9 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_came.core.momentum import momentum_of, set_momentum
 from megatron_came.core.parameter_slice import gradient_of
-from megatron_came.core.remainders import join, split
+from megatron_came.core.saved import (
+    copied_weights,
+    saved_momentum,
+    saved_weights,
+    set_momentum,
+    set_weights,
+)
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.megatron.checkpoints.buckets import (
@@ -32,6 +37,7 @@ from megatron_came.megatron.compat.distributed_optimizer import DistributedOptim
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
+from megatron_came.step import are_same
 from megatron_came.voice import stop
 
 # Megatron's precision-aware optimizer reads gradients where they were reduced, which this private
@@ -57,8 +63,10 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     whole on every rank of it, so that each rank knows every parameter: where its slice of one is
     empty, an empty tensor stands for it at the end of the parameter group.
 
-    Of a bf16 model, gradients are read where they were reduced, without a copy in fp32, and the
-    step writes the model's weights itself.
+    Of a bf16 model, gradients are read where they were reduced, and the step writes the model's
+    weights itself. 16-bit gradients are copied to fp32 where there is a loss scale, which PyTorch
+    does not divide bf16 by on a GPU, and where others in the chain of optimizers are in fp32: fused
+    kernels for norms take one dtype.
 
     Checkpoints hold the main weights in fp32 and the momentum, in fp32 or bf16, where Adam's would
     be, and the factors under ``came``: in distributed checkpoints by the names of the parameters,
@@ -71,7 +79,12 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         model_groups: process groups of the parameters' other shards.
         identities: of the parameters, where the rounding of momentum depends on these.
         kwargs: as ``args``.
+
+    Attributes:
+        copies_gradients: whether 16-bit gradients are copied to fp32 even without a loss scale.
     """
+
+    copies_gradients = False
 
     def __init__(
         self,
@@ -97,6 +110,8 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         # Parameters of the model, each with the local tensor that the optimizer updates.
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._owned: dict[Any, Any] = {}  # tensors, with attributes of Megatron's
+        self._whole_grads: list[Tensor] = []
+        self._grads: list[Tensor] = []  # slices of them
         if self.is_stub_optimizer:
             return
         mains = self.shard_fp32_from_float16_groups
@@ -152,16 +167,25 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def _in_place(self) -> bool:
         return bool(getattr(self.config, _PRECISION_AWARE))
 
+    @property
+    def gradient_dtypes(self) -> set[torch.dtype]:
+        """Of Megatron's buffers that it reads gradients from."""
+        return {buffer.grad_dtype for buffer in getattr(self, "buffers", ())}
+
     def _copy_model_grads_to_main_grads(self) -> None:
         if not self._in_place or self.is_stub_optimizer:
             super()._copy_model_grads_to_main_grads()
             return
-        mixed = len({param.main_grad.dtype for param in self._owned}) > 1
-        for param, local in self._owned.items():
-            start, stop = self._range_of(param)
-            grad = param.main_grad.view(-1)[start:stop]
-            # Fused kernels for norms and clipping take lists of one dtype.
-            local.decoupled_grad = grad.float() if mixed else grad
+        whole = [param.main_grad for param in self._owned]
+        if not are_same(whole, self._whole_grads):
+            ranges = map(self._range_of, self._owned)
+            self._grads = [
+                grad.view(-1)[start:stop] for grad, (start, stop) in zip(whole, ranges, strict=True)
+            ]
+            self._whole_grads = whole
+        in_fp32 = self.copies_gradients or self.grad_scaler is not None
+        for local, grad in zip(self._owned.values(), self._grads, strict=True):
+            local.decoupled_grad = grad.float() if in_fp32 else grad
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As Megatron's."""
@@ -201,15 +225,12 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
         local = self._owned[model_param]
         state = self.optimizer.state[local]
-        momentum, weights = momentum_of(state), local
-        if REMAINDER in state:
-            weights = join(local.detach(), state[REMAINDER])
-        elif self._is_loading and model_param.dtype == torch.float32:
-            weights = local.detach().clone()  # the model's own are read there, and looked at
+        # An fp32 model's own weights are read into the tensors themselves, and looked at.
+        is_copied = self._is_loading and model_param.dtype == torch.float32
         return {
-            "param": weights,
+            "param": (copied_weights if is_copied else saved_weights)(local, state),
             # Asked for in fp32 when it is loaded, whatever it was saved in.
-            "exp_avg": momentum.float() if self._is_loading else momentum,
+            "exp_avg": saved_momentum(state, torch.float32 if self._is_loading else None),
         }
 
     def _set_main_param_and_optimizer_states(
@@ -217,11 +238,8 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     ) -> None:
         note_slice(self, model_param, tensors)
         local = self._owned[model_param]
-        state, weights = self.optimizer.state[local], tensors["param"]
-        if REMAINDER in state:
-            weights, remainder = split(weights.to(local.device))
-            state[REMAINDER].copy_(remainder)
-        local.detach().copy_(weights)
+        state = self.optimizer.state[local]
+        set_weights(local, state, tensors["param"])
         set_momentum(state, tensors["exp_avg"])
 
     def state_dict(self) -> dict[str, Any]:

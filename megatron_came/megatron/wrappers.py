@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
-from megatron_came.core.momentum import MOMENTUM, momentum_of
+from megatron_came.core.momentum import MOMENTUM
+from megatron_came.core.saved import saved_momentum
 from megatron_came.megatron.checkpoints.digests.verifying import watched
 from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
@@ -110,8 +112,8 @@ def _as_megatron_knows_it(came: CAME, is_loading: bool) -> Iterator[None]:
     def state_dict() -> dict[str, Any]:
         full = CAME.state_dict(came)
         for index, state in full["state"].items():
-            momentum = momentum_of(state)
-            full["state"][index] = {MOMENTUM: momentum.float() if is_loading else momentum}
+            momentum = saved_momentum(state, torch.float32 if is_loading else None)
+            full["state"][index] = {MOMENTUM: momentum}
         return full
 
     came.state_dict = state_dict  # type: ignore[method-assign]

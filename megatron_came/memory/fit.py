@@ -23,7 +23,7 @@ class Fit:
 
     Attributes:
         optimizer: its name.
-        total: bytes of the fullest rank of the launch as it is.
+        total: bytes of the fullest rank of the launch as it is, in a step or at a checkpoint.
         micro_batch: largest micro-batch size at the launch's number of GPUs; None where none fits.
         gpus: fewest GPUs at the launch's micro-batch size; None likewise.
     """
@@ -70,13 +70,13 @@ def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
 
     def fits(data: int, micro_batch: int) -> bool:
         stages = launch.stages_at(data, micro_batch)
-        return max(stage.total(optimizer) for stage in stages) <= budget
+        return max(stage.peak(optimizer) for stage in stages) <= budget
 
     datas = [size for size in sizes(micro_batch) if is_possible(size)]
     data = _first(datas, lambda size: fits(size, micro_batch))
     return Fit(
         optimizer=optimizer.name,
-        total=max(stage.total(optimizer) for stage in launch.stages),
+        total=max(stage.peak(optimizer) for stage in launch.stages),
         micro_batch=_first(sizes(grid.data)[::-1], lambda size: fits(grid.data, size)),
         gpus=None if data is None else grid.with_data(data).world,
     )
@@ -116,7 +116,7 @@ def text(launch: Launch, fits: Sequence[Fit], budget: int, trained: Optimizer) -
         f"GPUs: the fewest at --micro-batch-size {size}, only data parallelism changed",
         "*: as in this launch",
     ]
-    needs = max(stage.total(trained) for stage in launch.stages)
+    needs = max(stage.peak(trained) for stage in launch.stages)
     if needs > budget:
         what = f"{human(needs - budget)} more than there are"
         lines += ["", f"This launch does not fit: it needs {what}. What would help:"]

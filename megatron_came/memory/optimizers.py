@@ -119,7 +119,9 @@ def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "
         momentum=momentum,
         second_moment="confidence",
         main_weights=main_weights,
-        copies_gradients=not (args.bf16 and args.use_distributed_optimizer),
+        copies_gradients=not args.bf16
+        or not args.use_distributed_optimizer
+        or bool(args.loss_scale),
     )
 
 

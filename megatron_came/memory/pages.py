@@ -88,7 +88,13 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     if len(launch.stages) > 1:
         lines += [f"The fullest rank of each pipeline stage, {trained.name}:", ""]
         lines += [*_stages(launch.stages, trained), ""]
-    return [*lines, *(line for note in _NOTES for line in wrapped(note))]
+    notes = [*_NOTES]
+    if size := worst.checkpoint(trained):
+        notes.append(
+            f"While a checkpoint is saved or loaded, {trained.name} takes up to {human(size)} "
+            "beside what is static, and no activations."
+        )
+    return [*lines, *(line for note in notes for line in wrapped(note))]
 
 
 def _layout(grid: Grid) -> str:
@@ -163,6 +169,7 @@ def as_json(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer)
                         **asdict(stage.components(optimizer)),
                         "static": stage.components(optimizer).static,
                         "total": stage.total(optimizer),
+                        "checkpoint": stage.checkpoint(optimizer),
                     }
                     for optimizer in optimizers
                 },

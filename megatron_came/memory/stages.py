@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_came.core.int8 import BLOCK
 from megatron_came.core.momentum import MOMENTUM
 from megatron_came.core.parameter_slice import ParameterSlice
+from megatron_came.core.saved import MOST_BYTES
 from megatron_came.core.state import MATRIX_FACTORS, new_state
 from megatron_came.core.sums import SumBuffer
 from megatron_came.megatron.sharding import ModelGroups, shard_of
@@ -33,6 +34,7 @@ class Buffer:
         weight: bytes of a weight.
         gradient: bytes of a gradient.
         of_experts: cut over the experts' data-parallel ranks.
+        bucket: number of elements of the largest bucket; 0 where nothing is cut.
     """
 
     padded: int
@@ -41,6 +43,7 @@ class Buffer:
     weight: int
     gradient: int
     of_experts: bool
+    bucket: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class Stage:
         sums: bytes of CAME's sums over ranks.
         shards: which shards of dense and of experts' parameters the rank holds.
         activations: bytes of its activations, by Megatron's estimate.
+        saves: whether the run has checkpoints.
+        gathers: whether these gather the optimizer's state on GPUs, bucket by bucket.
     """
 
     number: int
@@ -70,10 +75,14 @@ class Stage:
     sums: int
     shards: tuple[int, int] = (0, 0)
     activations: int = 0
+    saves: bool = False
+    gathers: bool = False
 
     def components(self, optimizer: Optimizer) -> Components:
         """What the rank keeps from step to step."""
         main_weights = momentum = second_moment = copies = 0
+        # Beside gradients in fp32 CAME copies those in 16 bits, too.
+        copied = optimizer.copies_gradients or len({each.gradient for each in self.buffers}) > 1
         for buffer in self.buffers:
             shard = self.shards[buffer.of_experts]
             elements, blocks = int(buffer.elements[shard]), int(buffer.blocks[shard])
@@ -81,7 +90,7 @@ class Stage:
             main_weights += elements * optimizer.main_weights_bytes(buffer.weight)
             if optimizer.second_moment == "full":
                 second_moment += elements * optimizer.moment
-            if buffer.gradient == 2 and optimizer.copies_gradients:
+            if buffer.gradient == 2 and copied:
                 copies += elements * 4
         if optimizer.second_moment in ("factors", "confidence"):
             second_moment += self.factors
@@ -105,6 +114,26 @@ class Stage:
     def total(self, optimizer: Optimizer) -> int:
         """Bytes of the rank, activations included."""
         return self.components(optimizer).total + self.activations
+
+    def checkpoint(self, optimizer: Optimizer) -> int:
+        """Most bytes that saving or loading a checkpoint takes beside what is kept.
+
+        Of a bucket that is gathered, its state in fp32 and the rank's own shard of that.
+        """
+        if not self.saves:
+            return 0
+        own = MOST_BYTES if optimizer.second_moment == "confidence" else 0
+        gathered = [
+            4 * (each.bucket + each.bucket // len(each.elements))
+            for each in self.buffers
+            if self.gathers
+        ]
+        return own + max(gathered, default=0)
+
+    def peak(self, optimizer: Optimizer) -> int:
+        """Bytes of the rank in a step or, where they are more, at a checkpoint."""
+        kept = self.components(optimizer).total
+        return kept + max(self.activations, self.checkpoint(optimizer))
 
     def fullest_shards(self, grid: Grid) -> tuple[int, int]:
         """The shards, dense and of experts, of the rank that holds most elements."""
@@ -141,6 +170,11 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         factors=factors,
         confidence=confidence,
         sums=sums,
+        saves=any(getattr(args, name, None) for name in ("save", "load")),
+        gathers=bool(
+            getattr(args, "dist_ckpt_optim_fully_reshardable", False)
+            and not getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False)
+        ),
     )
 
 
@@ -170,9 +204,9 @@ def _blocks(sizes: Tensor) -> Tensor:
     return -(-sizes // BLOCK)
 
 
-def _buffer(key: Any, padded: int, elements: Tensor, blocks: Tensor) -> Buffer:
+def _buffer(key: Any, padded: int, elements: Tensor, blocks: Tensor, bucket: int = 0) -> Buffer:
     weight, gradient = key.param_dtype.itemsize, key.grad_dtype.itemsize
-    return Buffer(padded, elements, blocks, weight, gradient, key.is_expert_parallel)
+    return Buffer(padded, elements, blocks, weight, gradient, key.is_expert_parallel, bucket)
 
 
 def cut(key: Any, buffer: Any, shards: int) -> Buffer:
@@ -190,7 +224,8 @@ def cut(key: Any, buffer: Any, shards: int) -> Buffer:
         sizes = bounds.clamp(start, stop).diff()
         elements[first : last + 1] += sizes
         blocks[first : last + 1] += _blocks(sizes)
-    return _buffer(key, buffer.bucket_indices[-1][1], elements, blocks)
+    largest = max(stop - start for start, stop in buffer.bucket_indices)
+    return _buffer(key, buffer.bucket_indices[-1][1], elements, blocks, largest)
 
 
 def _whole_on_every_rank(params: Iterable[Tensor], grid: Grid) -> tuple[int, ...]:

@@ -55,7 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     options = _parser().parse_args(arguments)
-    gpus = 0 if cpu_megatron.wanted() else torch.cuda.device_count()
+    try:
+        gpus = 0 if cpu_megatron.wanted() else torch.cuda.device_count()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     try:
         if gpus and options.ranks > gpus:
             print(f"{options.ranks} ranks need as many GPUs: training on the {gpus} here.")

@@ -10,8 +10,8 @@ import torch
 from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core import int8, remainders
-from megatron_came.core.momentum import momentum_of
 from megatron_came.core.rounding import random_bits
+from megatron_came.core.saved import saved_momentum
 from megatron_came.core.shard import boxes
 from tests.support.oracle import COMPILED, DEVICES, ON_REAL_DEVICES
 
@@ -236,7 +236,7 @@ def test_numba_rounds_a_row_that_lies_across_32_bits_of_places(momentum):
         )  # fmt: skip
         param.grad = torch.randn(2 * columns, generator=generator)
         optimizer.step()
-        results.append(momentum_of(optimizer.state[param]).float())
+        results.append(saved_momentum(optimizer.state[param]).float())
     assert (results[0] == results[1]).float().mean() > 0.999
 
 

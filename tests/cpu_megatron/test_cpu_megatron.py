@@ -15,6 +15,7 @@ import torch
 from megatron_came import cpu_megatron, launch
 from megatron_came.cpu_megatron import switch
 from megatron_came.cpu_megatron.rules import refusal
+from megatron_came.quickstart import command
 from tests.support.running import run_python
 from tests.training import harness
 
@@ -172,14 +173,70 @@ def test_not_refused(arguments: dict[str, object]) -> None:
     ],
 )
 def test_wanted(
-    monkeypatch: pytest.MonkeyPatch, variable: str | None, gpu: bool, expected: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    variable: str | None,
+    gpu: bool,
+    expected: bool,
 ) -> None:
+    monkeypatch.setattr(switch, "_DEVICES", tmp_path)  # without a GPU's
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(switch, "_enabled", False)
     monkeypatch.delenv(switch.VARIABLE, raising=False)
     if variable is not None:
         monkeypatch.setenv(switch.VARIABLE, variable)
     assert cpu_megatron.wanted() is expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "variables", "message"),
+    [
+        (("nvidia0", "nvidiactl"), {}, r"this machine has a GPU \(.*/nvidia0\), but PyTorch finds"),
+        ((), {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, "launch's 16 ranks 8 are here"),
+        (("nvidia0",), {"MEGATRON_CAME_CPU": "1"}, None),
+        (("nvidia0",), {"CUDA_VISIBLE_DEVICES": ""}, None),
+        (("nvidiactl",), {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, None),
+    ],
+)
+def test_a_broken_gpu_is_no_reason_to_train_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    devices: tuple[str, ...],
+    variables: dict[str, str],
+    message: str | None,
+) -> None:
+    """Simulated: the devices' files, and a PyTorch that cannot use them."""
+
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found 12000). Update it.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(switch, "_enabled", False)
+    monkeypatch.setattr(switch, "_DEVICES", tmp_path)
+    for name in (switch.VARIABLE, "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name in devices:
+        (tmp_path / name).touch()
+    if message is None:
+        assert cpu_megatron.wanted()
+        return
+    with pytest.raises(ValueError, match=message):
+        cpu_megatron.wanted()
+    with pytest.raises(SystemExit) as stopped:
+        launch.prepare()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    if torch.version.cuda or torch.version.hip:
+        assert (
+            "finds none here (The NVIDIA driver on your system is too old (found 12000)):" in said
+        )
+    assert "set MEGATRON_CAME_CPU=1 for all ranks" in said
+    assert command.main([]) == 1  # the quick start
+    assert "set MEGATRON_CAME_CPU=1 for all ranks" in capsys.readouterr().err
 
 
 def test_nonsense_in_the_variable(

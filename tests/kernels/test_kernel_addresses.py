@@ -1,8 +1,10 @@
 """What others may change between steps, and steps that fail: kernels find all tensors anew."""
 
+import contextlib
 import itertools
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +86,32 @@ def test_a_step_after_one_that_could_not_upload_its_tables(call, monkeypatch):
             optimizer.step()
         results.append(params)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_tables_are_copied_on_the_device_of_the_parameters(monkeypatch):
+    """Simulated: two GPUs, of which the first is the current one."""
+    current, seen = [torch.device("cuda", 0)], []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    def pin_memory(tensor):
+        seen.append(current[-1])
+        return mock.Mock(to=lambda device, non_blocking: seen.append(device))
+
+    def is_capturing():
+        return seen.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    backend = TritonBackend(torch.device("cpu"))
+    backend._is_cuda, backend._device = True, torch.device("cuda", 1)
+    backend.upload(np.zeros(3))
+    assert seen == [torch.device("cuda", 1)] * 3
 
 
 def test_a_parameter_listed_twice_needs_no_new_plan():

@@ -11,6 +11,7 @@ from megatron.core.parallel_state import RankGenerator
 from megatron.training import theoretical_memory_usage
 
 from megatron_came import megatron, memory
+from megatron_came.core.saved import MOST_BYTES
 from megatron_came.memory import fit, stages
 from megatron_came.memory.activations import activation_bytes, micro_batches_in_flight
 from megatron_came.memory.grid import Grid
@@ -70,6 +71,29 @@ def test_static_bytes_per_parameter(flags, expected):
 def test_16_bit_gradients_have_fp32_copies_until_the_next_iteration():
     (stage,) = launch(MEDIUM + BF16 + "--grad-reduce-in-bf16 ").stages
     assert stage.components(ADAMW).buffers == 4 * stage.parameters
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_checkpoint_takes_what_is_said(ranks):
+    """What CAME converts is measured in test_checkpoint_peaks; gathering a bucket is Megatron's."""
+    launches = [
+        launch(MEDIUM + BF16 + DO + "--save folder --save-interval 9 " + flags, ranks)
+        for flags in (
+            "",
+            "--dist-ckpt-optim-fully-reshardable ",
+            "--dist-ckpt-optim-fully-reshardable --distrib-optim-fully-reshardable-mem-efficient ",
+        )
+    ]
+    plain, gathered, on_cpu = (each.stages[0].checkpoint(ADAMW) for each in launches)
+    assert plain == on_cpu == 0
+    # Without --overlap-grad-reduce there is one bucket.
+    (stage,) = launches[1].stages
+    (buffer,) = stage.buffers
+    assert gathered == 4 * (buffer.padded + buffer.padded // ranks)
+    int8 = came(launches[0].args, "int8")
+    assert stage.checkpoint(int8) == MOST_BYTES + gathered
+    assert stage.peak(int8) == stage.components(int8).total + stage.checkpoint(int8)
+    assert stage.peak(int8) > stage.total(int8)
 
 
 def test_the_vocabulary_is_padded_as_in_training():

@@ -70,13 +70,14 @@ class Device:
         copy = torch.from_numpy(table.copy())
         if not self._is_cuda:
             return copy
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "CAME: a tensor or hyperparameter has changed while a CUDA graph is captured: warm "
-                "up with the gradients where they will stay, and give the learning rate as a "
-                "tensor on the device."
-            )
-        return copy.pin_memory().to(self._device, non_blocking=True)
+        with self.current():  # it is what a stream and pinned memory belong to
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "CAME: a tensor or hyperparameter has changed while a CUDA graph is captured: "
+                    "warm up with the gradients where they will stay, and give the learning rate "
+                    "as a tensor on the device."
+                )
+            return copy.pin_memory().to(self._device, non_blocking=True)
 
     def scratch(self, tiles: int, sums: int) -> Tensor:
         """Return the buffer, grown if need be."""

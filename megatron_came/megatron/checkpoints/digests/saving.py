@@ -18,13 +18,9 @@ from megatron_came.core.digests import (
     Record,
     pack,
 )
+from megatron_came.core.saved import main_ranges, momentum_ranges
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
-from megatron_came.megatron.checkpoints.digests.sums import (
-    Sums,
-    distinct,
-    main_ranges,
-    momentum_ranges,
-)
+from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,22 +23,17 @@ from megatron_came.core.digests import (
     terms,
     unsigned,
 )
-from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
-from megatron_came.core.momentum import codec_of
-from megatron_came.core.remainders import join
-from megatron_came.core.state import FACTORS, REMAINDER, without_averaged_axis
+from megatron_came.core.saved import Ranges
+from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.kernels.digests import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
 
 KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
-# Elements that are converted at once, whole blocks of int8.
-_AT_ONCE = 1 << 18
 # Elements that wait to be added up; those that were converted need memory.
-_WAITING = 1 << 24
+_WAITING = 1 << 22
 
 Kinds = tuple[str, ...]
 Names = tuple[tuple[str, tuple[int, ...], str], ...]
-Ranges = Iterator[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,26 +238,3 @@ def _device() -> str:
 def in_one_range(values: Tensor) -> Ranges:
     """Values as they are, as one range."""
     yield 0, values.detach().reshape(-1)
-
-
-def momentum_ranges(state: Mapping[str, Tensor]) -> Ranges:
-    """The momentum, as it goes into a checkpoint."""
-    momentum = state[MOMENTUM_KEY].detach().view(-1)
-    codec = codec_of(momentum.dtype)
-    if codec.exact == momentum.dtype:
-        yield 0, momentum
-        return
-    for begin in range(0, momentum.numel(), _AT_ONCE):
-        yield begin, codec.read(state, begin, min(begin + _AT_ONCE, momentum.numel()))
-
-
-def main_ranges(local: Tensor, state: Mapping[str, Tensor]) -> Ranges:
-    """The main weights, in fp32."""
-    local = local.detach().view(-1)
-    if REMAINDER not in state:
-        yield 0, local
-        return
-    remainder = state[REMAINDER].view(-1)
-    for begin in range(0, local.numel(), _AT_ONCE):
-        some = slice(begin, begin + _AT_ONCE)
-        yield begin, join(local[some], remainder[some])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
 from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
-from megatron_came.core.momentum import momentum_of
+from megatron_came.core.saved import main_ranges, momentum_ranges, pieces
 from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints.digests.damage import Found, Source, judge
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
@@ -29,12 +29,7 @@ from megatron_came.megatron.checkpoints.digests.saving import (
     steps_of,
     wrappers_of,
 )
-from megatron_came.megatron.checkpoints.digests.sums import (
-    Sums,
-    distinct,
-    in_one_range,
-    main_ranges,
-)
+from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct, in_one_range
 from megatron_came.optimizer import CAME
 from megatron_came.voice import rank, say, stop
 
@@ -170,7 +165,7 @@ class Verification:
         for key, local in zip(saved, mine, strict=False):  # what does not fit is said by CAME
             state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(local)])
             if entry is not None and MOMENTUM_KEY in state:
-                self._sums.add_slice((MOMENTUM,), entry, in_one_range(momentum_of(state)), None)
+                self._sums.add_slice((MOMENTUM,), entry, momentum_ranges(state), None)
                 self._note_dtypes(entry, state)
         self._sums.flush()
 
@@ -187,9 +182,11 @@ class Verification:
         rounded = self._source.rounded
         if rounded is None:
             return
-        main = main.to(weights.device)
-        off = (main - weights.float()).abs() > (main - main.to(rounded).float()).abs()
-        count = int(off.sum())
+        count = 0
+        for begin, some in pieces(main):
+            mine, some = weights.reshape(-1)[begin : begin + some.numel()], some.to(weights.device)
+            off = (some - mine.float()).abs() > (some - some.to(rounded).float()).abs()
+            count += int(off.sum())
         if count:
             self._sums.add_differing(entry, count)
 
