@@ -29,6 +29,7 @@ from megatron_came.megatron.checkpoints.digests.verifying import note_slice, wat
 from megatron_came.megatron.checkpoints.factors import FORMAT, load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
+from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
@@ -174,6 +175,11 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         if self.is_stub_optimizer:
             return
         if self.config.main_params == "remainder":
+            if state_dict is not None:  # Megatron-Bridge's load_main_params_from_ckpt
+                raise UnsupportedError(
+                    "--came-main-params remainder does not go with main weights that are loaded "
+                    "from a checkpoint of the model's: leave load_main_params_from_ckpt out."
+                )
             for state in self.optimizer.state.values():
                 if REMAINDER in state:
                     state[REMAINDER].zero_()

@@ -42,6 +42,10 @@ REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.core.datasets.utils": (
         ("compile_helpers", _HELPERS, "the wheel has compiled helpers and no Makefile"),
     ),
+    "megatron.core.dist_checkpointing.serialization": (
+        ("load", "checkpoints.loading:with_shapes",
+         "a host's checkpoint without CAME's state is refused"),
+    ),
     "megatron.core.dist_checkpointing.strategies.async_utils": (
         ("PersistentAsyncCaller.async_loop", "checkpoints.workers:with_trainer",
          "the process that writes checkpoints ends with its trainer"),

@@ -23,7 +23,7 @@ WAYS = [
 
 @pytest.fixture(scope="module")
 def seen():
-    return seen_by_host_worker("installed", *WAYS)
+    return seen_by_host_worker("installed", *WAYS, "checkpoint", "adams_checkpoint")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -38,6 +38,16 @@ def test_another_packages_wrapper_is_called_once(seen, way):
     assert seen[way]["calls"] == ["called"]
     said = [line for line in seen[way]["said"] if "has been replaced already, by other_" in line]
     assert len(said) == (way != "another_after")
+
+
+def test_a_hosts_checkpoint_is_resumed_bit_for_bit(seen):
+    assert seen["checkpoint"]["resumed"] == seen["checkpoint"]["weights"]
+
+
+def test_a_hosts_checkpoint_of_another_optimizer_is_refused(seen):
+    error = seen["adams_checkpoint"]["error"]
+    assert "the checkpoint lacks optimizer.state.exp_avg_sq_row.embedding" in error
+    assert "--no-load-optim to start CAME afresh from its weights" in error
 
 
 def test_the_import_is_light():

@@ -251,6 +251,58 @@ def past_it():
     )
 
 
+def _saved(model, optimizer, folder, **how):
+    """Save, or ask for, the checkpoint of a host that has no arguments of Megatron's."""
+    from megatron.core import dist_checkpointing
+
+    how = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}, **how}
+    state = {"model": model[0].module.sharded_state_dict(metadata=how["metadata"])}
+    weights = model[0].module.sharded_state_dict(metadata=how["metadata"])
+    state["optimizer"] = optimizer.sharded_state_dict(weights, **how)
+    if how.get("is_loading"):
+        return dist_checkpointing.load(state, folder)
+    dist_checkpointing.save(state, folder)
+    return state
+
+
+def _resumed(folder):
+    """Train on from a checkpoint."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    model = build()
+    optimizer = get_megatron_optimizer(plain_config(**GIVEN), model)
+    loaded = _saved(model, optimizer, folder, is_loading=True)
+    model[0].module.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    return train(model, optimizer, first=3)
+
+
+def checkpoint():
+    """Save after three steps, and train on from there, in the same run and in another."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    connect()
+    model = build()
+    optimizer = get_megatron_optimizer(plain_config(**GIVEN), model)
+    train(model, optimizer)
+    with tempfile.TemporaryDirectory() as folder:
+        _saved(model, optimizer, folder)
+        return {"resumed": _resumed(folder), "weights": train(model, optimizer, first=3)}
+
+
+def adams_checkpoint():
+    """Another optimizer has saved what CAME is to train on from."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    connect()
+    model = build()
+    optimizer = get_megatron_optimizer(plain_config(optimizer="adam"), model)
+    train(model, optimizer)
+    with tempfile.TemporaryDirectory() as folder:
+        _saved(model, optimizer, folder)
+        return {"resumed": _resumed(folder)}
+
+
 def slime():
     """The calls that slime makes (slime/backends/megatron_utils), which is on no package index."""
     import dataclasses
