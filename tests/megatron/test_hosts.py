@@ -23,7 +23,7 @@ WAYS = [
 
 @pytest.fixture(scope="module")
 def seen():
-    return seen_by_host_worker("installed", *WAYS, "checkpoint", "adams_checkpoint")
+    return seen_by_host_worker("installed", *WAYS, "checkpoint", "adams_checkpoint", "offload")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -48,6 +48,15 @@ def test_a_hosts_checkpoint_of_another_optimizer_is_refused(seen):
     error = seen["adams_checkpoint"]["error"]
     assert "the checkpoint lacks optimizer.state.exp_avg_sq_row.embedding" in error
     assert "--no-load-optim to start CAME afresh from its weights" in error
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "remainders", "fp32 whole", "bf16 whole"])
+def test_what_left_a_gpu_to_inference_comes_back_bit_for_bit(seen, kind):
+    found = seen["offload"][kind]
+    assert found["moved"] == found["kept"]
+    # Momentum and factors, and, where they are not the model's own weights, main weights.
+    mains = found["parameters"] if "bf16" in kind or kind == "remainders" else 0
+    assert found["elements"] - found["parameters"] - mains in range(1000, 1200)
 
 
 def test_the_import_is_light():

@@ -19,6 +19,7 @@ import traceback
 import types
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,22 +35,22 @@ GIVEN = {"came_beta2": 0.99, "came_momentum_dtype": "bf16"}
 def connect():
     """Megatron's groups of the one rank that there is."""
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     store = dist.FileStore(tempfile.mktemp(), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(5)
 
 
-def build(*, bf16=False, **more):
+def build(*, bf16=False, sharded=True, **more):
     """A GPT of one layer in Megatron's data-parallel wrapper."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
+    model_parallel_cuda_manual_seed(5, force_reset_rng=True)
     config = TransformerConfig(
         num_layers=1,
         hidden_size=16,
@@ -63,7 +64,7 @@ def build(*, bf16=False, **more):
     model = GPTModel(config, get_gpt_layer_local_spec(), 64, 8)
     if bf16:
         model = Float16Module(config, model)
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=sharded)
     return [DistributedDataParallel(config, ddp, model)]
 
 
@@ -301,6 +302,49 @@ def adams_checkpoint():
     with tempfile.TemporaryDirectory() as folder:
         _saved(model, optimizer, folder)
         return {"resumed": _resumed(folder)}
+
+
+def _offloaded(*, bf16, sharded, **given):
+    """Train with the state moved away and back in between, and without."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    moved = []
+
+    def to(tensor, device):
+        """A device of its own: another address, and nothing is left at the old one."""
+        moved.append(tensor.numel())
+        copy = tensor.clone()
+        tensor.fill_(77)
+        return copy
+
+    seen = []
+    for away in (False, True):
+        model = build(bf16=bf16, sharded=sharded)
+        config = plain_config(bf16=bf16, use_distributed_optimizer=sharded, **given)
+        optimizer = get_megatron_optimizer(config, model)
+        train(model, optimizer)
+        if away:
+            weights = [param.clone() for param in model[0].parameters()]
+            with mock.patch.object(torch.Tensor, "to", to):
+                optimizer.offload_to_cpu()
+                assert all(map(torch.equal, weights, model[0].parameters()))
+                optimizer.restore_from_cpu()
+        seen.append(train(model, optimizer, first=3))
+    count = sum(param.numel() for param in model[0].parameters())
+    return {"kept": seen[0], "moved": seen[1], "elements": sum(moved) // 2, "parameters": count}
+
+
+def offload():
+    """Main weights and state, in every wrapper, leave for inference and come back."""
+    connect()
+    small = {"came_momentum_dtype": "int8"}
+    return {
+        "fp32": _offloaded(bf16=False, sharded=True),
+        "bf16": _offloaded(bf16=True, sharded=True, **small),
+        "remainders": _offloaded(bf16=True, sharded=True, came_main_params="remainder"),
+        "fp32 whole": _offloaded(bf16=False, sharded=False),
+        "bf16 whole": _offloaded(bf16=True, sharded=False),
+    }
 
 
 def slime():
