@@ -59,10 +59,12 @@ $(HOSTS): | venv
 	@echo "Downloading megatron-core $(@F)."
 	@rm -rf $@.part && $(PIP_INTO) $@.part megatron-core==$(@F) && mv $@.part $@
 
-build/hosts/packages: tests/releases/requirements.txt | venv
+build/hosts/packages: tests/releases/requirements.txt
+build/hosts/frameworks: tests/releases/frameworks.txt
+build/hosts/packages build/hosts/frameworks: | venv
 	@rm -rf $@ $@.part && $(PIP_INTO) $@.part --requirement $< && mv $@.part $@
 
-test-hosts: $(HOSTS) build/hosts/packages  ## test other releases of Megatron (MEGATRON_CHECKOUTS=folder for checkouts)
+test-hosts: $(HOSTS) build/hosts/packages build/hosts/frameworks  ## test other releases of Megatron, verl and Megatron-Bridge (MEGATRON_CHECKOUTS=folder for checkouts)
 	@OMP_NUM_THREADS=1 MEGATRON_HOSTS=$(CURDIR)/build/hosts $(BIN)/python -m pytest -q -rs tests/releases
 
 check: venv  ## run the linters, the format check and the type checker

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_came import cpu_megatron, megatron, memory
+from megatron_came import cpu_megatron, megatron, memory, waiting
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.search_path import other_megatron, use_checkout_of
 from megatron_came.versions import MegatronError, check_version, has_training_loop
@@ -45,6 +45,7 @@ def prepare(*, training_loop: bool = False) -> None:
         SystemExit: With status 2, if ``MEGATRON_CAME_CPU`` is set to nonsense or this Megatron is
             not one that CAME can be added to.
     """
+    waiting.stop()
     try:
         cpu_megatron.enable()
         megatron.install()

@@ -40,6 +40,8 @@ class Replacement:
         why: a clause.
         releases: those in which it is replaced.
         adds: whether these releases lack the name, and it is added.
+        everywhere: whether it is also replaced where another module of Megatron's has somebody
+            else's function under that name, which calls the original.
     """
 
     target: str
@@ -47,6 +49,12 @@ class Replacement:
     why: str
     releases: tuple[str, ...] = SUPPORTED
     adds: bool = False
+    everywhere: bool = False
+
+    @property
+    def module(self) -> str:
+        """Megatron's, that has the name."""
+        return self.target.partition(":")[0]
 
     def concerns(self, version: str, *, training_loop: bool) -> bool:
         """Whether a Megatron is to have it; one of pip may lack the training loop."""
@@ -61,7 +69,7 @@ def table(room: str, rows: Mapping[str, Iterable[tuple[Any, ...]]]) -> tuple[Rep
     Args:
         room: in which the functions are that make what stands in; a full name is of another one.
         rows: by module of Megatron's, what :class:`Replacement` has: the name there, by, why, and
-            perhaps releases and adds.
+            perhaps releases, adds and everywhere.
     """
     return tuple(
         Replacement(
@@ -89,34 +97,56 @@ def put_in_place(rows: Iterable[Replacement]) -> None:
 def _replace(row: Replacement, version: str) -> None:
     owner, name, found = _find(row, version)
     original = found.__func__ if isinstance(found, classmethod | staticmethod) else found
-    makers = getattr(original, _MARK, ())
-    if row.by in makers:
+    if row.by in getattr(original, _MARK, ()):
         return
-    if found is not None and (other := _somebody_else(original)):
-        say_once(
-            f"{row.target} of Megatron {version} has been replaced already, by {other}: the two "
-            "have not been tested together."
-        )
-    stand_in = pkgutil.resolve_name(row.by)(original)
+    if found is not None:
+        _say_if_replaced(original, row.target, version)
+    stand_in = _made(row, original)
     if stand_in is original and not row.adds:
         return
-    if stand_in is not None:
-        if "<locals>" in stand_in.__qualname__:  # others are found by their own name when pickled
-            functools.wraps(original)(stand_in)
-        setattr(stand_in, _MARK, (*makers, row.by))
     if found is not original:
         stand_in = type(found)(stand_in)
     setattr(owner, name, stand_in)
     if isinstance(owner, ModuleType) and found is not None:
-        _replace_imported(original, stand_in)
+        _replace_imported(row, version, original, stand_in)
 
 
-def _replace_imported(original: Function, stand_in: Function) -> None:
+def _made(row: Replacement, original: Any) -> Any:
+    """Return what stands in for a function, marked."""
+    stand_in = pkgutil.resolve_name(row.by)(original)
+    if stand_in is not None and stand_in is not original:
+        if "<locals>" in stand_in.__qualname__:  # others are found by their own name when pickled
+            functools.wraps(original)(stand_in)
+        setattr(stand_in, _MARK, (*getattr(original, _MARK, ()), row.by))
+    return stand_in
+
+
+def _replace_imported(
+    row: Replacement, version: str, original: Function, stand_in: Function
+) -> None:
     """Replace a function also where other modules have imported it."""
     for module in list(sys.modules.values()):
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if value is original:
                 setattr(module, key, stand_in)
+            elif (
+                row.everywhere
+                and key == row.target.partition(":")[2]
+                and module.__name__.startswith("megatron.")
+                and row.by not in getattr(value, _MARK, ())
+                and _say_if_replaced(value, f"{module.__name__}:{key}", version)
+            ):
+                setattr(module, key, _made(row, value))
+
+
+def _say_if_replaced(function: Any, target: str, version: str) -> bool:
+    other = _somebody_else(function)
+    if other:
+        say_once(
+            f"{target} of Megatron {version} has been replaced already, by {other}: the two have "
+            "not been tested together."
+        )
+    return other is not None
 
 
 def _find(row: Replacement, version: str) -> tuple[Any, str, Any]:

@@ -23,7 +23,8 @@ def check_version() -> str:
         MegatronError: none is installed, or one that CAME has not been tested with.
     """
     try:
-        version = str(importlib.import_module("megatron.core").__version__)
+        # Not of megatron.core, which may be in the middle of its own import.
+        version = str(importlib.import_module("megatron.core.package_info").__version__)
     except ImportError as error:
         raise MegatronError(
             f"--optimizer came needs Megatron, which cannot be imported ({error}): "

@@ -12,7 +12,7 @@ from megatron_came.kernels.dispatch import CHOICES as KERNELS
 from megatron_came.megatron import rules, warmup
 from megatron_came.megatron.checkpoints.refusals import notice
 from megatron_came.patching import Function
-from megatron_came.rules import flag_of
+from megatron_came.rules import flag_of, name_of
 from megatron_came.voice import say, stop
 
 # CAME's flags, with what argparse is told of them.
@@ -93,6 +93,31 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
             f"{stray} is a setting of CAME, but the optimizer is {args.optimizer}: "
             f"add --optimizer came, or leave {stray} out."
         )
+
+
+def use_came(args: argparse.Namespace) -> None:
+    """Let a host train with CAME that has read and validated Megatron's arguments by itself.
+
+    slime calls it for ``--custom-megatron-init-path megatron_came.use_came``. Attributes of
+    ``args`` that are named as CAME's flags are its settings.
+
+    Args:
+        args: Megatron's arguments, validated for ``--optimizer adam``.
+
+    Raises:
+        ValueError: another optimizer, or settings that do not go with CAME.
+    """
+    if args.optimizer not in ("adam", "came"):
+        raise ValueError(
+            f"megatron_came.use_came: Megatron has validated --optimizer {args.optimizer}, which "
+            "is not sharded as CAME is: give --optimizer adam, in whose place CAME comes."
+        )
+    for flag, settings in FLAGS.items():
+        if not hasattr(args, name_of(flag)):
+            setattr(args, name_of(flag), settings.get("default", False))
+    args.optimizer = "came"
+    check(args, [])
+    say("--optimizer adam: CAME takes its place, as megatron_came.use_came was called.")
 
 
 def with_flags(original: Function) -> Function:

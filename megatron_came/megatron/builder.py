@@ -13,7 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron.agreement import agree, tell_optimizer
-from megatron_came.megatron.config import OWN, CameOptimizerConfig
+from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import identities
@@ -34,16 +34,14 @@ def with_came(original: Function) -> Function:
         config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
         given = signature.bind(config, model_chunks, *args, **kwargs).arguments
-        collection = given.get("pg_collection")
-        if isinstance(config, CameOptimizerConfig):
+        collection = kwargs.get("pg_collection", given.get("pg_collection"))
+        is_came = isinstance(config, CameOptimizerConfig)
+        if getattr(config, "optimizer", None) == "came" and not is_came:
+            config, is_came = CameOptimizerConfig.from_plain(config, arguments()), True
+        if is_came and not hasattr(config, "as_asked"):  # others' wrappers may lead here twice
             refuse(settings_of_model(config, model_chunks))
             config = agree(config, model_chunks, collection).as_standard()
-        elif getattr(config, "optimizer", None) == "came":
-            raise UnsupportedError(
-                "OptimizerConfig(optimizer='came') holds no settings of CAME: use "
-                "megatron_came.megatron.config.CameOptimizerConfig."
-            )
-        elif arguments() and collection is None:
+        elif not is_came and arguments() and collection is None:
             tell_optimizer(config)
         optimizer = original(config, model_chunks, *args, **kwargs)
         share_gradient_dtype(chain_of(optimizer))
@@ -60,18 +58,17 @@ def share_gradient_dtype(chain: Iterable[Any]) -> None:
         each.copies_gradients = is_mixed
 
 
-def settings_of_model(config: Any, model_chunks: list[Any]) -> SimpleNamespace:
+def settings_of_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> SimpleNamespace:
     """Return what is known where CAME is built, perhaps without a command line.
 
     Args:
-        config: see :class:`megatron_came.megatron.config.CameOptimizerConfig`.
+        config: of the optimizer.
         model_chunks: the model.
     """
     configs = [getattr(model_chunks[0], name, None) for name in ("config", "ddp_config")]
     settings = {key: value for each in configs if each for key, value in vars(each).items()}
-    settings |= vars(config)
-    own = {f"came_{name}": getattr(config, name) for name in OWN}
-    return SimpleNamespace(**settings, **own, model_chunks=model_chunks)
+    settings = {**arguments(), **settings, **vars(config.settings)}
+    return SimpleNamespace(**settings, model_chunks=model_chunks)
 
 
 def with_came_for_groups(original: Function) -> Function:
@@ -80,8 +77,14 @@ def with_came_for_groups(original: Function) -> Function:
     def _get_megatron_optimizer_based_on_param_groups(
         config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if isinstance(config, CameOptimizerConfig):
+        if hasattr(config, "as_asked"):
             return build(config.as_asked, *args, **kwargs)
+        if getattr(config, "optimizer", None) == "came":
+            raise UnsupportedError(
+                "--optimizer came is built by get_megatron_optimizer, and another package has "
+                "called what that calls: load megatron_came after that package, so that CAME's "
+                "comes first."
+            )
         return original(config, *args, **kwargs)
 
     return _get_megatron_optimizer_based_on_param_groups

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any, Self
 
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_came.core.hyperparameters import Hyperparameters
+from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyperparameters
 from megatron_came.megatron.arguments import hyperparameters
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.rules import refuse
 from megatron_came.patching import Function
+from megatron_came.voice import say_once
 
 # What CAME's flags say beyond its hyperparameters: ``--came-`` and the name.
 OWN = ("kernels", "momentum_dtype", "main_params")
+# All of them, as a plain ``OptimizerConfig`` or Megatron's arguments have them.
+_PREFIX = "came_"
+_SETTINGS = tuple(_PREFIX + name for name in (*(row.name for row in TABLE), *OWN))
 
 
 def with_came(original: Function) -> Function:
@@ -29,6 +37,23 @@ def with_came(original: Function) -> Function:
         return CameOptimizerConfig.from_megatron(config, args), overrides
 
     return get_megatron_optimizer_config
+
+
+def with_settings(original: Function) -> Function:
+    """Let a plain ``OptimizerConfig`` take CAME's settings: hosts pass on what they are given."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_PREFIX)}
+        original(self, *args, **kwargs)
+        if own and self.optimizer != "came":
+            raise UnsupportedError(
+                f"{next(iter(own))} is a setting of CAME, but OptimizerConfig has the optimizer "
+                f"{self.optimizer}: give it optimizer='came', or leave {', '.join(own)} out."
+            )
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    return init
 
 
 @dataclass
@@ -66,6 +91,94 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
             **{name: getattr(args, f"came_{name}") for name in OWN},
             seed=args.seed,
         )
+
+    @classmethod
+    def from_plain(cls, config: Any, args: Mapping[str, Any]) -> Self:
+        """Turn a host's ``OptimizerConfig(optimizer="came")`` into one of this type.
+
+        Args:
+            config: its ``came_*`` attributes, named as CAME's flags, are CAME's settings.
+            args: Megatron's arguments, if it has read any: they say what the attributes do not.
+
+        Raises:
+            UnsupportedError: an attribute that CAME does not have, or a value that is not allowed.
+        """
+        given = {k: v for k, v in vars(config).items() if k.startswith(_PREFIX) and v is not None}
+        for name in given:
+            if name not in _SETTINGS:
+                raise UnsupportedError(
+                    f"OptimizerConfig has {name}, which is no setting of CAME: these are "
+                    f"{', '.join(_SETTINGS)}."
+                )
+        known = {name: args[name] for name in _SETTINGS if args.get(name) is not None} | given
+        own = {name.removeprefix(_PREFIX): value for name, value in known.items()}
+        others = {name: own.pop(name) for name in OWN if name in own}
+        try:
+            came = Hyperparameters(**own)
+        except HyperparameterError as error:
+            raise UnsupportedError(
+                f"{_PREFIX}{error.name} {error.value} of OptimizerConfig is not allowed: it must "
+                f"be {error.allowed}."
+            ) from error
+        values = {f.name: getattr(config, f.name) for f in fields(OptimizerConfig)}
+        made = cls(**values, came=came, **others, seed=int(args.get("seed") or 0))
+        usual = {**asdict(Hyperparameters()), **{name: getattr(cls, name) for name in OWN}}
+        said = [
+            f"{name} {known[name]}"
+            for name in known
+            if known[name] != usual[name.removeprefix(_PREFIX)]
+        ]
+        say_once(
+            f"OptimizerConfig(optimizer='came') trains with {', '.join(said)}, and otherwise with "
+            "CAME's defaults."
+            if said
+            else "OptimizerConfig(optimizer='came') trains with CAME's defaults (megatron-came "
+            "flags lists them): it has no came_* attributes."
+        )
+        return made
+
+    def finalize(self) -> None:
+        """Check the settings as they are now: Megatron-Bridge calls this when all are made.
+
+        Raises:
+            UnsupportedError: one does not go with CAME.
+        """
+        self.__post_init__()
+        refuse(self.settings)
+
+    def provide(
+        self,
+        model_chunks: Any,
+        config_overrides: Any = None,
+        use_gloo_process_groups: bool = True,
+        pg_collection: Any = None,
+    ) -> Any:
+        """Build the optimizer: Megatron-Bridge's ``setup_optimizer`` calls this, if it is there.
+
+        Args:
+            model_chunks: of the model, or the one that there is.
+            config_overrides: as for Megatron's ``get_megatron_optimizer``.
+            use_gloo_process_groups: likewise.
+            pg_collection: likewise.
+
+        Raises:
+            UnsupportedError: a model or settings that do not go with CAME.
+        """
+        from megatron.core import optimizer
+
+        return optimizer.get_megatron_optimizer(
+            self,
+            model_chunks if isinstance(model_chunks, list) else [model_chunks],
+            config_overrides=config_overrides,
+            use_gloo_process_groups=use_gloo_process_groups,
+            pg_collection=pg_collection,
+        )
+
+    @property
+    def settings(self) -> SimpleNamespace:
+        """All of them under the names of flags, for the rules of what does not go with CAME."""
+        own = {_PREFIX + name: getattr(self, name) for name in OWN}
+        return SimpleNamespace(**vars(self), **own)
 
     def as_standard(self) -> Self:
         """Return a copy that Megatron's builder takes the standard path with.

@@ -34,6 +34,8 @@ from megatron_came.megatron.checkpoints.digests.verifying import note_slice, wat
 from megatron_came.megatron.checkpoints.factors import FORMAT, load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.offload import Offloaded
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
@@ -56,7 +58,7 @@ def _precision_aware(config: Any, value: bool) -> Iterator[None]:
         setattr(config, _PRECISION_AWARE, usual)
 
 
-class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
+class CameDistributedOptimizer(Offloaded, DistributedOptimizer):  # type: ignore[misc]
     """Megatron's ``DistributedOptimizer`` around :class:`megatron_came.CAME`.
 
     Momentum and main weights are sharded over the data-parallel group as Adam's are. Factors are
@@ -107,8 +109,7 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         with _precision_aware(config, has_remainders):
             super().__init__(optimizer, config, *args, **kwargs)
         self._is_loading = False
-        # Parameters of the model, each with the local tensor that the optimizer updates.
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._pairs = []
         self._owned: dict[Any, Any] = {}  # tensors, with attributes of Megatron's
         self._whole_grads: list[Tensor] = []
         self._grads: list[Tensor] = []  # slices of them
@@ -198,6 +199,11 @@ class CameDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         if self.is_stub_optimizer:
             return
         if self.config.main_params == "remainder":
+            if state_dict is not None:  # Megatron-Bridge's load_main_params_from_ckpt
+                raise UnsupportedError(
+                    "--came-main-params remainder does not go with main weights that are loaded "
+                    "from a checkpoint of the model's: leave load_main_params_from_ckpt out."
+                )
             for state in self.optimizer.state.values():
                 if REMAINDER in state:
                     state[REMAINDER].zero_()

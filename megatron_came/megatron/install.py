@@ -6,17 +6,24 @@ Of one name, the later row is called first. What is replaced on a CPU is in
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from megatron_came.patching import put_in_place, table
-from megatron_came.versions import since
+from megatron_came.versions import SUPPORTED, MegatronError, since
+from megatron_came.voice import say_once
 
 _HELPERS = "megatron_came.versions:with_compiled_helpers"
 
 # fmt: off
 REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.core.optimizer": (
-        ("get_megatron_optimizer", "builder:with_came", "CAME passes as Adam, if ranks agree"),
+        ("get_megatron_optimizer", "builder:with_came", "CAME passes as Adam, if ranks agree",
+         SUPPORTED, False, True),
         ("_get_megatron_optimizer_based_on_param_groups", "builder:with_came_for_groups",
          "CAME is built where its configuration is given"),
+    ),
+    "megatron.core.optimizer.optimizer_config": (
+        ("OptimizerConfig.__init__", "config:with_settings", "hosts hand CAME's settings to it"),
     ),
     "megatron.core.utils": (
         ("local_multi_tensor_l2_norm", "gradient_norms:in_fp32", "norms are not rounded to bf16"),
@@ -34,6 +41,10 @@ REPLACEMENTS = table("megatron_came.megatron", {
     ),
     "megatron.core.datasets.utils": (
         ("compile_helpers", _HELPERS, "the wheel has compiled helpers and no Makefile"),
+    ),
+    "megatron.core.dist_checkpointing.serialization": (
+        ("load", "checkpoints.loading:with_shapes",
+         "a host's checkpoint without CAME's state is refused"),
     ),
     "megatron.core.dist_checkpointing.strategies.async_utils": (
         ("PersistentAsyncCaller.async_loop", "checkpoints.workers:with_trainer",
@@ -74,3 +85,17 @@ def install() -> None:
             be replaced.
     """
     put_in_place(REPLACEMENTS)
+
+
+def install_in(modules: Container[str]) -> bool:
+    """Do so in these modules alone, which have just been imported by somebody else.
+
+    Returns:
+        Whether it could be done; where not, that is said, and Megatron is left to others.
+    """
+    try:
+        put_in_place(row for row in REPLACEMENTS if row.module in modules)
+    except MegatronError as error:
+        say_once(str(error))
+        return False
+    return True

@@ -111,7 +111,6 @@ RULES = (
     _not_with("--use-megatron-fsdp", _SHARDING),
     _not_with("--use-torch-fsdp2", _SHARDING),
     _not_with("--optimizer-cuda-graph", _LEAVE_OUT),
-    _not_with("--rl-offload-optimizer-during-inference", _LEAVE_OUT),
     _not_with("--fp8-param-gather", "leave it out"),
     _not_with("--fp4-param-gather", "leave it out"),
     _not_with("--reuse-grad-buf-for-mxfp8-param-ag", "leave it out"),
@@ -133,6 +132,16 @@ RULES = (
     _not_with("--use-layer-wise-distributed-optimizer", _SHARDING, "a layer-wise optimizer"),
     _not_with("--use-legacy-models", "leave it out"),
     _not_with("--yaml-cfg", "give the settings as flags"),
+    Rule(
+        "{given} does not go with --dist-ckpt-optim-fully-reshardable, whose optimizer state "
+        "Megatron cannot save locally: leave that out, or use --non-persistent-ckpt-type global.",
+        "--non-persistent-ckpt-type",
+        works=("global",),
+        when=lambda settings: (
+            _value("dist_ckpt_optim_fully_reshardable")(settings)
+            and _value("use_distributed_optimizer")(settings)
+        ),
+    ),
     _not_with(
         "",
         "use another --softmax-type, or size 1",

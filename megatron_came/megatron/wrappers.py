@@ -15,18 +15,17 @@ from megatron_came.core.saved import saved_momentum
 from megatron_came.megatron.checkpoints.digests.verifying import watched
 from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
+from megatron_came.megatron.offload import Offloaded
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.optimizer import CAME
 
 
-class _WholeTensors:
+class _WholeTensors(Offloaded):
     """Tells CAME its shards in a wrapper of whole local tensors, and checkpoints the factors.
 
     The wrapper's own checkpoints know only state of the parameter's shape.
     """
-
-    optimizer: CAME | None
 
     @staticmethod
     def _filter_and_reorder_param_groups(
@@ -49,7 +48,7 @@ class _WholeTensors:
             model_groups: where their other shards are.
             identities: of them, where the rounding of momentum depends on these.
         """
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._pairs = []
         if self.optimizer is None:
             return
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):

@@ -64,10 +64,6 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp: use --use-distributed-optimizer"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2: use --use-distributed-optimizer"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
-        (
-            {"rl_offload_optimizer_during_inference": True},
-            "--rl-offload-optimizer-during-inference",
-        ),
         ({"fp8_param_gather": True}, "--fp8-param-gather"),
         ({"fp4_param_gather": True}, "--fp4-param-gather"),
         (
@@ -85,6 +81,18 @@ def test_what_does_not_go_with_came_is_refused(changes, sentence):
         check(arguments(**changes), [])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_local_checkpoints_of_fully_reshardable_state_are_refused():
+    reshardable = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+    local = {"non_persistent_ckpt_type": "local", **reshardable}
+    with pytest.raises(ValueError, match="--non-persistent-ckpt-type local does not go with"):
+        check(arguments(**local), [])
+    for fitting in (
+        {"non_persistent_ckpt_type": "global"},
+        *({name: False} for name in reshardable),
+    ):
+        check(arguments(**{**local, **fitting}), [])
 
 
 def test_came_flags_without_came_are_refused():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Folder with one folder for each wheel, by version, and one named packages; see the Makefile.
+# Folder with one folder for each wheel, by version, and two named packages and
+# frameworks; see the Makefile.
 WHEELS = "MEGATRON_HOSTS"
 # Folder with Megatron-LM checkouts, by tag.
 CHECKOUTS = "MEGATRON_CHECKOUTS"
@@ -16,6 +17,11 @@ CHECKOUTS = "MEGATRON_CHECKOUTS"
 def wheel(version: str) -> list[Path]:
     """The search path of a release that pip offers; skips the test if it is not there."""
     return [_folder(WHEELS, version, "make test-hosts downloads it"), *_packages()]
+
+
+def frameworks() -> Path:
+    """Packages of hosts with training loops of their own; skips the test if they are not there."""
+    return _folder(WHEELS, "frameworks", "make test-hosts downloads them")
 
 
 def checkout(tag: str) -> Path:

@@ -1,8 +1,10 @@
 """Python in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 from megatron_came.cpu_megatron import switch
 
@@ -15,3 +17,11 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=200
     )
+
+
+def seen_by_host_worker(*arguments: str) -> dict[str, dict[str, Any]]:
+    """What ``tests/support/host_worker.py`` saw of each way that it was told to go."""
+    result = run_python("-m", "tests.support.host_worker", *arguments, MEGATRON_CAME_CPU="1")
+    lines = [line for line in result.stdout.splitlines() if line.startswith('["')]
+    assert len(lines) == len([word for word in arguments if word.isidentifier()]), result.stderr
+    return dict(json.loads(line) for line in lines)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints import contents, flags, folders, shifted, tensors
 from megatron_came.megatron.checkpoints.contents import AFRESH
 from megatron_came.megatron.checkpoints.digests.verifying import note_files, verified
@@ -26,7 +27,7 @@ from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
-from megatron_came.voice import end_if, rank, say_once, stop
+from megatron_came.voice import end_if, of_all_ranks, say_once, stop
 
 
 @dataclass
@@ -194,8 +195,12 @@ def _check(
             problem = folders.missing_state(load.folder, args, load.optimizer)
     end_if(problem)
     if asked is not None and getattr(kind, "name", None) != "LOCAL":  # each rank has its own file
+        try:
+            shapes = _saved_shapes(path)
+        except CheckpointError as error:
+            stop(str(error))
         problem, notices = tensors.of_distributed(
-            asked, _saved_shapes(path), (saved, args), load.differing, resumes=with_optimizer
+            asked, shapes, (saved, args), load.differing, resumes=with_optimizer
         )
         end_if(problem)
     if with_optimizer and not of_rank_0:
@@ -263,20 +268,42 @@ def _groups(optimizer: Any, saved: Any) -> Iterator[tuple[Groups, Groups]]:
             yield wrapper.optimizer.param_groups, groups
 
 
-def _saved_shapes(path: str) -> tensors.Shapes:
-    """Which tensors a distributed checkpoint holds, as the first rank reads it; a collective."""
+def _saved_shapes(path: str, group: dist.ProcessGroup | None = None) -> tensors.Shapes:
+    """Which tensors a distributed checkpoint holds, as the first rank reads it; a collective.
+
+    Raises:
+        CheckpointError: on all ranks, if it cannot be read.
+    """
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     found: list[Any] = [None, None]
-    if rank() == 0:
+    if not dist.is_initialized() or dist.get_rank(group) == 0:
         try:
             found[0] = {each.name: each.shape for each in folders.tensors_in(folder)}
         except (CheckpointError, OSError) as error:  # all ranks are to hear of it
             found[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(found, 0)
-    end_if(found[1])
+        dist.broadcast_object_list(found, group=group, group_src=0)
+    if found[1]:
+        raise CheckpointError(found[1])
     shapes: tensors.Shapes = found[0]
     return shapes
+
+
+def with_shapes(original: Function) -> Function:
+    """Refuse a checkpoint without what CAME asks for, where Megatron's training loop is not."""
+
+    def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if _current.get() is None:
+            asked = tensors.asked_for(sharded_state_dict)
+            if any(f".{key}." in name for name in asked.shapes for key in FACTORS):
+                group = kwargs.get("process_group")
+                misfit = tensors.misfit(asked, _saved_shapes(str(checkpoint_dir), group))
+                problem = next(filter(None, of_all_ranks(misfit, group)), None)
+                if problem:
+                    raise UnsupportedError(f"{checkpoint_dir}: {problem}")
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    return load
 
 
 def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | None) -> str:
