@@ -7,7 +7,7 @@ import came_pytorch
 import pytest
 import torch
 
-from megatron_came import CAME, voice
+from megatron_came import CAME, Shard, voice
 from scripts.cases.slices import Layout
 from tests.support.oracle import (
     BETAS,
@@ -143,6 +143,19 @@ def test_a_cautious_update_follows_each_gradient(kernels):
         kept.append(agrees.double().mean().item())
     # Of noise: 1/2 + arcsin(sqrt(1 - beta1^2)) / pi of the elements; docs/algorithm.md.
     assert sum(kept[20:]) / 20 == pytest.approx(0.644, abs=0.02)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "numba"])
+def test_a_matrix_may_be_said_to_be_a_vector(kernels):
+    """A whole second moment, and no confidence."""
+    param = parameter((6, 5), torch.float32, kernels)
+    start, history = param.detach().double().clone(), history_of((6, 5))
+    optimizer = CAME([param], kernels=kernels, shards={param: Shard.whole((30,))}, **SETTINGS)
+    train(optimizer, param, history)
+    flat = [gradient.flatten() for gradient in history]
+    theirs = reference_updates(start.flatten(), flat, betas=BETAS[0], **SETTINGS)[-1]
+    assert distance(param.detach(), theirs.view(6, 5), start) <= TOLERANCE[torch.float32]
+    assert set(optimizer.state[param]) == {"exp_avg", "exp_avg_sq"}
 
 
 @with_options
