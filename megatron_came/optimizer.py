@@ -23,7 +23,7 @@ from megatron_came.core.shard import Shard, check_shards
 from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.parameter_checks import Guard
-from megatron_came.state_dicts import as_state, states_in
+from megatron_came.state_dicts import as_state, complete_groups, states_in
 from megatron_came.step import Plan
 from megatron_came.voice import warn_once
 
@@ -47,9 +47,8 @@ class CAME(torch.optim.Optimizer):
     updates its slice of each tensor as the unsharded algorithm would: row and column statistics are
     sums over elements, which two reductions a step complete, wherever slices begin and end.
 
-    Tensors of two or more dimensions have factored statistics; of fewer, a full second moment
-    and no confidence. Parameters without a gradient are skipped. Gradients in bf16 or fp16 are
-    upcast before they are squared.
+    Tensors of two or more dimensions have factored statistics; of fewer, a full second moment and
+    no confidence. Those without a gradient are skipped. 16-bit gradients are squared in fp32.
 
     State of a parameter whose whole local tensor has the shape (..., n, m); fp32, or float64 for
     float64 parameters:
@@ -75,15 +74,17 @@ class CAME(torch.optim.Optimizer):
         lr: learning rate, a number or a scalar tensor; the authors advise 0.5 to 0.9 times AdamW's.
         eps: added to squared gradient and instability, both above 0.
         clip_threshold: largest RMS of an update before momentum, above 0.
-        betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1). No
-            bias correction: with the default beta3 the first updates are up to 11 lr in RMS, so
-            warm up.
+        betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1).
         weight_decay: decoupled weight decay, at least 0.
+        bias_correction: divide averages by 1 - beta^t; without it first updates are up to 11 lr in
+            RMS, with the default beta3, so warm up.
+        cautious: leave out of an update the elements that would move against their gradient.
+        no_confidence: take the momentum for the update, as Adafactor does: R and C are 1.
         shards: where each parameter lies in its full tensor; those not named are whole.
         kernels: who computes parameters with fp32 weights, remainders included: "auto" is Triton
             on GPUs and Numba on CPUs where they are installed; "plain" PyTorch; "numba"; "triton".
-            Other dtypes, tensors that are not contiguous and batches of many small matrices are
-            computed in plain PyTorch.
+            Cautious updates, other dtypes, tensors that are not contiguous and batches of many
+            small matrices are computed in plain PyTorch.
         momentum_dtype: ``torch.float32``; ``torch.bfloat16``, half the memory; or ``torch.int8``
             with a scale for every 256 elements, a quarter; both rounded stochastically.
         remainders: take bf16 parameters for the upper halves of fp32 weights and keep the lower
@@ -111,6 +112,9 @@ class CAME(torch.optim.Optimizer):
         betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
         weight_decay: float = 0.0,
         *,
+        bias_correction: bool = False,
+        cautious: bool = False,
+        no_confidence: bool = False,
         shards: Mapping[Tensor, Shard] | None = None,
         kernels: str = "auto",
         momentum_dtype: torch.dtype = torch.float32,
@@ -128,7 +132,8 @@ class CAME(torch.optim.Optimizer):
         self._choices: dict[torch.device, Choice] = {}
         self._model_weights: dict[Tensor, Tensor] = {}
         self._plan: Plan | None = None
-        own = {"betas": betas, "eps": eps, "clip_threshold": clip_threshold}
+        own = {"betas": betas, "eps": eps, "clip_threshold": clip_threshold, "cautious": cautious}
+        own |= {"bias_correction": bias_correction, "no_confidence": no_confidence}
         defaults = {"lr": lr, **own, "weight_decay": weight_decay, "step": 0}
         check_group(defaults)
         with_plain_numbers(defaults)
@@ -300,6 +305,7 @@ class CAME(torch.optim.Optimizer):
             hook.remove()
         for param, saved in states.items():  # one at a time: the old state is gone by now
             self.state[param] = as_state(saved, self._new_state(param), param) if saved else {}
+        complete_groups(self.param_groups, self.defaults, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:
@@ -359,6 +365,7 @@ class CAME(torch.optim.Optimizer):
                     group_of[param],
                     parameter_key(self._seed, self._names.get(param, place[param])),
                     self._remainders,
+                    self.param_groups[group_of[param]].get("cautious", False),
                 )
                 for param in params
             ]

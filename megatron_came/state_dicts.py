@@ -69,6 +69,20 @@ def states_in(
     return states
 
 
+def complete_groups(
+    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], state_dict: Mapping[str, Any]
+) -> None:
+    """Give loaded parameter groups what theirs of an older version or the authors' class lack.
+
+    The authors' class counts steps with each parameter, and bias correction needs them.
+    """
+    steps = [state["step"] for state in state_dict["state"].values() if "step" in state]
+    for group in groups:
+        group.setdefault("step", max(steps, default=0))
+        for key, value in defaults.items():
+            group.setdefault(key, value)
+
+
 def _check_state(
     saved: Mapping[str, Tensor], own: Mapping[str, Tensor], param: Tensor, is_partial: bool
 ) -> None:

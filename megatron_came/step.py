@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
+from megatron_came.core.state import trust_all
 from megatron_came.core.sums import SumBuffer
 from megatron_came.kernels.backend import Backend, Step
 from megatron_came.kernels.eager import EagerBackend
@@ -119,7 +120,7 @@ class Plan:
         self.slices = slices
         self._groups = list(param_groups)
         self._params = [list(group["params"]) for group in param_groups]
-        self._layouts = _layouts(self._params)
+        self._layouts, self._cautious = _layouts(self._params), _cautious(param_groups)
         self.local: list[Bundle] = []
         self.shared: list[Bundle] = []
         for device in dict.fromkeys(slice_.param.device for slice_ in slices):
@@ -143,10 +144,14 @@ class Plan:
             are_same(param_groups, self._groups)
             and all(map(are_same, params, self._params))
             and _layouts(params) == self._layouts
+            and _cautious(param_groups) == self._cautious
         )
 
     def step(self, inputs: Mapping[ParameterSlice, StepInputs]) -> None:
         """Take one step with those of the parameters that take part in it."""
+        for given in inputs.values():
+            if given.hyper.no_confidence:
+                trust_all(given.state)
         shared: list[Step] = []
         for bundle in self.shared:
             shared.append(bundle.begin(inputs))
@@ -170,6 +175,10 @@ def _layouts(params: Sequence[Sequence[Tensor]]) -> list[tuple[object, ...]]:
     tensors = list(chain.from_iterable(params))
     kinds = map(attrgetter("device", "dtype", "shape"), tensors)
     return list(zip(kinds, map(Tensor.is_contiguous, tensors), strict=True))
+
+
+def _cautious(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [group.get("cautious") for group in groups]
 
 
 def _spread(slices: Sequence[ParameterSlice]) -> Iterable[list[ParameterSlice]]:

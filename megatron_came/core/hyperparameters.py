@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -58,11 +58,12 @@ class _Range(NamedTuple):
     """What values are allowed: in words, and which."""
 
     words: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
-_DECAY = _Range("in [0, 1)", lambda value: 0.0 <= value < 1.0)
-_POSITIVE = _Range("a finite number above 0", lambda value: 0.0 < value < math.inf)
+_DECAY = _Range("in [0, 1)", lambda value: 0.0 <= _number(value) < 1.0)
+_POSITIVE = _Range("a finite number above 0", lambda value: 0.0 < _number(value) < math.inf)
+_SWITCH = _Range("True or False", lambda value: isinstance(value, bool))
 
 
 def _hyperparameter(default: float, allowed: _Range, help_: str, *, key: str | None = None) -> Any:
@@ -95,8 +96,8 @@ class Hyperparameters:
     beta3: float = _hyperparameter(
         0.9999,
         _DECAY,
-        "decay of CAME's instability statistics; there is no bias correction, so with the default "
-        "the first updates are up to 11 times the learning rate in RMS: warm up",
+        "decay of CAME's instability statistics; without bias correction the first updates are, "
+        "with the default, up to 11 times the learning rate in RMS: warm up",
         key="betas",
     )
     eps1: float = _hyperparameter(1e-30, _POSITIVE, "added to the squared gradient", key="eps")
@@ -104,12 +105,49 @@ class Hyperparameters:
     clip_threshold: float = _hyperparameter(
         1.0, _POSITIVE, "largest root mean square of an update before momentum"
     )
+    bias_correction: bool = _hyperparameter(
+        False, _SWITCH, "divide CAME's three averages by 1 - beta^t, as Adam does its two"
+    )
+    cautious: bool = _hyperparameter(
+        False, _SWITCH, "leave out of an update what has another sign than its gradient"
+    )
+    no_confidence: bool = _hyperparameter(
+        False, _SWITCH, "the momentum is the update, as in Adafactor with momentum"
+    )
 
     def __post_init__(self) -> None:
         for row in TABLE:
             value = getattr(self, row.name)
-            if not row.allowed.holds(_number(value)):
+            if not row.allowed.holds(value):
                 raise HyperparameterError(row.name, value, row.allowed.words)
+
+    def at(self, iteration: int) -> Hyperparameters:
+        """Return what the arithmetic of an iteration takes: its decays carry out two options.
+
+        An average divided by 1 - b^t is an average with the decay b (1 - b^(t-1)) / (1 - b^t). So
+        with bias correction the factors r, c, R, C and v are kept as they are after it. Without
+        confidence R and C are one, and a decay of one leaves them so.
+
+        Args:
+            iteration: t, from 1 on.
+        """
+        if not (self.bias_correction or self.no_confidence):
+            return self
+        beta2, beta3 = (
+            beta * (1 - beta ** (iteration - 1)) / (1 - beta**iteration)
+            if self.bias_correction
+            else beta
+            for beta in (self.beta2, self.beta3)
+        )
+        beta3 = 1.0 if self.no_confidence else beta3
+        return _AtIteration(**{**asdict(self), "beta2": beta2, "beta3": beta3})
+
+    def momentum_weight(self, iteration: int) -> float:
+        """Return what the momentum is to be divided by: 1 - b1^t with bias correction, or 1.
+
+        Not the momentum in u^ - m, which would be zero at t = 1.
+        """
+        return 1 - self.beta1**iteration if self.bias_correction else 1.0
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Self:
@@ -141,13 +179,22 @@ class Hyperparameters:
         }
 
 
+class _AtIteration(Hyperparameters):
+    """What :meth:`Hyperparameters.at` returns; a decay may be one."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        pass
+
+
 class Row(NamedTuple):
     """One hyperparameter, for whoever makes something of all of them.
 
     Attributes:
         name: of the field; its flag is ``--came-`` and the name.
         type: of its value.
-        default: the authors'.
+        default: the authors'; of options, off.
         allowed: its range.
         help: of the flag.
         key: in parameter groups.
@@ -200,7 +247,8 @@ def at_step(
     """Read a group as it is now, since schedules change it.
 
     Returns:
-        Hyperparameters, learning rate, weight decay and the number of steps before this one.
+        Hyperparameters, learning rate, weight decay and the number of steps before this one. Bias
+        correction is carried out by these: of the momentum by the rate.
 
     Raises:
         HyperparameterError: a value that is no number, or out of range; tensors are not looked at.
@@ -208,8 +256,12 @@ def at_step(
     for key in ("lr", "weight_decay"):
         if not isinstance(group[key], torch.Tensor):  # it may lie on a device that is busy
             check_number(key, group[key], 0.0)
-    hyper = Hyperparameters.from_group(group)
-    return hyper, group["lr"], float(group["weight_decay"]), group.get("step", 0)
+    hyper, step = Hyperparameters.from_group(group), group.get("step", 0)
+    lr, weight_decay = group["lr"], float(group["weight_decay"])
+    weight = hyper.momentum_weight(step + 1)
+    if weight != 1.0:
+        lr, weight_decay = lr / weight, weight_decay * weight
+    return hyper.at(step + 1), lr, weight_decay, step
 
 
 def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
@@ -221,5 +273,5 @@ def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
         value = group.get(key)
         if isinstance(value, tuple | list):
             group[key] = tuple(map(float, value))
-        elif value is not None and type(value) not in (int, float, torch.Tensor):
+        elif value is not None and type(value) not in (int, float, bool, torch.Tensor):
             group[key] = float(value)

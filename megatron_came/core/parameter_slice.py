@@ -73,6 +73,7 @@ class ParameterSlice:
         group: number of its parameter group.
         key: of the random bits that round its momentum.
         remainders: whether a bf16 slice is the upper halves of fp32 weights.
+        cautious: whether its group's updates are, which kernels do not know.
     """
 
     param: Tensor
@@ -80,6 +81,7 @@ class ParameterSlice:
     group: int = 0
     key: int = 0
     remainders: bool = False
+    cautious: bool = False
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -86,6 +86,7 @@ def apply_update(
     beta1: float,
     lr: float,
     weight_decay: float,
+    cautious: bool,
 ) -> None:
     """Pass 3: update momentum and weights, both in place.
 
@@ -103,6 +104,7 @@ def apply_update(
         beta1: decay of the momentum.
         lr: learning rate.
         weight_decay: decoupled weight decay.
+        cautious: leave out of the last term what has another sign than ``grad``.
     """
     update = normalized(grad, row_scale * _UPDATE_SCALE, column_scale)
     exp_avg.mul_(beta1).add_(update.div_(divisor * _UPDATE_SCALE), alpha=1.0 - beta1)
@@ -110,6 +112,8 @@ def apply_update(
     if row_confidence is not None and column_confidence is not None:
         step = torch.mul(exp_avg, row_confidence.unsqueeze(-1), out=update)
         step.mul_(column_confidence.unsqueeze(-2))
+    if cautious:  # by signs: their product underflows; multiplied, so that NaN stays NaN
+        step = torch.mul(step, grad.sign() == exp_avg.sign(), out=update)
     if weight_decay != 0:
         param.add_(param, alpha=-lr * weight_decay)
     param.add_(step, alpha=-lr)

@@ -43,6 +43,13 @@ def has_remainder(param: Tensor, remainders: bool) -> bool:
     return remainders and param.dtype == torch.bfloat16
 
 
+def trust_all(state: dict[str, Tensor]) -> None:
+    """Set R and C of a parameter's state to one, which they are without confidence."""
+    for key in MATRIX_FACTORS[2:]:
+        if key in state:
+            state[key].fill_(1.0)
+
+
 def new_state(
     param: Tensor,
     shard: Shard,

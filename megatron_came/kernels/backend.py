@@ -115,6 +115,8 @@ class Backend(Protocol):
 def unsupported_by_kernels(slice_: ParameterSlice) -> str | None:
     """Return what hinders all kernels: they work on addresses, and on fp32 weights."""
     param = slice_.param
+    if slice_.cautious:
+        return "with cautious updates"
     if not slice_.has_fp32_weights:
         return f"with {str(param.dtype).removeprefix('torch.')} weights"
     if type(param) not in (Tensor, torch.nn.Parameter):

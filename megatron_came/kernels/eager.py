@@ -247,6 +247,7 @@ class _Boxes:
             beta1=self._given.hyper.beta1,
             lr=float(self._given.lr),
             weight_decay=self._given.weight_decay,
+            cautious=self._given.hyper.cautious,
         )
         if self._codec.is_rounded:
             key = step_key(self._slice.key, self._given.step)

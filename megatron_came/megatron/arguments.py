@@ -18,7 +18,9 @@ from megatron_came.voice import say, stop
 # CAME's flags, with what argparse is told of them.
 FLAGS: dict[str, dict[str, Any]] = {
     **{
-        flag_of(f"came_{row.name}"): {
+        flag_of(f"came_{row.name}"): {"action": "store_true", "help": row.help}
+        if row.type is bool
+        else {
             "type": row.type,
             "default": row.default,
             "help": f"{row.help} (default: {row.default:g})",

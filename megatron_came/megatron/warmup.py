@@ -1,8 +1,8 @@
 """Whether a run's warm-up is long enough for its beta3.
 
-CAME has no bias correction. The momentum and the instability that it is divided by both start at
-zero, and the instability grows more slowly, so iteration t's update is about 1/sqrt(1 - beta3^t)
-times as large as later ones. A warm-up keeps the rate small meanwhile.
+CAME has no bias correction, unless it is asked for. The momentum and the instability that it is
+divided by both start at zero, and the instability grows more slowly, so iteration t's update is
+about 1/sqrt(1 - beta3^t) times as large as later ones. A warm-up keeps the rate small meanwhile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,25 @@ _SHORTER = (0.9995, 0.999, 0.995, 0.99, 0.98, 0.95)  # beta3 to offer to a short
 def update_sizes(settings: Hyperparameters) -> Iterator[float]:
     """The root mean square of the updates at iterations 1, 2, ..., in units of the rate.
 
-    Of gradients that are independent noise; a steady gradient makes larger updates. It follows the
-    variances of momentum and of u - m, whose elements are then sums of independent numbers:
-    u - m_t = beta1 (u - m_(t-1)).
+    Of gradients that are independent noise; a steady gradient makes larger updates, cautious ones
+    are smaller. It follows the variances of momentum and of u - m, whose elements are then sums of
+    independent numbers: u - m_t = beta1 (u - m_(t-1)).
 
     Args:
         settings: the betas and the clip threshold, which sets the scale of u while its own
             statistics, without correction as well, are young.
     """
-    beta1, beta2, beta3 = settings.beta1, settings.beta2, settings.beta3
-    momentum = instability = 0.0
-    power = 1.0  # beta2^t
-    while True:
-        power *= beta2
-        update = min(settings.clip_threshold**2, 1 / (1 - power))
+    beta1 = settings.beta1
+    moment, momentum, instability = 0.0, 0.0, float(settings.no_confidence)
+    for iteration in count(1):
+        now = settings.at(iteration)
+        moment = now.beta2 * moment + 1 - now.beta2
+        update = min(settings.clip_threshold**2, 1 / moment)
         square = beta1**2 * (update + momentum)
-        instability = beta3 * instability + (1 - beta3) * square
+        instability = now.beta3 * instability + (1 - now.beta3) * square
         momentum = beta1**2 * momentum + (1 - beta1) ** 2 * update
-        yield math.sqrt(momentum / instability) if instability else math.inf
+        size = math.sqrt(momentum / instability) if instability else math.inf
+        yield size / settings.momentum_weight(iteration)
 
 
 def largest_update(settings: Hyperparameters, warmup: float) -> float:
@@ -81,7 +82,7 @@ def warning(args: argparse.Namespace, settings: Hyperparameters) -> str | None:
         settings: CAME's.
     """
     iterations = _iterations(args)
-    if iterations <= _TRY or _resumes(args):
+    if iterations <= _TRY or _resumes(args) or settings.bias_correction:
         return None
     warmup = _warmup(args, iterations)
     largest = largest_update(settings, warmup)
@@ -91,7 +92,8 @@ def warning(args: argparse.Namespace, settings: Hyperparameters) -> str | None:
         f"--came-beta3 {settings.beta3:g} with a warm-up of {warmup:.0f} iterations makes the "
         f"first updates up to about {largest:.1f} times --lr in RMS, as CAME has no bias "
         "correction, where AdamW's are at most 1 and CAME's later ones 0.25: "
-        f"{_remedy(settings, max(int(warmup), iterations // 10))}, see docs/tuning.md."
+        f"{_remedy(settings, max(int(warmup), iterations // 10))} (or --came-bias-correction), see "
+        "docs/tuning.md."
     )
 
 

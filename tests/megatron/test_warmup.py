@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import astuple
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -22,17 +21,14 @@ ROOT = Path(__file__).parents[2]
 ITERATIONS = (1, 2, 3, 10, 30, 100)
 
 
-def settings(beta1=0.9, beta2=0.999, beta3=0.9999, clip=1.0):
-    return Hyperparameters(beta1=beta1, beta2=beta2, beta3=beta3, clip_threshold=clip)
+def settings(beta1=0.9, beta2=0.999, beta3=0.9999, clip=1.0, **options):
+    return Hyperparameters(beta1=beta1, beta2=beta2, beta3=beta3, clip_threshold=clip, **options)
 
 
 def train(chosen, rates, size=96):
     """The RMS of each update of the optimizer itself, on gradients that are noise."""
-    beta1, beta2, beta3, _, _, clip = astuple(chosen)
     param = torch.nn.Parameter(torch.zeros(size, size))
-    optimizer = CAME(
-        [param], lr=1.0, betas=(beta1, beta2, beta3), clip_threshold=clip, kernels="plain"
-    )
+    optimizer = CAME([param], lr=1.0, kernels="plain", **chosen.as_group())
     sizes = []
     for rate in rates:
         param.data.zero_()
@@ -53,6 +49,9 @@ def train(chosen, rates, size=96):
         settings(clip=10.0),
         settings(clip=0.5),
         settings(beta3=0.99995),
+        settings(bias_correction=True),
+        settings(no_confidence=True),
+        settings(bias_correction=True, no_confidence=True),
     ],
     ids=str,
 )
@@ -118,6 +117,8 @@ def test_what_is_recommended_is_enough_and_no_less_is(chosen):
         ({"train_iters": 1000, "lr_warmup_iters": 160}, settings(), None),
         ({"train_iters": 1000}, settings(beta2=0.95, beta3=0.995), None),
         ({"train_iters": 1000}, settings(beta2=0.95, beta3=0.95), None),
+        ({"train_iters": 1000}, settings(bias_correction=True), None),
+        ({"train_iters": 1000}, settings(no_confidence=True), None),
         ({"train_iters": 10**5, "lr_warmup_fraction": 0.01}, settings(), None),
         # The batch grows from 8 to 64: 20 iterations at its end are 160 at its beginning.
         (

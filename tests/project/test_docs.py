@@ -43,9 +43,10 @@ def test_modules_exist():
 
 
 def test_flags_and_defaults_are_those_of_the_code():
-    rows = dict(re.findall(r"^\| `(--came-[\w-]+)` \| ([\d.e-]+) \|", README, re.MULTILINE))
-    expected = {"--came-" + f.name.replace("_", "-"): f.default for f in fields(Hyperparameters)}
-    assert {flag: float(value) for flag, value in rows.items()} == expected
+    rows = dict(re.findall(r"^\| `(--came-[\w-]+)` \| (\S+) \|", README, re.MULTILINE))
+    names = {"--came-" + f.name.replace("_", "-"): f.default for f in fields(Hyperparameters)}
+    found = {flag: rows[flag] if rows[flag] == "off" else float(rows[flag]) for flag in names}
+    assert found == {flag: "off" if value is False else value for flag, value in names.items()}
 
 
 def test_the_changelog_has_this_version():

@@ -4,6 +4,8 @@ import came_pytorch
 import pytest
 import torch
 
+from megatron_came.core.reference import update
+
 # Of the total update: ||p - oracle|| / ||oracle - p0||. The orders of summation differ, hence
 # not zero.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
@@ -52,6 +54,17 @@ def oracle_updates(start, gradients, **settings):
         param.grad = None if gradient is None else gradient.clone()
         optimizer.step()
         history.append(param.detach().clone())
+    return history
+
+
+def reference_updates(start, gradients, *, betas, lr, weight_decay, clip_threshold=1.0, **options):
+    """Run ``core/reference.py``, whose options the authors' class has not; as above."""
+    theta, state, history = start.clone(), {}, []
+    letters = dict(zip(("b1", "b2", "b3"), betas, strict=True)) | options
+    letters |= {"eta": lr, "weight_decay": weight_decay, "d": clip_threshold}
+    for gradient in gradients:
+        update(theta, gradient, state, eps1=1e-30, eps2=1e-16, **letters)
+        history.append(theta.clone())
     return history
 
 

@@ -43,6 +43,10 @@ SAID = {
     ),
     "eps": ("--came-eps1 1e-4 --came-eps2 1e-4", ["--came-eps1 0.0001 (", "--came-eps2 0.0001 ("]),
     "threshold": ("--came-clip-threshold 0.1", ["--came-clip-threshold 0.1 (", "had 1.0)"]),
+    "options": (
+        "--came-bias-correction --came-cautious --came-no-confidence",
+        ["--came-bias-correction on (", "--came-cautious on (", "--came-no-confidence on ("],
+    ),
     "dropout": ("--hidden-dropout 0.5", ["--hidden-dropout 0.5 (", "had 0.0)"]),
     "norm": ("--norm-epsilon 0.5", ["--norm-epsilon 0.5 (", "had 1e-05)"]),
     "activation": ("--squared-relu", ["--squared-relu on (", "had it off)"]),
@@ -67,7 +71,14 @@ REFUSED = {
     "tokens": ("--vocab-size 60 --make-vocab-size-divisible-by 64", "--vocab-size"),
 }
 QUICK = {
-    *("said-full-lr", "said-full-lr-kept", "said-full-batch", "said-dp-lr", "said-legacy-whole-lr"),
+    *(
+        "said-full-lr",
+        "said-full-lr-kept",
+        "said-full-options",
+        "said-full-batch",
+        "said-dp-lr",
+        "said-legacy-whole-lr",
+    ),
     *(
         "refused-full-lr",
         "refused-full-biases",

@@ -18,6 +18,8 @@ LOGS = "--optimizer came --log-num-zeros-in-grad --log-params-norm "
 SETTINGS = {
     "hyperparameters": "--came-beta1 0.8 --came-beta2 0.95 --came-beta3 0.99 "
     "--came-eps1 1e-20 --came-eps2 1e-10 --came-clip-threshold 0.5",
+    "options": "--came-bias-correction --came-cautious",
+    "no-confidence": "--came-no-confidence",
     "decoupled-lr": "--untie-embeddings-and-output-weights --decoupled-lr 1e-3 "
     "--decoupled-min-lr 1e-4",
     "frozen-layer": "",

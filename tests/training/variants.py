@@ -10,22 +10,46 @@ from pathlib import Path
 from unittest import mock
 
 import came_pytorch
+import torch
 import torch.distributed as dist
 
 from megatron_came.core import sums
+from megatron_came.core.reference import update
 from tests.training.damaged_settings import DAMAGE, damaged
 
 
 class Oracle(came_pytorch.CAME):
     """The authors' class where the host builds CAME, on one rank, which holds whole tensors.
 
-    Whatever CAME is asked to keep in fewer bits, it keeps in fp32.
+    Whatever CAME is asked to keep in fewer bits, it keeps in fp32. With options that the authors'
+    class has not it is the reference, in float64.
     """
 
     kernel_choices = ()
 
     def __init__(self, *args, kernels, momentum_dtype, remainders, seed, **kwargs):
+        names = ("bias_correction", "cautious", "no_confidence")
+        self._options = {name: kwargs.pop(name) for name in names}
         super().__init__(*args, **kwargs)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not any(self._options.values()):
+            return super().step(closure)
+        for group in self.param_groups:
+            letters = dict(
+                zip(
+                    ("b1", "b2", "b3", "eps1", "eps2"),
+                    (*group["betas"], *group["eps"]),
+                    strict=True,
+                )
+            )
+            letters |= {"eta": group["lr"], "d": group["clip_threshold"], **self._options}
+            letters["weight_decay"] = group["weight_decay"]
+            for param in group["params"]:
+                weight, gradient = param.double(), param.grad.double()
+                update(weight, gradient, self.state[param], **letters)
+                param.copy_(weight)
 
     def set_shards(self, shards, names=None):
         if any(shard.tp_size > 1 or shard.dp_group is not None for shard in shards.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from megatron_came.core.hyperparameters import TABLE
 from megatron_came.megatron.checkpoints.contents import SCHEDULE, first_of
 from megatron_came.megatron.checkpoints.groups import RATES, Groups, matching
 
@@ -18,8 +19,7 @@ _OF_SCHEDULE = _words("""
     decoupled_lr decoupled_min_lr use_mup mup_base_hidden_size
 """)
 # What else changes what is computed.
-_OTHERS = _words("""
-    came_beta1 came_beta2 came_beta3 came_eps1 came_eps2 came_clip_threshold
+_OTHERS = [f"came_{row.name}" for row in TABLE] + _words("""
     lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples clip_grad
     rampup_batch_size step_batch_size_schedule decrease_batch_size_if_needed seed
     data_parallel_random_init calculate_per_token_loss no_weight_decay_cond_type
