@@ -76,8 +76,7 @@ class CAME(torch.optim.Optimizer):
         clip_threshold: largest RMS of an update before momentum, above 0.
         betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1).
         weight_decay: decoupled weight decay, at least 0.
-        bias_correction: divide averages by 1 - beta^t; without it first updates are up to 11 lr in
-            RMS, with the default beta3, so warm up.
+        bias_correction: divide averages by 1 - beta^t; without it, first updates are large: warm up.
         cautious: leave out of an update the elements that would move against their gradient.
         no_confidence: take the momentum for the update, as Adafactor does: R and C are 1.
         shards: where each parameter lies in its full tensor; those not named are whole.
@@ -92,8 +91,7 @@ class CAME(torch.optim.Optimizer):
             parameters are.
         seed: of that rounding. Its bits are a function of the seed, the step, the parameter's
             name and the element's place in the full tensor.
-        names: of parameters, the same in every layout, for that rounding; the others are named by
-            their place in the parameter groups.
+        names: of parameters, the same in every layout, for that rounding; by default their places.
         flat_convolutions: run the algorithm on weights of more than two dimensions as if they were
             matrices, of the first dimension and all others: many of 3 x 3 have larger factors.
 
