@@ -76,7 +76,7 @@ class CAME(torch.optim.Optimizer):
         clip_threshold: largest RMS of an update before momentum, above 0.
         betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1).
         weight_decay: decoupled weight decay, at least 0.
-        bias_correction: divide averages by 1 - beta^t; without it, first updates are large: warm up.
+        bias_correction: divide averages by 1 - beta^t; without it first updates are large.
         cautious: leave out of an update the elements that would move against their gradient.
         no_confidence: take the momentum for the update, as Adafactor does: R and C are 1.
         shards: where each parameter lies in its full tensor; those not named are whole.
@@ -292,7 +292,8 @@ class CAME(torch.optim.Optimizer):
             # Of sharded parameters, Megatron's wrappers load the factors themselves.
             is_partial = bool(self._shards)
             states.update(states_in(final, self.param_groups, self._new_state, is_partial))
-            return {**final, "state": {}}  # which PyTorch would cast, all of it at once
+            groups = complete_groups(final, self.defaults)
+            return {"state": {}, "param_groups": groups}  # PyTorch would cast state, all at once
 
         if not isinstance(state_dict, Mapping):
             take(self, state_dict)  # says so
@@ -303,7 +304,6 @@ class CAME(torch.optim.Optimizer):
             hook.remove()
         for param, saved in states.items():  # one at a time: the old state is gone by now
             self.state[param] = as_state(saved, self._new_state(param), param) if saved else {}
-        complete_groups(self.param_groups, self.defaults, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:

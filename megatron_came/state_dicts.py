@@ -70,17 +70,15 @@ def states_in(
 
 
 def complete_groups(
-    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], state_dict: Mapping[str, Any]
-) -> None:
-    """Give loaded parameter groups what theirs of an older version or the authors' class lack.
+    state_dict: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return its parameter groups, and in them what an older version's or the authors' lack.
 
     The authors' class counts steps with each parameter, and bias correction needs them.
     """
     steps = [state["step"] for state in state_dict["state"].values() if "step" in state]
-    for group in groups:
-        group.setdefault("step", max(steps, default=0))
-        for key, value in defaults.items():
-            group.setdefault(key, value)
+    complete = {**defaults, "step": max(steps, default=0)}
+    return [{**complete, **group} for group in state_dict["param_groups"]]
 
 
 def _check_state(
