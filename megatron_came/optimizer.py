@@ -302,8 +302,8 @@ class CAME(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        complete_groups(self.param_groups, self.defaults, self.state.values())
         self.state.update(states)
-        complete_groups(self.param_groups, self.defaults, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -70,15 +70,21 @@ def states_in(
 
 
 def complete_groups(
-    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], state_dict: Mapping[str, Any]
+    groups: Sequence[dict[str, Any]],
+    defaults: Mapping[str, Any],
+    states: Iterable[Mapping[str, Any]],
 ) -> None:
-    """Give loaded parameter groups what theirs of an older version or the authors' class lack.
+    """Give loaded parameter groups what those of an older version or the authors' class lack.
 
-    The authors' class counts steps with each parameter, and bias correction needs them.
+    Args:
+        groups: of the optimizer, loaded.
+        defaults: the optimizer's own.
+        states: as loaded. The authors' class counts steps in each, and bias correction needs them.
     """
-    steps = [state["step"] for state in state_dict["state"].values() if "step" in state]
+    steps = [state.get("step") for state in states]
+    taken = max((step for step in steps if isinstance(step, int)), default=0)
     for group in groups:
-        group.setdefault("step", max(steps, default=0))
+        group.setdefault("step", taken)
         for key, value in defaults.items():
             group.setdefault(key, value)
 
