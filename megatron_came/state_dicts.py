@@ -76,8 +76,9 @@ def complete_groups(
 
     The authors' class counts steps with each parameter, and bias correction needs them.
     """
-    steps = [state["step"] for state in state_dict["state"].values() if "step" in state]
-    complete = {**defaults, "step": max(steps, default=0)}
+    steps = [state.get("step") for state in state_dict["state"].values()]
+    taken = max((step for step in steps if isinstance(step, int)), default=0)
+    complete = {**defaults, "step": taken}
     return [{**complete, **group} for group in state_dict["param_groups"]]
 
 

@@ -133,13 +133,13 @@ class Hyperparameters:
         """
         if not (self.bias_correction or self.no_confidence):
             return self
-        beta2, beta3 = (
-            beta * (1 - beta ** (iteration - 1)) / (1 - beta**iteration)
-            if self.bias_correction
-            else beta
-            for beta in (self.beta2, self.beta3)
-        )
-        beta3 = 1.0 if self.no_confidence else beta3
+        beta2, beta3 = self.beta2, self.beta3
+        if self.bias_correction:
+            beta2, beta3 = (
+                b * (1 - b ** (iteration - 1)) / (1 - b**iteration) for b in (beta2, beta3)
+            )
+        if self.no_confidence:
+            beta3 = 1.0
         return _AtIteration(**{**asdict(self), "beta2": beta2, "beta3": beta3})
 
     def momentum_weight(self, iteration: int) -> float:

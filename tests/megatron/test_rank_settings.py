@@ -74,6 +74,7 @@ def test_settings_are_those_of_the_command_line_and_what_computes(monkeypatch):
         "--optimizer": "came",
         "--lr": "0.001",
         "--came-beta2": "0.999",
+        "--came-cautious": "False",
         "--came-kernels": "auto",
         "--came-momentum-dtype": "int8",
         "--came-main-params": "fp32",
