@@ -17,7 +17,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_came.versions import SUPPORTED, MegatronError, check_version, has_training_loop
+from megatron_came.versions import (
+    IN_DEVELOPMENT,
+    SUPPORTED,
+    MegatronError,
+    check_version,
+    has_training_loop,
+)
 from megatron_came.voice import say_once
 
 Function = Callable[..., Any]
@@ -89,6 +95,11 @@ def put_in_place(rows: Iterable[Replacement]) -> None:
         MegatronError: Megatron is missing, of a release that is not supported, or lacks a name.
     """
     version, training_loop = check_version(), has_training_loop()
+    if version.startswith(f"{IN_DEVELOPMENT}."):
+        say_once(
+            f"Megatron {version} is a development version: CAME was tested with one of it, and "
+            f"with the releases before {IN_DEVELOPMENT}."
+        )
     for row in rows:
         if row.concerns(version, training_loop=training_loop):
             _replace(row, version)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 # All code is written for the newest; what others have otherwise is in megatron/compat.
-SUPPORTED = ("0.16", "0.17", "0.18", "0.19")
+SUPPORTED = ("0.16", "0.17", "0.18", "0.19", "0.20")
+# Of these, the one that is not out yet.
+IN_DEVELOPMENT = "0.20"
 
 
 class MegatronError(RuntimeError):

@@ -124,7 +124,9 @@ class CameDistributedOptimizer(Offloaded, DistributedOptimizer):  # type: ignore
         names: dict[Tensor, str] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             for param in params:
-                identity = None if identities is None else identity_of(param, identities)
+                identity = None
+                if identities is not None:
+                    identity = identity_of(param, identities, model_groups.tp_of(param))
                 local, shard = self._local_of(param, model_groups, identity)
                 if identity is not None:
                     names[local] = identity.name

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.voice import say_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,36 +29,31 @@ class Identity:
         name: with its layer and expert.
         offsets: where it begins in the full tensor; two of them for SwiGLU's projections, which are
             stacked.
+        is_local: whether it is what a rank has of a parameter, where no place in the whole fits.
     """
 
     name: str
     offsets: tuple[tuple[int, ...], ...]
+    is_local: bool = False
 
-    def check(self, shape: tuple[int, ...], tp_dim: int, tp_size: int, tp_rank: int) -> None:
-        """Make sure that tensor parallelism cuts the parameter so that it begins there.
+    def fits(self, shape: tuple[int, ...], tp_dim: int, tp_size: int, tp_rank: int) -> bool:
+        """Whether tensor parallelism cuts the parameter so that it begins there.
+
+        It cuts otherwise a Mamba layer's projections, which are stacked and of unlike sizes.
 
         Args:
             shape: of the local tensor.
             tp_dim: dimension along which it is cut.
             tp_size: into how many local tensors.
             tp_rank: which of them this is.
-
-        Raises:
-            UnsupportedError: it cuts otherwise, such as a Mamba layer's projections, which are
-                stacked and of unlike sizes.
         """
         stacked, rows = len(self.offsets), max(len(shape) - 2, 0)
         size, rest = divmod(shape[tp_dim], stacked)
         expected = [[0] * len(shape) for _ in self.offsets]
         for position, offsets in enumerate(expected):
             offsets[tp_dim] = (position * tp_size + tp_rank) * size
-        fits = not rest and (stacked == 1 or tp_dim == rows)
-        if not fits or [list(offsets) for offsets in self.offsets] != expected:
-            raise UnsupportedError(
-                f"--came-momentum-dtype: {self.name} of shape {shape} is cut by tensor "
-                "parallelism in a way that the random bits of its rounding cannot follow: use "
-                "--came-momentum-dtype fp32, or --tensor-model-parallel-size 1."
-            )
+        begins = [list(offsets) for offsets in self.offsets] == expected
+        return begins and not rest and (stacked == 1 or tp_dim == rows)
 
 
 def named_parameters(model_chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
@@ -84,8 +81,10 @@ def identities(model_chunks: Iterable[Any]) -> dict[Tensor, Identity]:
     return found
 
 
-def identity_of(param: Tensor, known: dict[Tensor, Identity]) -> Identity:
-    """Return a parameter's identity.
+def identity_of(
+    param: Tensor, known: dict[Tensor, Identity], tp_group: dist.ProcessGroup
+) -> Identity:
+    """Return a parameter's identity; that of the rank's own tensor where it fits no whole one.
 
     Raises:
         UnsupportedError: the model's sharded state does not hold it.
@@ -96,4 +95,16 @@ def identity_of(param: Tensor, known: dict[Tensor, Identity]) -> Identity:
             "model's sharded state, which names parameters alike in every layout: use "
             "--came-momentum-dtype fp32."
         )
-    return known[param]
+    identity, tp_dim = known[param], getattr(param, "partition_dim", -1)
+    is_cut = getattr(param, "tensor_model_parallel", False) and 0 <= tp_dim < param.dim()
+    if not is_cut or tp_group.size() == 1:
+        return identity
+    rank = tp_group.rank()
+    if identity.fits(tuple(param.shape), tp_dim, tp_group.size(), rank):
+        return identity
+    say_once(
+        "--came-momentum-dtype: where tensor parallelism cuts a weight into unlike parts, as "
+        "Mamba's projections, every rank rounds momentum with random bits of its own, so that "
+        "another --tensor-model-parallel-size rounds otherwise (with fp32 it does not)."
+    )
+    return Identity(f"{identity.name} of tensor-parallel rank {rank}", ((0,),), is_local=True)

@@ -106,14 +106,29 @@ RULES = (
         Rule("{given} is not allowed: use " + " or ".join(values) + ".", flag, works=values)
         for flag, values in CHOICES.items()
     ),
-    _not_with("--optimizer-cpu-offload", _LEAVE_OUT),
+    _not_with(
+        "--optimizer-cpu-offload",
+        "leave it out; --came-momentum-dtype int8 and --came-main-params remainder save 5 of the 8 "
+        "bytes a weight",
+        "{given}, which steps on the CPU with Adam or SGD alone",
+    ),
     _not_with("--use-precision-aware-optimizer", _LEAVE_OUT),
     _not_with("--use-megatron-fsdp", _SHARDING),
     _not_with("--use-torch-fsdp2", _SHARDING),
     _not_with("--optimizer-cuda-graph", _LEAVE_OUT),
-    _not_with("--fp8-param-gather", "leave it out"),
-    _not_with("--fp4-param-gather", "leave it out"),
-    _not_with("--reuse-grad-buf-for-mxfp8-param-ag", "leave it out"),
+    *(
+        _not_with(
+            flag,
+            "leave it out, and weights are gathered in bf16",
+            "{given}, whose weights lie in Transformer Engine's own tensors, with which neither "
+            "its step nor its checkpoints have been tested",
+        )
+        for flag in (
+            "--fp8-param-gather",
+            "--fp4-param-gather",
+            "--reuse-grad-buf-for-mxfp8-param-ag",
+        )
+    ),
     # Megatron's validation derives these two from the flags.
     _not_with(
         "--tensor-parallel-num-weight-shards",

@@ -88,8 +88,7 @@ def shard_of(
         identity: of the parameter, where random bits depend on it.
 
     Raises:
-        UnsupportedError: the parameter is sharded, but along a dimension that it does not say, or
-            otherwise than its identity says.
+        UnsupportedError: the parameter is sharded, but along a dimension that it does not say.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
     tp_dim = getattr(param, "partition_dim", -1) if sharded else None
@@ -101,9 +100,9 @@ def shard_of(
         )
     tp_group = groups.tp_of(param)
     tp_rank, tp_parts = 0, 1
-    if identity is not None and tp_dim is not None and tp_group.size() > 1:
-        tp_rank, tp_parts = tp_group.rank(), len(identity.offsets)
-        identity.check(tuple(param.shape), tp_dim, tp_group.size(), tp_rank)
+    whole = None if identity is None or identity.is_local else identity
+    if whole is not None and tp_dim is not None and tp_group.size() > 1:
+        tp_rank, tp_parts = tp_group.rank(), len(whole.offsets)
     return Shard(
         shape=tuple(param.shape),
         start=start,

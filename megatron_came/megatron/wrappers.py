@@ -55,7 +55,10 @@ class _WholeTensors(Offloaded):
             self._pairs += zip(params, group["params"], strict=True)
         at = {}
         if identities is not None:
-            at = {param: identity_of(param, identities) for param, _ in self._pairs}
+            at = {
+                param: identity_of(param, identities, model_groups.tp_of(param))
+                for param, _ in self._pairs
+            }
         self.optimizer.set_shards(
             {
                 local: shard_of(param, model_groups, identity=at.get(param))

@@ -59,13 +59,19 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
         ({"came_eps1": 0.0}, "--came-eps1 0.0 is not allowed: it must be a finite number above 0."),
         ({"came_eps2": float("nan")}, "--came-eps2 nan is not allowed"),
         ({"came_clip_threshold": 0.0}, "--came-clip-threshold 0.0 is not allowed"),
-        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload: leave it out"),
+        (
+            {"optimizer_cpu_offload": True},
+            "--optimizer-cpu-offload, which steps on the CPU with Adam",
+        ),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp: use --use-distributed-optimizer"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2: use --use-distributed-optimizer"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
-        ({"fp8_param_gather": True}, "--fp8-param-gather"),
-        ({"fp4_param_gather": True}, "--fp4-param-gather"),
+        (
+            {"fp8_param_gather": True},
+            "--fp8-param-gather, whose weights lie in Transformer Engine's own tensors",
+        ),
+        ({"fp4_param_gather": True}, "leave it out, and weights are gathered in bf16"),
         (
             {"gtp_weight_remat_size": 2, "tensor_parallel_num_weight_shards": 4},
             "--tensor-parallel-num-weight-shards 4: leave it out",

@@ -9,9 +9,10 @@ from megatron.core.models.mimo.model.base import MimoModel
 from megatron_came.megatron.builder import settings_of_model
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.parameter_names import Identity
+from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas, shard_of
+from megatron_came.voice import say_once
 from scripts.cases.simulated_ranks import SimulatedGroup, run_ranks
 
 PAIR, EXPERT_PAIR, EMBEDDING = (SimulatedGroup([0, 1]) for _ in range(3))
@@ -55,19 +56,24 @@ class _Pair(SimulatedGroup):
 
 @pytest.mark.parametrize("sizes", [(8, 8, 4, 4, 2), (8, 4, 4), (5, 5, 5)], ids=str)
 @pytest.mark.parametrize("columns", [(6,), (1, 4), ()], ids=["matrix", "convolution", "vector"])
-def test_parts_of_unlike_sizes_have_no_random_bits_and_are_refused(sizes, columns):
+def test_parts_of_unlike_sizes_have_random_bits_of_the_ranks_own(sizes, columns, capsys):
+    say_once.cache_clear()
     groups = ModelGroups(tp=_Pair([0, 1]), expert_tp=_Pair([0, 1]), embedding=None)
     param = parameter((sum(sizes), *columns), tensor_model_parallel=True, partition_dim=0)
-    sentence = r"in_proj.weight.z of shape .* that the random bits .*: use --came-momentum-dtype fp"
-    with pytest.raises(UnsupportedError, match=sentence):
-        shard_of(param, groups, identity=_mamba_identity(1, sizes))
-    assert shard_of(param, groups).tp_dim == 0  # with momentum in fp32, which needs no bits
+    for _ in range(2):
+        identity = identity_of(param, {param: _mamba_identity(1, sizes)}, groups.tp)
+    assert identity.name == "decoder.layers.mixer.in_proj.weight.z of tensor-parallel rank 1"
+    assert capsys.readouterr().out.count("every rank rounds momentum with random bits") == 1
+    shard = shard_of(param, groups, identity=identity)
+    assert (shard.tp_dim, shard.tp_rank, shard.tp_parts) == (0, 0, 1)
 
 
 def test_equal_parts_have_random_bits():
     groups = ModelGroups(tp=_Pair([0, 1]), expert_tp=_Pair([0, 1]), embedding=None)
     param = parameter((8, 6), tensor_model_parallel=True, partition_dim=0)
-    shard = shard_of(param, groups, identity=Identity("mlp.linear_fc1.weight", ((4, 0), (12, 0))))
+    whole = Identity("mlp.linear_fc1.weight", ((4, 0), (12, 0)))
+    assert identity_of(param, {param: whole}, groups.tp) is whole
+    shard = shard_of(param, groups, identity=whole)
     assert (shard.tp_rank, shard.tp_parts) == (1, 2)
 
 

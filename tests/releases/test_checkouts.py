@@ -11,7 +11,7 @@ from megatron_came.tools import patch
 from tests.releases.places import checkout, copy_of
 from tests.training.harness import MODEL, ROOT, free_port
 
-TAGS = ("core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0")
+TAGS = ("core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0", "core_v0.20.0")
 FLAGS = "--tensor-model-parallel-size 2 --use-distributed-optimizer --log-interval 1 "
 NUMBERS = re.compile(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+)")
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.versions import release
 from megatron_came.voice import say_once
 
 _ALIGNMENT = 64  # of the parameters' first elements
@@ -35,14 +34,22 @@ def gathered_index(buffer: Any) -> dict[Tensor, tuple[int, int, int]]:
     }
 
 
+def mended() -> bool:
+    """Whether Megatron takes the padding of buckets into account there, which 0.20 is to do."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    method = DistributedOptimizer.sharded_param_state_fully_reshardable
+    return "buckets" in method.__code__.co_names
+
+
 @contextlib.contextmanager
 def offsets_as_gathered(buffers: Iterable[Any]) -> Iterator[None]:
     """Make ``sharded_param_state_fully_reshardable`` cut gathered buffers at the right places.
 
-    Before 0.20 Megatron takes the offsets of the buffer itself there, so that it saves everything
-    behind the first padded bucket shifted (NVIDIA/Megatron-LM#5077).
+    Unless it is :func:`mended`, Megatron takes the offsets of the buffer itself there, so that it
+    saves everything behind the first padded bucket shifted (NVIDIA/Megatron-LM#5077).
     """
-    if release() >= (0, 20):
+    if mended():
         yield
         return
     own = [(buffer, buffer.param_index_map) for buffer in buffers]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_came.megatron.checkpoints.buckets import mended
 from megatron_came.patching import Function
 from megatron_came.versions import check_version
 from megatron_came.voice import say
@@ -30,7 +31,8 @@ def with_warning(original: Function) -> Function:
         _suspects.clear()
         result = original(*args, **kwargs)
         settings = get_args()
-        warning = _warning(settings, writes(settings) and padded_anywhere(result[0]))
+        shifts = writes(settings) and not mended() and padded_anywhere(result[0])
+        warning = _warning(settings, shifts)
         if warning:
             say(warning)
         return result
