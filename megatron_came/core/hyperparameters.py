@@ -194,13 +194,24 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
         raise (error.within(where) if where else error) from None
 
 
-def at_step(
-    group: Mapping[str, Any],
-) -> tuple[Hyperparameters, float | torch.Tensor, float, int]:
-    """Read a group as it is now, since schedules change it.
+class GroupSettings(NamedTuple):
+    """What a step reads of a parameter group.
 
-    Returns:
-        Hyperparameters, learning rate, weight decay and the number of steps before this one.
+    Attributes:
+        hyper: hyperparameters.
+        lr: learning rate; a scalar tensor may lie on the device.
+        weight_decay: decoupled.
+        step: number of steps before this one.
+    """
+
+    hyper: Hyperparameters
+    lr: float | torch.Tensor
+    weight_decay: float
+    step: int
+
+
+def at_step(group: Mapping[str, Any]) -> GroupSettings:
+    """Read a group as it is now, since schedules change it.
 
     Raises:
         HyperparameterError: a value that is no number, or out of range; tensors are not looked at.
@@ -209,7 +220,7 @@ def at_step(
         if not isinstance(group[key], torch.Tensor):  # it may lie on a device that is busy
             check_number(key, group[key], 0.0)
     hyper = Hyperparameters.from_group(group)
-    return hyper, group["lr"], float(group["weight_decay"]), group.get("step", 0)
+    return GroupSettings(hyper, group["lr"], float(group["weight_decay"]), group.get("step", 0))
 
 
 def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
