@@ -17,12 +17,13 @@ from torch.optim.optimizer import ParamsT
 from megatron_came.compiling import outside_compiler
 from megatron_came.core.hyperparameters import at_step, check_group, with_plain_numbers
 from megatron_came.core.momentum import check_momentum_dtype
-from megatron_came.core.parameter_slice import ParameterSlice, StepInputs, gradient_of
+from megatron_came.core.parameter_slice import ParameterSlice, gradients_of
 from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard, check_shards
 from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.parameter_checks import Guard
+from megatron_came.snapshots import Snapshot
 from megatron_came.state_dicts import as_state, complete_groups, states_in
 from megatron_came.step import Plan
 from megatron_came.voice import warn_once
@@ -203,6 +204,7 @@ class CAME(torch.optim.Optimizer):
                     f"CAME: the model weight of a parameter of {param.numel()} elements must be "
                     f"contiguous with as many, not {tuple(weight.shape)}."
                 )
+        self._plan = None
         self._model_weights = dict(weights)
 
     def shard_of(self, param: Tensor) -> Shard:
@@ -254,25 +256,18 @@ class CAME(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._current_plan()
-        grads = {
-            slice_: grad
-            for slice_ in plan.slices
-            if slice_.takes_part(grad := gradient_of(slice_.param))
-        }
-        settings = list(map(at_step, self.param_groups))
-        inputs = {
-            slice_: StepInputs(
-                self._state_of(slice_.param),
-                slice_.param if grad is None else grad,  # both without elements
-                *settings[slice_.group],
-                self._model_weights.get(slice_.param),
-            )
-            for slice_, grad in grads.items()
-        }
-        plan.step(inputs)
-        if inputs:  # kernels write behind autograd's back
-            torch.autograd.graph.increment_version([slice_.param for slice_ in inputs])
+        plan = self._plan
+        if plan is None or not plan.holds(self.param_groups):
+            plan = self._current_plan()
+        grads = gradients_of(plan.params)
+        now = Snapshot.of(plan.params, grads, self.state, self._model_weights.values())
+        settings, inputs = list(map(at_step, self.param_groups)), None
+        if not plan.goes_on(settings, now):
+            plan = self._current_plan()
+            inputs = plan.inputs(settings, self._state_of, self._model_weights)
+        plan.step(settings, inputs, now)
+        if plan.updated:  # kernels write behind autograd's back
+            torch.autograd.graph.increment_version(plan.updated)
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
         return loss

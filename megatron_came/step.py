@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
+from megatron_came.core.hyperparameters import GroupSettings
+from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs, gradients_of
 from megatron_came.core.state import trust_all
 from megatron_came.core.sums import SumBuffer
 from megatron_came.kernels.backend import Backend, Step
 from megatron_came.kernels.eager import EagerBackend
+from megatron_came.snapshots import Seen, Snapshot
 
 # Bytes of sums from which on a bundle is worth a reduction of its own, and the most bundles.
 _BUNDLE_BYTES = 32 * 1024 * 1024
@@ -61,10 +63,14 @@ class Bundle:
         """The memory that its sums lie in."""
         return [self.squares.flat, self.instability.flat]
 
-    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> _BundleStep:
-        """Take up what a step brings to those of the parameters that take part in it."""
+    def zero_sums(self) -> None:
+        """Forget the sums of the last step."""
         self.squares.zero_()
         self.instability.zero_()
+
+    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> _BundleStep:
+        """Take up what a step brings to those of the parameters that take part in it."""
+        self.zero_sums()
         steps = [
             passes.begin({each: inputs[each] for each in members if each in inputs})
             for members, passes in self._passes
@@ -77,6 +83,15 @@ class _BundleStep:
 
     def __init__(self, bundle: Bundle, steps: Sequence[Step]) -> None:
         self._bundle, self._steps = bundle, steps
+
+    @property
+    def lasts(self) -> bool:
+        return all(step.lasts for step in self._steps)
+
+    def again(self, settings: Sequence[GroupSettings]) -> None:
+        self._bundle.zero_sums()
+        for step in self._steps:
+            step.again(settings)
 
     def add_square_sums(self) -> None:
         for step in self._steps:
@@ -118,6 +133,7 @@ class Plan:
         param_groups: Sequence[dict[str, Any]],
     ) -> None:
         self.slices = slices
+        self.params = [slice_.param for slice_ in slices]
         self._groups = list(param_groups)
         self._params = [list(group["params"]) for group in param_groups]
         self._layouts, self._cautious = _layouts(self._params), _cautious(param_groups)
@@ -131,38 +147,101 @@ class Plan:
             for members in _spread([slice_ for slice_ in here if slice_.is_shared]):
                 self.shared.append(Bundle(members, backends[device]))
         self.left = [why for bundle in (*self.local, *self.shared) for why in bundle.left]
+        # The last step, while it can be taken again, and what its tensors were.
+        self._steps: dict[Bundle, _BundleStep] = {}
+        self._seen: Seen | None = None
+        self.updated: list[Tensor] = []
 
     @property
     def buffers(self) -> list[Tensor]:
         """The memory that all sums lie in."""
         return [each for bundle in (*self.local, *self.shared) for each in bundle.buffers]
 
-    def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether the groups are the plan's, and hold its parameters, as they were."""
+    def holds(self, param_groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the groups are the plan's, and hold its parameters."""
         params = [group["params"] for group in param_groups]
         return (
             are_same(param_groups, self._groups)
             and all(map(are_same, params, self._params))
-            and _layouts(params) == self._layouts
             and _cautious(param_groups) == self._cautious
         )
 
-    def step(self, inputs: Mapping[ParameterSlice, StepInputs]) -> None:
-        """Take one step with those of the parameters that take part in it."""
-        for given in inputs.values():
-            if given.hyper.no_confidence:
+    def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether, moreover, the parameters are what they were."""
+        return self.holds(param_groups) and _layouts(self._params) == self._layouts
+
+    def goes_on(self, settings: Sequence[GroupSettings], now: Snapshot | None) -> bool:
+        """Whether :meth:`step` may take the last step's tensors: nothing of them has changed."""
+        if any(each.hyper.no_confidence for each in settings):
+            return False  # the state is looked at in every step
+        same = now is not None and self._seen is not None and self._seen.equals(now)
+        return same and bool(self._steps) and all(step.lasts for step in self._steps.values())
+
+    def inputs(
+        self,
+        settings: Sequence[GroupSettings],
+        state_of: Callable[[Tensor], dict[str, Tensor]],
+        weights: Mapping[Tensor, Tensor],
+    ) -> dict[ParameterSlice, StepInputs]:
+        """Return what a step brings, of the parameters that take part in it.
+
+        Args:
+            settings: of the parameter groups.
+            state_of: returns a parameter's state.
+            weights: 16-bit copies, by parameter.
+        """
+        return {
+            slice_: StepInputs(
+                state_of(slice_.param),
+                slice_.param if grad is None else grad,  # both without elements
+                settings[slice_.group],
+                weights.get(slice_.param),
+            )
+            for slice_, grad in zip(self.slices, gradients_of(self.params), strict=True)
+            if slice_.takes_part(grad)
+        }
+
+    def step(
+        self,
+        settings: Sequence[GroupSettings],
+        inputs: Mapping[ParameterSlice, StepInputs] | None,
+        now: Snapshot | None,
+    ) -> None:
+        """Take one step.
+
+        Args:
+            settings: of the parameter groups.
+            inputs: of those of the parameters that take part in it; None for the last step's.
+            now: all tensors of it.
+        """
+        before, self._steps = self._steps, {}  # until it is taken
+        steps: dict[Bundle, _BundleStep] = {}
+
+        def begun(bundle: Bundle) -> _BundleStep:
+            if inputs is None:
+                steps[bundle] = before[bundle]
+                steps[bundle].again(settings)
+            else:
+                steps[bundle] = bundle.begin(inputs)
+            return steps[bundle]
+
+        for given in (inputs or {}).values():
+            if given.settings.hyper.no_confidence:
                 trust_all(given.state)
-        shared: list[Step] = []
         for bundle in self.shared:
-            shared.append(bundle.begin(inputs))
-            shared[-1].add_square_sums()
+            begun(bundle).add_square_sums()
         # While the sums of the shared bundles travel, the local ones are computed.
         for bundle in self.local:
-            bundle.begin(inputs).run()
-        for step in shared:
-            step.add_instability_sums()
-        for step in shared:
-            step.apply()
+            begun(bundle).run()
+        for bundle in self.shared:
+            steps[bundle].add_instability_sums()
+        for bundle in self.shared:
+            steps[bundle].apply()
+        if inputs is not None:
+            self.updated = [slice_.param for slice_ in inputs]
+            self._seen = None
+        if now is not None and all(step.lasts for step in steps.values()):
+            self._steps, self._seen = steps, self._seen or Seen(now)
 
 
 def are_same(objects: Sequence[object], others: Sequence[object]) -> bool:

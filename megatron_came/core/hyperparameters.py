@@ -241,14 +241,26 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
         raise (error.within(where) if where else error) from None
 
 
-def at_step(
-    group: Mapping[str, Any],
-) -> tuple[Hyperparameters, float | torch.Tensor, float, int]:
-    """Read a group as it is now, since schedules change it.
+class GroupSettings(NamedTuple):
+    """What a step reads of a parameter group.
 
-    Returns:
-        Hyperparameters, learning rate, weight decay and the number of steps before this one. Bias
-        correction is carried out by these: of the momentum by the rate.
+    Bias correction is carried out by these: of the momentum by the rate.
+
+    Attributes:
+        hyper: hyperparameters.
+        lr: learning rate; a scalar tensor may lie on the device.
+        weight_decay: decoupled.
+        step: number of steps before this one.
+    """
+
+    hyper: Hyperparameters
+    lr: float | torch.Tensor
+    weight_decay: float
+    step: int
+
+
+def at_step(group: Mapping[str, Any]) -> GroupSettings:
+    """Read a group as it is now, since schedules change it.
 
     Raises:
         HyperparameterError: a value that is no number, or out of range; tensors are not looked at.
@@ -261,7 +273,7 @@ def at_step(
     weight = hyper.momentum_weight(step + 1)
     if weight != 1.0:
         lr, weight_decay = lr / weight, weight_decay * weight
-    return hyper.at(step + 1), lr, weight_decay, step
+    return GroupSettings(hyper.at(step + 1), lr, weight_decay, step)
 
 
 def with_plain_numbers(group: MutableMapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -9,20 +10,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_came.core.hyperparameters import Hyperparameters
+from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import has_remainder, state_dtype
 from megatron_came.core.sums import Request
 
 
-def gradient_of(param: Tensor) -> Tensor | None:
-    """Return a parameter's gradient.
+def gradients_of(params: Iterable[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of parameters.
 
     PyTorch wants ``grad`` to have the parameter's dtype; ``decoupled_grad`` (Megatron's name) may
     have another, and is used where it is set.
     """
-    grad: Tensor | None = getattr(param, "decoupled_grad", None)
-    return param.grad if grad is None else grad
+    return [
+        param.grad if (grad := getattr(param, "decoupled_grad", None)) is None else grad
+        for param in params
+    ]
+
+
+def gradient_of(param: Tensor) -> Tensor | None:
+    """Return the gradient of one."""
+    return gradients_of([param])[0]
 
 
 class StepInputs(NamedTuple):
@@ -31,19 +39,13 @@ class StepInputs(NamedTuple):
     Attributes:
         state: of the parameter; see :class:`megatron_came.CAME`.
         grad: of the slice, of any shape and floating dtype.
-        hyper: of the parameter's group, as the next three.
-        lr: learning rate; a scalar tensor may lie on the device.
-        weight_decay: decoupled.
-        step: number of steps before this one.
+        settings: of the parameter's group.
         model_weight: 16-bit copy of the slice that the step rewrites, or None.
     """
 
     state: dict[str, Tensor]
     grad: Tensor
-    hyper: Hyperparameters
-    lr: float | Tensor
-    weight_decay: float
-    step: int
+    settings: GroupSettings
     model_weight: Tensor | None = None
 
 

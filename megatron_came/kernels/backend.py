@@ -2,18 +2,19 @@
 
 A :class:`Backend` computes on one device. :meth:`Backend.passes` makes, once for a set of
 parameters, what outlives a step (tables, scratch); :meth:`Passes.begin` makes of that and of what a
-step brings a :class:`Step`, which is dropped after it. Three methods of it are the three passes;
-between them ``step.py`` completes the sums over ranks.
+step brings a :class:`Step`, which is taken again as long as no tensor has moved. Three of its
+methods are the three passes; between them ``step.py`` completes the sums over ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 
 # A batch of more matrices, each of fewer elements, is left to eager PyTorch: tiles of it would be
@@ -38,6 +39,19 @@ class Step(Protocol):
 
     Sums are added to the tensors that :meth:`Backend.passes` was given; they are zero before.
     """
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it may be taken again: it knows where tensors lie, and holds none of a step's."""
+        ...
+
+    def again(self, settings: Sequence[GroupSettings]) -> None:
+        """Take up what a later step brings to the same tensors, none of which has moved.
+
+        Args:
+            settings: of all parameter groups.
+        """
+        ...
 
     def add_square_sums(self) -> None:
         """Pass 1: add the row and column sums of g^2; of a vector, write g^2."""

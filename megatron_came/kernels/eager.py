@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.core import factors, passes, remainders
-from megatron_came.core.hyperparameters import Hyperparameters
+from megatron_came.core.hyperparameters import GroupSettings, Hyperparameters
 from megatron_came.core.momentum import MOMENTUM, RoundedWriter, codec_of
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.rounding import random_bits, step_key
@@ -64,6 +64,12 @@ class EagerStep:
     def __init__(self, updates: Sequence[Iterator[None]]) -> None:
         self._updates = updates
 
+    lasts = False  # it holds the gradients
+
+    def again(self, settings: Sequence[GroupSettings]) -> None:
+        """Not to be called."""
+        raise NotImplementedError
+
     def add_square_sums(self) -> None:
         """Pass 1."""
         self._go_on()
@@ -92,7 +98,7 @@ class EagerStep:
 
 def _update_matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
     """Update a matrix, or a batch of them: r, c, R, C, m and p of the paper's algorithm 2."""
-    shard, hyper = boxes.shard, given.hyper
+    shard, hyper = boxes.shard, given.settings.hyper
     counts = (shard.full_columns, shard.full_rows)
     row_squares, column_squares = sums.squares
     for box in boxes:
@@ -143,7 +149,7 @@ def _update_matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterato
 
 def _update_vector(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterator[None]:
     """Update a vector: v, clipped update, m and p; no confidence."""
-    shard, hyper = boxes.shard, given.hyper
+    shard, hyper = boxes.shard, given.settings.hyper
     (squares,) = sums.squares
     for box in boxes:
         passes.add_squared_sums(boxes.gradient(box), squares[box.in_rows], None)
@@ -230,6 +236,7 @@ class _Boxes:
         column_confidence: Tensor | None = None,
     ) -> None:
         """Pass 3 over a box; see :func:`megatron_came.core.passes.apply_update`."""
+        settings = self._given.settings
         momentum, weights = self.momentum(box), self._weights[box.flat]
         has_remainder = REMAINDER in self._state
         if has_remainder:
@@ -244,13 +251,13 @@ class _Boxes:
             row_confidence,
             column_confidence,
             divisor=divisor.to(self._slice.dtype),
-            beta1=self._given.hyper.beta1,
-            lr=float(self._given.lr),
-            weight_decay=self._given.weight_decay,
-            cautious=self._given.hyper.cautious,
+            beta1=settings.hyper.beta1,
+            lr=float(settings.lr),
+            weight_decay=settings.weight_decay,
+            cautious=settings.hyper.cautious,
         )
         if self._codec.is_rounded:
-            key = step_key(self._slice.key, self._given.step)
+            key = step_key(self._slice.key, settings.step)
             bits = random_bits(self.shard.full_offsets(box, momentum.device), key)
             self._rounded.write(momentum.view(-1), bits.view(-1))
         if has_remainder:

@@ -146,6 +146,7 @@ def test_a_step_after_one_that_was_not_counted(monkeypatch):
 
 # What a step calls when something has changed, before it has changed anything itself.
 PREPARES = {"triton": UPLOAD, "numba": "megatron_came.kernels.cpu.launch._Matrices._view"}
+WRITE = "megatron_came.kernels.triton.backend.TritonBackend.write"
 
 
 @on_both
@@ -160,7 +161,10 @@ def test_what_a_failed_step_has_seen_and_the_next_one_finds_undone(undone, kerne
         optimizer.step()
         if fails:
             with monkeypatch.context() as patch:
-                patch.setattr(PREPARES[kernels], mock.Mock(side_effect=RuntimeError("not now")))
+                prepares = PREPARES[kernels]
+                if (undone, kernels) == ("rate", "triton"):
+                    prepares = WRITE  # one number of a table
+                patch.setattr(prepares, mock.Mock(side_effect=RuntimeError("not now")))
                 if undone == "gradient":
                     param.grad = second = first.square()
                 else:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.momentum import MOMENTUM, SCALE
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.rounding import step_key
@@ -84,7 +85,11 @@ class NumbaPasses:
             matrices.find(given)
             own_count = count if matrices.geometry.size >= _SMALL else 1
             grad = _readable(given.grad)
-            updates.append(_Update(matrices, given, grad, _array(grad), own_count))
+            copy = None if grad is given.grad else grad
+            update = _Update(
+                matrices, given.settings, _array(grad), own_count, copy, given.model_weight
+            )
+            updates.append(update)
         return NumbaStep(updates, count)
 
 
@@ -93,6 +98,16 @@ class NumbaStep:
 
     def __init__(self, updates: Sequence[_Update], count: int) -> None:
         self._updates, self._count = updates, count
+
+    @property
+    def lasts(self) -> bool:
+        """Copies of gradients are of one step."""
+        return self._count == threads.usable() and all(each.copy is None for each in self._updates)
+
+    def again(self, settings: Sequence[GroupSettings]) -> None:
+        """Take up what the parameter groups say now."""
+        for each in self._updates:
+            each.settings = settings[each.matrices.slice.group]
 
     def add_square_sums(self) -> None:
         """Pass 1."""
@@ -246,23 +261,25 @@ class _Matrices:
         self.second_moment, self.instability = (r, c), (R, C)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Update:
-    """The passes of one step over one parameter.
+    """The passes over one parameter.
 
     Attributes:
         matrices: what outlives the step.
-        given: what the step brings.
-        tensor: its gradient as kernels read it, here to be kept as long as they do.
-        grad: the same, as a flat array.
+        settings: of the parameter's group.
+        grad: the gradient, as a flat array, valid as long as it is where it is.
         count: of threads.
+        copy: of a gradient that kernels cannot read, here to be kept as long as they do.
+        model_weight: 16-bit copy of the slice, or None.
     """
 
     matrices: _Matrices
-    given: StepInputs
-    tensor: Tensor
+    settings: GroupSettings
     grad: Array
     count: int
+    copy: Tensor | None
+    model_weight: Tensor | None
 
     def add_square_sums(self) -> None:
         """Pass 1."""
@@ -274,7 +291,7 @@ class _Update:
 
     def add_instability_sums(self) -> None:
         """The second moments r and c (v of a vector), and pass 2."""
-        own, hyper = self.matrices, self.given.hyper
+        own, hyper = self.matrices, self.settings.hyper
         update_second_moments(
             *own.second_moment, own.inverse_guesses, hyper.eps1, hyper.beta2, hyper.clip_threshold
         )
@@ -287,7 +304,7 @@ class _Update:
 
     def apply(self) -> None:
         """The clip divisor, R and C, and pass 3."""
-        own, given, hyper = self.matrices, self.given, self.given.hyper
+        own, given, hyper = self.matrices, self.settings, self.settings.hyper
         total = float(own.total)
         divisor = max(math.sqrt(total / own.full_numel) / hyper.clip_threshold, 1.0)
         inverse = 1.0 / divisor + 0.0 * total  # NaN for an infinite gradient
@@ -295,11 +312,13 @@ class _Update:
             update_instabilities(
                 *own.instability, own.inverse_guesses, inverse, hyper.eps2, hyper.beta3, hyper.beta1
             )
-        lr, key = float(given.lr), step_key(own.slice.key, given.step)
+        lr = float(given.lr)
+        is_rounded = own.arrays.momentum.dtype != np.float32
+        key = step_key(own.slice.key, given.step) if is_rounded else 0
         rates = Rates(lr, lr * given.weight_decay, hyper.beta1, inverse, key)
         update(
             self.grad, own.arrays, own.geometry, own.row_places, own.scales, rates,
             threads=self.count,
         )  # fmt: skip
-        if not _is_written(given.model_weight):
-            own.slice.copy_to_model(given.model_weight)
+        if not _is_written(self.model_weight):
+            own.slice.copy_to_model(self.model_weight)

@@ -76,7 +76,7 @@ class Addresses:
         """
         rounds, copied, grads = False, [], []
         for index, slice_ in enumerate(self._slices):
-            state, grad, *_, weight = inputs[slice_]
+            state, grad, _, weight = inputs[slice_]
             if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
                 grad = grad.to(torch.float32).contiguous()
                 grads.append(grad)

@@ -71,13 +71,15 @@ class Device:
         if not self._is_cuda:
             return copy
         with self.current():  # it is what a stream and pinned memory belong to
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "CAME: a tensor or hyperparameter has changed while a CUDA graph is captured: "
-                    "warm up with the gradients where they will stay, and give the learning rate "
-                    "as a tensor on the device."
-                )
+            _refuse_capture()
             return copy.pin_memory().to(self._device, non_blocking=True)
+
+    def write(self, place: Tensor, value: float) -> None:
+        """Write a number into a table on the device: what launches it carries it there."""
+        if self._is_cuda:
+            with self.current():
+                _refuse_capture()
+        place.fill_(value)
 
     def scratch(self, tiles: int, sums: int) -> Tensor:
         """Return the buffer, grown if need be."""
@@ -85,3 +87,12 @@ class Device:
         if numel > self._scratch.numel():
             self._scratch = self._scratch.new_empty(numel)
         return self._scratch[:numel].view(tiles, 3, sums)
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "CAME: a tensor or hyperparameter has changed while a CUDA graph is captured: warm up "
+            "with the gradients where they will stay, and give the learning rate as a tensor on "
+            "the device."
+        )

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_came.core.hyperparameters import TABLE
+from megatron_came.core.hyperparameters import TABLE, GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.kernels.state_checks import is_int8_momentum
-from megatron_came.kernels.triton.addresses import Addresses, Seen
+from megatron_came.kernels.triton.addresses import Addresses
 from megatron_came.kernels.triton.device import Device
 from megatron_came.kernels.triton.launch import Tables, aligned, run
 from megatron_came.kernels.triton.schedule import Schedule, Schedules
@@ -59,12 +59,16 @@ class TritonPasses:
             self._tables.aligned = aligned(self._matrix_table)
             self._tables.matrices = matrices.table
         self._tables.vectors = vectors.table
-        self._refresh_groups(inputs, rounds=matrices.rounds or vectors.rounds)
-        # Others share the scratch buffer, which may have grown since.
-        self._tables.scratch = self._device.scratch(
-            self._scratch_tiles, self._tables.tiling.tile_sums
-        )
-        return TritonStep(self._device, self._tables, self._schedules, (matrices, vectors), inputs)
+        self._rounds = matrices.rounds or vectors.rounds
+        settings = {slice_.group: inputs[slice_].settings for slice_ in self._groups}
+        self.refresh_settings(settings)
+        weights = [
+            (slice_, inputs[slice_].model_weight)
+            for seen in (matrices, vectors)
+            for slice_ in seen.copied
+        ]
+        grads = [*matrices.grads, *vectors.grads]
+        return TritonStep(self, self._device, self._tables, self._schedules, weights, grads)
 
     def _build(self, inputs: Mapping[ParameterSlice, StepInputs]) -> None:
         """Make the tables of these parameters."""
@@ -118,22 +122,38 @@ class TritonPasses:
         )
         self._members = list(inputs)
 
-    def _refresh_groups(self, inputs: Mapping[ParameterSlice, StepInputs], *, rounds: bool) -> None:
-        """Write anew learning rates and other hyperparameters, if any has changed."""
-        groups = [inputs[slice_] for slice_ in self._groups]
+    def refresh_settings(
+        self, settings: Mapping[int, GroupSettings] | Sequence[GroupSettings]
+    ) -> None:
+        """Write anew learning rates and other hyperparameters, if any has changed.
+
+        Args:
+            settings: by number of the parameter group.
+        """
+        # Others share the scratch buffer, which may have grown since.
+        self._tables.scratch = self._device.scratch(
+            self._scratch_tiles, self._tables.tiling.tile_sums
+        )
+        rounds = self._rounds
+        groups = [settings[slice_.group] for slice_ in self._groups]
         rows = [_group_row(group) for group in groups]
         steps = [group.step for group in groups] if rounds else []
         # After a step that has failed they are the last ones: what was counted is in doubt.
         last, self._steps = self._steps, steps
         is_next = last is not None and steps == [step + 1 for step in last]
-        if rows != self._group_rows or (rounds and not is_next):
-            self._group_rows = []  # until they are placed
+        before, self._group_rows = self._group_rows, []  # until all is written
+        if not before or (rounds and not is_next):
             table = np.array(rows, np.float64).reshape(-1, len(GroupField))
             table[:, GroupField.STEP] = steps or 0
             self._tables.groups = self._device.upload(table)
-            self._group_rows = rows
-        elif rounds:
-            self._count_step()
+        else:
+            for index, pair in enumerate(zip(before, rows, strict=True)):
+                for column, (old, new) in enumerate(zip(*pair, strict=True)):
+                    if old != new:
+                        self._device.write(self._tables.groups[index, column], new)
+            if rounds:
+                self._count_step()
+        self._group_rows = rows
         for index, group in enumerate(groups):
             if isinstance(group.lr, Tensor):
                 self._tables.groups[index, GroupField.LR].copy_(group.lr)
@@ -148,14 +168,25 @@ class TritonStep:
 
     def __init__(
         self,
+        passes: TritonPasses,
         device: Device,
         tables: Tables,
         schedules: Schedules,
-        seen: Sequence[Seen],
-        inputs: Mapping[ParameterSlice, StepInputs],
+        weights: Sequence[tuple[ParameterSlice, Tensor | None]],
+        grads: Sequence[Tensor],
     ) -> None:
-        self._device, self._tables, self._schedules = device, tables, schedules
-        self._seen, self._inputs = seen, inputs
+        self._passes, self._device = passes, device
+        self._tables, self._schedules = tables, schedules
+        self._weights, self._grads = weights, grads
+
+    @property
+    def lasts(self) -> bool:
+        """Copies of gradients are of one step."""
+        return not self._grads
+
+    def again(self, settings: Sequence[GroupSettings]) -> None:
+        """Take up what the parameter groups say now."""
+        self._passes.refresh_settings(settings)
 
     def add_square_sums(self) -> None:
         """Pass 1."""
@@ -181,12 +212,11 @@ class TritonStep:
 
     def _copy_to_model(self) -> None:
         """Rewrite what the kernels have not of the model's weights."""
-        for seen in self._seen:
-            for slice_ in seen.copied:
-                slice_.copy_to_model(self._inputs[slice_].model_weight)
+        for slice_, weight in self._weights:
+            slice_.copy_to_model(weight)
 
 
-def _group_row(group: StepInputs) -> tuple[float, ...]:
+def _group_row(group: GroupSettings) -> tuple[float, ...]:
     """Return a row of ``GroupField``, without the step."""
     row = [0.0] * len(GroupField)
     # A rate on the device is copied there: nobody waits for it, and a CUDA graph reads it anew.

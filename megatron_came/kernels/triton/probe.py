@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from megatron_came.core.hyperparameters import Hyperparameters
+from megatron_came.core.hyperparameters import GroupSettings, Hyperparameters
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import new_state
@@ -75,7 +75,7 @@ def step_once(device: torch.device) -> None:
         sums[slice_] = SliceSums(tuple(squares), total, tuple(instability))
         state: dict[str, Tensor] = new_state(slice_.param, slice_.shard)
         grad = torch.ones_like(slice_.param)
-        inputs[slice_] = StepInputs(state, grad, Hyperparameters(), 1.0, 0.0, 0)
+        inputs[slice_] = StepInputs(state, grad, GroupSettings(Hyperparameters(), 1.0, 0.0, 0))
     passes = TritonBackend(device).passes(sums, is_local=True)  # kept: memory of it is written
     passes.begin(inputs).run()
 

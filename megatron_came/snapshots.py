@@ -1,0 +1,87 @@
+"""What a step's tensors are: whether any has changed since, without looking at each in Python.
+
+A snapshot holds no tensor longer than a step, so that others can let go of gradients and state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, call, is_
+from typing import Any, NamedTuple, Self
+from weakref import ref
+
+from torch import Tensor
+
+_address, _dtype, _shape = Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape")
+
+
+class Snapshot(NamedTuple):
+    """The tensors of a step.
+
+    Attributes:
+        facts: what kernels go by: addresses of all, and what may change at an address.
+        state: of all parameters.
+    """
+
+    facts: tuple[list[Any], ...]
+    state: list[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        states: Mapping[Any, dict[str, Any]],
+        weights: Iterable[Tensor],
+    ) -> Self | None:
+        """Look at all of them.
+
+        Args:
+            params: the parameters.
+            grads: of them, in the same order.
+            states: of all parameters.
+            weights: 16-bit copies of parameters.
+
+        Returns:
+            None where something is no tensor in memory of its own.
+        """
+        present = [grad for grad in grads if grad is not None]
+        lacking = [] if len(present) == len(grads) else [grad is None for grad in grads]
+        state = list(chain.from_iterable(map(dict.values, states.values())))
+        others = [*params, *present, *weights]
+        try:
+            facts = (
+                list(map(_address, others)),
+                list(map(_dtype, others)),
+                list(map(Tensor.is_contiguous, others)),
+                list(map(_shape, params)),
+                list(map(Tensor.numel, present)),
+                lacking,
+                list(map(_address, state)),
+                list(map(id, states)),
+                list(chain.from_iterable(states.values())),
+            )
+        except (TypeError, RuntimeError):
+            return None
+        return cls(facts, state)
+
+
+class Seen:
+    """A snapshot of an earlier step.
+
+    Its state is known by identity, through references that do not hold it: another tensor may have
+    taken an address, but not these.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._facts = snapshot.facts
+        self._state = list(map(ref, snapshot.state))
+
+    def equals(self, now: Snapshot) -> bool:
+        """Whether nothing has changed."""
+        return (
+            now.facts == self._facts
+            and len(now.state) == len(self._state)
+            and all(map(is_, now.state, map(call, self._state)))
+        )
