@@ -200,29 +200,21 @@ for _name, _how in IN_LEGACY_WHOLE.items():
 
 # Where a format or a damage takes a path of its own.
 QUICK_DAMAGES = [
-    "full-weights-bit",
     "full-main-swapped",
     "full-factor-negated",
-    "full-factor-half",
     "full-iteration-gone",
     "full-other-iteration",
     "full-shorter",
     "full-old-negative",
     "dp-weights-bit",
-    "dp-main-bit",
     "dp-record-bit",
     "dp-old-shifted",
-    "whole-main-bit",
     "whole-momentum-nan",
-    "whole-old-shifted",
     "remainder-weights-bit",
-    "remainder-momentum-shifted",
     "remainder-old-shifted",
     "async-momentum-bit",
     "legacy-weights-bit",
-    "legacy-main-bit",
     "legacy-factor-integer",
-    "legacywhole-momentum-bit",
     "legacywhole-factor-half",
 ]
 
