@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_came.megatron.checkpoints.buckets import (
     arrange,
     arrangement_problem,
     gathered_index,
+    mended,
+    offsets_as_gathered,
     spans_of,
 )
 from megatron_came.megatron.checkpoints.refusals import bucket_changes
@@ -83,3 +86,22 @@ def test_what_differs_of_the_flags():
     assert changed({}, {"overlap_grad_reduce": False}) == "with --overlap-grad-reduce"
     assert changed({}, {"ddp_bucket_size": 7}) == "without --ddp-bucket-size"
     assert changed({"ddp_num_buckets": 3}, {}) == "with --ddp-num-buckets 3"
+
+
+def _mended_method(self, *args):
+    return [bucket.grad_data for buffer in self.buffers for bucket in buffer.buckets]
+
+
+@pytest.mark.parametrize("is_mended", [False, True])
+def test_offsets_are_megatrons_own_where_it_takes_padding_into_account(monkeypatch, is_mended):
+    assert not mended()  # of the release that is installed
+    if is_mended:
+        name = "sharded_param_state_fully_reshardable"
+        monkeypatch.setattr(DistributedOptimizer, name, _mended_method)
+    assert mended() == is_mended
+    buffer = _buffer([100, 100], {0})
+    own = buffer.param_index_map
+    with offsets_as_gathered([buffer]):
+        assert (buffer.param_index_map is own) == is_mended
+        assert list(buffer.param_index_map.values()) != list(own.values()) or is_mended
+    assert buffer.param_index_map is own

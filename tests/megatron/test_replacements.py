@@ -190,3 +190,13 @@ def test_what_somebody_else_has_replaced_is_said_with_release_and_file(fake, cap
     for words in (FAKE, check_version(), f"already, by {__name__} ({__file__})"):
         assert words in line
     assert fake[0].function(3) == 12
+
+
+def test_a_version_in_development_is_said_once(monkeypatch, capsys):
+    say_once.cache_clear()
+    put_in_place([])
+    assert "development" not in capsys.readouterr().out
+    monkeypatch.setattr(patching, "check_version", lambda: "0.20.0rc0")
+    for _ in range(2):
+        put_in_place([])
+    assert capsys.readouterr().out.count("Megatron 0.20.0rc0 is a development version") == 1

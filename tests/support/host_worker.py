@@ -87,6 +87,7 @@ def seen_of(model, optimizer):
     return {
         "optimizer": type(chain[0].optimizer).__name__,
         "wrapper": type(chain[0]).__name__,
+        "name": config.optimizer,
         "beta2": config.came.beta2,
         "momentum": config.momentum_dtype,
         "weights": train(model, optimizer),
@@ -215,7 +216,13 @@ def another_before(*, only_in_loop=False):
     from megatron.training import training
 
     calls = []
-    wrapped = _other_package(calls).wrap(optimizer.get_megatron_optimizer, calls)
+    original = optimizer.get_megatron_optimizer
+    if only_in_loop:  # and looks Megatron's up when it is called
+
+        def original(*args, **kwargs):
+            return optimizer.get_megatron_optimizer(*args, **kwargs)
+
+    wrapped = _other_package(calls).wrap(original, calls)
     training.get_megatron_optimizer = wrapped
     if not only_in_loop:
         optimizer.get_megatron_optimizer = wrapped
@@ -456,7 +463,7 @@ def run(way):
                 waiting.stop()
             cpu_megatron.enable()
             seen = globals()[way]()
-    except Exception as error:
+    except BaseException as error:  # a checkpoint's are none of Exception
         traceback.print_exc()
         seen = {"error": f"{type(error).__name__}: {error}"}
     seen["said"] = [line for line in said.getvalue().splitlines() if "megatron_came:" in line]
