@@ -19,6 +19,8 @@ SHARDED = "tests/core/test_sharded.py"
 KERNELS = "tests/kernels/test_kernels.py"
 ADDRESSES = "tests/kernels/test_kernel_addresses.py"
 THREADS = "tests/kernels/test_kernel_threads.py"
+UNCHANGED = "tests/optimizer/test_unchanged_steps.py -k seen"
+PEAKS = "tests/megatron/test_checkpoint_peaks.py"
 SMALLER = "tests/core/test_smaller_state.py"
 SHARDING = "tests/megatron/test_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
@@ -37,6 +39,20 @@ class Fault:
 
 
 FAULTS = (
+    Fault(
+        "take state for what it was by its address alone",
+        "snapshots.py",
+        "            and all(map(is_, now.state, map(call, self._state)))\n",
+        "",
+        UNCHANGED,
+    ),
+    Fault(
+        "convert what a checkpoint holds at once",
+        "core/saved.py",
+        "AT_ONCE = 1 << 18",
+        "AT_ONCE = 1 << 40",
+        PEAKS,
+    ),
     Fault(
         "skip the DP reduction",
         "core/sums.py",

@@ -3,24 +3,36 @@
     python scripts/gpu_check.py [FOLDER]
 
 Needs PyTorch, with NumPy, and Triton, with the C compiler that it builds its launchers with; what
-else is installed (came-pytorch, apex, Transformer Engine) is timed too. The results go to FOLDER
-(default: benchmarks/results) as JSON.
+else is installed (megatron-core, came-pytorch, apex, Transformer Engine) is tried and timed too.
+The results go to FOLDER (default: benchmarks/results) as JSON. It should take less than eight
+minutes; **it has not run on a GPU yet**, but its cases run under Triton's interpreter in the tests.
 """
 
 import importlib.util
+import json
+import math
+import os
+import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_came import CAME
 from megatron_came.bench import command
+from megatron_came.bench.machine import describe
+from megatron_came.bench.measure import copy_bandwidth
 from megatron_came.bench.peak import peak_of
+from megatron_came.kernels.dispatch import choose
 from megatron_came.kernels.triton.backend import TritonBackend
 from megatron_came.kernels.triton.tiling import Tiling
 from scripts.cases.kernels import (
@@ -32,9 +44,23 @@ from scripts.cases.kernels import (
     weights_after_moves,
     worst_distance,
 )
+from scripts.cases.production import ALIGNED, SETTINGS, UNALIGNED, problem, reduced_alone
 from scripts.cases.slices import Layout, train_sharded
+from scripts.gpu_times import MODEL, TIMED, time_setting
 
 CUDA = torch.device("cuda")
+# Of a small GPT, as large runs have it, with Megatron's own layers.
+TRAINING = """
+    --standalone --nproc-per-node 1 -m megatron_came.pretrain_gpt
+    --num-layers 2 --hidden-size 256 --num-attention-heads 4 --seq-length 64
+    --max-position-embeddings 64 --tokenizer-type NullTokenizer --vocab-size 1023 --mock-data
+    --micro-batch-size 2 --global-batch-size 2 --train-iters 3 --eval-iters 0 --eval-interval 1000
+    --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 1 --weight-decay 0.1
+    --clip-grad 1.0 --log-interval 1 --bf16 --grad-reduce-in-bf16 --use-distributed-optimizer
+    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion
+    --no-masked-softmax-fusion --num-workers 0
+    --optimizer came --came-momentum-dtype int8 --came-main-params remainder --came-report-memory
+"""
 # (model, layers)
 SIZES = [
     ("gpt2-nano", None),
@@ -71,22 +97,44 @@ def check_bad_gradients() -> None:
     print("ok  what is not finite is not hidden", flush=True)
 
 
-def check_smaller_state(momentum: torch.dtype) -> None:
-    """Momentum in 16 or 8 bits, with remainders, is that of the plain path but for last bits."""
-    results = {}
-    for path, device in (("plain", torch.device("cpu")), ("triton", CUDA)):
-        generator = torch.Generator().manual_seed(0)
-        starts = [torch.randn(shape, generator=generator) for shape in ((300, 200), (2, 33, 70))]
-        params = [torch.nn.Parameter(start.to(device, torch.bfloat16)) for start in starts]
-        optimizer = CAME(params, lr=1e-2, kernels=path, momentum_dtype=momentum, remainders=True)
-        for _ in range(3):
-            for param in params:
-                param.decoupled_grad = torch.randn(param.shape, generator=generator).to(device)
-            optimizer.step()
-        results[path] = torch.cat([optimizer.state[p]["exp_avg"].cpu().view(-1) for p in params])
-    different = (results["plain"] != results["triton"]).double().mean().item()
-    assert different < 0.005, different
-    print(f"ok  {momentum} momentum: {different:.2%} of the elements differ from the plain path")
+def check_production() -> None:
+    """Each precision of gradients, momentum and weights, in rows of whole vector loads and not."""
+    for setting in SETTINGS:
+        for shapes in (ALIGNED, UNALIGNED):
+            found = problem(setting, shapes, "triton", CUDA)
+            assert found is None, f"{setting.name}, {shapes}: {found}"
+        print(f"ok  {setting.name}", flush=True)
+
+
+def check_nccl() -> None:
+    """Sums that NCCL reduces, on one rank, are those of a rank without process groups."""
+    alone, reduced = reduced_alone("triton", CUDA, "nccl", dist.HashStore())
+    assert torch.equal(alone, reduced)
+    print("ok  sums reduced by NCCL, on one rank", flush=True)
+
+
+def check_training(device: str = "cuda") -> None:
+    """Three iterations of Megatron's own training loop, where megatron-core is installed."""
+    if importlib.util.find_spec("megatron") is None:
+        print("megatron-core is not installed: no training run.", flush=True)
+        return
+    on_cpu = "1" if device == "cpu" else "0"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *TRAINING.split()],
+        cwd=ROOT,
+        env={**os.environ, "MEGATRON_CAME_CPU": on_cpu, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    lines = [line for line in done.stdout.splitlines() if "iteration " in line and "loss:" in line]
+    assert (done.returncode, len(lines)) == (0, 3), done.stdout[-4000:]
+    losses = [float(line.split("lm loss: ")[1].split()[0]) for line in lines]
+    assert all(map(math.isfinite, losses)), losses
+    used = "Numba's kernels" if device == "cpu" else "Triton's kernels"
+    assert used in done.stdout, done.stdout[-4000:]
+    print(f"ok  three iterations of Megatron, losses {losses}", flush=True)
 
 
 def check_model_weights() -> None:
@@ -147,8 +195,12 @@ def check_large_steps() -> None:
             optimizer.step()
             if path == "triton":
                 torch.cuda.set_sync_debug_mode("error")
-            optimizer.step()
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                for rate in (5e-3, 2e-3):  # as a schedule changes it
+                    optimizer.param_groups[0]["lr"] = rate
+                    optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             results.append((param.detach() - start, optimizer.state[param]["exp_avg"]))
         (plain, plain_momentum), (ours, our_momentum) = results
         if momentum == torch.float32:
@@ -156,7 +208,7 @@ def check_large_steps() -> None:
         else:  # rounded with the same bits
             different = (plain_momentum != our_momentum).double().mean().item()
             assert different < 0.005, f"{momentum}: {different}"
-    print("ok  large steps, without waiting for the GPU", flush=True)
+    print("ok  large steps at changing rates, without waiting for the GPU", flush=True)
 
 
 def check_graph_capture(momentum: torch.dtype) -> None:
@@ -203,32 +255,69 @@ def check_graph_capture(momentum: torch.dtype) -> None:
     print(f"ok  a step with {momentum} momentum in a CUDA graph, at changing rates", flush=True)
 
 
-def main() -> None:
-    """Check, then time models from ten million to more than a billion parameters."""
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu_check: there is no GPU here.")
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results"
-    check_cases()
-    check_bad_gradients()
-    check_smaller_state(torch.bfloat16)
-    check_smaller_state(torch.int8)
-    check_model_weights()
-    check_moves()
-    check_slices()
-    check_large_steps()
-    for momentum in (torch.float32, torch.bfloat16, torch.int8):
-        check_graph_capture(momentum)
+def run_checks(checks: Iterable[Callable[[], None]]) -> list[str]:
+    """Run all checks; return those that have failed, with the last line of what they say."""
+    failed = []
+    for check in checks:
+        try:
+            check()
+        except Exception as error:
+            traceback.print_exc()
+            name = getattr(check, "func", check).__name__
+            last = (str(error).strip().splitlines() or [""])[-1]
+            failed.append(f"{name}: {type(error).__name__} {last}")
+    return failed
+
+
+def time_all(folder: Path) -> None:
+    """Time the kernels, then models from ten million to more than a billion parameters."""
+    device = torch.cuda.get_device_name().lower().replace(" ", "-")
+    stem = f"{datetime.now(UTC).date().isoformat()}-{device}"
+    gigabytes = copy_bandwidth(CUDA) / 1e9
+    print(f"\nA copy of 2 GiB moves {gigabytes:.0f} GB/s, read and written.", flush=True)
+    found = [time_setting(setting, CUDA, gigabytes) for setting in TIMED]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{stem}-kernels.json"
+    report = {"copy_gigabytes_per_second": gigabytes, "model": MODEL, "settings": found}
+    file.write_text(json.dumps({"machine": describe(CUDA), **report}, indent=1) + "\n")
     if importlib.util.find_spec("came_pytorch") is None:
         print("came-pytorch is not installed: the authors' optimizer will not be timed.")
-    device = torch.cuda.get_device_name().lower().replace(" ", "-")
-    day = datetime.now(UTC).date().isoformat()
     for model, layers in SIZES:
-        name = f"{day}-{device}-{model}{f'-{layers}' if layers else ''}.json"
+        name = f"{stem}-{model}{f'-{layers}' if layers else ''}.json"
         options = ["--model", model, "--steps", "30", "--json", str(folder / name)]
         options += ["--layers", str(layers)] if layers else []
-        if command.main(options):
-            raise SystemExit(1)
+        assert command.main(options) == 0, f"megatron-came bench {' '.join(options)}"
+
+
+def main() -> int:
+    """Check, then time; what fails keeps nothing else from being tried."""
+    if not torch.cuda.is_available():
+        print("gpu_check: there is no GPU here.")
+        return 2
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results"
+    choice = choose("auto", CUDA)
+    print(choice.reason, flush=True)
+    if choice.backend.name != "triton":
+        return 1
+    momenta = (torch.float32, torch.bfloat16, torch.int8)
+    failed = run_checks(
+        [
+            check_cases,
+            check_bad_gradients,
+            check_production,
+            check_model_weights,
+            check_moves,
+            check_slices,
+            check_large_steps,
+            *(partial(check_graph_capture, momentum) for momentum in momenta),
+            check_nccl,
+            check_training,
+            partial(time_all, folder),
+        ]
+    )
+    print("\n" + ("Failed:\n  " + "\n  ".join(failed) if failed else "All checks have passed."))
+    return bool(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,7 +21,7 @@ from megatron_came.core.shard import Shard
 from megatron_came.kernels.dispatch import choose
 from megatron_came.terminal.progress import Progress
 
-_COPY_ELEMENTS = 64 * 1024 * 1024
+_COPY_BYTES = 2 * 2**30  # far beyond any cache, and beside which a launch takes nothing
 _WARM_UP = 3  # steps of each contender
 
 
@@ -91,15 +91,18 @@ def parameters(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy on the device."""
-    source = torch.randn(_COPY_ELEMENTS, device=device)
+    """Bytes a second, read and written, of a large copy on a GPU, by the GPU's own clock."""
+    free, _ = torch.cuda.mem_get_info(device)
+    source = torch.zeros(min(_COPY_BYTES, free // 4) // 4, device=device)
     target = torch.empty_like(source)
     times = []
     for _ in range(9):
-        start = time.perf_counter()
+        events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        events[0].record()
         target.copy_(source)
+        events[1].record()
         synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(float(events[0].elapsed_time(events[1])) / 1e3)
     return 2 * source.nbytes / statistics.median(times[2:])
 
 
