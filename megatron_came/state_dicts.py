@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_came import dtensors
 from megatron_came.core.hyperparameters import check_group
 from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete, momentum_of, set_momentum
 from megatron_came.core.state import FACTORS, REMAINDER
@@ -103,13 +104,15 @@ def _check_state(
 def _as_state(
     saved: Mapping[str, Tensor], own: dict[str, Tensor], param: Tensor
 ) -> dict[str, Tensor]:
-    """Give loaded state our dtypes."""
+    """Give loaded state our layout and dtypes."""
+    saved = dtensors.laid_out(param, dict(saved))
     for key, value in saved.items():
         if key == MOMENTUM:
             if value.dtype == own[key].dtype:
                 own[key] = value.to(param.device).contiguous()
             else:
-                set_momentum(own, momentum_of(saved))
+                here = dtensors.state_here(own)
+                set_momentum(here, momentum_of(dtensors.state_here(saved)))
         elif key in own and (key != SCALE or saved.get(MOMENTUM, value).dtype == torch.int8):
             # Not the scale of a momentum of another dtype, which has taken it up.
             own[key] = value.to(device=param.device, dtype=own[key].dtype).contiguous()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_came import dtensors
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.sums import SumBuffer
 from megatron_came.kernels.backend import Backend, Step
@@ -119,7 +120,8 @@ class Plan:
         self.slices = slices
         self._groups = list(param_groups)
         self._params = [list(group["params"]) for group in param_groups]
-        self._layouts = _layouts(self._params)
+        self._locals = _locals(self._params)
+        self._layouts = _layouts(self._locals)
         self.local: list[Bundle] = []
         self.shared: list[Bundle] = []
         for device in dict.fromkeys(slice_.param.device for slice_ in slices):
@@ -139,10 +141,12 @@ class Plan:
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups are the plan's, and hold its parameters, as they were."""
         params = [group["params"] for group in param_groups]
+        locals_ = _locals(params)
         return (
             _are_same(param_groups, self._groups)
             and all(map(_are_same, params, self._params))
-            and _layouts(params) == self._layouts
+            and _are_same(locals_, self._locals)  # FSDP2 puts others in their place
+            and _layouts(locals_) == self._layouts
         )
 
     def step(self, inputs: Mapping[ParameterSlice, StepInputs]) -> None:
@@ -164,9 +168,12 @@ def _are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
     return len(objects) == len(others) and all(map(is_, objects, others))
 
 
-def _layouts(params: Sequence[Sequence[Tensor]]) -> list[tuple[object, ...]]:
+def _locals(params: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return list(map(dtensors.local_of, chain.from_iterable(params)))
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """Device, dtype, shape and contiguity, which decide who updates a tensor."""
-    tensors = list(chain.from_iterable(params))
     kinds = map(attrgetter("device", "dtype", "shape"), tensors)
     return list(zip(kinds, map(Tensor.is_contiguous, tensors), strict=True))
 
