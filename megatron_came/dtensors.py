@@ -1,9 +1,9 @@
 """Parameters that are ``DTensor``: where they lie in their full tensors, and their state.
 
-What a rank holds follows from device mesh and placements. Of the mesh dimensions that cut a
-parameter, one may cut the first dimension anywhere: the local tensor is a flat range then, as a
-ZeRO-1 optimizer's slice is. One more may cut any dimension into equal parts before it, as tensor
-parallelism does. Ranks along dimensions that replicate hold the same slice with the same gradient.
+What a rank holds follows from device mesh and placements. A mesh dimension that cuts a parameter
+into equal parts is taken as tensor parallelism. What others cut of that part is a flat range, as a
+ZeRO-1 optimizer's slice is, where they cut dimension 0 alone, and otherwise a window of the matrix.
+Ranks along dimensions that replicate hold the same slice with the same gradient.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_tensor
 
+from megatron_came.core.hyperparameters import GROUP_KEYS
 from megatron_came.core.momentum import MOMENTUM, SCALE, momentum_of
-from megatron_came.core.shard import ProcessGroup, Shard
+from megatron_came.core.shard import Shard
 from megatron_came.core.state import FACTORS, without_averaged_axis
+from megatron_came.voice import of_all_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -27,10 +29,7 @@ _REFUSED = (
     "CAME: a parameter of shape {shape} with placements {placements} on a mesh of {mesh} cannot be "
     "updated exactly: {why}."
 )
-_CUTS = (
-    "of the mesh dimensions that cut it, one may cut dimension 0 and one more any dimension into "
-    "equal parts; replicate it along the others"
-)
+_ORDER = "distribute it in the default order of mesh dimensions"
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -69,86 +68,89 @@ def local_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
 
 
 class _Cut(NamedTuple):
-    """A mesh dimension that cuts a parameter, and where: the dimension that is cut."""
+    """A mesh dimension that cuts a parameter: which of its dimensions, into how many chunks."""
 
     mesh_dim: int
     dim: int
+    chunks: int
 
 
-class _Cuts(NamedTuple):
-    """The two cuts that a :class:`Shard` describes; the first into equal parts."""
+class _Range(NamedTuple):
+    """Elements along a dimension that this rank holds."""
 
-    equal: _Cut | None
-    flat: _Cut | None
-
-
-def _cuts_of(param: DTensor) -> _Cuts:
-    """Tell the cut into equal parts from the one of dimension 0 that may be uneven.
-
-    Raises:
-        ValueError: other placements.
-    """
-    mesh = param.device_mesh
-    straight: list[_Cut] = []
-    strided: list[tuple[_Cut, int]] = []
-    if mesh.get_coordinate() is None:
-        raise _refusal(param, "this rank is not in the mesh; give CAME the parameters of its own")
-    for mesh_dim, placement in enumerate(param.placements):
-        if mesh.size(mesh_dim) == 1 or placement.is_replicate():
-            continue
-        if type(placement).__name__ not in ("Shard", "_StridedShard"):
-            raise _refusal(param, "give it placements that are Shard or Replicate")
-        cut = _Cut(mesh_dim, placement.dim % param.dim())  # type: ignore[attr-defined]
-        if type(placement).__name__ == "_StridedShard":
-            strided.append((cut, placement.split_factor))  # type: ignore[attr-defined]
-        else:
-            straight.append(cut)
-    # FSDP2 marks its cut as strided where another has cut the same dimension before it.
-    cuts = [*straight, *(cut for cut, _ in strided)]
-    flat = next((cut for cut in reversed(cuts) if cut.dim == 0), None)
-    others = [cut for cut in cuts if cut is not flat]
-    if len(others) > 1:
-        raise _refusal(param, _CUTS)
-    equal = others[0] if others else None
-    if equal is not None and param.shape[equal.dim] % mesh.size(equal.mesh_dim):
-        raise _refusal(
-            param, f"cut dimension {equal.dim} into equal parts, or only dimension 0, by one cut"
-        )
-    _check_order(param, _Cuts(equal, flat), strided)
-    return _Cuts(equal, flat)
-
-
-def _check_order(param: DTensor, cuts: _Cuts, strided: list[tuple[_Cut, int]]) -> None:
-    """Refuse cuts of one dimension in another order than the placements tell."""
-    before = {cut: 1 for cut in cuts if cut is not None}
-    is_twice = len(before) == 2 and len({cut.dim for cut in before}) == 1
-    if is_twice and cuts.flat is not None and cuts.equal is not None:
-        before[cuts.flat] = param.device_mesh.size(cuts.equal.mesh_dim)
-    is_known = all(factor == before[cut] for cut, factor in strided)
-    if is_twice and not strided:  # newer PyTorch can cut from right to left without a mark
-        order = getattr(param._spec, "shard_order", None) or ()
-        is_known = all(list(dims) == sorted(dims) for _, dims in order)
-    if not is_known:
-        raise _refusal(param, "distribute it in the default order of mesh dimensions")
-
-
-class _Bounds(NamedTuple):
-    """Along one dimension, what this rank holds of a full tensor."""
-
-    dim: int
     start: int
     length: int
 
 
-def _bounds(param: DTensor, cut: _Cut, size: int) -> _Bounds:
-    """Return which chunk of a dimension of some size this rank holds, as ``torch.chunk`` cuts."""
-    ranks, rank = (
-        param.device_mesh.size(cut.mesh_dim),
-        param.device_mesh.get_local_rank(cut.mesh_dim),
-    )
-    chunk = -(-size // ranks)
-    start = min(rank * chunk, size)
-    return _Bounds(cut.dim, start, min(chunk, size - start))
+def _cuts_of(param: DTensor) -> list[_Cut]:
+    """Return the cuts in the order in which they were made.
+
+    Raises:
+        ValueError: placements of another kind, or cuts in an order that they do not tell.
+    """
+    mesh, order, marked = param.device_mesh, list[_Cut](), list[_Cut]()
+    if mesh.get_coordinate() is None:
+        raise _refusal(param, "this rank is not in the mesh; give CAME the parameters of its own")
+    # From the last: fully_shard cuts after tensor parallelism, whose mesh dimension comes later,
+    # and marks its cut as strided, by the number of chunks that there were before.
+    for mesh_dim in reversed(range(mesh.ndim)):
+        placement: Any = param.placements[mesh_dim]
+        if mesh.size(mesh_dim) == 1 or placement.is_replicate():
+            continue
+        kind = type(placement).__name__
+        if kind not in ("Shard", "_StridedShard") or not param.dim():
+            raise _refusal(param, "give it placements that are Shard or Replicate")
+        cut = _Cut(mesh_dim, placement.dim % param.dim(), mesh.size(mesh_dim))
+        place, chunks = 0, placement.split_factor if kind == "_StridedShard" else 1
+        while chunks > 1 and place < len(order):
+            chunks /= order[place].chunks if order[place].dim == cut.dim else 1
+            place += 1
+        if chunks != 1:
+            raise _refusal(param, _ORDER)
+        order.insert(place, cut)
+        marked += [cut] if place else []
+    for cut in marked:
+        before = order[: order.index(cut)]
+        if param.shape[cut.dim] % math.prod(each.chunks for each in before if each.dim == cut.dim):
+            # PyTorch itself does not know then which rows are where.
+            raise _refusal(param, f"cut dimension {cut.dim} into equal parts before fully_shard")
+    # Newer PyTorch can cut from right to left without a mark.
+    shard_order = getattr(param._spec, "shard_order", None) or ()
+    if not marked and any(list(dims) != sorted(dims) for _, dims in shard_order):
+        raise _refusal(param, _ORDER)
+    return order
+
+
+def _equal_of(param: DTensor, cuts: list[_Cut]) -> _Cut | None:
+    """Choose the cut along which factors are cut too, as by tensor parallelism, if there is one.
+
+    It is the first of its dimension, into equal parts. What the others leave of the part is a flat
+    range if they cut dimension 0 alone, so that kernels take it.
+    """
+    firsts = {cut.dim: cut for cut in reversed(cuts)}.values()
+    equal = [cut for cut in firsts if param.shape[cut.dim] % cut.chunks == 0]
+    if len(cuts) == 1:
+        equal = [cut for cut in equal if cut.dim]
+    # Indices of matrices in a batch are to be one range: a cut in their midst comes first.
+    return max(equal, key=lambda cut: (0 < cut.dim < param.dim() - 2, cut.dim > 0), default=None)
+
+
+def _ranges(param: DTensor, cuts: Iterable[_Cut], *, of_first: bool = False) -> list[_Range]:
+    """Return what cuts leave of each dimension, one after another as ``torch.chunk`` cuts.
+
+    Args:
+        param: the parameter.
+        cuts: of it.
+        of_first: leave it not to this rank but to the first, whose chunks are the longest.
+    """
+    ranges = [_Range(0, size) for size in param.shape]
+    for mesh_dim, dim, chunks in cuts:
+        start, length = ranges[dim]
+        chunk = -(-length // chunks)
+        rank = 0 if of_first else param.device_mesh.get_local_rank(mesh_dim)
+        offset = min(rank * chunk, length)
+        ranges[dim] = _Range(start + offset, min(chunk, length - offset))
+    return ranges
 
 
 def shard_of(param: DTensor) -> Shard:
@@ -157,32 +159,55 @@ def shard_of(param: DTensor) -> Shard:
     Raises:
         ValueError: it is cut in a way that a shard cannot describe.
     """
-    mesh, (equal, flat) = param.device_mesh, _cuts_of(param)
-    shape = list(param.shape)
-    tp_group: ProcessGroup | None = None
-    tp_rank = 0
-    if equal is not None:
-        shape[equal.dim] //= mesh.size(equal.mesh_dim)
-        tp_group, tp_rank = mesh.get_group(equal.mesh_dim), mesh.get_local_rank(equal.mesh_dim)
-    found, start = list(shape), 0
-    if flat is not None:
-        bounds = _bounds(param, flat, shape[0])
-        found[0], start = bounds.length, bounds.start * math.prod(shape[1:])
+    mesh, cuts = param.device_mesh, _cuts_of(param)
+    equal = _equal_of(param, cuts)
+    part, ranges = _ranges(param, [equal] if equal else []), _ranges(param, cuts)
+    found = [each.length for each in ranges]
     if list(local_of(param).shape) != found:
         raise _refusal(
             param,
             f"this rank holds {tuple(local_of(param).shape)} of it where the placements say "
             f"{tuple(found)}; distribute it with fully_shard or distribute_tensor",
         )
+    ranges = [_Range(r.start - p.start, r.length) for r, p in zip(ranges, part, strict=True)]
+    shape = tuple(each.length for each in part)
+    window = _window(param, cuts, ranges, shape)
+    start = 0 if window or not shape else ranges[0].start * math.prod(shape[1:])
+    groups = [mesh.get_group(cut.mesh_dim) for cut in cuts if cut is not equal]
     return Shard(
-        shape=tuple(shape),
+        shape=shape,
         start=start,
         stop=start + math.prod(found),
-        tp_dim=None if equal is None else equal.dim,
-        tp_group=tp_group,
-        tp_rank=tp_rank,
-        dp_group=None if flat is None else mesh.get_group(flat.mesh_dim),
+        tp_dim=equal.dim if equal else None,
+        tp_group=mesh.get_group(equal.mesh_dim) if equal else None,
+        tp_rank=mesh.get_local_rank(equal.mesh_dim) if equal else 0,
+        dp_group=groups[0] if groups else None,
+        more_groups=tuple(groups[1:]),
+        window=window,
     )
+
+
+def _window(
+    param: DTensor, cuts: list[_Cut], ranges: list[_Range], shape: tuple[int, ...]
+) -> tuple[slice, slice, slice] | None:
+    """Return ranges of dimensions as ranges of (batch, rows, columns); None if they are flat.
+
+    Raises:
+        ValueError: the matrices are no range of the batch.
+    """
+    # The longest, so that all ranks find the same.
+    lengths = [each.length for each in _ranges(param, cuts, of_first=True)]
+    if math.prod(lengths[1:]) == math.prod(shape[1:]):
+        return None
+    start, count, is_range = 0, 1, True
+    for dim, size in enumerate(shape[:-2]):
+        is_range &= count == 1 or lengths[dim] == size
+        start, count = start * size + ranges[dim].start, count * lengths[dim]
+    if not is_range:
+        raise _refusal(param, "cut its dimensions before the last two once, into equal parts")
+    batch = math.prod(each.length for each in ranges[:-2])
+    rows, columns = (slice(first, first + length) for first, length in ranges[-2:])
+    return slice(start, start + batch), rows, columns
 
 
 def check(params: Iterable[Tensor], named: Iterable[Tensor], flat_convolutions: bool) -> None:
@@ -204,6 +229,39 @@ def check(params: Iterable[Tensor], named: Iterable[Tensor], flat_convolutions: 
             if flat_convolutions and param.dim() > 2:
                 raise _refusal(param, "flat_convolutions goes with plain tensors; leave it out")
             shard_of(param)
+
+
+def check_ranks(owners: Mapping[Tensor, object], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Compare what the ranks of each mesh were given; a collective.
+
+    Args:
+        owners: all parameters, each with what must be the same on all ranks that hold some of it.
+        groups: parameter groups.
+
+    Raises:
+        ValueError: ranks differ.
+    """
+    settings = {
+        f"{key} of parameter group {index}": float(value) if is_tensor(value) else value
+        for index, group in enumerate(groups)
+        for key in ("lr", "weight_decay", "step", "maximize", *GROUP_KEYS)
+        if (value := group.get(key)) is not None
+    }
+    meshes: dict[Any, dict[str, object]] = {}
+    for param, given in owners.items():
+        if is_dtensor(param):
+            here = meshes.setdefault(param.device_mesh, dict(settings))
+            here[f"parameter {len(here) - len(settings)} of its mesh"] = given
+    for mesh, here in meshes.items():
+        for mesh_dim in range(mesh.ndim):
+            for rank, there in enumerate(of_all_ranks(here, mesh.get_group(mesh_dim))):
+                for key in here.keys() | there.keys():
+                    if here.get(key) != there.get(key):
+                        raise ValueError(
+                            f"CAME: {key} is {here.get(key)} on this rank, and {there.get(key)} "
+                            f"on rank {rank} along dimension {mesh_dim} of its mesh: give all "
+                            "ranks the same."
+                        )
 
 
 def _refusal(param: DTensor, why: str) -> ValueError:
@@ -267,7 +325,7 @@ def _placements(param: DTensor, key: str) -> list[Any]:
     if key not in FACTORS:
         return list(param.placements)
     placements: list[Any] = [Replicate()] * len(param.placements)
-    equal, _ = _cuts_of(param)
+    equal = _equal_of(param, _cuts_of(param))
     kept = _kept(param, key)
     if equal is not None and equal.dim in kept:
         placements[equal.mesh_dim] = Shard(kept.index(equal.dim))
@@ -300,13 +358,11 @@ def _cut(param: DTensor, key: str, value: Tensor) -> Tensor:
         if value.device_mesh == param.device_mesh and tuple(value.placements) == wanted:
             return value
     value = _whole(value).to(param.device)
-    equal, flat = _cuts_of(param)
-    kept, size = _kept(param, key), param.shape[0] if param.dim() else 0
-    if equal is not None:
-        bounds = _bounds(param, equal, param.shape[equal.dim])
-        size = bounds.length if equal.dim == 0 else size
-        if equal.dim in kept:
-            value = value.narrow(kept.index(equal.dim), bounds.start, bounds.length)
-    if flat is not None and key not in FACTORS:
-        value = value.narrow(*_bounds(param, flat, size))
+    kept, cuts = _kept(param, key), _cuts_of(param)
+    equal = _equal_of(param, cuts)
+    if key in FACTORS:
+        cuts = [equal] if equal else []
+    ranges = _ranges(param, cuts)
+    for index, dim in enumerate(kept):
+        value = value.narrow(index, *ranges[dim])
     return _wrapped(param, key, value.clone(memory_format=torch.contiguous_format))

@@ -260,8 +260,6 @@ class CAME(torch.optim.Optimizer):
         for slice_ in plan.slices:
             owner = self._owners[slice_]
             grad = dtensors.local_gradient(owner, gradient_of(owner))
-            if grad is None and owner is not slice_.param:
-                continue  # a DTensor has a gradient on all ranks, without elements too, or on none
             if not slice_.takes_part(grad):
                 continue
             if grad is None:
@@ -274,13 +272,14 @@ class CAME(torch.optim.Optimizer):
         return inputs
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a state dictionary; with DTensors, int8 momentum is bf16 in it.
+        """Return a state dictionary; int8 momentum is bf16 in it, which holds the same values.
 
-        Blocks of int8 belong to this rank's slice, and could not be loaded on another mesh.
+        Codes of int8 mean nothing without the scales of blocks along a slice, and who loads the
+        dictionary may have other slices, or floats. Of named shards, Megatron's wrappers see to it.
         """
         state_dict: dict[str, Any] = super().state_dict()
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        if any(map(dtensors.is_dtensor, params)):
+        if not self._shards:
+            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
             for key, state in state_dict["state"].items():
                 state_dict["state"][key] = dtensors.portable(params[key], state)
         return state_dict
@@ -362,10 +361,13 @@ class CAME(torch.optim.Optimizer):
                     group_of[param],
                     parameter_key(self._seed, self._names.get(param, place[param])),
                     self._remainders,
+                    may_be_skipped=dtensors.is_dtensor(param),
                 )
                 for param in params
             ]
             self._owners = dict(zip(slices, params, strict=True))
+            owned = dict(zip(params, slices, strict=True))
+            self._guard.compare_ranks(owned, self.param_groups, self._momentum_dtype)
             self._choose_kernels()
             backends = {device: choice.backend for device, choice in self._choices.items()}
             self._plan = Plan(slices, backends, self.param_groups)

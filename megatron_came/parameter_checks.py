@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_came import dtensors
+from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.shard import Shard
 from megatron_came.voice import warn_once
 
@@ -40,6 +41,7 @@ class Guard:
     """
 
     def __init__(self, groups: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._has_compared = False
         self._had_matrices: list[bool] = []
         self._vectors: set[Tensor] = set()
         for group in groups:
@@ -88,6 +90,32 @@ class Guard:
         vectors = [p.numel() for p in loose if p.dim() < 2 and p.requires_grad]
         if max(vectors, default=0) > LONG_VECTOR:
             warn_once(_LONG.format(numel=max(vectors)))
+
+    def compare_ranks(
+        self,
+        slices: Mapping[Tensor, ParameterSlice],
+        groups: Sequence[Mapping[str, Any]],
+        momentum: torch.dtype,
+    ) -> None:
+        """Compare what ranks with DTensors were given, before the first step; then a collective.
+
+        Raises:
+            ValueError: ranks differ.
+        """
+        if not self._has_compared:
+            given = {
+                param: {
+                    "shape": tuple(param.shape),
+                    "dtype": param.dtype,
+                    "group": each.group,
+                    "key of random bits": each.key,
+                    "remainders": each.remainders,
+                    "momentum": momentum,
+                }
+                for param, each in slices.items()
+            }
+            dtensors.check_ranks(given, groups)
+            self._has_compared = True
 
 
 def _check_flat(params: Sequence[Tensor]) -> None:

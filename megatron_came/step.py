@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_came import dtensors
+from megatron_came.core.agreement import Agreement
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.sums import SumBuffer
 from megatron_came.kernels.backend import Backend, Step
@@ -38,13 +39,17 @@ class Bundle:
         device = slices[0].param.device
         requests = [slice_.square_requests() for slice_ in slices]
         more_requests = [slice_.instability_requests() for slice_ in slices]
-        self.squares = SumBuffer(list(chain.from_iterable(requests)), device)
+        self._agreement = Agreement(slices)
+        self.squares = SumBuffer(
+            [*chain.from_iterable(requests), *self._agreement.requests], device
+        )
         self.instability = SumBuffer(list(chain.from_iterable(more_requests)), device)
         views, more_views = iter(self.squares.views), iter(self.instability.views)
         sums: dict[ParameterSlice, SliceSums] = {}
         for slice_, squares, rest in zip(slices, requests, more_requests, strict=True):
             total, *instability = (next(more_views) for _ in rest)
             sums[slice_] = SliceSums(tuple(next(views) for _ in squares), total, tuple(instability))
+        self._marks = list(views)
         is_local = not (self.squares.is_reduced or self.instability.is_reduced)
         reasons = {slice_: backend.unsupported(slice_) for slice_ in slices}
         self.left = [why for why in reasons.values() if why is not None]
@@ -65,18 +70,33 @@ class Bundle:
         """Take up what a step brings to those of the parameters that take part in it."""
         self.squares.zero_()
         self.instability.zero_()
+        self._agreement.mark(inputs, self._marks)
         steps = [
             passes.begin({each: inputs[each] for each in members if each in inputs})
             for members, passes in self._passes
         ]
-        return _BundleStep(self, steps)
+        return _BundleStep(self, steps, inputs)
+
+    def finish_squares(self, inputs: Mapping[ParameterSlice, StepInputs]) -> None:
+        """Wait for the sums of the first pass.
+
+        Raises:
+            ValueError: ranks do not agree on what they update, or how.
+        """
+        self.squares.finish()
+        self._agreement.check(inputs, self._marks)
 
 
 class _BundleStep:
     """The passes of one step, with the reductions between them."""
 
-    def __init__(self, bundle: Bundle, steps: Sequence[Step]) -> None:
-        self._bundle, self._steps = bundle, steps
+    def __init__(
+        self,
+        bundle: Bundle,
+        steps: Sequence[Step],
+        inputs: Mapping[ParameterSlice, StepInputs],
+    ) -> None:
+        self._bundle, self._steps, self._inputs = bundle, steps, inputs
 
     def add_square_sums(self) -> None:
         for step in self._steps:
@@ -84,7 +104,7 @@ class _BundleStep:
         self._bundle.squares.start()
 
     def add_instability_sums(self) -> None:
-        self._bundle.squares.finish()
+        self._bundle.finish_squares(self._inputs)
         for step in self._steps:
             step.add_instability_sums()
         self._bundle.instability.start()
