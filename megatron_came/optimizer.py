@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from megatron_came import dtensors
 from megatron_came.compiling import outside_compiler
 from megatron_came.core.hyperparameters import at_step, check_group, with_plain_numbers
 from megatron_came.core.momentum import check_momentum_dtype
-from megatron_came.core.parameter_slice import ParameterSlice, gradients_of
+from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard, check_shards
 from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
-from megatron_came.parameter_checks import Guard
-from megatron_came.snapshots import Snapshot
+from megatron_came.parameter_checks import Guard, check_model_weights, check_with_shards
 from megatron_came.state_dicts import as_state, complete_groups, states_in
 from megatron_came.step import Plan
 from megatron_came.voice import warn_once
@@ -46,33 +46,22 @@ class CAME(torch.optim.Optimizer):
 
     Without ``shards`` a drop-in for the authors' ``came_pytorch.CAME``. With them, every rank
     updates its slice of each tensor as the unsharded algorithm would: row and column statistics are
-    sums over elements, which two reductions a step complete, wherever slices begin and end.
+    sums over elements, which two reductions a step complete, wherever slices begin and end. Of
+    DTensors (``fully_shard``, ``parallelize_module``) that is found out; their state is DTensors
+    too, see :mod:`megatron_came.dtensors`.
 
     Tensors of two or more dimensions have factored statistics; of fewer, a full second moment and
     no confidence. Those without a gradient are skipped. 16-bit gradients are squared in fp32.
 
-    State of a parameter whose whole local tensor has the shape (..., n, m); fp32, or float64 for
-    float64 parameters:
-
-    ====================  =========================  ==========================================
-    ``exp_avg``           like the parameter         momentum m of this rank's slice, in
-                                                     ``momentum_dtype``
-    ``exp_avg_scale``     (ceil(elements / 256),)    int8 alone: ``exp_avg`` is to be multiplied
-                                                     by these, in blocks along the flat slice
-    ``remainder``         like the parameter         int16: the lower halves of fp32 weights
-    ``exp_avg_sq_row``    (..., n)                   r, whole on every data-parallel rank
-    ``exp_avg_sq_col``    (..., m)                   c, likewise
-    ``exp_avg_res_row``   (..., n)                   R, likewise
-    ``exp_avg_res_col``   (..., m)                   C, likewise
-    ``exp_avg_sq``        (n,), vectors alone        v, instead of the four factors; whole
-    ====================  =========================  ==========================================
+    State of a parameter is listed in :func:`megatron_came.core.state.new_state`.
 
     A parameter group counts its steps under ``step``. A gradient in another dtype than the
     parameter's is taken from the parameter's attribute ``decoupled_grad``, if that is set.
 
     Args:
         params: parameters or parameter groups.
-        lr: learning rate, a number or a scalar tensor; the authors advise 0.5 to 0.9 times AdamW's.
+        lr: learning rate, a number or a scalar tensor; the authors advise 0.5 to 0.9 times AdamW's,
+            and their class has no default: this one is for code that gives parameters alone.
         eps: added to squared gradient and instability, both above 0.
         clip_threshold: largest RMS of an update before momentum, above 0.
         betas: decay of momentum, squared-gradient and instability statistics, each in [0, 1).
@@ -95,17 +84,21 @@ class CAME(torch.optim.Optimizer):
         names: of parameters, the same in every layout, for that rounding; by default their places.
         flat_convolutions: run the algorithm on weights of more than two dimensions as if they were
             matrices, of the first dimension and all others: many of 3 x 3 have larger factors.
+        maximize: go up the gradient, which is negated: a copy of each during a step.
+        foreach: means nothing here: kernels take all parameters at once.
+        fused: likewise.
+        differentiable: not supported; nor is ``capturable``.
 
     Raises:
-        ValueError: a hyperparameter out of range; a complex parameter, a DTensor, or matrices
-            that a wrapper has made flat; a shard that does not fit its parameter; kernels that
-            are not installed; or a dtype that momentum cannot have.
+        ValueError: a hyperparameter out of range; a complex parameter; a DTensor whose placements
+            are not of a known kind; matrices that a wrapper has made flat; a shard that does not
+            fit its parameter; kernels that are not installed; or a momentum's dtype.
     """
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float,
+        lr: float = 2e-4,
         eps: tuple[float, float] = (1e-30, 1e-16),
         clip_threshold: float = 1.0,
         betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
@@ -121,6 +114,11 @@ class CAME(torch.optim.Optimizer):
         seed: int = 0,
         names: Mapping[Tensor, str] | None = None,
         flat_convolutions: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+        capturable: bool = False,
     ) -> None:
         check_momentum_dtype(momentum_dtype)
         self._momentum_dtype, self._seed, self._remainders = momentum_dtype, seed, remainders
@@ -134,11 +132,14 @@ class CAME(torch.optim.Optimizer):
         own = {"betas": betas, "eps": eps, "clip_threshold": clip_threshold, "cautious": cautious}
         own |= {"bias_correction": bias_correction, "no_confidence": no_confidence}
         defaults = {"lr": lr, **own, "weight_decay": weight_decay, "step": 0}
-        check_group(defaults)
+        switches = {"maximize": maximize, "foreach": foreach, "fused": fused}
+        switches |= {"differentiable": differentiable, "capturable": capturable}
+        check_group({**defaults, **switches})
+        defaults |= {"maximize": True} if maximize else {}
         with_plain_numbers(defaults)
         super().__init__(params, defaults)
         self.set_shards(shards or {}, names)
-        self._guard.check(self.param_groups, self._shards)
+        self._guard.check(self.param_groups, self._shards, flat_convolutions)
         self._choose_kernels()
         _keep_out_of_compiler()
 
@@ -175,17 +176,10 @@ class CAME(torch.optim.Optimizer):
             ValueError: a shard with another number of elements than its parameter, or of no
                 parameter of this optimizer; no names, which the momentum's dtype needs.
         """
-        if shards and self._momentum_dtype != torch.float32 and names is None:
-            raise ValueError(
-                f"CAME: with shards and momentum in {self._momentum_dtype}, names must name the "
-                "parameters: their places in the parameter groups may differ between ranks."
-            )
+        if shards:
+            has_names, flat = names is not None, self._flat_convolutions
+            check_with_shards(self._momentum_dtype, has_names, flat)
         check_shards(shards, {p for group in self.param_groups for p in group["params"]})
-        if shards and self._flat_convolutions:
-            raise ValueError(
-                "CAME: flat_convolutions does not go with shards, which have shapes of their own: "
-                "give a shard of the shape that its parameter is to be seen in."
-            )
         self._plan = None
         self._shards, self._names = dict(shards), dict(names or {})
 
@@ -198,12 +192,7 @@ class CAME(torch.optim.Optimizer):
         Raises:
             ValueError: one does not fit its parameter.
         """
-        for param, weight in weights.items():
-            if weight.numel() != param.numel() or not weight.is_contiguous():
-                raise ValueError(
-                    f"CAME: the model weight of a parameter of {param.numel()} elements must be "
-                    f"contiguous with as many, not {tuple(weight.shape)}."
-                )
+        check_model_weights(weights)
         self._plan = None
         self._model_weights = dict(weights)
 
@@ -212,6 +201,8 @@ class CAME(torch.optim.Optimizer):
         shard = self._shards.get(param)
         if shard is not None:
             return shard
+        if dtensors.is_dtensor(param):
+            return dtensors.shard_of(param)
         shape = tuple(param.shape)
         if self._flat_convolutions and len(shape) > 2:
             shape = (shape[0], math.prod(shape[1:]))
@@ -259,8 +250,7 @@ class CAME(torch.optim.Optimizer):
         plan = self._plan
         if plan is None or not plan.holds(self.param_groups):
             plan = self._current_plan()
-        grads = gradients_of(plan.params)
-        now = Snapshot.of(plan.params, grads, self.state, self._model_weights.values())
+        now = plan.snapshot(self.state, self._model_weights.values())
         settings, inputs = list(map(at_step, self.param_groups)), None
         if not plan.goes_on(settings, now):
             plan = self._current_plan()
@@ -271,6 +261,19 @@ class CAME(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a state dictionary; int8 momentum is bf16 in it, which holds the same values.
+
+        Codes of int8 mean nothing without the scales of blocks along a slice, and who loads the
+        dictionary may have other slices, or floats. Of named shards, Megatron's wrappers see to it.
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        if not self._shards:
+            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+            for key, state in state_dict["state"].items():
+                state_dict["state"][key] = dtensors.portable(params[key], state)
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary, also one of ``came_pytorch.CAME``.
@@ -332,39 +335,36 @@ class CAME(torch.optim.Optimizer):
         return state
 
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
-        return new_state(param, self.shard_of(param), self._momentum_dtype, self._remainders)
+        here, shard = dtensors.local_of(param), self.shard_of(param)
+        state = new_state(here, shard, self._momentum_dtype, self._remainders)
+        return dtensors.state_like(param, state)
 
     def _current_plan(self) -> Plan:
         """Return the plan, made anew where others have replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
-            self._guard.check(self.param_groups, self._shards)
-            group_of = {
-                param: number
-                for number, group in enumerate(self.param_groups)
-                for param in group["params"]
-            }
-            if any(param not in group_of for param in self._shards):
-                raise ValueError(
-                    "CAME: a parameter with a shard is in no parameter group any more: "
-                    "call set_shards with those that are."
-                )
+            self._guard.check(self.param_groups, self._shards, self._flat_convolutions)
+            groups = enumerate(self.param_groups)
+            group_of = {param: number for number, group in groups for param in group["params"]}
             # Named shards first, in the order of naming, which is the same on all ranks.
             params = dict.fromkeys(chain(self._shards, self._params()))
             place = {param: str(index) for index, param in enumerate(group_of)}
             slices = [
                 ParameterSlice(
-                    param,
+                    dtensors.local_of(param),
                     self.shard_of(param),
                     group_of[param],
                     parameter_key(self._seed, self._names.get(param, place[param])),
                     self._remainders,
                     self.param_groups[group_of[param]].get("cautious", False),
+                    may_be_skipped=dtensors.is_dtensor(param),
                 )
                 for param in params
             ]
+            owned = dict(zip(params, slices, strict=True))
+            self._guard.compare_ranks(owned, self.param_groups, self._momentum_dtype)
             self._choose_kernels()
             backends = {device: choice.backend for device, choice in self._choices.items()}
-            self._plan = Plan(slices, backends, self.param_groups)
+            self._plan = Plan(slices, list(params), backends, self.param_groups)
             if self._plan.left:
                 warn_once(left_to_plain(self._plan.left, len(slices)))
         return self._plan
@@ -380,13 +380,11 @@ class CAME(torch.optim.Optimizer):
         return [choice.reason for choice in self._choices.values() if not choice.should_warn]
 
     def _choose_kernels(self) -> None:
-        for group in self.param_groups:
-            for device in {param.device for param in group["params"]} - self._choices.keys():
-                self._choices[device] = choice = choose(self._wanted_kernels, device)
-                if choice.should_warn:
-                    warn_once(choice.reason)
-                else:
-                    _logger.debug(choice.reason)  # Megatron's builder says it on one rank
+        devices = {param.device for group in self.param_groups for param in group["params"]}
+        for device in devices - self._choices.keys():
+            self._choices[device] = choice = choose(self._wanted_kernels, device)
+            # What is no warning, Megatron's builder says on one rank.
+            (warn_once if choice.should_warn else _logger.debug)(choice.reason)
 
 
 @functools.cache

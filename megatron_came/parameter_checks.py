@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from megatron_came import dtensors
+from megatron_came.core.parameter_slice import ParameterSlice
+from megatron_came.core.shard import Shard
 from megatron_came.voice import warn_once
 
 # A vector of more elements is seldom one: embeddings' biases have up to a few 100,000.
 LONG_VECTOR = 1_000_000
 
-_SHARDED = (
-    "CAME: a parameter of shape {shape} is a DTensor, as fully_shard and torch's tensor "
-    "parallelism make them, which CAME does not support yet: use DistributedDataParallel, or "
-    "Megatron's distributed optimizer (--use-distributed-optimizer)."
-)
 _FSDP = (
     "CAME: FullyShardedDataParallel has made flat vectors of the matrices (here {numel} elements), "
     "so that CAME would have no rows and columns: give it use_orig_params=True with "
@@ -43,6 +41,7 @@ class Guard:
     """
 
     def __init__(self, groups: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._has_compared = False
         self._had_matrices: list[bool] = []
         self._vectors: set[Tensor] = set()
         for group in groups:
@@ -54,18 +53,32 @@ class Guard:
         self._had_matrices.append(len(vectors) < len(params))
         self._vectors.update(vectors)
 
-    def check(self, groups: Sequence[Mapping[str, Any]], shards: Container[Tensor]) -> None:
+    def check(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        shards: Mapping[Tensor, Shard],
+        flat_convolutions: bool = False,
+    ) -> None:
         """Refuse what would be trained wrongly, and say once what may be.
 
         Args:
             groups: all parameter groups.
-            shards: parameters of which is known where they lie in their full tensor.
+            shards: where parameters lie in their full tensor, of those that are named.
+            flat_convolutions: as of :class:`megatron_came.CAME`.
 
         Raises:
-            ValueError: a DTensor, or matrices that have been made flat.
+            ValueError: a DTensor that is not cut in a known way, matrices that have been made
+                flat, or a shard of a parameter in no group.
         """
-        loose = [p for group in groups for p in group["params"] if p not in shards]
-        _check_kinds(loose)
+        every = [p for group in groups for p in group["params"]]
+        if shards.keys() - set(every):
+            raise ValueError(
+                "CAME: a parameter with a shard is in no parameter group any more: "
+                "call set_shards with those that are."
+            )
+        loose = [p for p in every if p not in shards]
+        dtensors.check(loose, shards, flat_convolutions)
+        _check_flat(loose)
         known = self._vectors
         for index, (group, had_matrices) in enumerate(
             zip(groups, self._had_matrices, strict=False)
@@ -78,18 +91,69 @@ class Guard:
         if max(vectors, default=0) > LONG_VECTOR:
             warn_once(_LONG.format(numel=max(vectors)))
 
+    def compare_ranks(
+        self,
+        slices: Mapping[Tensor, ParameterSlice],
+        groups: Sequence[Mapping[str, Any]],
+        momentum: torch.dtype,
+    ) -> None:
+        """Compare what ranks with DTensors were given, before the first step; then a collective.
 
-def _check_kinds(params: Sequence[Tensor]) -> None:
-    for param in params:
-        if _is_dtensor(param):
-            raise ValueError(_SHARDED.format(shape=tuple(param.shape)))
+        Raises:
+            ValueError: ranks differ.
+        """
+        if not self._has_compared:
+            given = {
+                param: {
+                    "shape": tuple(param.shape),
+                    "dtype": param.dtype,
+                    "group": each.group,
+                    "key of random bits": each.key,
+                    "remainders": each.remainders,
+                    "momentum": momentum,
+                }
+                for param, each in slices.items()
+            }
+            dtensors.check_ranks(given, groups)
+            self._has_compared = True
+
+
+def _check_flat(params: Sequence[Tensor]) -> None:
     # FSDP's mark, which parameters keep that it leaves in their shape (NO_SHARD).
     flat = [param for param in params if getattr(param, "_fsdp_flattened", False)]
     if flat and all(param.dim() < 2 for param in flat):
         raise ValueError(_FSDP.format(numel=max(param.numel() for param in flat)))
 
 
-def _is_dtensor(param: Tensor) -> bool:
-    # Whoever has made one has loaded this module, which takes long to load.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(param, getattr(module, "DTensor", ()))
+def check_with_shards(
+    momentum_dtype: torch.dtype, has_names: bool, flat_convolutions: bool
+) -> None:
+    """Refuse settings that do not go with shards.
+
+    Raises:
+        ValueError: no names, which the momentum's dtype needs, or ``flat_convolutions``.
+    """
+    if momentum_dtype != torch.float32 and not has_names:
+        raise ValueError(
+            f"CAME: with shards and momentum in {momentum_dtype}, names must name the "
+            "parameters: their places in the parameter groups may differ between ranks."
+        )
+    if flat_convolutions:
+        raise ValueError(
+            "CAME: flat_convolutions does not go with shards, which have shapes of their own: "
+            "give a shard of the shape that its parameter is to be seen in."
+        )
+
+
+def check_model_weights(weights: Mapping[Tensor, Tensor]) -> None:
+    """Compare 16-bit copies with their parameters.
+
+    Raises:
+        ValueError: one does not fit.
+    """
+    for param, weight in weights.items():
+        if weight.numel() != param.numel() or not weight.is_contiguous():
+            raise ValueError(
+                f"CAME: the model weight of a parameter of {param.numel()} elements must be "
+                f"contiguous with as many, not {tuple(weight.shape)}."
+            )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_came import dtensors
 from megatron_came.core.hyperparameters import check_group
 from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete
 from megatron_came.core.saved import momentum_ranges, set_momentum
@@ -116,20 +117,22 @@ def _check_state(
 def as_state(
     saved: Mapping[str, Tensor], own: dict[str, Tensor], param: Tensor
 ) -> dict[str, Tensor]:
-    """Give loaded state our dtypes.
+    """Give loaded state our layout and dtypes.
 
     Args:
         saved: of a parameter.
         own: its state before the first step, which is filled and returned.
         param: the parameter.
     """
+    saved = dtensors.laid_out(param, dict(saved))
     for key, value in saved.items():
         if key == MOMENTUM:
             if value.dtype == own[key].dtype:
                 own[key] = value.to(param.device).contiguous()
             else:
-                for start, some in momentum_ranges(saved):
-                    set_momentum(own, some, start)
+                here = dtensors.state_here(own)
+                for start, some in momentum_ranges(dtensors.state_here(saved)):
+                    set_momentum(here, some, start)
         elif key in own and (key != SCALE or saved.get(MOMENTUM, value).dtype == torch.int8):
             # Not the scale of a momentum of another dtype, which has taken it up.
             own[key] = value.to(device=param.device, dtype=own[key].dtype).contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_came import dtensors
+from megatron_came.core.agreement import Agreement
 from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs, gradients_of
 from megatron_came.core.state import trust_all
@@ -40,13 +42,17 @@ class Bundle:
         device = slices[0].param.device
         requests = [slice_.square_requests() for slice_ in slices]
         more_requests = [slice_.instability_requests() for slice_ in slices]
-        self.squares = SumBuffer(list(chain.from_iterable(requests)), device)
+        self._agreement = Agreement(slices)
+        self.squares = SumBuffer(
+            [*chain.from_iterable(requests), *self._agreement.requests], device
+        )
         self.instability = SumBuffer(list(chain.from_iterable(more_requests)), device)
         views, more_views = iter(self.squares.views), iter(self.instability.views)
         sums: dict[ParameterSlice, SliceSums] = {}
         for slice_, squares, rest in zip(slices, requests, more_requests, strict=True):
             total, *instability = (next(more_views) for _ in rest)
             sums[slice_] = SliceSums(tuple(next(views) for _ in squares), total, tuple(instability))
+        self._marks = list(views)
         is_local = not (self.squares.is_reduced or self.instability.is_reduced)
         reasons = {slice_: backend.unsupported(slice_) for slice_ in slices}
         self.left = [why for why in reasons.values() if why is not None]
@@ -71,18 +77,33 @@ class Bundle:
     def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> _BundleStep:
         """Take up what a step brings to those of the parameters that take part in it."""
         self.zero_sums()
+        self._agreement.mark(inputs, self._marks)
         steps = [
             passes.begin({each: inputs[each] for each in members if each in inputs})
             for members, passes in self._passes
         ]
-        return _BundleStep(self, steps)
+        return _BundleStep(self, steps, frozenset(inputs))
+
+    def finish_squares(self, taken: Collection[ParameterSlice]) -> None:
+        """Wait for the sums of the first pass.
+
+        Raises:
+            ValueError: ranks do not agree on what they update, or how.
+        """
+        self.squares.finish()
+        self._agreement.check(taken, self._marks)
 
 
 class _BundleStep:
     """The passes of one step, with the reductions between them."""
 
-    def __init__(self, bundle: Bundle, steps: Sequence[Step]) -> None:
-        self._bundle, self._steps = bundle, steps
+    def __init__(
+        self,
+        bundle: Bundle,
+        steps: Sequence[Step],
+        taken: Collection[ParameterSlice],
+    ) -> None:
+        self._bundle, self._steps, self._taken = bundle, steps, taken
 
     @property
     def lasts(self) -> bool:
@@ -99,7 +120,7 @@ class _BundleStep:
         self._bundle.squares.start()
 
     def add_instability_sums(self) -> None:
-        self._bundle.squares.finish()
+        self._bundle.finish_squares(self._taken)
         for step in self._steps:
             step.add_instability_sums()
         self._bundle.instability.start()
@@ -119,6 +140,7 @@ class Plan:
 
     Args:
         slices: all parameters, in an order that is the same on all ranks.
+        params: the parameters themselves, which may be DTensors.
         backends: by device.
         param_groups: as they are now; :meth:`fits` compares with them.
 
@@ -129,14 +151,16 @@ class Plan:
     def __init__(
         self,
         slices: list[ParameterSlice],
+        params: list[Tensor],
         backends: Mapping[torch.device, Backend],
         param_groups: Sequence[dict[str, Any]],
     ) -> None:
-        self.slices = slices
-        self.params = [slice_.param for slice_ in slices]
+        self.slices, self.params = slices, params
+        self._has_dtensors = any(map(dtensors.is_dtensor, params))
         self._groups = list(param_groups)
         self._params = [list(group["params"]) for group in param_groups]
-        self._layouts, self._cautious = _layouts(self._params), _cautious(param_groups)
+        self._cautious, self._locals = _cautious(param_groups), _locals(self._params)
+        self._layouts = _layouts(self._locals)
         self.local: list[Bundle] = []
         self.shared: list[Bundle] = []
         for device in dict.fromkeys(slice_.param.device for slice_ in slices):
@@ -168,7 +192,20 @@ class Plan:
 
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether, moreover, the parameters are what they were."""
-        return self.holds(param_groups) and _layouts(self._params) == self._layouts
+        locals_ = _locals(self._params)
+        return (
+            self.holds(param_groups)
+            and are_same(locals_, self._locals)  # FSDP2 puts others in their place
+            and _layouts(locals_) == self._layouts
+        )
+
+    def snapshot(
+        self, states: Mapping[Any, dict[str, Any]], weights: Iterable[Tensor]
+    ) -> Snapshot | None:
+        """Look at all tensors of a step; None where the next step must take them up anew."""
+        if self._has_dtensors or any(group.get("maximize") for group in self._groups):
+            return None
+        return Snapshot.of(self.params, gradients_of(self.params), states, weights)
 
     def goes_on(self, settings: Sequence[GroupSettings], now: Snapshot | None) -> bool:
         """Whether :meth:`step` may take the last step's tensors: nothing of them has changed."""
@@ -190,16 +227,19 @@ class Plan:
             state_of: returns a parameter's state.
             weights: 16-bit copies, by parameter.
         """
-        return {
-            slice_: StepInputs(
-                state_of(slice_.param),
-                slice_.param if grad is None else grad,  # both without elements
-                settings[slice_.group],
-                weights.get(slice_.param),
-            )
-            for slice_, grad in zip(self.slices, gradients_of(self.params), strict=True)
-            if slice_.takes_part(grad)
-        }
+        inputs = {}
+        found = zip(self.slices, self.params, gradients_of(self.params), strict=True)
+        for slice_, param, whole_grad in found:
+            grad = dtensors.local_gradient(param, whole_grad)
+            if not slice_.takes_part(grad):
+                continue
+            if grad is None:
+                grad = slice_.param  # both without elements
+            elif self._groups[slice_.group].get("maximize"):
+                grad = grad.neg()
+            state, weight = dtensors.state_here(state_of(param)), weights.get(param)
+            inputs[slice_] = StepInputs(state, grad, settings[slice_.group], weight)
+        return inputs
 
     def step(
         self,
@@ -238,7 +278,8 @@ class Plan:
         for bundle in self.shared:
             steps[bundle].apply()
         if inputs is not None:
-            self.updated = [slice_.param for slice_ in inputs]
+            pairs = zip(self.slices, self.params, strict=True)
+            self.updated = [t for s, param in pairs if s in inputs for t in {s.param, param}]
             self._seen = None
         if now is not None and all(step.lasts for step in steps.values()):
             self._steps, self._seen = steps, self._seen or Seen(now)
@@ -249,9 +290,12 @@ def are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
     return len(objects) == len(others) and all(map(is_, objects, others))
 
 
-def _layouts(params: Sequence[Sequence[Tensor]]) -> list[tuple[object, ...]]:
+def _locals(params: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return list(map(dtensors.local_of, chain.from_iterable(params)))
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """Device, dtype, shape and contiguity, which decide who updates a tensor."""
-    tensors = list(chain.from_iterable(params))
     kinds = map(attrgetter("device", "dtype", "shape"), tensors)
     return list(zip(kinds, map(Tensor.is_contiguous, tensors), strict=True))
 

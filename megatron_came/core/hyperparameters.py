@@ -233,12 +233,34 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     Raises:
         HyperparameterError: a value that is no number, or out of range.
     """
+    check_switches(group)
     try:
         check_number("lr", group["lr"], 0.0)
         check_number("weight_decay", group["weight_decay"], 0.0)
         Hyperparameters.from_group(group)
     except HyperparameterError as error:
         raise (error.within(where) if where else error) from None
+
+
+def check_switches(group: Mapping[str, Any]) -> None:
+    """Check what ``torch.optim`` calls switches; ``foreach`` and ``fused`` mean nothing here.
+
+    Raises:
+        ValueError: one that CAME does not do, or that is no truth value.
+    """
+    for key in ("maximize", "foreach", "fused", "differentiable", "capturable"):
+        if not isinstance(value := group.get(key), bool | None):
+            raise HyperparameterError(key, value, "True, False or None")
+    if group.get("differentiable"):
+        raise ValueError(
+            "CAME: differentiable=True is not supported, since its kernels write behind "
+            "autograd's back: leave it out."
+        )
+    if group.get("capturable"):
+        raise ValueError(
+            "CAME: capturable=True is not supported: learning rate and the number of steps are "
+            "read anew in each step, which a CUDA graph would not do: leave it out."
+        )
 
 
 class GroupSettings(NamedTuple):
@@ -265,6 +287,7 @@ def at_step(group: Mapping[str, Any]) -> GroupSettings:
     Raises:
         HyperparameterError: a value that is no number, or out of range; tensors are not looked at.
     """
+    check_switches(group)
     for key in ("lr", "weight_decay"):
         if not isinstance(group[key], torch.Tensor):  # it may lie on a device that is busy
             check_number(key, group[key], 0.0)

@@ -76,6 +76,7 @@ class ParameterSlice:
         key: of the random bits that round its momentum.
         remainders: whether a bf16 slice is the upper halves of fp32 weights.
         cautious: whether its group's updates are, which kernels do not know.
+        may_be_skipped: whether a step without its gradient is right, if it lacks on all ranks.
     """
 
     param: Tensor
@@ -84,6 +85,7 @@ class ParameterSlice:
     key: int = 0
     remainders: bool = False
     cautious: bool = False
+    may_be_skipped: bool = False
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -102,16 +104,17 @@ class ParameterSlice:
         """Whether other ranks hold the rest, or copies, of the tensor."""
         shard = self.shard
         tp_group = shard.tp_group if shard.tp_axis is not None else None
-        groups = (shard.dp_group, tp_group, shard.copies_group)
+        groups = (shard.dp_group, *shard.more_groups, tp_group, shard.copies_group)
         return any(group is not None and group.size() > 1 for group in groups)
 
     def _request(self, *shape: int, summed_over_tp: bool) -> Request:
         shard = self.shard
+        dp_group, tp_group = shard.dp_group, shard.tp_group
         if not summed_over_tp:
-            return Request(shape, shard.dp_group, None, shard.copies_group)
-        if shard.tp_dp_group is not None:
-            return Request(shape, shard.tp_dp_group, None, shard.copies_group)
-        return Request(shape, shard.dp_group, shard.tp_group, shard.copies_group)
+            tp_group = None
+        elif shard.tp_dp_group is not None:
+            dp_group, tp_group = shard.tp_dp_group, None
+        return Request(shape, dp_group, tp_group, shard.copies_group, shard.more_groups)
 
     def square_requests(self) -> list[Request]:
         """Row and column sums of g^2; of a vector, rows alone."""
@@ -160,6 +163,8 @@ class ParameterSlice:
                     "that fits."
                 )
             return self._tensor_has_elements
+        if self.may_be_skipped:
+            return False
         if self.shard.numel and self.is_shared:
             held = "a copy" if self.shard.has_copies else "the rest"
             raise ValueError(

@@ -7,7 +7,7 @@ rows and columns, the leading ones the batch; a vector of n elements is one (n, 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -48,6 +48,9 @@ class Shard:
         dp_group: ranks that hold the other flat ranges of this local tensor; None where this
             rank holds the whole local tensor (also with plain data parallelism, whose gradients
             are already summed).
+        more_groups: groups to sum over next, where the local tensor is cut by several.
+        window: ranges of ``local_matrix``, (batch, rows, columns), in which ``start`` and ``stop``
+            count; None for all of it. Of cuts that leave no flat range.
         tp_dp_group: the ranks of ``tp_group`` times ``dp_group`` as one group, where there is one:
             a sum over both then takes one collective and fewer bytes.
         copies_group: ranks that hold a copy of this very slice, with the same gradient, and must
@@ -69,9 +72,11 @@ class Shard:
     copies_group: ProcessGroup | None = None
     tp_rank: int = 0
     tp_parts: int = 1
+    more_groups: tuple[ProcessGroup, ...] = ()
+    window: tuple[slice, slice, slice] | None = None
 
     def __post_init__(self) -> None:
-        numel = math.prod(self.shape)
+        numel = math.prod(_sizes(self.window)) if self.window else math.prod(self.shape)
         if not 0 <= self.start <= self.stop <= numel:
             raise ValueError(
                 f"Shard: the range [{self.start}, {self.stop}) does not lie within the {numel} "
@@ -232,7 +237,9 @@ def boxes(shard: Shard, limit: int) -> Iterator[Box]:
     row; each of these is a box, cut further where it is larger than the limit (a single whole
     row is not).
     """
-    _, rows, columns = shard.local_matrix
+    window = shard.window or tuple(slice(0, size) for size in shard.local_matrix)
+    first_matrix, first_row, first_column = (each.start for each in window)
+    _, rows, columns = _sizes(window)
     position = shard.start
     while position < shard.stop:
         left = shard.stop - position
@@ -250,8 +257,16 @@ def boxes(shard: Shard, limit: int) -> Iterator[Box]:
         yield Box(
             start=offset,
             stop=offset + size,
-            batch=slice(matrix, matrix + box[0]),
-            rows=slice(row, row + box[1]),
-            columns=slice(column, column + box[2]),
+            batch=_range(first_matrix + matrix, box[0]),
+            rows=_range(first_row + row, box[1]),
+            columns=_range(first_column + column, box[2]),
         )
         position += size
+
+
+def _range(start: int, length: int) -> slice:
+    return slice(start, start + length)
+
+
+def _sizes(window: Sequence[slice]) -> tuple[int, ...]:
+    return tuple(each.stop - each.start for each in window)

@@ -56,7 +56,23 @@ def new_state(
     momentum: torch.dtype = torch.float32,
     remainders: bool = False,
 ) -> dict[str, Tensor]:
-    """Return a parameter's state before its first step, with the keys of :class:`CAME`.
+    """Return a parameter's state before its first step.
+
+    State of a parameter whose whole local tensor has the shape (..., n, m); fp32, or float64 for
+    float64 parameters:
+
+    ====================  =========================  ==========================================
+    ``exp_avg``           like the parameter         momentum m of this rank's slice, in
+                                                     ``momentum_dtype``
+    ``exp_avg_scale``     (ceil(elements / 256),)    int8 alone: ``exp_avg`` is to be multiplied
+                                                     by these, in blocks along the flat slice
+    ``remainder``         like the parameter         int16: the lower halves of fp32 weights
+    ``exp_avg_sq_row``    (..., n)                   r, whole on every data-parallel rank
+    ``exp_avg_sq_col``    (..., m)                   c, likewise
+    ``exp_avg_res_row``   (..., n)                   R, likewise
+    ``exp_avg_res_col``   (..., m)                   C, likewise
+    ``exp_avg_sq``        (n,), vectors alone        v, instead of the four factors; whole
+    ====================  =========================  ==========================================
 
     Args:
         param: the slice.

@@ -24,6 +24,7 @@ class Request:
     Args:
         shape: of the view that they are read and written through.
         dp_group: first summed over these ranks.
+        more_groups: then over each of these, one after another.
         tp_group: then over these.
         copies_group: these ranks then hold the same sums, added up in another order: all go on
             from the largest, so that what they compute stays the same to the last bit. Of equal
@@ -34,6 +35,7 @@ class Request:
     dp_group: ProcessGroup | None = None
     tp_group: ProcessGroup | None = None
     copies_group: ProcessGroup | None = None
+    more_groups: tuple[ProcessGroup, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -41,9 +43,18 @@ class Request:
         return torch.Size(self.shape).numel()
 
     @property
-    def groups(self) -> tuple[ProcessGroup | None, ProcessGroup | None, ProcessGroup | None]:
-        """All three."""
-        return self.dp_group, self.tp_group, self.copies_group
+    def summed_over(self) -> list[ProcessGroup]:
+        """The groups of all ranks that hold addends."""
+        groups = (self.dp_group, *self.more_groups, self.tp_group)
+        return [group for group in groups if group is not None]
+
+    def of_several_ranks(self) -> Request:
+        """Return the request without groups of one rank."""
+        dp_group, tp_group, copies_group = map(
+            _several, (self.dp_group, self.tp_group, self.copies_group)
+        )
+        more_groups = tuple(filter(_several, self.more_groups))
+        return Request(self.shape, dp_group, tp_group, copies_group, more_groups)
 
 
 class _Reduction(NamedTuple):
@@ -69,7 +80,7 @@ class SumBuffer:
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
         numel = sum(request.numel for request in requests)
         self.flat = torch.zeros(numel, dtype=torch.float64, device=device)
-        requests = [Request(r.shape, *map(_several, r.groups)) for r in requests]
+        requests = [request.of_several_ranks() for request in requests]
         bounds: dict[int, tuple[int, int]] = {}
         stop = 0
         for index in _order(requests):
@@ -80,6 +91,14 @@ class SumBuffer:
             for index, request in enumerate(requests)
         ]
         over_dp = _merged((*bounds[index], requests[index].dp_group) for index in bounds)
+        over_more = [
+            _merged(
+                (*bounds[index], group[0])
+                for index in bounds
+                if (group := requests[index].more_groups[number:])
+            )
+            for number in range(max((len(request.more_groups) for request in requests), default=0))
+        ]
         over_tp = _merged((*bounds[index], requests[index].tp_group) for index in bounds)
         # Not merged, in the order of the requests: the ranks' buffers may differ in all others.
         over_copies = [
@@ -88,7 +107,7 @@ class SumBuffer:
             if request.copies_group is not None
         ]
         # A round begins when the one before it is complete.
-        self._rounds = [each for each in (over_dp, over_tp, over_copies) if each]
+        self._rounds = [each for each in (over_dp, *over_more, over_tp, over_copies) if each]
         self._under_way: list[dist.Work] = []
 
     @property
@@ -135,12 +154,13 @@ def _order(requests: Sequence[Request]) -> list[int]:
     # Groups count in the order of their first request, which is the same on all ranks.
     numbers: dict[int, int] = {id(None): -1}
     for request in requests:
-        for group in (request.dp_group, request.tp_group):
+        for group in request.summed_over:
             numbers.setdefault(id(group), len(numbers))
 
-    def key(index: int) -> tuple[int, int]:
+    def key(index: int) -> tuple[int, ...]:
         request = requests[index]
-        return numbers[id(request.dp_group)], numbers[id(request.tp_group)]
+        groups = (request.dp_group, request.tp_group, *request.more_groups)
+        return tuple(numbers[id(group)] for group in groups)
 
     return sorted(range(len(requests)), key=key)
 

@@ -120,27 +120,66 @@ def test_usual_vectors_and_shards_are_not(lines):
     assert not any(f"{LONG_VECTOR} elements" in line for line in lines())
 
 
-def test_dtensors_are_refused():
+def test_dtensors_whose_placement_is_not_known_are_refused():
     tensor = pytest.importorskip("torch.distributed.tensor")
     import torch.distributed as dist
 
-    if not dist.is_initialized():
+    made = not dist.is_initialized()
+    if made:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        made = True
-    else:
-        made = False
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        sharded = torch.nn.Parameter(tensor.distribute_tensor(torch.ones(6, 4), mesh))
-        with pytest.raises(ValueError, match=r"\(6, 4\) is a DTensor, as fully_shard"):
-            CAME([sharded], lr=1e-2)
-        optimizer = CAME([parameter(6, 4)], lr=1e-2)
-        optimizer.param_groups[0]["params"] = [sharded]
-        with pytest.raises(ValueError, match="is a DTensor"):
+        sharded = torch.nn.Parameter(tensor.distribute_tensor(torch.ones(6, 4, 4), mesh))
+        with pytest.raises(ValueError, match=r"\(6, 4, 4\) with placements .* leave it out"):
+            CAME([sharded], lr=1e-2, flat_convolutions=True)
+        optimizer = CAME([sharded], lr=1e-2)
+        step(optimizer)
+        with pytest.raises(ValueError, match="has a shard too"):
+            CAME([sharded], lr=1e-2, shards={sharded: Shard.whole((6, 4, 4))})
+        sharded.decoupled_grad = torch.ones(6, 4, 4)
+        with pytest.raises(ValueError, match="must be a DTensor on"):
             optimizer.step()
     finally:
         if made:
             dist.destroy_process_group()
+
+
+def test_maximize_goes_up():
+    down, up = (torch.nn.Parameter(torch.eye(6, 4)) for _ in range(2))
+    steps = CAME([down], lr=1e-2), CAME([up], lr=1e-2, maximize=True)
+    for seed in range(3):
+        gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        down.grad, up.grad = -gradient, gradient
+        for optimizer in steps:
+            optimizer.step()
+        assert torch.equal(up.grad, gradient)
+    assert torch.equal(down, up)
+    assert not torch.equal(down, torch.eye(6, 4))
+
+
+def test_maximize_is_a_key_of_groups():
+    down, up = parameter(6, 4), parameter(6, 4)
+    step(CAME([{"params": [up], "maximize": True}, {"params": [down]}]))
+    assert (up > 1).all()
+    assert (down < 1).all()
+
+
+@pytest.mark.parametrize("name", ["foreach", "fused"])
+@pytest.mark.parametrize("value", [None, False, True])
+def test_switches_that_mean_nothing_are_taken(name, value):
+    step(CAME([{"params": [parameter(3, 2)], name: value}], **{name: value}))
+
+
+@pytest.mark.parametrize("name", ["differentiable", "capturable"])
+def test_switches_that_cannot_be_had_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=True is not supported.*leave it out"):
+        CAME([parameter(3, 2)], **{name: True})
+    optimizer = CAME([parameter(3, 2)], **{name: False})
+    optimizer.param_groups[0][name] = True
+    with pytest.raises(ValueError, match=f"{name}=True is not supported"):
+        step(optimizer)
+    with pytest.raises(ValueError, match="foreach = 1 is not allowed"):
+        CAME([parameter(3, 2)], foreach=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool, torch.cfloat])

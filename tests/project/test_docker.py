@@ -28,11 +28,11 @@ def pins(text: str) -> dict[str, str]:
 
 
 def needed() -> set[str]:
-    """What the project and its extras need, but for the developers' tools."""
+    """What the project and its extras need, but for developers' tools and other frameworks."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"]]
-    lines += [line for name in extras.keys() - {"dev"} for line in extras[name]]
+    lines += [line for name in extras.keys() - {"dev", "hosts"} for line in extras[name]]
     return {normal(re.split(r"[\s<>=!~;\[]", line)[0]) for line in lines}
 
 

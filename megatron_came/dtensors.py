@@ -1,0 +1,372 @@
+"""Parameters that are ``DTensor``: where they lie in their full tensors, and their state.
+
+What a rank holds follows from device mesh and placements. A mesh dimension that cuts a parameter
+into equal parts is taken as tensor parallelism. What others cut of that part is a flat range, as a
+ZeRO-1 optimizer's slice is, where they cut dimension 0 alone, and otherwise a window of the matrix.
+Ranks along dimensions that replicate hold the same slice with the same gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, is_tensor
+
+from megatron_came.core.hyperparameters import GROUP_KEYS
+from megatron_came.core.momentum import MOMENTUM, SCALE
+from megatron_came.core.saved import saved_momentum
+from megatron_came.core.shard import Shard
+from megatron_came.core.state import FACTORS, without_averaged_axis
+from megatron_came.voice import of_all_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+_REFUSED = (
+    "CAME: a parameter of shape {shape} with placements {placements} on a mesh of {mesh} cannot be "
+    "updated exactly: {why}."
+)
+_ORDER = "distribute it in the default order of mesh dimensions"
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a ``DTensor``."""
+    # Whoever has made one has loaded this module, which takes long to load.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: a plain tensor on the same memory."""
+    if not is_dtensor(tensor):
+        return tensor
+    local: Any = tensor._local_tensor
+    return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
+
+
+def local_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
+    """Return what this rank holds of a gradient, laid out like its parameter.
+
+    Tensor parallelism leaves gradients that are sums over ranks yet to be made (Partial).
+
+    Raises:
+        ValueError: the gradient of a ``DTensor`` is none, or lies on another mesh.
+    """
+    if grad is None or not is_dtensor(param):
+        return grad
+    if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
+        raise ValueError(
+            f"CAME: the gradient of a DTensor of shape {tuple(param.shape)} must be a DTensor on "
+            "the parameter's mesh: leave it as backward() made it, or set decoupled_grad to one."
+        )
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local_of(grad)
+
+
+class _Cut(NamedTuple):
+    """A mesh dimension that cuts a parameter: which of its dimensions, into how many chunks."""
+
+    mesh_dim: int
+    dim: int
+    chunks: int
+
+
+class _Range(NamedTuple):
+    """Elements along a dimension that this rank holds."""
+
+    start: int
+    length: int
+
+
+def _cuts_of(param: DTensor) -> list[_Cut]:
+    """Return the cuts in the order in which they were made.
+
+    Raises:
+        ValueError: placements of another kind, or cuts in an order that they do not tell.
+    """
+    mesh, order, marked = param.device_mesh, list[_Cut](), list[_Cut]()
+    if mesh.get_coordinate() is None:
+        raise _refusal(param, "this rank is not in the mesh; give CAME the parameters of its own")
+    # From the last: fully_shard cuts after tensor parallelism, whose mesh dimension comes later,
+    # and marks its cut as strided, by the number of chunks that there were before.
+    for mesh_dim in reversed(range(mesh.ndim)):
+        placement: Any = param.placements[mesh_dim]
+        if mesh.size(mesh_dim) == 1 or placement.is_replicate():
+            continue
+        kind = type(placement).__name__
+        if kind not in ("Shard", "_StridedShard") or not param.dim():
+            raise _refusal(param, "give it placements that are Shard or Replicate")
+        cut = _Cut(mesh_dim, placement.dim % param.dim(), mesh.size(mesh_dim))
+        place, chunks = 0, placement.split_factor if kind == "_StridedShard" else 1
+        while chunks > 1 and place < len(order):
+            chunks /= order[place].chunks if order[place].dim == cut.dim else 1
+            place += 1
+        if chunks != 1:
+            raise _refusal(param, _ORDER)
+        order.insert(place, cut)
+        marked += [cut] if place else []
+    for cut in marked:
+        before = order[: order.index(cut)]
+        if param.shape[cut.dim] % math.prod(each.chunks for each in before if each.dim == cut.dim):
+            # PyTorch itself does not know then which rows are where.
+            raise _refusal(param, f"cut dimension {cut.dim} into equal parts before fully_shard")
+    # Newer PyTorch can cut from right to left without a mark.
+    shard_order = getattr(param._spec, "shard_order", None) or ()
+    if not marked and any(list(dims) != sorted(dims) for _, dims in shard_order):
+        raise _refusal(param, _ORDER)
+    return order
+
+
+def _equal_of(param: DTensor, cuts: list[_Cut]) -> _Cut | None:
+    """Choose the cut along which factors are cut too, as by tensor parallelism, if there is one.
+
+    It is the first of its dimension, into equal parts. What the others leave of the part is a flat
+    range if they cut dimension 0 alone, so that kernels take it.
+    """
+    firsts = {cut.dim: cut for cut in reversed(cuts)}.values()
+    equal = [cut for cut in firsts if param.shape[cut.dim] % cut.chunks == 0]
+    if len(cuts) == 1:
+        equal = [cut for cut in equal if cut.dim]
+    # Indices of matrices in a batch are to be one range: a cut in their midst comes first.
+    return max(equal, key=lambda cut: (0 < cut.dim < param.dim() - 2, cut.dim > 0), default=None)
+
+
+def _ranges(param: DTensor, cuts: Iterable[_Cut], *, of_first: bool = False) -> list[_Range]:
+    """Return what cuts leave of each dimension, one after another as ``torch.chunk`` cuts.
+
+    Args:
+        param: the parameter.
+        cuts: of it.
+        of_first: leave it not to this rank but to the first, whose chunks are the longest.
+    """
+    ranges = [_Range(0, size) for size in param.shape]
+    for mesh_dim, dim, chunks in cuts:
+        start, length = ranges[dim]
+        chunk = -(-length // chunks)
+        rank = 0 if of_first else param.device_mesh.get_local_rank(mesh_dim)
+        offset = min(rank * chunk, length)
+        ranges[dim] = _Range(start + offset, min(chunk, length - offset))
+    return ranges
+
+
+def shard_of(param: DTensor) -> Shard:
+    """Describe this rank's slice of a parameter.
+
+    Raises:
+        ValueError: it is cut in a way that a shard cannot describe.
+    """
+    mesh, cuts = param.device_mesh, _cuts_of(param)
+    equal = _equal_of(param, cuts)
+    part, ranges = _ranges(param, [equal] if equal else []), _ranges(param, cuts)
+    found = [each.length for each in ranges]
+    if list(local_of(param).shape) != found:
+        raise _refusal(
+            param,
+            f"this rank holds {tuple(local_of(param).shape)} of it where the placements say "
+            f"{tuple(found)}; distribute it with fully_shard or distribute_tensor",
+        )
+    ranges = [_Range(r.start - p.start, r.length) for r, p in zip(ranges, part, strict=True)]
+    shape = tuple(each.length for each in part)
+    window = _window(param, cuts, ranges, shape)
+    start = 0 if window or not shape else ranges[0].start * math.prod(shape[1:])
+    groups = [mesh.get_group(cut.mesh_dim) for cut in cuts if cut is not equal]
+    return Shard(
+        shape=shape,
+        start=start,
+        stop=start + math.prod(found),
+        tp_dim=equal.dim if equal else None,
+        tp_group=mesh.get_group(equal.mesh_dim) if equal else None,
+        tp_rank=mesh.get_local_rank(equal.mesh_dim) if equal else 0,
+        dp_group=groups[0] if groups else None,
+        more_groups=tuple(groups[1:]),
+        window=window,
+    )
+
+
+def _window(
+    param: DTensor, cuts: list[_Cut], ranges: list[_Range], shape: tuple[int, ...]
+) -> tuple[slice, slice, slice] | None:
+    """Return ranges of dimensions as ranges of (batch, rows, columns); None if they are flat.
+
+    Raises:
+        ValueError: the matrices are no range of the batch.
+    """
+    # The longest, so that all ranks find the same.
+    lengths = [each.length for each in _ranges(param, cuts, of_first=True)]
+    if math.prod(lengths[1:]) == math.prod(shape[1:]):
+        return None
+    start, count, is_range = 0, 1, True
+    for dim, size in enumerate(shape[:-2]):
+        is_range &= count == 1 or lengths[dim] == size
+        start, count = start * size + ranges[dim].start, count * lengths[dim]
+    if not is_range:
+        raise _refusal(param, "cut its dimensions before the last two once, into equal parts")
+    batch = math.prod(each.length for each in ranges[:-2])
+    rows, columns = (slice(first, first + length) for first, length in ranges[-2:])
+    return slice(start, start + batch), rows, columns
+
+
+def check(params: Iterable[Tensor], named: Iterable[Tensor], flat_convolutions: bool) -> None:
+    """Refuse parameters that cannot be updated exactly.
+
+    Args:
+        params: all that have no shard of their own.
+        named: those of which a shard says where they lie.
+        flat_convolutions: as of :class:`megatron_came.CAME`.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for param in named:
+        if is_dtensor(param):
+            raise _refusal(param, "it has a shard too; leave it out of shards")
+    for param in params:
+        if is_dtensor(param):
+            if flat_convolutions and param.dim() > 2:
+                raise _refusal(param, "flat_convolutions goes with plain tensors; leave it out")
+            shard_of(param)
+
+
+def check_ranks(owners: Mapping[Tensor, object], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Compare what the ranks of each mesh were given; a collective.
+
+    Args:
+        owners: all parameters, each with what must be the same on all ranks that hold some of it.
+        groups: parameter groups.
+
+    Raises:
+        ValueError: ranks differ.
+    """
+    settings = {
+        f"{key} of parameter group {index}": float(value) if is_tensor(value) else value
+        for index, group in enumerate(groups)
+        for key in ("lr", "weight_decay", "step", "maximize", *GROUP_KEYS)
+        if (value := group.get(key)) is not None
+    }
+    meshes: dict[Any, dict[str, object]] = {}
+    for param, given in owners.items():
+        if is_dtensor(param):
+            here = meshes.setdefault(param.device_mesh, dict(settings))
+            here[f"parameter {len(here) - len(settings)} of its mesh"] = given
+    for mesh, here in meshes.items():
+        for mesh_dim in range(mesh.ndim):
+            for rank, there in enumerate(of_all_ranks(here, mesh.get_group(mesh_dim))):
+                for key in here.keys() | there.keys():
+                    if here.get(key) != there.get(key):
+                        raise ValueError(
+                            f"CAME: {key} is {here.get(key)} on this rank, and {there.get(key)} "
+                            f"on rank {rank} along dimension {mesh_dim} of its mesh: give all "
+                            "ranks the same."
+                        )
+
+
+def _refusal(param: DTensor, why: str) -> ValueError:
+    shape, mesh = tuple(param.shape), tuple(param.device_mesh.shape)
+    return ValueError(
+        _REFUSED.format(shape=shape, placements=tuple(param.placements), mesh=mesh, why=why)
+    )
+
+
+# State.
+
+
+def state_like(param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the state of this rank's slice into ``DTensor`` if the parameter is one.
+
+    So ``torch.distributed.checkpoint`` saves it, and loads it on other meshes. Momentum is laid
+    out like the parameter; factors are whole on every rank but along the cut into equal parts.
+    The scales of int8 stay plain: they belong to blocks of this rank's slice.
+    """
+    if not is_dtensor(param):
+        return state
+    return {k: v if k == SCALE else _wrapped(param, k, v) for k, v in state.items()}
+
+
+def state_here(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what this rank holds of a parameter's state."""
+    return {key: local_of(value) for key, value in state.items()}
+
+
+def portable(param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return state that other meshes can load: momentum in bf16, not in int8."""
+    if SCALE not in state:
+        return state
+    momentum = saved_momentum(state_here(state)).to(state[MOMENTUM].device)
+    others = {key: value for key, value in state.items() if key != SCALE}
+    return {
+        **others,
+        MOMENTUM: _wrapped(param, MOMENTUM, momentum) if is_dtensor(param) else momentum,
+    }
+
+
+def laid_out(param: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Lay loaded state out as that of a parameter, from whole tensors or any mesh."""
+    if not is_dtensor(param):
+        return {key: _whole(value) for key, value in saved.items()}
+    if SCALE in saved:  # of other blocks
+        saved = {
+            MOMENTUM: saved_momentum(saved),
+            **{k: v for k, v in saved.items() if k != MOMENTUM},
+        }
+        del saved[SCALE]
+    return {key: _cut(param, key, value) for key, value in saved.items()}
+
+
+def _kept(param: DTensor, key: str) -> tuple[int, ...]:
+    """The dimensions of a parameter that a tensor of its state has."""
+    dims = tuple(range(param.dim()))
+    return without_averaged_axis(key, dims) if key in FACTORS else dims
+
+
+def _placements(param: DTensor, key: str) -> list[Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    if key not in FACTORS:
+        return list(param.placements)
+    placements: list[Any] = [Replicate()] * len(param.placements)
+    equal = _equal_of(param, _cuts_of(param))
+    kept = _kept(param, key)
+    if equal is not None and equal.dim in kept:
+        placements[equal.mesh_dim] = Shard(kept.index(equal.dim))
+    return placements
+
+
+def _wrapped(param: DTensor, key: str, value: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size(param.shape[dim] for dim in _kept(param, key))
+    stride = torch.empty(shape, device="meta").stride()
+    placements = _placements(param, key)
+    return DTensor.from_local(
+        value, param.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def _whole(value: Tensor) -> Tensor:
+    if not is_dtensor(value):
+        return value
+    # Gloo does not gather int16.
+    dtype = torch.int32 if value.dtype == torch.int16 else value.dtype
+    whole: Tensor = value.to(dtype).full_tensor()  # type: ignore[attr-defined]
+    return whole.to(value.dtype)
+
+
+def _cut(param: DTensor, key: str, value: Tensor) -> Tensor:
+    if is_dtensor(value):
+        wanted = tuple(_placements(param, key))
+        if value.device_mesh == param.device_mesh and tuple(value.placements) == wanted:
+            return value
+    value = _whole(value).to(param.device)
+    kept, cuts = _kept(param, key), _cuts_of(param)
+    equal = _equal_of(param, cuts)
+    if key in FACTORS:
+        cuts = [equal] if equal else []
+    ranges = _ranges(param, cuts)
+    for index, dim in enumerate(kept):
+        value = value.narrow(index, *ranges[dim])
+    return _wrapped(param, key, value.clone(memory_format=torch.contiguous_format))

@@ -1,0 +1,89 @@
+"""CAME on DTensors: fully_shard, tensor parallelism, both, on gloo ranks."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.running import run_python
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fsdp2" / "train.py"
+
+# The numbers of ranks are started once for all of their cases.
+CASES = [
+    *["some_placements", "gradients_partial_or_replicated", "momentum_in_fewer_bits"],
+    *["remainders", "refusals", "a_gradient_on_some_ranks_alone", "different_settings"],
+    *["two_reductions_a_step", "copies_go_on"],
+    *["gpt", "clipped_gradients", "policies", "swapped_tensors", "schedules_and_accumulation"],
+    *["scaled_gradients", "optimizers_in_the_backward_pass"],
+    *["checkpoints_between_wrappers", "the_same_wrapper_resumes_bit_for_bit"],
+    *["remainders_in_checkpoints", "whole_state"],
+]
+# They take minutes.
+SWEEPS = ["every_placement", "gpt_in_float64", "checkpoints_between_all_wrappers"]
+ON_TWO = ["every_placement", "gpt", "gpt_in_float64", "whole_state", "different_settings"]
+
+
+def run_ranks(size, folder, cases):
+    """Run cases on some ranks; returns what failed, by case."""
+    done = run_python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
+        *("-m", "tests.optimizer.dtensors_worker", str(folder), *cases),
+        timeout=1200,
+    )
+    files = sorted(folder.glob(f"failed-{size}-*.json"))
+    assert len(files) == size, done.stdout[-3000:] + done.stderr[-3000:]
+    failed = {}
+    for file in files:
+        failed |= json.loads(file.read_text())
+        file.unlink()
+    return failed
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """What failed on four ranks, by case."""
+    return run_ranks(4, tmp_path_factory.mktemp("ranks"), CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dtensors(failed, case):
+    assert case not in failed, failed[case]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("size", "cases"), [(4, SWEEPS), (2, ON_TWO)])
+def test_all_of_it(tmp_path, size, cases):
+    failed = run_ranks(size, tmp_path, cases)
+    assert not failed, "\n".join(failed.values())
+
+
+@pytest.mark.matrix
+def test_checkpoints_hop_between_numbers_of_ranks(tmp_path):
+    for index, size in enumerate((4, 2, 1, 4)):
+        failed = run_ranks(size, tmp_path, [f"hop{index}"])
+        assert not failed, failed[f"hop{index}"]
+
+
+def run_example(ranks, folder, steps):
+    done = run_python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+        *(str(EXAMPLE), "--steps", str(steps), "--checkpoint", str(folder / "saved")),
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = re.findall(r"step +(\d+) +loss ([\d.]+)", done.stdout)
+    return {int(step): float(loss) for step, loss in found}
+
+
+def test_the_example_trains(tmp_path):
+    losses = run_example(2, tmp_path, 20)
+    assert losses[19] < 3.3 < losses[0]
+
+
+@pytest.mark.matrix
+def test_the_example_goes_on_from_its_checkpoint(tmp_path):
+    before = run_example(2, tmp_path, 20)
+    after = run_example(1, tmp_path, 40)
+    assert min(after) == 20
+    assert after[39] < before[19]
