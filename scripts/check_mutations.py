@@ -128,8 +128,8 @@ FAULTS = (
     Fault(
         "column offsets off by one",
         "core/shard.py",
-        "columns=slice(column, column + box[2]),",
-        "columns=slice(max(column - 1, 0), max(column - 1, 0) + box[2]),",
+        "columns=_range(first_column + column, box[2]),",
+        "columns=_range(max(first_column + column - 1, 0), box[2]),",
     ),
     Fault(
         "drop eps1",

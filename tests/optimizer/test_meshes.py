@@ -28,6 +28,18 @@ STEPS = 3
 REFUSED = ("before fully_shard", "before the last two")
 
 
+def part_of(full, mesh, placements):
+    """Cut a tensor as distribute_tensor does, which in older PyTorch needs collectives for it."""
+    local = full
+    for mesh_dim, placement in enumerate(placements):
+        if hasattr(placement, "dim"):
+            parts, _ = placement._split_tensor(local, mesh.size(mesh_dim), with_padding=False)
+            local = parts[mesh.get_local_rank(mesh_dim)]
+    return tensors.DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
+
+
 def parts_of(mesh_shape, shape, placements):
     """Of each rank: its elements' offsets in the full tensor, and its shard or the refusal."""
     world = math.prod(mesh_shape)
@@ -44,7 +56,7 @@ def parts_of(mesh_shape, shape, placements):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         try:
             mesh = dist.device_mesh.init_device_mesh("cpu", mesh_shape)
-            param = tensors.distribute_tensor(offsets, mesh, placements, src_data_rank=None)
+            param = part_of(offsets, mesh, placements)
             try:
                 shard = dtensors.shard_of(param)
                 shard = replace(
