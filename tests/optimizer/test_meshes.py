@@ -28,13 +28,22 @@ STEPS = 3
 REFUSED = ("before fully_shard", "before the last two")
 
 
+def chunk(tensor, dim, count, index):
+    """One chunk as torch.chunk cuts, empty ones included."""
+    size = -(-tensor.shape[dim] // count)
+    start = min(index * size, tensor.shape[dim])
+    return tensor.narrow(dim, start, min(size, tensor.shape[dim] - start))
+
+
 def part_of(full, mesh, placements):
     """Cut a tensor as distribute_tensor does, which in older PyTorch needs collectives for it."""
     local = full
     for mesh_dim, placement in enumerate(placements):
         if hasattr(placement, "dim"):
-            parts, _ = placement._split_tensor(local, mesh.size(mesh_dim), with_padding=False)
-            local = parts[mesh.get_local_rank(mesh_dim)]
+            before = getattr(placement, "split_factor", 1)
+            pieces = [chunk(local, placement.dim, before, piece) for piece in range(before)]
+            own = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)
+            local = torch.cat([chunk(p, placement.dim, *own) for p in pieces], placement.dim)
     return tensors.DTensor.from_local(
         local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
     )
