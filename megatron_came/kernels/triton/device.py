@@ -43,7 +43,7 @@ class Device:
     """
 
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    tiling = Tiling(rows=64, columns=256, scratch_tiles=4096, tallest=512)
+    tiling = Tiling(rows=64, columns=256, scratch_tiles=3072, tallest=512)
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"
@@ -78,9 +78,8 @@ class Device:
             )
         return copy.pin_memory().to(self._device, non_blocking=True)
 
-    def scratch(self, tiles: int, sums: int) -> Tensor:
+    def scratch(self, numel: int) -> Tensor:
         """Return the buffer, grown if need be."""
-        numel = tiles * 3 * sums
         if numel > self._scratch.numel():
             self._scratch = self._scratch.new_empty(numel)
-        return self._scratch[:numel].view(tiles, 3, sums)
+        return self._scratch

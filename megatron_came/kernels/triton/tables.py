@@ -8,14 +8,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from enum import IntEnum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from megatron_came.core import int8
 from megatron_came.core.hyperparameters import TABLE
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums
+from megatron_came.core.shard import Shard
 
 IntTable = npt.NDArray[np.int64]
 
@@ -34,9 +36,6 @@ class MatrixField(IntEnum):
     SQUARE_COLUMN_FACTOR = auto()  # c, (batch, columns)
     INSTABILITY_ROW_FACTOR = auto()  # R
     INSTABILITY_COLUMN_FACTOR = auto()  # C
-    GRAD_IS_BF16 = auto()
-    MODEL_IS_BF16 = auto()  # otherwise fp16
-    EXP_AVG_IS_BF16 = auto()
     # Geometry.
     KEY = auto()  # of the parameter's random bits
     START = auto()  # the slice is [START, STOP) of the flattened local tensor
@@ -69,6 +68,33 @@ class MatrixField(IntEnum):
     FIRST_MATRIX = auto()  # row of the first matrix in the table of clip divisors
 
 
+class Kind(NamedTuple):
+    """What of a matrix parameter is compiled into the kernels that take its tiles or blocks.
+
+    A vector's is told apart when they run.
+
+    Attributes:
+        ALIGNED: whether addresses, widths and bounds allow vector loads, of four elements.
+        GRAD_IS_BF16: otherwise fp32.
+        EXP_AVG_IS_BF16: otherwise fp32 or int8.
+        INT8: of momentum, 0: it is not; 1: its blocks are rows of tiles; 2: they are not.
+        HAS_REMAINDER: whether weights are in two halves.
+        MODEL: 16-bit copies, 0: there are none; 1: bf16; 2: fp16.
+    """
+
+    ALIGNED: bool = True
+    GRAD_IS_BF16: bool = False
+    EXP_AVG_IS_BF16: bool = False
+    INT8: int = 0
+    HAS_REMAINDER: bool = False
+    MODEL: int = 0
+
+
+def blocks_are_rows(shard: Shard, tile_columns: int) -> bool:
+    """Whether the blocks of int8 momentum of a slice are the rows of its tiles."""
+    return tile_columns == int8.BLOCK and (shard.start | shard.local_matrix[2]) % int8.BLOCK == 0
+
+
 class VectorField(IntEnum):
     """Columns of the table of vector parameters; as those of matrices unless said otherwise."""
 
@@ -80,7 +106,7 @@ class VectorField(IntEnum):
     MODEL_WEIGHT = auto()
     MOMENT = auto()  # v, of the whole local vector
     GRAD_IS_BF16 = auto()
-    MODEL_IS_BF16 = auto()
+    MODEL_IS_BF16 = auto()  # otherwise fp16
     EXP_AVG_IS_BF16 = auto()
     KEY = auto()
     START = auto()
@@ -103,6 +129,7 @@ class TileField(IntEnum):
     ROW = 2  # first row
     STOP_ROW = 3
     COLUMN = 4  # first column
+    SUMS = 5  # where its sums begin in the scratch buffer, of fp32
 
 
 class BlocksField(IntEnum):
@@ -111,19 +138,32 @@ class BlocksField(IntEnum):
     PARAM = 0  # row of the table of matrix parameters
     FIRST = 1  # first element, in the slice
     STOP = 2
+    MATRIX = 3  # of the first element, in the parameter's batch
+    ROW = 4  # of it in the matrix
+    COLUMN = 5
+
+
+class FactorField(IntEnum):
+    """Columns of the table of factors: a row for each range of a row or column factor.
+
+    Those of a matrix's row factor come first, then those of its column factor.
+    """
+
+    PARAM = 0  # row of the table of matrix parameters
+    MATRIX = 1  # of the parameter's batch
+    TOP = 2  # row of the matrix's first range
 
 
 class AdditionField(IntEnum):
     """Columns of the table of additions: of tiles' sums to the buffers of sums."""
 
-    TILE = 0  # the first one's number in the scratch buffer
-    STRIDE = 1  # to the next tile
+    SUMS = 0  # where the first tile's begin in the scratch buffer
+    STRIDE = 1  # from there to the next tile's
     TILES = 2  # how many
-    WITHIN = 3  # offset of the first sum in a tile's: 0 for rows, most_rows for columns
-    COUNT = 4  # sums
-    SQUARES = 5  # address of the first sum, float64
-    INSTABILITY = 6  # address of the first sum of e^2, float64
-    INSTABILITY_STRIDE = 7  # elements from there to u e, and on to u^2
+    COUNT = 3  # sums of each
+    SQUARES = 4  # address of the first sum, float64
+    INSTABILITY = 5  # address of the first sum of e^2, float64
+    INSTABILITY_STRIDE = 6  # elements from there to u e, and on to u^2
 
 
 # Columns of the table of hyperparameters, float64, a row for each parameter group; STEP counts the
@@ -134,7 +174,7 @@ GroupField = _enum(
 )
 
 
-TABLES = (MatrixField, VectorField, TileField, BlocksField, AdditionField, GroupField)
+TABLES = MatrixField, VectorField, TileField, BlocksField, FactorField, AdditionField, GroupField
 # Changes when a column moves: compiled kernels that were kept must not outlive their tables.
 FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in TABLES]).encode())
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_came.kernels.triton import factors, storage, tables
+from megatron_came.kernels.triton import storage, tables
+from megatron_came.kernels.triton.blocks import inside_blocks
 from megatron_came.kernels.triton.compiling import (
     GROUP_FIELDS,
     INT8_BLOCK,
@@ -16,11 +17,14 @@ from megatron_came.kernels.triton.compiling import (
     UPDATE_SCALE,
     UPDATE_UNSCALE,
     VECTOR_FIELDS,
+    addresses_of,
     doubles,
     floats,
     kernel,
+    over_lines,
     rates,
 )
+from megatron_came.kernels.triton.factors import inverse_divisor, new_moment
 
 
 @triton.jit
@@ -47,7 +51,7 @@ def square_vectors(from_row, vectors, BLOCK: tl.constexpr):
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
-        grad = storage.read(address, is_bf16, index, mask, False) * SQUARE_SCALE
+        grad = storage.read(address, is_bf16, 0, index, mask, False) * SQUARE_SCALE
         tl.store(out + index, (grad * grad).to(tl.float64) * SQUARE_UNSCALE, mask=mask)
 
 
@@ -57,15 +61,13 @@ def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
     vector, start, size = _vector(vectors, from_row)
     group = groups + tl.load(vector + tables.VectorField.GROUP) * GROUP_FIELDS
     moment = floats(tl.load(vector + tables.VectorField.MOMENT))
-    factors.update_moment(
-        moment,
-        doubles(tl.load(vector + tables.VectorField.SQUARES)),
-        tl.load(vector + tables.VectorField.SIZE),
-        1.0,
-        tl.load(group + tables.GroupField.EPS1),
-        tl.load(group + tables.GroupField.BETA2),
-        BLOCK,
-    )
+    sums = doubles(tl.load(vector + tables.VectorField.SQUARES))
+    eps = tl.load(group + tables.GroupField.EPS1)
+    beta = tl.load(group + tables.GroupField.BETA2)
+    for first in range(0, tl.load(vector + tables.VectorField.SIZE), BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < tl.load(vector + tables.VectorField.SIZE)
+        new_moment(moment, tl.load(sums + index, mask=mask, other=0.0) + eps, beta, index, mask)
     tl.debug_barrier()  # the moment is read again
     address = tl.load(vector + tables.VectorField.GRAD)
     is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
@@ -73,7 +75,7 @@ def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
-        grad = storage.read(address, is_bf16, index, mask, False)
+        grad = storage.read(address, is_bf16, 0, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + start + index, mask=mask, other=1.0))
         update = grad * (1.0 / root * UPDATE_SCALE)
         total += (update * update).to(tl.float64)
@@ -86,46 +88,45 @@ def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for a vector."""
     vector, start, size = _vector(vectors, from_row)
     group = groups + tl.load(vector + tables.VectorField.GROUP) * GROUP_FIELDS
-    inverse_divisor = factors.inverse_divisor(
+    inverse = inverse_divisor(
         tl.load(doubles(tl.load(vector + tables.VectorField.TOTAL))),
         tl.load(vector + tables.VectorField.FULL_NUMEL),
         tl.load(group + tables.GroupField.CLIP_THRESHOLD),
     ).to(tl.float32)
     beta1, rest, lr, decay = rates(group)
     moment = floats(tl.load(vector + tables.VectorField.MOMENT)) + start
-    momenta = tl.load(vector + tables.VectorField.EXP_AVG)
+    grads, momenta, scales, weights, remainders, model = addresses_of(vector)
+    grad_is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
     momenta_are_bf16 = tl.load(vector + tables.VectorField.EXP_AVG_IS_BF16)
+    model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
     key = storage.step_key(tl.load(vector + tables.VectorField.KEY), group)
     offset = tl.load(vector + tables.VectorField.OFFSET) + start
-    momentum_scales = tl.load(vector + tables.VectorField.EXP_AVG_SCALE)
     part_rows = tl.load(vector + tables.VectorField.PART_ROWS)
     part_jump = tl.load(vector + tables.VectorField.PART_JUMP)
-    weights = tl.load(vector + tables.VectorField.PARAM)
-    remainders = tl.load(vector + tables.VectorField.REMAINDER)
     blocks = tl.arange(0, BLOCK // INT8_BLOCK)
-    inside = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
-    model = tl.load(vector + tables.VectorField.MODEL_WEIGHT)
-    model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
-    address = tl.load(vector + tables.VectorField.GRAD)
-    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
     for first in range(0, size, BLOCK):
-        index = first + inside
+        index = first + inside_blocks(BLOCK // INT8_BLOCK, 128, 1)
         mask = index < size
-        grad = storage.read(address, is_bf16, index, mask, False)
+        block = first // INT8_BLOCK + blocks
+        is_there = block * INT8_BLOCK < size
+        grad = storage.read(grads, grad_is_bf16, 0, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + index, mask=mask, other=1.0))
-        momentum = storage.momenta(momenta, momenta_are_bf16, momentum_scales, index, mask, False)
-        momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse_divisor)
-        place = offset + index + (start + index) // part_rows * part_jump
-        if momentum_scales != 0:
-            block = first // INT8_BLOCK + blocks
-            storage.store_int8(momenta, momentum_scales, block, index, momentum, mask, place, key)
+        if scales != 0:
+            scale = tl.load(floats(scales) + block, mask=is_there, other=0.0)
+            momentum = storage.read_int8(momenta, 0, index, mask, False) * over_lines(scale, index)
         else:
-            storage.store_momentum(
-                momenta, momenta_are_bf16, index, momentum, mask, place, key, False
-            )
-        weight = storage.weights(weights, remainders, index, mask, False)
+            momentum = storage.read(momenta, momenta_are_bf16, 0, index, mask, False)
+        momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse)
+        origin = offset + index + (start + index) // part_rows * part_jump
+        random = storage.random_bits(origin, index * 0, key)
+        storage.store_momentum(
+            momenta, scales, momenta_are_bf16, scales, block, is_there, 0, index, momentum, mask,
+            random, False,
+        )  # fmt: skip
+        weight = storage.read_weights(weights, remainders, remainders, 0, index, mask, False)
         weight -= decay * weight
         weight -= lr * momentum
-        storage.store_weights(weights, remainders, index, weight, mask, False)
-        if model != 0:
-            storage.store_short(model, model_is_bf16, index, weight, mask, False)
+        storage.store_weights(
+            weights, remainders, model, remainders, model, model_is_bf16, 0, index, weight, mask,
+            False,
+        )  # fmt: skip
