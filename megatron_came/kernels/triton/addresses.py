@@ -62,7 +62,7 @@ class Addresses:
 
     Args:
         slices: the parameters in the order of the table.
-        table: of ``MatrixField`` or ``VectorField``.
+        table: of ``ParamField``.
         factors: keys of the state, in the order of the table's columns.
         device: on which they lie.
         is_int8: whether the momentum is.
@@ -134,19 +134,17 @@ class Addresses:
 
     def _columns(self, slice_: ParameterSlice, given: StepInputs) -> list[int]:
         state, weight = given.state, given.model_weight
-        addresses = [
+        dtypes = given.grad.dtype, weight is not None and weight.dtype, state[MOMENTUM].dtype
+        return [
             slice_.param.data_ptr(),
             given.grad.data_ptr(),
             state[MOMENTUM].data_ptr(),
             state[SCALE].data_ptr() if self._is_int8 else 0,
             state[REMAINDER].data_ptr() if has_remainder(slice_) else 0,
             0 if weight is None else weight.data_ptr(),
+            *(dtype == torch.bfloat16 for dtype in dtypes),
             *(state[key].data_ptr() for key in self._factors),
         ]
-        if not slice_.shard.is_vector:  # whose kernels are compiled for a kind
-            return addresses
-        dtypes = given.grad.dtype, weight is not None and weight.dtype, state[MOMENTUM].dtype
-        return [*addresses, *(dtype == torch.bfloat16 for dtype in dtypes)]
 
     def _check(self, index: int, state: State) -> None:
         """Compare the state with what kernels rely on.

@@ -12,7 +12,7 @@ from megatron_came.kernels.triton.compiling import (
     BLOCKS_FIELDS,
     GROUP_FIELDS,
     INT8_BLOCK,
-    MATRIX_FIELDS,
+    PARAM_FIELDS,
     addresses_of,
     divisor_of,
     floats,
@@ -54,11 +54,11 @@ def _spread(values, TOGETHER: tl.constexpr):
 def _shape_of(param):
     """Rows and columns of a matrix, rows of the full one, and ``Shard.row_parts``, in 32 bits."""
     return (
-        tl.load(param + tables.MatrixField.ROWS).to(tl.uint32),
-        tl.load(param + tables.MatrixField.COLUMNS).to(tl.uint32),
-        tl.load(param + tables.MatrixField.FULL_ROWS).to(tl.uint32),
-        tl.load(param + tables.MatrixField.PART_ROWS).to(tl.uint32),
-        tl.load(param + tables.MatrixField.PART_JUMP).to(tl.uint32),
+        tl.load(param + tables.ParamField.ROWS).to(tl.uint32),
+        tl.load(param + tables.ParamField.COLUMNS).to(tl.uint32),
+        tl.load(param + tables.ParamField.FULL_ROWS).to(tl.uint32),
+        tl.load(param + tables.ParamField.PART_ROWS).to(tl.uint32),
+        tl.load(param + tables.ParamField.PART_JUMP).to(tl.uint32),
     )
 
 
@@ -106,7 +106,7 @@ def apply_blocks(
     note_tables()
     TOGETHER: tl.constexpr = 4 if ALIGNED else 1
     taken = blocks + (tl.program_id(0) + from_row).to(tl.int64) * BLOCKS_FIELDS
-    param = matrices + tl.load(taken + tables.BlocksField.PARAM) * MATRIX_FIELDS
+    param = matrices + tl.load(taken + tables.BlocksField.PARAM) * PARAM_FIELDS
     place = tl.load(taken + tables.BlocksField.FIRST)
     count = (tl.load(taken + tables.BlocksField.STOP) - place).to(tl.int32)
     matrix = tl.load(taken + tables.BlocksField.MATRIX)
@@ -121,9 +121,9 @@ def apply_blocks(
     grads, momenta, scales, weights, remainders, model = addresses_of(param)
     row_scales, column_scales, row_confidences, column_confidences = scales_of(param, matrix)
     divisors = divisor_of(divisors, param, matrix, 1)
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
+    group = groups + tl.load(param + tables.ParamField.GROUP) * GROUP_FIELDS
     beta1, rest, lr, decay = rates(group)
-    key = storage.step_key(tl.load(param + tables.MatrixField.KEY), group)
+    key = storage.step_key(tl.load(param + tables.ParamField.KEY), group)
     beyond = (tl.arange(0, 32 * TOGETHER) & (TOGETHER - 1))[None, :]
     for first in range(0, count, STEP * INT8_BLOCK):
         leading = first + inside_blocks(STEP, 32, TOGETHER)

@@ -28,8 +28,7 @@ HIGH_FACTOR = tl.constexpr(rounding.HIGH_FACTOR)
 INT8_BLOCK = tl.constexpr(int8.BLOCK)
 # Beyond all offsets in a tile, which are below 2^30; it fits 32 bits, and vector loads.
 FAR = tl.constexpr(2**31 - 2**16)
-MATRIX_FIELDS = tl.constexpr(len(tables.MatrixField))
-VECTOR_FIELDS = tl.constexpr(len(tables.VectorField))
+PARAM_FIELDS = tl.constexpr(len(tables.ParamField))
 TILE_FIELDS = tl.constexpr(len(tables.TileField))
 ADDITION_FIELDS = tl.constexpr(len(tables.AdditionField))
 BLOCKS_FIELDS = tl.constexpr(len(tables.BlocksField))
@@ -103,37 +102,34 @@ def rates(group):
 
 @triton.jit
 def addresses_of(param):
-    """Addresses of a parameter's gradient, momentum and its scales, weights, remainders and copy.
-
-    The first columns are those of matrices and of vectors.
-    """
+    """Addresses of a parameter's gradient, momentum, its scales, weights, remainders and copy."""
     return (
-        tl.load(param + tables.MatrixField.GRAD),
-        tl.load(param + tables.MatrixField.EXP_AVG),
-        tl.load(param + tables.MatrixField.EXP_AVG_SCALE),
-        tl.load(param + tables.MatrixField.PARAM),
-        tl.load(param + tables.MatrixField.REMAINDER),
-        tl.load(param + tables.MatrixField.MODEL_WEIGHT),
+        tl.load(param + tables.ParamField.GRAD),
+        tl.load(param + tables.ParamField.EXP_AVG),
+        tl.load(param + tables.ParamField.EXP_AVG_SCALE),
+        tl.load(param + tables.ParamField.PARAM),
+        tl.load(param + tables.ParamField.REMAINDER),
+        tl.load(param + tables.ParamField.MODEL_WEIGHT),
     )
 
 
 @triton.jit
 def scales_of(param, matrix):
     """Pointers to row and column scales, and row and column confidences, of a matrix."""
-    rows = matrix * tl.load(param + tables.MatrixField.ROWS)
-    columns = matrix * tl.load(param + tables.MatrixField.COLUMNS)
+    rows = matrix * tl.load(param + tables.ParamField.ROWS)
+    columns = matrix * tl.load(param + tables.ParamField.COLUMNS)
     return (
-        floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + rows,
-        floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + columns,
-        floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)) + rows,
-        floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE)) + columns,
+        floats(tl.load(param + tables.ParamField.ROW_SCALE)) + rows,
+        floats(tl.load(param + tables.ParamField.COLUMN_SCALE)) + columns,
+        floats(tl.load(param + tables.ParamField.ROW_CONFIDENCE)) + rows,
+        floats(tl.load(param + tables.ParamField.COLUMN_CONFIDENCE)) + columns,
     )
 
 
 @triton.jit
 def divisor_of(divisors, param, matrix, number: tl.constexpr):
     """Pointer to 1/d0 of matrices of a parameter if the number is 0, to 1/d if it is 1."""
-    return divisors + 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix) + number
+    return divisors + 2 * (tl.load(param + tables.ParamField.FIRST_MATRIX) + matrix) + number
 
 
 @triton.jit
@@ -143,13 +139,13 @@ def full_place_of(param, matrix, row, column):
     Returns:
         The place, and the columns of the full matrix, which are one row.
     """
-    full_row = (matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)) * tl.load(
-        param + tables.MatrixField.FULL_ROWS
+    full_row = (matrix + tl.load(param + tables.ParamField.BATCH_OFFSET)) * tl.load(
+        param + tables.ParamField.FULL_ROWS
     )
-    part = row // tl.load(param + tables.MatrixField.PART_ROWS)
-    full_row += row + part * tl.load(param + tables.MatrixField.PART_JUMP)
-    full_row += tl.load(param + tables.MatrixField.ROW_OFFSET)
-    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
+    part = row // tl.load(param + tables.ParamField.PART_ROWS)
+    full_row += row + part * tl.load(param + tables.ParamField.PART_JUMP)
+    full_row += tl.load(param + tables.ParamField.ROW_OFFSET)
+    full_column = column + tl.load(param + tables.ParamField.COLUMN_OFFSET)
     # Below 2^30, which the compiler shall know: it multiplies 32 bits.
-    full_columns = tl.load(param + tables.MatrixField.FULL_COLUMNS).to(tl.int32).to(tl.int64)
+    full_columns = tl.load(param + tables.ParamField.FULL_COLUMNS).to(tl.int32).to(tl.int64)
     return full_row * full_columns + full_column, full_columns

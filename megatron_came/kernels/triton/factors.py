@@ -19,7 +19,7 @@ from megatron_came.kernels.triton.compiling import (
     GROUP_FIELDS,
     LARGEST_MEAN,
     LEAST_RATIO,
-    MATRIX_FIELDS,
+    PARAM_FIELDS,
     at_least,
     at_most,
     doubles,
@@ -38,13 +38,13 @@ def _range(factors, index, matrices, BLOCK: tl.constexpr):
         of the matrix's first range, and how many ranges its row factor has.
     """
     factor = factors + index.to(tl.int64) * FACTOR_FIELDS
-    param = matrices + tl.load(factor + tables.FactorField.PARAM) * MATRIX_FIELDS
+    param = matrices + tl.load(factor + tables.FactorField.PARAM) * PARAM_FIELDS
     matrix = tl.load(factor + tables.FactorField.MATRIX)
     top = tl.load(factor + tables.FactorField.TOP)
-    row_ranges = tl.cdiv(tl.load(param + tables.MatrixField.ROWS), BLOCK)
+    row_ranges = tl.cdiv(tl.load(param + tables.ParamField.ROWS), BLOCK)
     number = index - top
     is_column = (number >= row_ranges).to(tl.int64)
-    size = tl.load(param + tables.MatrixField.ROWS + is_column)
+    size = tl.load(param + tables.ParamField.ROWS + is_column)
     within = (number - is_column * row_ranges) * BLOCK + tl.arange(0, BLOCK)
     return param, matrix, is_column, matrix * size + within, within < size, top, row_ranges
 
@@ -75,7 +75,7 @@ def update_second_moments(from_row, matrices, factors, groups, partials, BLOCK: 
 
     Args:
         from_row: what the first program takes of the table.
-        matrices: table of ``MatrixField``, int64.
+        matrices: table of ``ParamField``, int64.
         factors: table of ``FactorField``, int64.
         groups: table of ``GroupField``, float64.
         partials: (factors, 2), float64, out: sums of the moment, and of the mean over it.
@@ -83,12 +83,12 @@ def update_second_moments(from_row, matrices, factors, groups, partials, BLOCK: 
     """
     index = tl.program_id(0) + from_row
     param, _matrix, is_column, place, mask, _top, _ranges = _range(factors, index, matrices, BLOCK)
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
-    sums = doubles(tl.load(param + tables.MatrixField.SQUARE_ROW_SUMS + is_column))
-    count = tl.load(param + tables.MatrixField.FULL_COLUMNS - is_column)
+    group = groups + tl.load(param + tables.ParamField.GROUP) * GROUP_FIELDS
+    sums = doubles(tl.load(param + tables.ParamField.SQUARE_ROW_SUMS + is_column))
+    count = tl.load(param + tables.ParamField.FULL_COLUMNS - is_column)
     mean = tl.load(sums + place, mask=mask, other=0.0) * (1.0 / count.to(tl.float64))
     mean += tl.load(group + tables.GroupField.EPS1)
-    moment = floats(tl.load(param + tables.MatrixField.SQUARE_ROW_FACTOR + is_column))
+    moment = floats(tl.load(param + tables.ParamField.SQUARE_ROW_FACTOR + is_column))
     beta = tl.load(group + tables.GroupField.BETA2)
     new = new_moment(moment, mean, beta, place, mask)
     ratio = at_most(mean, LARGEST_MEAN).to(tl.float32) / new
@@ -113,19 +113,19 @@ def update_instabilities(
     """
     index = tl.program_id(0) + from_row
     param, matrix, is_column, place, mask, top, _ranges = _range(factors, index, matrices, BLOCK)
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
+    group = groups + tl.load(param + tables.ParamField.GROUP) * GROUP_FIELDS
     inverse = inverse_divisor(
-        tl.load(doubles(tl.load(param + tables.MatrixField.TOTAL))),
-        tl.load(param + tables.MatrixField.FULL_NUMEL),
+        tl.load(doubles(tl.load(param + tables.ParamField.TOTAL))),
+        tl.load(param + tables.ParamField.FULL_NUMEL),
         tl.load(group + tables.GroupField.CLIP_THRESHOLD),
     )
-    divisors += 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix)
+    divisors += 2 * (tl.load(param + tables.ParamField.FIRST_MATRIX) + matrix)
     inverse_guess = tl.load(divisors).to(tl.float64)
     if index == top:
         tl.store(divisors + 1, inverse.to(tl.float32))
-    sums = doubles(tl.load(param + tables.MatrixField.INSTABILITY_ROW_SUMS + is_column))
-    stride = tl.load(param + tables.MatrixField.ROWS + is_column)
-    stride *= tl.load(param + tables.MatrixField.BATCH)
+    sums = doubles(tl.load(param + tables.ParamField.INSTABILITY_ROW_SUMS + is_column))
+    stride = tl.load(param + tables.ParamField.ROWS + is_column)
+    stride *= tl.load(param + tables.ParamField.BATCH)
     error = tl.load(sums + place, mask=mask, other=0.0)
     cross = tl.load(sums + stride + place, mask=mask, other=0.0)
     square = tl.load(sums + 2 * stride + place, mask=mask, other=0.0)
@@ -134,9 +134,9 @@ def update_instabilities(
     is_bad = inverse_guess > inverse * BAD_GUESS
     instability = tl.where(is_bad, square * inverse * inverse, instability)
     beta1 = tl.load(group + tables.GroupField.BETA1)
-    count = tl.load(param + tables.MatrixField.FULL_COLUMNS - is_column)
+    count = tl.load(param + tables.ParamField.FULL_COLUMNS - is_column)
     mean = instability * (beta1 * beta1 / count) + tl.load(group + tables.GroupField.EPS2)
-    moment = floats(tl.load(param + tables.MatrixField.INSTABILITY_ROW_FACTOR + is_column))
+    moment = floats(tl.load(param + tables.ParamField.INSTABILITY_ROW_FACTOR + is_column))
     beta = tl.load(group + tables.GroupField.BETA3)
     new = new_moment(moment, mean, beta, place, mask)
     tl.store(partials + 2 * index, tl.sum(tl.where(mask, new.to(tl.float64), 0.0), 0))
@@ -156,34 +156,34 @@ def scale_factors(
     """
     index = tl.program_id(0) + from_row
     param, matrix, is_column, place, mask, top, row_ranges = _range(factors, index, matrices, BLOCK)
-    rows = tl.load(param + tables.MatrixField.ROWS)
-    columns = tl.load(param + tables.MatrixField.COLUMNS)
+    rows = tl.load(param + tables.ParamField.ROWS)
+    columns = tl.load(param + tables.ParamField.COLUMNS)
     column_ranges = tl.cdiv(columns, BLOCK)
     first_column = top + row_ranges
     # mean(r) = mean(c) of the full matrix, from the factor that this rank holds whole.
-    rows_are_whole = tl.load(param + tables.MatrixField.ROWS_ARE_WHOLE) != 0
+    rows_are_whole = tl.load(param + tables.ParamField.ROWS_ARE_WHOLE) != 0
     if rows_are_whole:
         mean = (_total(partials, top, row_ranges, RANGES) / rows).to(tl.float32)
     else:
         mean = (_total(partials, first_column, column_ranges, RANGES) / columns).to(tl.float32)
     if SQUARES:
-        moment = floats(tl.load(param + tables.MatrixField.SQUARE_ROW_FACTOR + is_column))
-        out = floats(tl.load(param + tables.MatrixField.ROW_SCALE + is_column))
+        moment = floats(tl.load(param + tables.ParamField.SQUARE_ROW_FACTOR + is_column))
+        out = floats(tl.load(param + tables.ParamField.ROW_SCALE + is_column))
         if index == top:
             squared = tl.zeros((), tl.float64)
             if rows_are_whole:
                 squared = _total(partials + 1, top, row_ranges, RANGES) / rows
-            if tl.load(param + tables.MatrixField.COLUMNS_ARE_WHOLE) != 0:
+            if tl.load(param + tables.ParamField.COLUMNS_ARE_WHOLE) != 0:
                 total = _total(partials + 1, first_column, column_ranges, RANGES)
                 squared = at_least(total / columns, squared)
-            group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
+            group = groups + tl.load(param + tables.ParamField.GROUP) * GROUP_FIELDS
             clip = tl.load(group + tables.GroupField.CLIP_THRESHOLD)
             inverse = 1.0 / at_least(tl.sqrt(squared) / clip, 1.0)
-            number = tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix
+            number = tl.load(param + tables.ParamField.FIRST_MATRIX) + matrix
             tl.store(divisors + 2 * number, inverse.to(tl.float32))
     else:
-        moment = floats(tl.load(param + tables.MatrixField.INSTABILITY_ROW_FACTOR + is_column))
-        out = floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE + is_column))
+        moment = floats(tl.load(param + tables.ParamField.INSTABILITY_ROW_FACTOR + is_column))
+        out = floats(tl.load(param + tables.ParamField.ROW_CONFIDENCE + is_column))
     values = tl.load(moment + place, mask=mask, other=1.0)
     ratio = tl.where(is_column != 0, values, at_least(values / mean, LEAST_RATIO))
     tl.store(out + place, 1.0 / tl.sqrt_rn(ratio), mask=mask)
@@ -195,14 +195,14 @@ def sum_squared_updates(from_row, matrices, MANY: tl.constexpr):
 
     Args:
         from_row: what the first program takes of the table.
-        matrices: table of ``MatrixField``, int64.
+        matrices: table of ``ParamField``, int64.
         MANY: row sums that a program reads at once.
     """
-    param = matrices + (tl.program_id(0) + from_row).to(tl.int64) * MATRIX_FIELDS
-    count = tl.load(param + tables.MatrixField.BATCH) * tl.load(param + tables.MatrixField.ROWS)
-    sums = doubles(tl.load(param + tables.MatrixField.INSTABILITY_ROW_SUMS)) + 2 * count
+    param = matrices + (tl.program_id(0) + from_row).to(tl.int64) * PARAM_FIELDS
+    count = tl.load(param + tables.ParamField.BATCH) * tl.load(param + tables.ParamField.ROWS)
+    sums = doubles(tl.load(param + tables.ParamField.INSTABILITY_ROW_SUMS)) + 2 * count
     total = tl.zeros((MANY,), tl.float64)
     for first in range(0, count, MANY):
         index = first + tl.arange(0, MANY)
         total += tl.load(sums + index, mask=index < count, other=0.0)
-    tl.store(doubles(tl.load(param + tables.MatrixField.TOTAL)), tl.sum(total, 0))
+    tl.store(doubles(tl.load(param + tables.ParamField.TOTAL)), tl.sum(total, 0))

@@ -26,8 +26,8 @@ class Tables:
 
     Attributes:
         tiling: how the matrices are cut.
-        matrices: table of ``MatrixField``.
-        vectors: table of ``VectorField``.
+        matrices: table of ``ParamField``.
+        vectors: table of ``ParamField``.
         tiles: table of ``TileField``.
         blocks: table of ``BlocksField``; empty unless momentum is int8.
         additions: table of ``AdditionField``.

@@ -18,11 +18,8 @@ from megatron_came.kernels.triton.launch import BLOCK, Tables, run
 from megatron_came.kernels.triton.schedule import Owners, Schedule, Schedules
 from megatron_came.kernels.triton.tables import (
     GroupField,
-    IntTable,
-    MatrixField,
-    VectorField,
-    matrix_row,
-    vector_row,
+    ParamField,
+    param_row,
 )
 from megatron_came.kernels.triton.tiling import (
     cut,
@@ -84,17 +81,14 @@ class TritonPasses:
         group_of = {slice_.group: index for index, slice_ in enumerate(self._groups)}
         sums = [self._sums[slice_] for slice_ in matrices]
         firsts = np.cumsum([0, *(slice_.shard.local_matrix[0] for slice_ in matrices)])
-        self._matrix_table = _stack(
-            MatrixField,
-            [
-                matrix_row(slice_, one, group_of[slice_.group], self._scales[slice_], int(first))
-                for slice_, one, first in zip(matrices, sums, firsts, strict=False)
-            ],
+        matrix_table, vector_table = (
+            np.array(
+                [param_row(o, self._sums[o], group_of[o.group], self._scales[o]) for o in some],
+                np.int64,
+            ).reshape(-1, len(ParamField))
+            for some in (matrices, vectors)
         )
-        vector_table = _stack(
-            VectorField,
-            [vector_row(slice_, self._sums[slice_], group_of[slice_.group]) for slice_ in vectors],
-        )
+        matrix_table[:, ParamField.FIRST_MATRIX] = firsts[:-1]
         shards = [slice_.shard for slice_ in matrices]
         tiling = with_higher_tiles(self._device.tiling, shards)
         together = [*in_cache([shard.numel for shard in shards], self._cache_elements)]
@@ -106,7 +100,7 @@ class TritonPasses:
         self._vector_count = len(vectors)
         upload = self._device.upload
         of = self._device, is_int8
-        self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
+        self._matrices = Addresses(matrices, matrix_table, MATRIX_FACTORS, *of)
         self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
         self._group_rows: list[tuple[float, ...]] = []
         self._steps = None
@@ -213,7 +207,3 @@ def _scales(slice_: ParameterSlice) -> tuple[Tensor, ...]:
         torch.empty(batch, count, dtype=torch.float32, device=slice_.param.device)
         for count in (rows, columns, rows, columns)
     )
-
-
-def _stack(fields: type[MatrixField] | type[VectorField], rows: list[IntTable]) -> IntTable:
-    return np.stack(rows) if rows else np.zeros((0, len(fields)), np.int64)

@@ -1,6 +1,6 @@
 """What the kernels read: tables of addresses, shapes and ranges, one row for each program.
 
-See ``tiling`` for tiles and additions. Vectors need none of these: see ``VectorField``.
+See ``tiling`` for tiles and additions, which vectors do not need.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from megatron_came.core.shard import Shard
 IntTable = npt.NDArray[np.int64]
 
 
-class MatrixField(IntEnum):
-    """Columns of the table of matrix parameters. Addresses point to fp32 unless said otherwise."""
+class ParamField(IntEnum):
+    """Columns of the tables of parameters. Addresses point to fp32 unless said otherwise.
+
+    A vector is a matrix of one column without column statistics and instability.
+    """
 
     # What others may change between steps.
     PARAM = 0  # address of the slice; bf16 where there are remainders
@@ -32,6 +35,9 @@ class MatrixField(IntEnum):
     EXP_AVG_SCALE = auto()  # of blocks of the slice, for int8; otherwise 0
     REMAINDER = auto()  # int16, the lower halves of fp32 weights, or 0
     MODEL_WEIGHT = auto()  # 16-bit copy of the slice, or 0
+    GRAD_IS_BF16 = auto()  # read by the kernels of vectors alone, as are the next two: see Kind
+    MODEL_IS_BF16 = auto()  # otherwise fp16
+    EXP_AVG_IS_BF16 = auto()
     SQUARE_ROW_FACTOR = auto()  # r, (batch, rows)
     SQUARE_COLUMN_FACTOR = auto()  # c, (batch, columns)
     INSTABILITY_ROW_FACTOR = auto()  # R
@@ -55,7 +61,7 @@ class MatrixField(IntEnum):
     PART_JUMP = auto()
     GROUP = auto()  # row of the table of hyperparameters
     # Sums over elements, float64.
-    SQUARE_ROW_SUMS = auto()  # of g^2, (batch, rows)
+    SQUARE_ROW_SUMS = auto()  # of g^2, (batch, rows); of a vector g^2 itself
     SQUARE_COLUMN_SUMS = auto()
     TOTAL = auto()  # of u^2
     INSTABILITY_ROW_SUMS = auto()  # of e^2, u e and u^2, (3, batch, rows)
@@ -93,32 +99,6 @@ class Kind(NamedTuple):
 def blocks_are_rows(shard: Shard, tile_columns: int) -> bool:
     """Whether the blocks of int8 momentum of a slice are the rows of its tiles."""
     return tile_columns == int8.BLOCK and (shard.start | shard.local_matrix[2]) % int8.BLOCK == 0
-
-
-class VectorField(IntEnum):
-    """Columns of the table of vector parameters; as those of matrices unless said otherwise."""
-
-    PARAM = 0
-    GRAD = auto()
-    EXP_AVG = auto()
-    EXP_AVG_SCALE = auto()
-    REMAINDER = auto()
-    MODEL_WEIGHT = auto()
-    MOMENT = auto()  # v, of the whole local vector
-    GRAD_IS_BF16 = auto()
-    MODEL_IS_BF16 = auto()  # otherwise fp16
-    EXP_AVG_IS_BF16 = auto()
-    KEY = auto()
-    START = auto()
-    STOP = auto()
-    SIZE = auto()  # of the local vector
-    FULL_NUMEL = auto()
-    OFFSET = auto()  # where the local vector begins in the full one
-    PART_ROWS = auto()
-    PART_JUMP = auto()
-    GROUP = auto()
-    SQUARES = auto()  # g^2 of the local vector, float64
-    TOTAL = auto()  # sum of u^2, float64
 
 
 class TileField(IntEnum):
@@ -174,44 +154,23 @@ GroupField = _enum(
 )
 
 
-TABLES = MatrixField, VectorField, TileField, BlocksField, FactorField, AdditionField, GroupField
+TABLES = ParamField, TileField, BlocksField, FactorField, AdditionField, GroupField
 # Changes when a column moves: compiled kernels that were kept must not outlive their tables.
 FINGERPRINT = zlib.crc32(repr([list(fields.__members__) for fields in TABLES]).encode())
 
 
-def vector_row(slice_: ParameterSlice, sums: SliceSums, group: int) -> IntTable:
-    """Describe a vector parameter."""
-    shard = slice_.shard
-    row = np.zeros(len(VectorField), np.int64)
-    row[VectorField.KEY] = slice_.key
-    row[VectorField.START], row[VectorField.STOP] = shard.start, shard.stop
-    row[VectorField.SIZE] = shard.local_matrix[1]
-    row[VectorField.FULL_NUMEL] = shard.full_numel
-    row[VectorField.OFFSET] = shard.offsets[1]
-    row[VectorField.PART_ROWS], row[VectorField.PART_JUMP] = shard.row_parts
-    row[VectorField.GROUP] = group
-    row[VectorField.SQUARES] = sums.squares[0].data_ptr()
-    row[VectorField.TOTAL] = sums.total.data_ptr()
-    return row
-
-
-def matrix_row(
-    slice_: ParameterSlice,
-    sums: SliceSums,
-    group: int,
-    scales: Sequence[Tensor],
-    first_matrix: int,
+def param_row(
+    slice_: ParameterSlice, sums: SliceSums, group: int, scales: Sequence[Tensor]
 ) -> IntTable:
-    """Describe a matrix parameter.
+    """Describe a parameter.
 
     Args:
         slice_: the parameter.
         sums: where its sums go.
         group: row of its group's hyperparameters.
-        scales: row and column scale, row and column confidence.
-        first_matrix: row of its first matrix in the table of clip divisors.
+        scales: of a matrix row and column scale, row and column confidence.
     """
-    field, shard = MatrixField, slice_.shard
+    field, shard = ParamField, slice_.shard
     row = np.zeros(len(field), np.int64)
     row[field.KEY] = slice_.key
     row[field.START], row[field.STOP] = shard.start, shard.stop
@@ -223,11 +182,11 @@ def matrix_row(
     row[field.BATCH_OFFSET : field.COLUMN_OFFSET + 1] = shard.offsets
     row[field.PART_ROWS], row[field.PART_JUMP] = shard.row_parts
     row[field.GROUP] = group
-    row[field.SQUARE_ROW_SUMS : field.SQUARE_COLUMN_SUMS + 1] = [s.data_ptr() for s in sums.squares]
-    row[field.TOTAL] = sums.total.data_ptr()
-    row[field.INSTABILITY_ROW_SUMS : field.INSTABILITY_COLUMN_SUMS + 1] = [
-        s.data_ptr() for s in sums.instability
-    ]
-    row[field.ROW_SCALE : field.COLUMN_CONFIDENCE + 1] = [s.data_ptr() for s in scales]
-    row[field.FIRST_MATRIX] = first_matrix
+    for first, tensors in (
+        (field.SQUARE_ROW_SUMS, sums.squares),
+        (field.TOTAL, (sums.total,)),
+        (field.INSTABILITY_ROW_SUMS, sums.instability),
+        (field.ROW_SCALE, scales),
+    ):
+        row[first : first + len(tensors)] = [tensor.data_ptr() for tensor in tensors]
     return row

@@ -20,7 +20,7 @@ from megatron_came.kernels.triton.compiling import (
     FAR,
     GROUP_FIELDS,
     INT8_BLOCK,
-    MATRIX_FIELDS,
+    PARAM_FIELDS,
     SQUARE_SCALE,
     SQUARE_UNSCALE,
     TILE_FIELDS,
@@ -52,15 +52,15 @@ def _tile(matrices, tiles, index, COLUMNS: tl.constexpr, STEP: tl.constexpr, ALI
     """
     note_tables()
     tile = tiles + index.to(tl.int64) * TILE_FIELDS
-    param = matrices + tl.load(tile + tables.TileField.PARAM) * MATRIX_FIELDS
+    param = matrices + tl.load(tile + tables.TileField.PARAM) * PARAM_FIELDS
     matrix = tl.load(tile + tables.TileField.MATRIX)
     row = tl.load(tile + tables.TileField.ROW)
     height = tl.load(tile + tables.TileField.STOP_ROW) - row
     column = tl.load(tile + tables.TileField.COLUMN)
-    columns = tl.load(param + tables.MatrixField.COLUMNS)
-    start = tl.load(param + tables.MatrixField.START)
-    stop = tl.load(param + tables.MatrixField.STOP)
-    place = (matrix * tl.load(param + tables.MatrixField.ROWS) + row) * columns + column - start
+    columns = tl.load(param + tables.ParamField.COLUMNS)
+    start = tl.load(param + tables.ParamField.START)
+    stop = tl.load(param + tables.ParamField.STOP)
+    place = (matrix * tl.load(param + tables.ParamField.ROWS) + row) * columns + column - start
     low = tl.maximum(-place, 0)
     high = tl.minimum(tl.minimum(stop - start - place, height * columns - column), FAR)
     size = tl.maximum(high - low, 0).to(tl.int32)
@@ -136,7 +136,7 @@ def square_tiles(
 
     Args:
         from_row: what the first program takes of the table.
-        matrices: table of ``MatrixField``, int64.
+        matrices: table of ``ParamField``, int64.
         tiles: table of ``TileField``, int64.
         scratch: (sums of tiles, 4), fp32, out: a tile's columns and then its rows; the first of
             the four is used.
@@ -148,7 +148,7 @@ def square_tiles(
     param, _m, _row, column, height, place, low, size, width, across, sums = _tile(
         matrices, tiles, tl.program_id(0) + from_row, COLUMNS, STEP, ALIGNED
     )
-    grads = tl.load(param + tables.MatrixField.GRAD)
+    grads = tl.load(param + tables.ParamField.GRAD)
     left = width - column.to(tl.int32)
     sums = scratch + sums
     total = tl.zeros(across.shape, tl.float32)
@@ -300,9 +300,9 @@ def apply_tiles(
     grads, momenta, scales, weights, remainders, model = addresses_of(param)
     row_scales, column_scales, row_confidences, column_confidences = scales_of(param, matrix)
     inverse_divisor = tl.load(divisor_of(divisors, param, matrix, 1))
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
+    group = groups + tl.load(param + tables.ParamField.GROUP) * GROUP_FIELDS
     beta1, rest, lr, decay = rates(group)
-    key = storage.step_key(tl.load(param + tables.MatrixField.KEY), group)
+    key = storage.step_key(tl.load(param + tables.ParamField.KEY), group)
     full_place, full_columns = full_place_of(param, matrix, row, column)
     left = width - column.to(tl.int32)
     column_scale = tl.load(column_scales + column + across, mask=across < left, other=0.0)

@@ -12,11 +12,11 @@ from megatron_came.kernels.triton.blocks import inside_blocks
 from megatron_came.kernels.triton.compiling import (
     GROUP_FIELDS,
     INT8_BLOCK,
+    PARAM_FIELDS,
     SQUARE_SCALE,
     SQUARE_UNSCALE,
     UPDATE_SCALE,
     UPDATE_UNSCALE,
-    VECTOR_FIELDS,
     addresses_of,
     doubles,
     floats,
@@ -30,9 +30,9 @@ from megatron_came.kernels.triton.factors import inverse_divisor, new_moment
 @triton.jit
 def _vector(vectors, from_row):
     """A vector's row, its start and its number of elements."""
-    vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * VECTOR_FIELDS
-    start = tl.load(vector + tables.VectorField.START)
-    return vector, start, tl.load(vector + tables.VectorField.STOP) - start
+    vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * PARAM_FIELDS
+    start = tl.load(vector + tables.ParamField.START)
+    return vector, start, tl.load(vector + tables.ParamField.STOP) - start
 
 
 @kernel
@@ -41,13 +41,13 @@ def square_vectors(from_row, vectors, BLOCK: tl.constexpr):
 
     Args:
         from_row: what the first program takes of the table.
-        vectors: table of ``VectorField``, int64.
+        vectors: table of ``ParamField``, int64.
         BLOCK: elements that a program reads at once.
     """
     vector, start, size = _vector(vectors, from_row)
-    address = tl.load(vector + tables.VectorField.GRAD)
-    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
-    out = doubles(tl.load(vector + tables.VectorField.SQUARES)) + start
+    address = tl.load(vector + tables.ParamField.GRAD)
+    is_bf16 = tl.load(vector + tables.ParamField.GRAD_IS_BF16)
+    out = doubles(tl.load(vector + tables.ParamField.SQUARE_ROW_SUMS)) + start
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
@@ -59,18 +59,18 @@ def square_vectors(from_row, vectors, BLOCK: tl.constexpr):
 def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for a vector."""
     vector, start, size = _vector(vectors, from_row)
-    group = groups + tl.load(vector + tables.VectorField.GROUP) * GROUP_FIELDS
-    moment = floats(tl.load(vector + tables.VectorField.MOMENT))
-    sums = doubles(tl.load(vector + tables.VectorField.SQUARES))
+    group = groups + tl.load(vector + tables.ParamField.GROUP) * GROUP_FIELDS
+    moment = floats(tl.load(vector + tables.ParamField.SQUARE_ROW_FACTOR))
+    sums = doubles(tl.load(vector + tables.ParamField.SQUARE_ROW_SUMS))
     eps = tl.load(group + tables.GroupField.EPS1)
     beta = tl.load(group + tables.GroupField.BETA2)
-    for first in range(0, tl.load(vector + tables.VectorField.SIZE), BLOCK):
+    for first in range(0, tl.load(vector + tables.ParamField.ROWS), BLOCK):
         index = first + tl.arange(0, BLOCK)
-        mask = index < tl.load(vector + tables.VectorField.SIZE)
+        mask = index < tl.load(vector + tables.ParamField.ROWS)
         new_moment(moment, tl.load(sums + index, mask=mask, other=0.0) + eps, beta, index, mask)
     tl.debug_barrier()  # the moment is read again
-    address = tl.load(vector + tables.VectorField.GRAD)
-    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
+    address = tl.load(vector + tables.ParamField.GRAD)
+    is_bf16 = tl.load(vector + tables.ParamField.GRAD_IS_BF16)
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
@@ -79,7 +79,7 @@ def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
         root = tl.sqrt_rn(tl.load(moment + start + index, mask=mask, other=1.0))
         update = grad * (1.0 / root * UPDATE_SCALE)
         total += (update * update).to(tl.float64)
-    total_address = doubles(tl.load(vector + tables.VectorField.TOTAL))
+    total_address = doubles(tl.load(vector + tables.ParamField.TOTAL))
     tl.store(total_address, tl.sum(total, 0) * UPDATE_UNSCALE)
 
 
@@ -87,22 +87,22 @@ def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
 def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for a vector."""
     vector, start, size = _vector(vectors, from_row)
-    group = groups + tl.load(vector + tables.VectorField.GROUP) * GROUP_FIELDS
+    group = groups + tl.load(vector + tables.ParamField.GROUP) * GROUP_FIELDS
     inverse = inverse_divisor(
-        tl.load(doubles(tl.load(vector + tables.VectorField.TOTAL))),
-        tl.load(vector + tables.VectorField.FULL_NUMEL),
+        tl.load(doubles(tl.load(vector + tables.ParamField.TOTAL))),
+        tl.load(vector + tables.ParamField.FULL_NUMEL),
         tl.load(group + tables.GroupField.CLIP_THRESHOLD),
     ).to(tl.float32)
     beta1, rest, lr, decay = rates(group)
-    moment = floats(tl.load(vector + tables.VectorField.MOMENT)) + start
+    moment = floats(tl.load(vector + tables.ParamField.SQUARE_ROW_FACTOR)) + start
     grads, momenta, scales, weights, remainders, model = addresses_of(vector)
-    grad_is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
-    momenta_are_bf16 = tl.load(vector + tables.VectorField.EXP_AVG_IS_BF16)
-    model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
-    key = storage.step_key(tl.load(vector + tables.VectorField.KEY), group)
-    offset = tl.load(vector + tables.VectorField.OFFSET) + start
-    part_rows = tl.load(vector + tables.VectorField.PART_ROWS)
-    part_jump = tl.load(vector + tables.VectorField.PART_JUMP)
+    grad_is_bf16 = tl.load(vector + tables.ParamField.GRAD_IS_BF16)
+    momenta_are_bf16 = tl.load(vector + tables.ParamField.EXP_AVG_IS_BF16)
+    model_is_bf16 = tl.load(vector + tables.ParamField.MODEL_IS_BF16)
+    key = storage.step_key(tl.load(vector + tables.ParamField.KEY), group)
+    offset = tl.load(vector + tables.ParamField.ROW_OFFSET) + start
+    part_rows = tl.load(vector + tables.ParamField.PART_ROWS)
+    part_jump = tl.load(vector + tables.ParamField.PART_JUMP)
     blocks = tl.arange(0, BLOCK // INT8_BLOCK)
     for first in range(0, size, BLOCK):
         index = first + inside_blocks(BLOCK // INT8_BLOCK, 128, 1)
