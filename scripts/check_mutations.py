@@ -150,10 +150,24 @@ FAULTS = (
         "request.copies_group, dist.ReduceOp.SUM",
     ),
     Fault(
-        "Triton: tiles that have grown taken for others",
-        "kernels/triton/launch.py",
-        "**constants(self.tiling),",
-        '**constants(self.tiling), "ROWS": 64,',
+        "Triton: one kind of parameters taken for all",
+        "kernels/triton/schedule.py",
+        "kind = self.kinds[owners[row]]._asdict()",
+        "kind = self.kinds[0]._asdict()",
+        KERNELS,
+    ),
+    Fault(
+        "Triton: a row of int8 momentum that lies in two blocks read with the first one's scale",
+        "kernels/triton/tiles.py",
+        "is_own = (across >> SHIFT) < over_lines(rest >> SHIFT, small)",
+        "is_own = across >= 0",
+        SMALLER,
+    ),
+    Fault(
+        "Triton: ranges of a factor that are not added to its mean",
+        "kernels/triton/factors.py",
+        "mask=number < count, other=0.0)",
+        "mask=number < 1, other=0.0)",
         KERNELS,
     ),
     Fault(

@@ -52,18 +52,30 @@ GPUS = {
     "B200": Gpu("sm_100", 148, 1.85, 7.2),
     "L40S": Gpu("sm_89", 142, 2.52, 0.78),
 }
-# Bytes a parameter that each pass moves: of gradient, momentum, weights and the model's copy.
+# Of each pass, the variant that it runs and the bytes a parameter that it moves: of gradient,
+# momentum, weights and the model's copy.
 SETTINGS = {
-    "fp32": (4, 4 + 4, 4 + 8 + 8),
-    "fp32, int8 momentum": (4, 4 + 1, 4 + 2 + 8),
-    "bf16 gradients and model, fp32 momentum": (2, 2 + 4, 2 + 8 + 8 + 2),
+    "fp32": (("fp32", 4), ("fp32", 4 + 4), ("fp32", 4 + 8 + 8)),
+    "fp32, int8 momentum": (("fp32", 4), ("int8", 4 + 1), ("int8", 4 + 2 + 8)),
+    "bf16 gradients and model, fp32 momentum": (
+        ("bf16 gradients", 2),
+        ("bf16 gradients", 2 + 4),
+        ("bf16 gradients, model", 2 + 8 + 8 + 2),
+    ),
 }
+PASSES = ("square_tiles", "instability_tiles", "apply_tiles")
 ADAMW = {"fp32": 28, "fp32, int8 momentum": 28, "bf16 gradients and model, fp32 momentum": 40}
 MODELS = ("gpt2-small", "gpt2-medium", "gpt2-xl", "llama-7b-layer")
-LAUNCHES, LAUNCH_SECONDS = 11, 2.5e-6
+LAUNCHES, LAUNCH_SECONDS = 13, 2.5e-6
 # A program that is alone on its SM waits for each instruction before the next.
 CLOCKS_ALONE = 4.5
-FACTOR_ROWS = 50304
+# Warps of the kernels over factors, and parameters that one of their programs takes.
+FACTOR_KERNELS = {
+    "update_second_moments": (4, 1024),
+    "scale_factors": (4, 1024),
+    "update_instabilities": (4, 1024),
+}
+FACTOR_SHAPE = (50304, 1024)
 
 
 @dataclass(frozen=True)
@@ -91,8 +103,8 @@ def resident_warps(code: Code, architecture: str, warps: int, shared: int) -> in
     return min(by_registers, by_shared, _WARPS[architecture] // warps, _BLOCKS) * warps
 
 
-def compile_rows(architecture: str) -> list[Row]:
-    """Compile every kernel for an architecture with the Triton that is installed."""
+def compile_rows(architecture: str, only: Sequence[str] = ()) -> list[Row]:
+    """Compile every kernel, or only some, for an architecture with the Triton that is installed."""
     import triton
 
     from scripts.kernel_variants import VARIANTS, compile_for
@@ -100,24 +112,25 @@ def compile_rows(architecture: str) -> list[Row]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     rows = []
     for variant in VARIANTS:
+        if only and f"{variant.kernel.__name__} {variant.name}" not in only:
+            continue
+        warps = variant.options["num_warps"]
         compiled = compile_for(variant, int(architecture.removeprefix("sm_")))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            code = read(file.name, tools)
+            code = read(file.name, tools, variant.whole)
         rows.append(
             Row(
-                kernel=variant.kernel,
+                kernel=variant.kernel.__name__,
                 variant=variant.name,
                 architecture=architecture,
                 triton=triton.__version__,
                 registers=code.registers,
                 spilled_bytes=code.spilled_bytes,
-                resident_warps=resident_warps(
-                    code, architecture, variant.warps, compiled.metadata.shared
-                ),
+                resident_warps=resident_warps(code, architecture, warps, compiled.metadata.shared),
                 instructions_per_parameter=round(
-                    code.instructions * 32 * variant.warps / variant.elements, 1
+                    code.instructions * 32 * warps / variant.elements, 1
                 ),
                 barriers=code.barriers,
                 shuffles=code.shuffles,
@@ -127,32 +140,37 @@ def compile_rows(architecture: str) -> list[Row]:
     return rows
 
 
-def milliseconds(rows: list[Row], gpu: Gpu, setting: str, parameters: int) -> float:
+def milliseconds(rows: list[Row], gpu: Gpu, setting: str, shapes: Sequence[Sequence[int]]) -> float:
     """Model a step: of each pass, the slower of moving its bytes and issuing its instructions."""
     of = {
-        row.kernel: row
-        for row in rows
-        if row.architecture == gpu.architecture and "unaligned" not in row.variant
-    }
-    last = "apply_blocks" if "int8" in setting else "apply_tiles"
-    issue = gpu.sms * 128 * gpu.gigahertz * 1e9  # threads' instructions a second
-    seconds = LAUNCHES * LAUNCH_SECONDS
-    for kernel, moved in zip(
-        ("square_tiles", "instability_tiles", last), SETTINGS[setting], strict=True
-    ):
-        computing = of[kernel].instructions_per_parameter * parameters / issue
-        seconds += max(moved * parameters / (gpu.terabytes * 1e12), computing)
-    return seconds * 1e3
-
-
-def factor_milliseconds(rows: list[Row], gpu: Gpu) -> float:
-    """Model the factor kernels of one matrix of 50304 rows, a program alone on its SM."""
-    clocks = sum(
-        row.instructions_per_parameter * FACTOR_ROWS / 128 * CLOCKS_ALONE
+        (row.kernel, row.variant): row.instructions_per_parameter
         for row in rows
         if row.architecture == gpu.architecture
-        and row.kernel in ("update_second_moments", "update_instabilities")
-    )
+    }
+    parameters = sum(map(math.prod, shapes))
+    issue = gpu.sms * 128 * gpu.gigahertz * 1e9  # threads' instructions a second
+    seconds = LAUNCHES * LAUNCH_SECONDS
+    for kernel, (variant, moved) in zip(PASSES, SETTINGS[setting], strict=True):
+        computing = of[kernel, variant] * parameters / issue
+        seconds += max(moved * parameters / (gpu.terabytes * 1e12), computing)
+    return seconds * 1e3 + factor_milliseconds(rows, gpu, shapes)
+
+
+def factor_milliseconds(
+    rows: list[Row], gpu: Gpu, shapes: Sequence[Sequence[int]] = (FACTOR_SHAPE,)
+) -> float:
+    """Model the kernels over factors: the slower of one program alone, and of issuing for all."""
+    sizes = [size for shape in shapes if len(shape) > 1 for size in shape[-2:]]
+    clocks = 0.0
+    for row in rows:
+        if row.architecture == gpu.architecture and row.kernel in FACTOR_KERNELS:
+            warps, elements = FACTOR_KERNELS[row.kernel]
+            program = row.instructions_per_parameter * elements / (32 * warps)
+            programs = sum(math.ceil(size / elements) for size in sizes)
+            clocks += max(program * CLOCKS_ALONE, programs * program * warps / (4 * gpu.sms))
+        elif row.architecture == gpu.architecture and row.kernel == "sum_squared_updates":
+            most = max(sizes, default=0)  # whose row sums one program adds up
+            clocks += row.instructions_per_parameter * most / 256 * CLOCKS_ALONE
     return clocks / (gpu.gigahertz * 1e9) * 1e3
 
 
@@ -160,21 +178,23 @@ def summary(rows: list[Row]) -> list[dict[str, object]]:
     """Return the modelled milliseconds of every GPU, setting and model."""
     from megatron_came.bench.shapes import shapes_of
 
-    sizes = {model: sum(map(math.prod, shapes_of(model))) for model in MODELS}
+    all_shapes = {model: shapes_of(model) for model in MODELS}
     known = {row.architecture for row in rows}
     return [
         {
             "gpu": name,
             "setting": setting,
             "model": model,
-            "milliseconds": round(milliseconds(rows, gpu, setting, size), 3),
-            "adamw_milliseconds": round(ADAMW[setting] * size / (gpu.terabytes * 1e9), 3),
+            "milliseconds": round(milliseconds(rows, gpu, setting, shapes), 3),
+            "adamw_milliseconds": round(
+                ADAMW[setting] * sum(map(math.prod, shapes)) / (gpu.terabytes * 1e9), 3
+            ),
             "factor_milliseconds": round(factor_milliseconds(rows, gpu), 3),
         }
         for name, gpu in GPUS.items()
         if gpu.architecture in known
         for setting in SETTINGS
-        for model, size in sizes.items()
+        for model, shapes in all_shapes.items()
     ]
 
 
@@ -185,18 +205,21 @@ HEAD = """\
 without a GPU, with Triton {triton}.*
 
 Registers and spilled bytes are of a thread; resident warps of an SM. Instructions are those that a thread issues for one
-parameter in the main loop, along its longest path, where dtypes are told apart at run time; barriers and shuffles are of
-one turn of that loop, widths the accesses to global memory in it. For kernels over factors and vectors a parameter is
-one of their elements.
+parameter in the main loop, along its longest path; barriers and shuffles are of one turn of that loop, widths the
+accesses to global memory in it. For kernels over factors and vectors, which mostly have no loop, a parameter is one of
+their elements. A variant is named by the first kind that is compiled into the kernel; *model*: there is a bf16 copy of
+the weights; *across rows*: blocks of int8 momentum are not rows of tiles; *unaligned*: addresses, widths or bounds of
+the slice are not those of vector loads.
 """
 MODEL = """
 ## A step, modelled
 
 For each pass the larger of two times: the bytes that it moves over the bandwidth that a copy reaches, and its
-instructions over the rate at which the SMs issue them; and {launches} launches of {microseconds} us. One data-parallel
-rank. AdamW: the time of its bytes alone (28 a parameter; with bf16 gradients and model 40). Factors: the kernels over the
-factors of one matrix of {rows} rows, one program on one SM, their main loops\nalone, {clocks} clocks an instruction; on GPUs with little fp64, such
-as an L40S, they take longer. Assumed: {gpus}.
+instructions over the rate at which the SMs issue them; {launches} launches of {microseconds} us; and the kernels over factors,
+of each the slower of one program, alone on an SM with {clocks} clocks an instruction, and of issuing for all. One
+data-parallel rank. AdamW: the time of its bytes alone (28 a parameter; with bf16 gradients and model 40). Factors: those
+kernels for one matrix of {rows} rows, without launches; on GPUs with little fp64, such as an L40S, they take longer.
+Assumed: {gpus}.
 """
 
 
@@ -216,7 +239,7 @@ def page(rows: list[Row]) -> str:
         MODEL.format(
             launches=LAUNCHES,
             microseconds=LAUNCH_SECONDS * 1e6,
-            rows=FACTOR_ROWS,
+            rows=FACTOR_SHAPE[0],
             clocks=CLOCKS_ALONE,
             gpus=gpus,
         )
@@ -235,7 +258,12 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def report(architectures: Sequence[str], triton_folder: Path | None, file: Path | None) -> int:
+def report(
+    architectures: Sequence[str],
+    triton_folder: Path | None,
+    file: Path | None,
+    only: Sequence[str],
+) -> int:
     """Compile, and write the report; return an exit status."""
     if triton_folder is not None and os.environ.get("PYTHONPATH") != str(triton_folder):
         if not (triton_folder / "triton" / "__init__.py").exists():
@@ -248,8 +276,9 @@ def report(architectures: Sequence[str], triton_folder: Path | None, file: Path 
     rows = []
     for architecture in architectures:
         print(f"Compiling for {architecture}.", flush=True)
-        rows += compile_rows(architecture)
-    found = {"kernels": [asdict(row) for row in rows], "modelled": summary(rows)}
+        rows += compile_rows(architecture, only)
+    found = {"kernels": [asdict(row) for row in rows]}
+    found |= {} if only else {"modelled": summary(rows)}
     (file or FILE).write_text(json.dumps(found, indent=1) + "\n")
     if file is None:
         PAGE.write_text(page(rows))
@@ -262,8 +291,11 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--triton", type=Path, help="folder in which another Triton is installed")
     parser.add_argument("--json", type=Path, help="write the numbers there, and not docs/")
+    parser.add_argument("--only", nargs="+", help="kernels with their variants; needs --json")
     options = parser.parse_args()
-    return report(options.arch, options.triton, options.json)
+    if options.only and options.json is None:
+        parser.error("--only leaves docs/ without the others: give --json as well.")
+    return report(options.arch, options.triton, options.json, options.only or ())
 
 
 if __name__ == "__main__":

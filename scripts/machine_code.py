@@ -19,7 +19,7 @@ class Code:
         registers: of a thread.
         spilled_bytes: of a thread, in local memory.
         instructions: that a warp issues in one turn of the main loop, along its longest path; in
-            the whole kernel where there is no loop.
+            the whole kernel where there is no such loop.
         barriers: of these.
         shuffles: of these.
         widths: kinds of accesses to global memory among these, such as ``LDG.128``.
@@ -41,17 +41,18 @@ class _Instruction:
     target: int | None
 
 
-def read(cubin: str, tools: Path) -> Code:
+def read(cubin: str, tools: Path, whole: bool = False) -> Code:
     """Read a cubin of one kernel.
 
     Args:
         cubin: its file.
         tools: folder of ``cuobjdump`` and ``nvdisasm``.
+        whole: count the whole kernel, with one turn of each loop.
     """
     usage = _run(tools / "cuobjdump", "--dump-resource-usage", cubin)
     registers, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     found = _instructions(_run(tools / "nvdisasm", "-c", cubin))
-    path = _longest_path(found, *_main_loop(found))
+    path = _longest_path(found, *((0, len(found) - 1) if whole else _main_loop(found)))
     names = [found[index].name for index in path]
     return Code(
         registers=registers,

@@ -13,10 +13,11 @@ from megatron_came.core import int8, remainders
 from megatron_came.core.rounding import random_bits
 from megatron_came.core.saved import saved_momentum
 from megatron_came.core.shard import boxes
-from tests.support.oracle import COMPILED, DEVICES, ON_REAL_DEVICES
+from tests.support.oracle import COMPILED, DEVICES, INTERPRETED, ON_REAL_DEVICES
 
-# Even numbers can be halved; of rows of 1100 pass 2 takes several at once.
-SHAPES = ((20, 150), (334,), (34000,), (2, 5, 61), (10, 1100))
+# Even numbers can be halved; of rows of 1100 pass 2 takes several at once; blocks of int8 momentum
+# are halves of rows of 512.
+SHAPES = ((20, 150), (334,), (34000,), (2, 5, 61), (10, 1100), (6, 512))
 SMALL = (torch.bfloat16, torch.int8)
 on_all = pytest.mark.parametrize("kernels", DEVICES)
 
@@ -158,7 +159,7 @@ def test_remainders_train_as_fp32_weights_do(kernels, momentum):
 
 @pytest.mark.parametrize("kernels", COMPILED)
 @pytest.mark.parametrize("momentum", SMALL, ids=str)
-@pytest.mark.parametrize("cut", ["whole", "sliced", "stacked projections"])
+@pytest.mark.parametrize("cut", ["whole", "sliced", "aligned", "stacked projections"])
 def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatch):
     """The same random bits, but where a number was on the verge of another rounding."""
     monkeypatch.setattr("megatron_came.core.sums.dist.all_reduce", lambda *_, **__: None)
@@ -167,6 +168,8 @@ def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatc
         params, shards = parameters(path), {}
         for param in params if cut != "whole" else ():
             start, stop = param.numel() // 3 + 5, param.numel() - 17
+            if cut == "aligned":  # of the last one, at the beginning of a block
+                start, stop = param.numel() // 12 * 4, param.numel() // 4 * 4 - 16
             shape, param.data = tuple(param.shape), param.data.view(-1)[start:stop].clone()
             second = {"tp_dim": 0, "tp_group": TwoRanks(), "tp_rank": 1, "tp_parts": 2}
             is_cut = cut == "stacked projections" and len(shape) < 3
@@ -222,21 +225,23 @@ def test_numba_draws_the_bits_of_places_beyond_32_bits():
 
 
 @pytest.mark.parametrize("momentum", SMALL, ids=str)
-def test_numba_rounds_a_row_that_lies_across_32_bits_of_places(momentum):
+@pytest.mark.parametrize("kernels", ["numba", pytest.param("triton", marks=INTERPRETED)])
+def test_rounding_of_a_row_that_lies_across_32_bits_of_places(momentum, kernels):
     """The second tensor-parallel rank's slice of a matrix of more than 2^32 elements."""
     results = []
-    for kernels in ("plain", "numba"):
+    for path in ("plain", kernels):
         generator = torch.Generator().manual_seed(2)
         columns, start = 70000, 2**32 // 70000 * 70000 + 100
         shard = Shard((2**32 // columns + 3, columns), start, start + 2 * columns)
-        param = torch.nn.Parameter(torch.randn(2 * columns, generator=generator))
+        values, grad = torch.randn(2, 2 * columns, generator=generator).to(DEVICES[path])
+        param = torch.nn.Parameter(values)
         optimizer = CAME(
-            [param], lr=1e-2, kernels=kernels, momentum_dtype=momentum, shards={param: shard},
+            [param], lr=1e-2, kernels=path, momentum_dtype=momentum, shards={param: shard},
             names={param: "one"},
         )  # fmt: skip
-        param.grad = torch.randn(2 * columns, generator=generator)
+        param.grad = grad
         optimizer.step()
-        results.append(saved_momentum(optimizer.state[param]).float())
+        results.append(saved_momentum(optimizer.state[param]).float().cpu())
     assert (results[0] == results[1]).float().mean() > 0.999
 
 

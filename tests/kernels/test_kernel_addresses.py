@@ -59,7 +59,7 @@ PASSES = "megatron_came.kernels.triton.passes"
 UPLOAD = "megatron_came.kernels.triton.backend.TritonBackend.upload"
 
 
-@pytest.mark.parametrize("call", range(8))
+@pytest.mark.parametrize("call", range(9))
 def test_a_step_after_one_that_could_not_upload_its_tables(call, monkeypatch):
     """As in a CUDA graph's capture, which asks for a warm-up."""
     device, results = DEVICES["triton"], []

@@ -62,11 +62,57 @@ def test_the_size_of_the_cache_changes_no_order_of_sums():
     tables = []
     for limit in (None, 1, 2500, 12000):
         together = list(in_cache([shard.numel for shard in shards], limit))
-        _, additions, sets, tiles = cut(shards, sums, Tiling(8, 64, 20, stretch=2), together)
+        _, additions, sets, tiles = cut(shards, sums, Tiling(8, 64, 20), together)
         assert tiles <= 20
         assert (len(sets) == 1) == (limit is None)
         tables.append(additions[:, AdditionField.TILE + 1 :])
     assert all(np.array_equal(table, tables[0]) for table in tables)
+
+
+# Shape, dtypes of weights and gradient, and of the model's copy.
+UNLIKE = [
+    ((12, 512), torch.float32, torch.float32, None),
+    ((9, 90), torch.float32, torch.float32, None),
+    ((12, 512), torch.float32, torch.bfloat16, torch.bfloat16),
+    ((20, 260), torch.bfloat16, torch.bfloat16, None),
+    ((20, 260), torch.float32, torch.float32, torch.float16),
+]
+
+
+def train_unlike(numbers, momentum):
+    """Update some of them in one optimizer; return what each has become."""
+    device, params, copies = DEVICES["triton"], {}, {}
+    for number in numbers:
+        shape, dtype, _, copy = UNLIKE[number]
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+        params[number] = torch.nn.Parameter(start.to(device, dtype))
+        if copy:
+            copies[number] = torch.zeros(shape, dtype=copy, device=device)
+    optimizer = CAME(
+        params.values(), lr=1e-2, kernels="triton", momentum_dtype=momentum, remainders=True,
+        names={param: str(number) for number, param in params.items()},
+    )  # fmt: skip
+    optimizer.set_model_weights({params[number]: copy for number, copy in copies.items()})
+    for step in range(2):
+        for number, param in params.items():
+            generator = torch.Generator().manual_seed(100 * step + number)
+            grad = torch.randn(param.shape, generator=generator)
+            param.decoupled_grad = grad.to(device, UNLIKE[number][2])
+        optimizer.step()
+    return {
+        number: [param.detach(), *optimizer.state[param].values(), copies.get(number)]
+        for number, param in params.items()
+    }
+
+
+@pytest.mark.parametrize("momentum", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_parameters_of_unlike_kinds_do_not_see_one_another(momentum):
+    """Those of a kind share a launch: each becomes what it becomes alone, to the last bit."""
+    together = train_unlike(range(len(UNLIKE)), momentum)
+    for number, ours in together.items():
+        (alone,) = train_unlike([number], momentum).values()
+        pairs = [(a, b) for a, b in zip(ours, alone, strict=True) if a is not None]
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @on_both
@@ -100,7 +146,7 @@ def test_any_cut_into_tiles_of_rows(name, rows, most, monkeypatch):
     [
         Tiling(8, 64, 1),
         Tiling(16, 64, 7),
-        Tiling(8, 64, 7, stretch=2),
+        Tiling(24, 64, 7),
         Tiling(8, 64, 3, addition=16, tallest=64),  # 64 rows high
         Tiling(8, 16, 1, addition=16, tallest=32),  # to 32, in several fills of the scratch buffer
     ],
@@ -220,16 +266,6 @@ def test_a_step_can_be_captured_in_a_cuda_graph(momentum):
     from scripts.gpu_check import check_graph_capture
 
     check_graph_capture(momentum)
-
-
-def test_the_kernels_compile_for_hopper_with_vector_loads():
-    """Without a GPU, by Triton's compiler alone; the interpreter must be off for it."""
-    script = "tests/support/compile_kernels.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "apply_tiles aligned: vector loads and stores" in done.stdout
-    assert "square_tiles aligned: vector loads" in done.stdout
-    assert "instability_tiles aligned: vector loads" in done.stdout
 
 
 @pytest.mark.parametrize("kernels", DEVICES)

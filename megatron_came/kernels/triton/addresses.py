@@ -19,7 +19,7 @@ from megatron_came.kernels.state_checks import (
     wanted_state,
 )
 from megatron_came.kernels.triton.device import Device
-from megatron_came.kernels.triton.tables import IntTable
+from megatron_came.kernels.triton.tables import IntTable, Kind, blocks_are_rows
 
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,15 +40,35 @@ class Seen(NamedTuple):
     grads: Sequence[Tensor]
 
 
+def kind_of(slice_: ParameterSlice, given: StepInputs, tile_columns: int) -> Kind:
+    """Return what is compiled into the kernels that take a matrix parameter."""
+    shard, state, weight = slice_.shard, given.state, given.model_weight
+    momentum, columns = state.get(MOMENTUM), shard.local_matrix[2]
+    dtype = None if momentum is None else momentum.dtype
+    tensors = (slice_.param, given.grad, momentum, state.get(REMAINDER), weight)
+    return Kind(
+        ALIGNED=(shard.start | shard.stop | columns) % 4 == 0
+        and all(t is None or t.data_ptr() % (4 * t.element_size()) == 0 for t in tensors),
+        GRAD_IS_BF16=given.grad.dtype == torch.bfloat16,
+        EXP_AVG_IS_BF16=dtype == torch.bfloat16,
+        INT8=(dtype == torch.int8) * (2 - blocks_are_rows(shard, tile_columns)),
+        HAS_REMAINDER=has_remainder(slice_),
+        MODEL=0 if weight is None else 1 if weight.dtype == torch.bfloat16 else 2,
+    )
+
+
 class Addresses:
     """Writes the first columns of a table: what others may change between steps.
 
     Args:
         slices: the parameters in the order of the table.
-        table: of ``MatrixField`` or ``VectorField``.
+        table: of ``ParamField``.
         factors: keys of the state, in the order of the table's columns.
         device: on which they lie.
         is_int8: whether the momentum is.
+
+    Attributes:
+        kinds: of the parameters, as they were last seen.
     """
 
     def __init__(
@@ -66,6 +86,7 @@ class Addresses:
             itemgetter(*wanted) for wanted in self._wanted
         ]
         self._rows: list[tuple[Any, ...]] = [()] * len(slices)
+        self.kinds = [Kind()] * len(slices)
         self._uploaded: Any = None  # none, or not that of this table
 
     def refresh(self, inputs: Mapping[ParameterSlice, StepInputs]) -> Seen:
@@ -102,28 +123,27 @@ class Addresses:
             if row != self._rows[index]:
                 self._check(index, state)
                 self._rows[index], self._uploaded = (), None  # until all is written
-                columns = self._columns(slice_, state, grad, weight)
+                given = inputs[slice_]._replace(grad=grad, model_weight=weight)
+                columns = self._columns(slice_, given)
                 self._table[index, : len(columns)] = columns
+                self.kinds[index] = kind_of(slice_, given, self._device.tiling.columns)
                 self._rows[index] = row
         if self._uploaded is None:
             self._uploaded = self._device.upload(self._table)
         return Seen(self._uploaded, rounds, copied, grads)
 
-    def _columns(
-        self, slice_: ParameterSlice, state: State, grad: Tensor, weight: Tensor | None
-    ) -> list[int]:
-        momentum = state[MOMENTUM]
+    def _columns(self, slice_: ParameterSlice, given: StepInputs) -> list[int]:
+        state, weight = given.state, given.model_weight
+        dtypes = given.grad.dtype, weight is not None and weight.dtype, state[MOMENTUM].dtype
         return [
             slice_.param.data_ptr(),
-            grad.data_ptr(),
-            momentum.data_ptr(),
+            given.grad.data_ptr(),
+            state[MOMENTUM].data_ptr(),
             state[SCALE].data_ptr() if self._is_int8 else 0,
             state[REMAINDER].data_ptr() if has_remainder(slice_) else 0,
             0 if weight is None else weight.data_ptr(),
+            *(dtype == torch.bfloat16 for dtype in dtypes),
             *(state[key].data_ptr() for key in self._factors),
-            grad.dtype == torch.bfloat16,
-            weight is not None and weight.dtype == torch.bfloat16,
-            momentum.dtype == torch.bfloat16,
         ]
 
     def _check(self, index: int, state: State) -> None:

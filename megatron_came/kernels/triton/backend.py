@@ -18,7 +18,7 @@ class TritonBackend(Device):
 
     def unsupported(self, slice_: ParameterSlice) -> str | None:
         """Beyond what hinders all kernels, offsets in a tile that do not fit 32 bits."""
-        if slice_.shard.local_matrix[2] * self.tiling.most_rows >= MOST_OFFSETS:
+        if slice_.shard.local_matrix[2] * self.tiling.rows >= MOST_OFFSETS:
             return "with rows of more than 16 million elements"
         return unsupported_by_kernels(slice_)
 

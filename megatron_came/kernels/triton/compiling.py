@@ -28,11 +28,11 @@ HIGH_FACTOR = tl.constexpr(rounding.HIGH_FACTOR)
 INT8_BLOCK = tl.constexpr(int8.BLOCK)
 # Beyond all offsets in a tile, which are below 2^30; it fits 32 bits, and vector loads.
 FAR = tl.constexpr(2**31 - 2**16)
-MATRIX_FIELDS = tl.constexpr(len(tables.MatrixField))
-VECTOR_FIELDS = tl.constexpr(len(tables.VectorField))
+PARAM_FIELDS = tl.constexpr(len(tables.ParamField))
 TILE_FIELDS = tl.constexpr(len(tables.TileField))
 ADDITION_FIELDS = tl.constexpr(len(tables.AdditionField))
 BLOCKS_FIELDS = tl.constexpr(len(tables.BlocksField))
+FACTOR_FIELDS = tl.constexpr(len(tables.FactorField))
 GROUP_FIELDS = tl.constexpr(len(tables.GroupField))
 _FINGERPRINT = tl.constexpr(tables.FINGERPRINT)
 
@@ -56,12 +56,15 @@ def floats(address):
 
 
 @triton.jit
-def aligned_floats(address, ALIGNED: tl.constexpr):
-    """Turn an address, of 16 bytes if ALIGNED, into a pointer to fp32 numbers."""
-    pointer = address.to(tl.pointer_type(tl.float32))
-    if ALIGNED:  # here, because a hint on the result of a call is lost
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+def over_lines(values, like):
+    """Give each element what is given for its row or block.
+
+    Args:
+        values: of rows, or blocks.
+        like: of which there is a line for the first part of each, then for the next parts.
+    """
+    SHAPE: tl.constexpr = (like.shape[0] // values.shape[0], values.shape[0], like.shape[1])
+    return tl.reshape(tl.broadcast_to(values[None, :, None], SHAPE), like.shape)
 
 
 @triton.jit
@@ -98,56 +101,51 @@ def rates(group):
 
 
 @triton.jit
-def momenta_of(param):
-    """Address of a parameter's momentum, whether it is bf16, and the address of its scales."""
+def addresses_of(param):
+    """Addresses of a parameter's gradient, momentum, its scales, weights, remainders and copy."""
     return (
-        tl.load(param + tables.MatrixField.EXP_AVG),
-        tl.load(param + tables.MatrixField.EXP_AVG_IS_BF16),
-        tl.load(param + tables.MatrixField.EXP_AVG_SCALE),
+        tl.load(param + tables.ParamField.GRAD),
+        tl.load(param + tables.ParamField.EXP_AVG),
+        tl.load(param + tables.ParamField.EXP_AVG_SCALE),
+        tl.load(param + tables.ParamField.PARAM),
+        tl.load(param + tables.ParamField.REMAINDER),
+        tl.load(param + tables.ParamField.MODEL_WEIGHT),
     )
 
 
 @triton.jit
-def scales_of(param):
-    """Pointers to a parameter's row and column scales, and row and column confidences."""
+def scales_of(param, matrix):
+    """Pointers to row and column scales, and row and column confidences, of a matrix."""
+    rows = matrix * tl.load(param + tables.ParamField.ROWS)
+    columns = matrix * tl.load(param + tables.ParamField.COLUMNS)
     return (
-        floats(tl.load(param + tables.MatrixField.ROW_SCALE)),
-        floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)),
-        floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)),
-        floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE)),
-    )
-
-
-@triton.jit
-def weights_of(param):
-    """Addresses of a parameter's weights, remainders and model weights; whether these are bf16."""
-    return (
-        tl.load(param + tables.MatrixField.PARAM),
-        tl.load(param + tables.MatrixField.REMAINDER),
-        tl.load(param + tables.MatrixField.MODEL_WEIGHT),
-        tl.load(param + tables.MatrixField.MODEL_IS_BF16),
+        floats(tl.load(param + tables.ParamField.ROW_SCALE)) + rows,
+        floats(tl.load(param + tables.ParamField.COLUMN_SCALE)) + columns,
+        floats(tl.load(param + tables.ParamField.ROW_CONFIDENCE)) + rows,
+        floats(tl.load(param + tables.ParamField.COLUMN_CONFIDENCE)) + columns,
     )
 
 
 @triton.jit
 def divisor_of(divisors, param, matrix, number: tl.constexpr):
     """Pointer to 1/d0 of matrices of a parameter if the number is 0, to 1/d if it is 1."""
-    return divisors + 2 * (tl.load(param + tables.MatrixField.FIRST_MATRIX) + matrix) + number
+    return divisors + 2 * (tl.load(param + tables.ParamField.FIRST_MATRIX) + matrix) + number
 
 
 @triton.jit
-def full_places(param, matrix, row, column):
-    """Where random bits belong to: row and column of a tile's first element in the full matrix.
+def full_place_of(param, matrix, row, column):
+    """Where random bits belong to: place in the full tensor of an element of the local one.
 
     Returns:
-        Row and column; columns of the full matrix; local rows of one of the tensor's equal parts,
-        and rows of the full matrix between the local ones of two.
+        The place, and the columns of the full matrix, which are one row.
     """
-    full_row = matrix + tl.load(param + tables.MatrixField.BATCH_OFFSET)
-    full_row = full_row * tl.load(param + tables.MatrixField.FULL_ROWS) + row
-    full_row += tl.load(param + tables.MatrixField.ROW_OFFSET)
-    full_column = column + tl.load(param + tables.MatrixField.COLUMN_OFFSET)
-    full_columns = tl.load(param + tables.MatrixField.FULL_COLUMNS)
-    part_rows = tl.load(param + tables.MatrixField.PART_ROWS)
-    part_jump = tl.load(param + tables.MatrixField.PART_JUMP)
-    return full_row, full_column, full_columns, part_rows, part_jump
+    full_row = (matrix + tl.load(param + tables.ParamField.BATCH_OFFSET)) * tl.load(
+        param + tables.ParamField.FULL_ROWS
+    )
+    part = row // tl.load(param + tables.ParamField.PART_ROWS)
+    full_row += row + part * tl.load(param + tables.ParamField.PART_JUMP)
+    full_row += tl.load(param + tables.ParamField.ROW_OFFSET)
+    full_column = column + tl.load(param + tables.ParamField.COLUMN_OFFSET)
+    # Below 2^30, which the compiler shall know: it multiplies 32 bits.
+    full_columns = tl.load(param + tables.ParamField.FULL_COLUMNS).to(tl.int32).to(tl.int64)
+    return full_row * full_columns + full_column, full_columns

@@ -13,7 +13,7 @@ from megatron_came.kernels.triton.tiling import Tiling
 
 # A set of matrices that stay in the cache saves 12 of 32 bytes an element, and takes a launch of
 # each of the kernels for matrices, from Python.
-_SAVED_BYTES, _SET_LAUNCHES, _LAUNCH_SECONDS = 12, 8, 5e-6
+_SAVED_BYTES, _SET_LAUNCHES, _LAUNCH_SECONDS = 12, 10, 5e-6
 
 
 def sets_save_time(cache_elements: int, bytes_per_second: float) -> bool:
@@ -43,7 +43,7 @@ class Device:
     """
 
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    tiling = Tiling(rows=64, columns=256, scratch_tiles=4096, tallest=512)
+    tiling = Tiling(rows=64, columns=256, scratch_tiles=3072, tallest=512)
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"
@@ -81,12 +81,11 @@ class Device:
                 _refuse_capture()
         place.fill_(value)
 
-    def scratch(self, tiles: int, sums: int) -> Tensor:
+    def scratch(self, numel: int) -> Tensor:
         """Return the buffer, grown if need be."""
-        numel = tiles * 3 * sums
         if numel > self._scratch.numel():
             self._scratch = self._scratch.new_empty(numel)
-        return self._scratch[:numel].view(tiles, 3, sums)
+        return self._scratch
 
 
 def _refuse_capture() -> None:

@@ -1,4 +1,9 @@
-"""Second moments, instabilities and clip divisors of matrices, from the sums of their storage."""
+"""Second moments, instabilities and clip divisors of matrices, from the sums of their storage.
+
+A program takes a range of a row or column factor, a row of the table of ``FactorField``. One kernel
+updates the range and writes what it adds to means over the factor; the next adds that up, in every
+program the same numbers in the same order, and writes inverse roots.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
@@ -10,10 +15,11 @@ import triton.language as tl
 from megatron_came.kernels.triton import tables
 from megatron_came.kernels.triton.compiling import (
     BAD_GUESS,
+    FACTOR_FIELDS,
     GROUP_FIELDS,
     LARGEST_MEAN,
     LEAST_RATIO,
-    MATRIX_FIELDS,
+    PARAM_FIELDS,
     at_least,
     at_most,
     doubles,
@@ -23,129 +29,71 @@ from megatron_came.kernels.triton.compiling import (
 
 
 @triton.jit
-def update_moment(moment, sums, size, count, eps, beta, BLOCK: tl.constexpr):
-    """Twin of ``factors.update_moment``; returns the moment's sum, and that of the mean over it."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    ratio = tl.zeros((BLOCK,), tl.float64)
-    keep = beta.to(tl.float32)
-    add = (1.0 - beta).to(tl.float32)
-    for first in range(0, size, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        mask = index < size
-        mean = at_most(tl.load(sums + index, mask=mask, other=0.0) / count + eps, LARGEST_MEAN)
-        old = tl.load(moment + index, mask=mask, other=0.0)
-        new = keep * old + add * mean.to(tl.float32)
-        tl.store(moment + index, new, mask=mask)
-        wide = new.to(tl.float64)
-        total += tl.where(mask, wide, 0.0)
-        ratio += tl.where(mask, mean / wide, 0.0)
-    return tl.sum(total, 0), tl.sum(ratio, 0)
+def _range(factors, index, matrices, BLOCK: tl.constexpr):
+    """What a program takes.
+
+    Returns:
+        The parameter's row; the matrix in its batch; 1 for a column factor, 0 for a row factor; the
+        place of the factor's elements in the tensor, and which of them are there; the table's row
+        of the matrix's first range, and how many ranges its row factor has.
+    """
+    factor = factors + index.to(tl.int64) * FACTOR_FIELDS
+    param = matrices + tl.load(factor + tables.FactorField.PARAM) * PARAM_FIELDS
+    matrix = tl.load(factor + tables.FactorField.MATRIX)
+    top = tl.load(factor + tables.FactorField.TOP)
+    row_ranges = tl.cdiv(tl.load(param + tables.ParamField.ROWS), BLOCK)
+    number = index - top
+    is_column = (number >= row_ranges).to(tl.int64)
+    size = tl.load(param + tables.ParamField.ROWS + is_column)
+    within = (number - is_column * row_ranges) * BLOCK + tl.arange(0, BLOCK)
+    return param, matrix, is_column, matrix * size + within, within < size, top, row_ranges
 
 
 @triton.jit
-def _inverse_root_ratios(moment, mean, out, size, BLOCK: tl.constexpr):
-    for first in range(0, size, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        mask = index < size
-        values = tl.load(moment + index, mask=mask, other=1.0)
-        ratio = at_least(values / mean, LEAST_RATIO)
-        tl.store(out + index, 1.0 / tl.sqrt_rn(ratio), mask=mask)
+def new_moment(moment, mean, beta, index, mask):
+    """Twin of ``factors.update_moment``, from float64 means; returns the moment."""
+    old = tl.load(moment + index, mask=mask, other=0.0)
+    new = beta.to(tl.float32) * old
+    new += (1.0 - beta).to(tl.float32) * at_most(mean, LARGEST_MEAN).to(tl.float32)
+    tl.store(moment + index, new, mask=mask)
+    return new
 
 
 @triton.jit
-def _inverse_roots(moment, out, size, BLOCK: tl.constexpr):
-    for first in range(0, size, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        mask = index < size
-        values = tl.load(moment + index, mask=mask, other=1.0)
-        tl.store(out + index, 1.0 / tl.sqrt_rn(values), mask=mask)
-
-
-@triton.jit
-def _factor(factors, index, matrices):
-    """The parameter's row, and the place in its batch, of a row of ``factors``."""
-    param = matrices + tl.load(factors + 2 * index) * MATRIX_FIELDS
-    return param, tl.load(factors + 2 * index + 1)
-
-
-@triton.jit
-def _mean(param, row_total, column_total):
-    """mean(r) = mean(c) of the full matrix, from the factor that this rank holds whole."""
-    if tl.load(param + tables.MatrixField.ROWS_ARE_WHOLE) != 0:
-        mean = row_total / tl.load(param + tables.MatrixField.ROWS)
-    else:
-        mean = column_total / tl.load(param + tables.MatrixField.COLUMNS)
-    return mean.to(tl.float32)
+def _total(partials, first, count, RANGES: tl.constexpr):
+    """Add up what ranges of a factor have written."""
+    total = tl.zeros((RANGES,), tl.float64)
+    for start in range(0, count, RANGES):
+        number = start + tl.arange(0, RANGES)
+        total += tl.load(partials + 2 * (first + number), mask=number < count, other=0.0)
+    return tl.sum(total, 0)
 
 
 @kernel
-def update_second_moments(from_row, matrices, factors, groups, divisors, BLOCK: tl.constexpr):
-    """Twin of ``factors.update_moment``, ``scales`` and ``guessed_divisor`` (of each matrix).
+def update_second_moments(from_row, matrices, factors, groups, partials, BLOCK: tl.constexpr):
+    """Twin of ``factors.update_moment`` of the second moments.
 
     Args:
         from_row: what the first program takes of the table.
-        matrices: table of ``MatrixField``, int64.
-        factors: (matrices, 2), int64: matrix parameter, place in its batch.
+        matrices: table of ``ParamField``, int64.
+        factors: table of ``FactorField``, int64.
         groups: table of ``GroupField``, float64.
-        divisors: (matrices, 2), fp32, out: 1/d0.
-        BLOCK: elements of a factor that a program reads at once.
+        partials: (factors, 2), float64, out: sums of the moment, and of the mean over it.
+        BLOCK: elements of a range.
     """
     index = tl.program_id(0) + from_row
-    param, matrix = _factor(factors, index, matrices)
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
-    eps = tl.load(group + tables.GroupField.EPS1)
+    param, _matrix, is_column, place, mask, _top, _ranges = _range(factors, index, matrices, BLOCK)
+    group = groups + tl.load(param + tables.ParamField.GROUP) * GROUP_FIELDS
+    sums = doubles(tl.load(param + tables.ParamField.SQUARE_ROW_SUMS + is_column))
+    count = tl.load(param + tables.ParamField.FULL_COLUMNS - is_column)
+    mean = tl.load(sums + place, mask=mask, other=0.0) * (1.0 / count.to(tl.float64))
+    mean += tl.load(group + tables.GroupField.EPS1)
+    moment = floats(tl.load(param + tables.ParamField.SQUARE_ROW_FACTOR + is_column))
     beta = tl.load(group + tables.GroupField.BETA2)
-    rows = tl.load(param + tables.MatrixField.ROWS)
-    columns = tl.load(param + tables.MatrixField.COLUMNS)
-    row = floats(tl.load(param + tables.MatrixField.SQUARE_ROW_FACTOR)) + matrix * rows
-    column = floats(tl.load(param + tables.MatrixField.SQUARE_COLUMN_FACTOR)) + matrix * columns
-    row_total, row_ratio = update_moment(
-        row,
-        doubles(tl.load(param + tables.MatrixField.SQUARE_ROW_SUMS)) + matrix * rows,
-        rows,
-        tl.load(param + tables.MatrixField.FULL_COLUMNS),
-        eps,
-        beta,
-        BLOCK,
-    )
-    column_total, column_ratio = update_moment(
-        column,
-        doubles(tl.load(param + tables.MatrixField.SQUARE_COLUMN_SUMS)) + matrix * columns,
-        columns,
-        tl.load(param + tables.MatrixField.FULL_ROWS),
-        eps,
-        beta,
-        BLOCK,
-    )
-    tl.debug_barrier()  # the moments are read again
-    mean = _mean(param, row_total, column_total)
-    row_scale = floats(tl.load(param + tables.MatrixField.ROW_SCALE)) + matrix * rows
-    column_scale = floats(tl.load(param + tables.MatrixField.COLUMN_SCALE)) + matrix * columns
-    _inverse_root_ratios(row, mean, row_scale, rows, BLOCK)
-    _inverse_roots(column, column_scale, columns, BLOCK)
-    from_rows = tl.where(
-        tl.load(param + tables.MatrixField.ROWS_ARE_WHOLE) != 0, row_ratio / rows, 0.0
-    )
-    from_columns = tl.where(
-        tl.load(param + tables.MatrixField.COLUMNS_ARE_WHOLE) != 0, column_ratio / columns, 0.0
-    )
-    clip = tl.load(group + tables.GroupField.CLIP_THRESHOLD)
-    squared = at_least(from_columns, from_rows)
-    guess = at_least(tl.sqrt(squared) / clip, 1.0)
-    tl.store(divisors + 2 * index, (1.0 / guess).to(tl.float32))
-
-
-@kernel
-def sum_squared_updates(from_row, matrices, BLOCK: tl.constexpr):
-    """Sum u^2 over this rank's part of a matrix parameter, from its row sums."""
-    param = matrices + (tl.program_id(0) + from_row).to(tl.int64) * MATRIX_FIELDS
-    count = tl.load(param + tables.MatrixField.BATCH) * tl.load(param + tables.MatrixField.ROWS)
-    sums = doubles(tl.load(param + tables.MatrixField.INSTABILITY_ROW_SUMS)) + 2 * count
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, count, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        total += tl.load(sums + index, mask=index < count, other=0.0)
-    tl.store(doubles(tl.load(param + tables.MatrixField.TOTAL)), tl.sum(total, 0))
+    new = new_moment(moment, mean, beta, place, mask)
+    ratio = at_most(mean, LARGEST_MEAN).to(tl.float32) / new
+    tl.store(partials + 2 * index, tl.sum(tl.where(mask, new.to(tl.float64), 0.0), 0))
+    tl.store(partials + 2 * index + 1, tl.sum(tl.where(mask, ratio, 0.0), 0).to(tl.float64))
 
 
 @triton.jit
@@ -154,87 +102,107 @@ def inverse_divisor(total, numel, clip_threshold):
     return 1.0 / at_least(tl.sqrt(total / numel) / clip_threshold, 1.0) + 0.0 * total
 
 
-@triton.jit
-def _update_instability(
-    moment, sums, stride, size, inverse_guess, inverse, beta1, count, eps, beta, BLOCK: tl.constexpr
+@kernel
+def update_instabilities(
+    from_row, matrices, factors, groups, divisors, partials, BLOCK: tl.constexpr
 ):
-    """Twin of ``factors.true_instability`` and ``update_moment``; returns the moment's sum."""
+    """Twin of ``factors.clip_divisor``, ``true_instability`` and ``update_moment``.
+
+    Args as those of :func:`update_second_moments`, and
+        divisors: (matrices, 2), fp32: 1/d0; out: 1/d.
+    """
+    index = tl.program_id(0) + from_row
+    param, matrix, is_column, place, mask, top, _ranges = _range(factors, index, matrices, BLOCK)
+    group = groups + tl.load(param + tables.ParamField.GROUP) * GROUP_FIELDS
+    inverse = inverse_divisor(
+        tl.load(doubles(tl.load(param + tables.ParamField.TOTAL))),
+        tl.load(param + tables.ParamField.FULL_NUMEL),
+        tl.load(group + tables.GroupField.CLIP_THRESHOLD),
+    )
+    divisors += 2 * (tl.load(param + tables.ParamField.FIRST_MATRIX) + matrix)
+    inverse_guess = tl.load(divisors).to(tl.float64)
+    if index == top:
+        tl.store(divisors + 1, inverse.to(tl.float32))
+    sums = doubles(tl.load(param + tables.ParamField.INSTABILITY_ROW_SUMS + is_column))
+    stride = tl.load(param + tables.ParamField.ROWS + is_column)
+    stride *= tl.load(param + tables.ParamField.BATCH)
+    error = tl.load(sums + place, mask=mask, other=0.0)
+    cross = tl.load(sums + stride + place, mask=mask, other=0.0)
+    square = tl.load(sums + 2 * stride + place, mask=mask, other=0.0)
     delta = inverse - inverse_guess
+    instability = at_least(error + delta * (2.0 * cross + delta * square), 0.0)
     is_bad = inverse_guess > inverse * BAD_GUESS
-    total = tl.zeros((BLOCK,), tl.float64)
-    keep = beta.to(tl.float32)
-    add = (1.0 - beta).to(tl.float32)
-    for first in range(0, size, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        mask = index < size
-        error = tl.load(sums + index, mask=mask, other=0.0)
-        cross = tl.load(sums + stride + index, mask=mask, other=0.0)
-        square = tl.load(sums + 2 * stride + index, mask=mask, other=0.0)
-        instability = error + delta * (2.0 * cross + delta * square)
-        instability = tl.where(is_bad, square * inverse * inverse, at_least(instability, 0.0))
-        instability = instability * beta1 * beta1
-        old = tl.load(moment + index, mask=mask, other=0.0)
-        new = keep * old + add * at_most(instability / count + eps, LARGEST_MEAN).to(tl.float32)
-        tl.store(moment + index, new, mask=mask)
-        total += tl.where(mask, new.to(tl.float64), 0.0)
-    return tl.sum(total, 0)
+    instability = tl.where(is_bad, square * inverse * inverse, instability)
+    beta1 = tl.load(group + tables.GroupField.BETA1)
+    count = tl.load(param + tables.ParamField.FULL_COLUMNS - is_column)
+    mean = instability * (beta1 * beta1 / count) + tl.load(group + tables.GroupField.EPS2)
+    moment = floats(tl.load(param + tables.ParamField.INSTABILITY_ROW_FACTOR + is_column))
+    beta = tl.load(group + tables.GroupField.BETA3)
+    new = new_moment(moment, mean, beta, place, mask)
+    tl.store(partials + 2 * index, tl.sum(tl.where(mask, new.to(tl.float64), 0.0), 0))
 
 
 @kernel
-def update_instabilities(from_row, matrices, factors, groups, divisors, BLOCK: tl.constexpr):
-    """Twin of ``factors.clip_divisor``, ``true_instability``, ``update_moment`` and ``scales``.
+def scale_factors(
+    from_row, matrices, factors, groups, divisors, partials, BLOCK: tl.constexpr,
+    RANGES: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Twin of ``factors.scales``; of the second moments also of ``guessed_divisor`` (per matrix).
 
-    Args as those of :func:`update_second_moments`; 1/d is written to ``divisors``.
+    Args as those of :func:`update_second_moments`, and
+        divisors: (matrices, 2), fp32, out: 1/d0.
+        RANGES: of a factor, that are added up at once.
+        SQUARES: whether the factors are the second moments.
     """
     index = tl.program_id(0) + from_row
-    param, matrix = _factor(factors, index, matrices)
-    group = groups + tl.load(param + tables.MatrixField.GROUP) * GROUP_FIELDS
-    eps = tl.load(group + tables.GroupField.EPS2)
-    beta = tl.load(group + tables.GroupField.BETA3)
-    beta1 = tl.load(group + tables.GroupField.BETA1)
-    batch = tl.load(param + tables.MatrixField.BATCH)
-    rows = tl.load(param + tables.MatrixField.ROWS)
-    columns = tl.load(param + tables.MatrixField.COLUMNS)
-    inverse = inverse_divisor(
-        tl.load(doubles(tl.load(param + tables.MatrixField.TOTAL))),
-        tl.load(param + tables.MatrixField.FULL_NUMEL),
-        tl.load(group + tables.GroupField.CLIP_THRESHOLD),
-    )
-    inverse_guess = tl.load(divisors + 2 * index).to(tl.float64)
-    tl.store(divisors + 2 * index + 1, inverse.to(tl.float32))
-    row = floats(tl.load(param + tables.MatrixField.INSTABILITY_ROW_FACTOR)) + matrix * rows
-    column = (
-        floats(tl.load(param + tables.MatrixField.INSTABILITY_COLUMN_FACTOR)) + matrix * columns
-    )
-    row_total = _update_instability(
-        row,
-        doubles(tl.load(param + tables.MatrixField.INSTABILITY_ROW_SUMS)) + matrix * rows,
-        batch * rows,
-        rows,
-        inverse_guess,
-        inverse,
-        beta1,
-        tl.load(param + tables.MatrixField.FULL_COLUMNS),
-        eps,
-        beta,
-        BLOCK,
-    )
-    column_total = _update_instability(
-        column,
-        doubles(tl.load(param + tables.MatrixField.INSTABILITY_COLUMN_SUMS)) + matrix * columns,
-        batch * columns,
-        columns,
-        inverse_guess,
-        inverse,
-        beta1,
-        tl.load(param + tables.MatrixField.FULL_ROWS),
-        eps,
-        beta,
-        BLOCK,
-    )
-    tl.debug_barrier()  # the moments are read again
-    mean = _mean(param, row_total, column_total)
-    row_confidence = floats(tl.load(param + tables.MatrixField.ROW_CONFIDENCE)) + matrix * rows
-    column_confidence = floats(tl.load(param + tables.MatrixField.COLUMN_CONFIDENCE))
-    _inverse_root_ratios(row, mean, row_confidence, rows, BLOCK)
-    _inverse_roots(column, column_confidence + matrix * columns, columns, BLOCK)
+    param, matrix, is_column, place, mask, top, row_ranges = _range(factors, index, matrices, BLOCK)
+    rows = tl.load(param + tables.ParamField.ROWS)
+    columns = tl.load(param + tables.ParamField.COLUMNS)
+    column_ranges = tl.cdiv(columns, BLOCK)
+    first_column = top + row_ranges
+    # mean(r) = mean(c) of the full matrix, from the factor that this rank holds whole.
+    rows_are_whole = tl.load(param + tables.ParamField.ROWS_ARE_WHOLE) != 0
+    if rows_are_whole:
+        mean = (_total(partials, top, row_ranges, RANGES) / rows).to(tl.float32)
+    else:
+        mean = (_total(partials, first_column, column_ranges, RANGES) / columns).to(tl.float32)
+    if SQUARES:
+        moment = floats(tl.load(param + tables.ParamField.SQUARE_ROW_FACTOR + is_column))
+        out = floats(tl.load(param + tables.ParamField.ROW_SCALE + is_column))
+        if index == top:
+            squared = tl.zeros((), tl.float64)
+            if rows_are_whole:
+                squared = _total(partials + 1, top, row_ranges, RANGES) / rows
+            if tl.load(param + tables.ParamField.COLUMNS_ARE_WHOLE) != 0:
+                total = _total(partials + 1, first_column, column_ranges, RANGES)
+                squared = at_least(total / columns, squared)
+            group = groups + tl.load(param + tables.ParamField.GROUP) * GROUP_FIELDS
+            clip = tl.load(group + tables.GroupField.CLIP_THRESHOLD)
+            inverse = 1.0 / at_least(tl.sqrt(squared) / clip, 1.0)
+            number = tl.load(param + tables.ParamField.FIRST_MATRIX) + matrix
+            tl.store(divisors + 2 * number, inverse.to(tl.float32))
+    else:
+        moment = floats(tl.load(param + tables.ParamField.INSTABILITY_ROW_FACTOR + is_column))
+        out = floats(tl.load(param + tables.ParamField.ROW_CONFIDENCE + is_column))
+    values = tl.load(moment + place, mask=mask, other=1.0)
+    ratio = tl.where(is_column != 0, values, at_least(values / mean, LEAST_RATIO))
+    tl.store(out + place, 1.0 / tl.sqrt_rn(ratio), mask=mask)
+
+
+@kernel
+def sum_squared_updates(from_row, matrices, MANY: tl.constexpr):
+    """Sum u^2 over this rank's part of a matrix parameter, from its row sums.
+
+    Args:
+        from_row: what the first program takes of the table.
+        matrices: table of ``ParamField``, int64.
+        MANY: row sums that a program reads at once.
+    """
+    param = matrices + (tl.program_id(0) + from_row).to(tl.int64) * PARAM_FIELDS
+    count = tl.load(param + tables.ParamField.BATCH) * tl.load(param + tables.ParamField.ROWS)
+    sums = doubles(tl.load(param + tables.ParamField.INSTABILITY_ROW_SUMS)) + 2 * count
+    total = tl.zeros((MANY,), tl.float64)
+    for first in range(0, count, MANY):
+        index = first + tl.arange(0, MANY)
+        total += tl.load(sums + index, mask=index < count, other=0.0)
+    tl.store(doubles(tl.load(param + tables.ParamField.TOTAL)), tl.sum(total, 0))

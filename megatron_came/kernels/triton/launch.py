@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_came.core.int8 import BLOCK as INT8_BLOCK
 from megatron_came.kernels.triton.schedule import Schedule
-from megatron_came.kernels.triton.tables import MatrixField
 from megatron_came.kernels.triton.tiling import Tiling
 
-# Rows of a tile, elements of a factor or vector, and tiles of an addition that are read at once.
-STEP, BLOCK, ADDITION_TILES = 8, 1024, 16
-# Of the kernels that take tiles or blocks.
-WARPS = 8
+# Of the kernels that take tiles or blocks: each warp has a row, or a block, at a time.
+WARPS = STEP = 8
+# With so many, an SM of 65536 holds three of their programs.
+REGISTERS = 80
+# Elements of a vector or of a range of a factor, and tiles of an addition, that are read at once.
+BLOCK, ADDITION_TILES = 1024, 16
+# Ranges of a factor, and row sums, that are added up at once.
+RANGES, MANY = 128, 4096
 
 
 @dataclass(slots=True)
@@ -27,16 +26,16 @@ class Tables:
 
     Attributes:
         tiling: how the matrices are cut.
-        matrices: table of ``MatrixField``.
-        vectors: table of ``VectorField``.
+        matrices: table of ``ParamField``.
+        vectors: table of ``ParamField``.
         tiles: table of ``TileField``.
         blocks: table of ``BlocksField``; empty unless momentum is int8.
         additions: table of ``AdditionField``.
-        factors: (matrices, 2): matrix parameter and place in its batch.
+        factors: table of ``FactorField``.
         groups: table of ``GroupField``, float64.
         divisors: (matrices, 2), fp32: 1/d0 and 1/d.
-        scratch: (tiles, 3, ``tiling.tile_sums``), fp32.
-        aligned: whether the matrices allow vector loads.
+        partials: (factors, 2), float64.
+        scratch: of ``tiling.tile_floats`` for each tile, fp32.
     """
 
     tiling: Tiling
@@ -48,58 +47,40 @@ class Tables:
     factors: Any
     groups: Any
     divisors: Any
+    partials: Any
     scratch: Any
-    aligned: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
         """All arguments of kernels, by name, but those of a launch."""
-        return {
-            "matrices": self.matrices,
-            "vectors": self.vectors,
-            "tiles": self.tiles,
-            "blocks": self.blocks,
-            "additions": self.additions,
-            "factors": self.factors,
-            "groups": self.groups,
-            "divisors": self.divisors,
-            "scratch": self.scratch,
-            "ALIGNED": self.aligned,
-            **constants(self.tiling),
-        }
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return own | constants(self.tiling)
 
 
 def constants(tiling: Tiling) -> dict[str, int]:
     """Return the sizes that are compiled into kernels, by name."""
     return {
-        "ROWS": tiling.most_rows,
         "COLUMNS": tiling.columns,
         "STEP": STEP,
-        "WIDTH": tiling.tile_sums,
         "TILES": ADDITION_TILES,
         "COUNT": tiling.addition,
         "BLOCK": BLOCK,
-        "BLOCKS": tiling.block_elements // INT8_BLOCK,
+        "RANGES": RANGES,
+        "MANY": MANY,
     }
+
+
+def options_of(kernel: Any) -> dict[str, int]:
+    """Return how Triton is to compile a kernel; where programs are small, with its defaults."""
+    if {"STEP", "COUNT", "MANY"} & {*kernel.arg_names}:
+        return {"num_warps": WARPS, "maxnreg": REGISTERS}
+    return {"num_warps": 4}
 
 
 def run(tables: Tables, schedule: Schedule) -> None:
     """Launch what a schedule lists, on the current stream of the current device."""
     arguments = tables.arguments
-    for kernel, rows, kinds in schedule:
+    for kernel, rows, constants, sums in schedule:
         given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-        if kinds:
-            given["SQUARES"] = kinds == 1
-        if "COLUMNS" in given or "BLOCKS" in given:
-            given["num_warps"] = WARPS
-        kernel[rows.stop - rows.start, max(kinds, 1)](rows.start, **given)
-
-
-def aligned(matrices: npt.NDArray[np.int64]) -> bool:
-    """Whether all rows of a table of matrices allow vector loads."""
-    addresses = matrices[:, [MatrixField.PARAM, MatrixField.GRAD, MatrixField.EXP_AVG]]
-    elements = matrices[:, [MatrixField.START, MatrixField.STOP, MatrixField.COLUMNS]]
-    halves = matrices[:, [MatrixField.MODEL_WEIGHT, MatrixField.REMAINDER]]
-    return bool(
-        (addresses % 16 == 0).all() and (halves % 8 == 0).all() and (elements % 4 == 0).all()
-    )
+        given |= constants
+        kernel[rows.stop - rows.start, sums](rows.start, **given, **options_of(kernel))

@@ -12,20 +12,22 @@ from megatron_came.core.hyperparameters import TABLE, GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.kernels.state_checks import is_int8_momentum
-from megatron_came.kernels.triton.addresses import Addresses
+from megatron_came.kernels.triton.addresses import Addresses, kind_of
 from megatron_came.kernels.triton.device import Device
-from megatron_came.kernels.triton.launch import Tables, aligned, run
-from megatron_came.kernels.triton.schedule import Schedule, Schedules
+from megatron_came.kernels.triton.launch import BLOCK, Tables, run
+from megatron_came.kernels.triton.schedule import Owners, Schedule, Schedules
 from megatron_came.kernels.triton.tables import (
-    BlocksField,
     GroupField,
-    IntTable,
-    MatrixField,
-    VectorField,
-    matrix_row,
-    vector_row,
+    ParamField,
+    param_row,
 )
-from megatron_came.kernels.triton.tiling import cut, cut_blocks, in_cache, with_higher_tiles
+from megatron_came.kernels.triton.tiling import (
+    cut,
+    cut_blocks,
+    cut_factors,
+    in_cache,
+    with_higher_tiles,
+)
 
 
 class TritonPasses:
@@ -56,7 +58,8 @@ class TritonPasses:
             self._build(inputs)
         matrices, vectors = self._matrices.refresh(inputs), self._vectors.refresh(inputs)
         if matrices.table is not self._tables.matrices:
-            self._tables.aligned = aligned(self._matrix_table)
+            owners = self._owners._replace(kinds=self._matrices.kinds)
+            self._schedules = Schedules.of(self._sets, owners, self._vector_count)
             self._tables.matrices = matrices.table
         self._tables.vectors = vectors.table
         self._rounds = matrices.rounds or vectors.rounds
@@ -74,37 +77,36 @@ class TritonPasses:
         """Make the tables of these parameters."""
         self._members = []  # until all is made
         is_int8 = any(is_int8_momentum(each.state) for each in inputs.values())
-        matrices = [slice_ for slice_ in inputs if not slice_.shard.is_vector]
+        # Those of a kind beside one another, so that launches are few.
+        matrices = sorted(
+            (slice_ for slice_ in inputs if not slice_.shard.is_vector),
+            key=lambda slice_: kind_of(slice_, inputs[slice_], self._device.tiling.columns),
+        )
         vectors = [slice_ for slice_ in inputs if slice_.shard.is_vector]
         self._groups = list({slice_.group: slice_ for slice_ in inputs}.values())
         group_of = {slice_.group: index for index, slice_ in enumerate(self._groups)}
         sums = [self._sums[slice_] for slice_ in matrices]
-        batches = [slice_.shard.local_matrix[0] for slice_ in matrices]
-        firsts = np.cumsum([0, *batches])
-        self._matrix_table = _stack(
-            MatrixField,
-            [
-                matrix_row(slice_, one, group_of[slice_.group], self._scales[slice_], int(first))
-                for slice_, one, first in zip(matrices, sums, firsts, strict=False)
-            ],
+        firsts = np.cumsum([0, *(slice_.shard.local_matrix[0] for slice_ in matrices)])
+        matrix_table, vector_table = (
+            np.array(
+                [param_row(o, self._sums[o], group_of[o.group], self._scales[o]) for o in some],
+                np.int64,
+            ).reshape(-1, len(ParamField))
+            for some in (matrices, vectors)
         )
-        vector_table = _stack(
-            VectorField,
-            [vector_row(slice_, self._sums[slice_], group_of[slice_.group]) for slice_ in vectors],
-        )
-        factors = [(i, matrix) for i, batch in enumerate(batches) for matrix in range(batch)]
+        matrix_table[:, ParamField.FIRST_MATRIX] = firsts[:-1]
         shards = [slice_.shard for slice_ in matrices]
         tiling = with_higher_tiles(self._device.tiling, shards)
         together = [*in_cache([shard.numel for shard in shards], self._cache_elements)]
-        tiles, additions, sets, self._scratch_tiles = cut(shards, sums, tiling, together)
-        blocks = cut_blocks(shards if is_int8 else [], tiling.block_elements)
-        first_blocks = np.searchsorted(
-            blocks[:, BlocksField.PARAM], np.arange(len(shards) + 1)
-        ).tolist()
-        self._schedules = Schedules.of(sets, firsts.tolist(), first_blocks, len(vectors), is_int8)
+        tiles, additions, self._sets, count = cut(shards, sums, tiling, together)
+        self._scratch_floats = count * tiling.tile_floats
+        blocks = cut_blocks(shards if is_int8 else [], tiling)
+        factors = cut_factors(shards, BLOCK)
+        self._owners = Owners(*(table[:, 0].tolist() for table in (tiles, blocks, factors)))
+        self._vector_count = len(vectors)
         upload = self._device.upload
         of = self._device, is_int8
-        self._matrices = Addresses(matrices, self._matrix_table, MATRIX_FACTORS, *of)
+        self._matrices = Addresses(matrices, matrix_table, MATRIX_FACTORS, *of)
         self._vectors = Addresses(vectors, vector_table, VECTOR_FACTORS, *of)
         self._group_rows: list[tuple[float, ...]] = []
         self._steps = None
@@ -115,9 +117,10 @@ class TritonPasses:
             tiles=upload(tiles),
             blocks=upload(blocks),
             additions=upload(additions),
-            factors=upload(np.array(factors, np.int64).reshape(-1, 2)),
+            factors=upload(factors),
             groups=None,
             divisors=upload(np.zeros((int(firsts[-1]), 2), np.float32)),
+            partials=upload(np.zeros((len(factors), 2))),
             scratch=None,
         )
         self._members = list(inputs)
@@ -131,9 +134,7 @@ class TritonPasses:
             settings: by number of the parameter group.
         """
         # Others share the scratch buffer, which may have grown since.
-        self._tables.scratch = self._device.scratch(
-            self._scratch_tiles, self._tables.tiling.tile_sums
-        )
+        self._tables.scratch = self._device.scratch(self._scratch_floats)
         rounds = self._rounds
         groups = [settings[slice_.group] for slice_ in self._groups]
         rows = [_group_row(group) for group in groups]
@@ -236,7 +237,3 @@ def _scales(slice_: ParameterSlice) -> tuple[Tensor, ...]:
         torch.empty(batch, count, dtype=torch.float32, device=slice_.param.device)
         for count in (rows, columns, rows, columns)
     )
-
-
-def _stack(fields: type[MatrixField] | type[VectorField], rows: list[IntTable]) -> IntTable:
-    return np.stack(rows) if rows else np.zeros((0, len(fields)), np.int64)

@@ -18,12 +18,19 @@ import numpy as np
 
 from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.core.shard import Shard
-from megatron_came.kernels.triton.tables import AdditionField, BlocksField, IntTable, TileField
+from megatron_came.kernels.triton.tables import (
+    AdditionField,
+    BlocksField,
+    FactorField,
+    IntTable,
+    TileField,
+    blocks_are_rows,
+)
 
 # Offsets in a tile are below this, and fit 32 bits.
 MOST_OFFSETS = 2**30
-# A stretched tile has no more elements than one of so many columns that is not.
-_STRETCH_COLUMNS = 1024
+# Of the scratch buffer, for each of a tile's columns and rows: as many as are read at once.
+SUM_FLOATS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +38,11 @@ class Tiling:
     """How a device's kernels cut matrices.
 
     Attributes:
-        rows: of a tile that is not stretched.
+        rows: of a tile.
         columns: of a tile, at most.
         scratch_tiles: whose sums the scratch buffer holds, at most.
         addition: sums of an addition, at most.
         block_elements: of a row of the table of blocks.
-        stretch: narrow tiles have up to so many times the rows.
         tallest: rows that tiles may have where there are more than fit the scratch buffer.
     """
 
@@ -44,23 +50,13 @@ class Tiling:
     columns: int
     scratch_tiles: int
     addition: int = 256
-    block_elements: int = 2048
-    stretch: int = 1
+    block_elements: int = 16384
     tallest: int = 0
 
     @property
-    def most_rows(self) -> int:
-        """Rows of the tallest tile."""
-        return self.rows * self.stretch
-
-    @property
-    def tile_sums(self) -> int:
-        """Sums of a tile's rows and columns that the scratch buffer has room for."""
-        return self.most_rows + self.columns
-
-    def rows_of(self, columns: int) -> int:
-        """Rows of the tiles of a matrix: more where they are narrow, so that there are fewer."""
-        return self.rows * min(max(_STRETCH_COLUMNS // max(columns, 1), 1), self.stretch)
+    def tile_floats(self) -> int:
+        """Numbers that the scratch buffer has room for of a tile: of its columns, then its rows."""
+        return SUM_FLOATS * (self.columns + self.rows)
 
     def across(self, columns: int) -> int:
         """Tiles that lie side by side."""
@@ -87,25 +83,44 @@ def with_higher_tiles(tiling: Tiling, shards: Sequence[Shard]) -> Tiling:
 def _count_tiles(tiling: Tiling, shards: Sequence[Shard]) -> int:
     count = 0
     for shard in shards:
-        columns = shard.local_matrix[2]
-        rows = sum(len(each.rows) for each in _tile_rows(0, shard, tiling.rows_of(columns)))
-        count += tiling.across(columns) * rows
+        rows = sum(len(each.rows) for each in _tile_rows(0, shard, tiling.rows))
+        count += tiling.across(shard.local_matrix[2]) * rows
     return count
 
 
-def cut_blocks(shards: Sequence[Shard], elements: int) -> IntTable:
-    """Cut the slices of matrix parameters into rows of ``BlocksField``.
+def cut_blocks(shards: Sequence[Shard], tiling: Tiling) -> IntTable:
+    """Cut the slices whose blocks of int8 momentum are not rows of tiles, as ``BlocksField``.
 
     Args:
-        shards: in the order of their table.
-        elements: of a row, whole blocks of int8 momentum.
+        shards: of the matrix parameters, in the order of their table.
+        tiling: sizes.
     """
     tables = [np.zeros((0, len(BlocksField)), np.int64)]
     for param, shard in enumerate(shards):
-        first = np.arange(0, shard.numel, elements, dtype=np.int64)
-        stop = np.minimum(first + elements, shard.numel)
-        tables.append(np.stack([np.full_like(first, param), first, stop], axis=1))
+        _, rows, columns = shard.local_matrix
+        if shard.numel and not blocks_are_rows(shard, tiling.columns):
+            first = np.arange(0, shard.numel, tiling.block_elements, dtype=np.int64)
+            stop = np.minimum(first + tiling.block_elements, shard.numel)
+            row, column = np.divmod(first + shard.start, columns)
+            place = [*np.divmod(row, rows), column]
+            tables.append(np.stack([np.full_like(first, param), first, stop, *place], axis=1))
     return np.concatenate(tables)
+
+
+def cut_factors(shards: Sequence[Shard], elements: int) -> IntTable:
+    """Cut the factors of matrix parameters into rows of ``FactorField``.
+
+    Args:
+        shards: in the order of their table.
+        elements: of a range.
+    """
+    rows: list[list[int]] = []
+    for param, shard in enumerate(shards):
+        batch, *sizes = shard.local_matrix
+        ranges = sum(-(-size // elements) for size in sizes)
+        for matrix in range(batch):
+            rows += [[param, matrix, len(rows)]] * ranges
+    return np.array(rows, np.int64).reshape(-1, len(FactorField))
 
 
 class Fill(NamedTuple):
@@ -171,7 +186,7 @@ def cut(
         for param in members:
             shard = shards[param]
             across = tiling.across(shard.local_matrix[2])
-            for rest in _tile_rows(param, shard, tiling.rows_of(shard.local_matrix[2])):
+            for rest in _tile_rows(param, shard, tiling.rows):
                 # A matrix that does not fit the rest of the scratch buffer begins a new fill, so
                 # that its sums are added up in the same order whatever comes before it.
                 if tile_count - first_tile + len(rest.rows) * across > tiling.scratch_tiles:
@@ -179,8 +194,8 @@ def cut(
                 while rest.rows:
                     some = rest._replace(rows=rest.rows[: max(tiling.scratch_tiles // across, 1)])
                     rest = rest._replace(rows=rest.rows[len(some.rows) :])
-                    tiles.append(_tiles(some, across, tiling))
                     number = tile_count - first_tile
+                    tiles.append(_tiles(some, across, tiling, number))
                     additions += _additions(some, across, tiling, number, shard, sums[param])
                     tile_count += len(some.rows) * across
                     if rest.rows:
@@ -206,18 +221,25 @@ class _TileRows(NamedTuple):
 
 
 def _tile_rows(param: int, shard: Shard, height: int) -> Iterator[_TileRows]:
-    """Yield what a slice touches of each matrix of its batch."""
+    """Yield what a slice touches of each part of each matrix of its batch.
+
+    So that the rows of a tile follow one another in the full tensor as well, see
+    ``Shard.row_parts``.
+    """
     _, rows, columns = shard.local_matrix
     if shard.start == shard.stop:
         return
+    part_rows, _ = shard.row_parts
     first, stop = shard.start // columns, -(-shard.stop // columns)
     for matrix in range(first // rows, -(-stop // rows)):
         low, high = max(first - matrix * rows, 0), min(stop - matrix * rows, rows)
-        yield _TileRows(param, matrix, range(low, high, height), high)
+        for part in range(low // part_rows, -(-high // part_rows)):
+            top, bottom = max(low, part * part_rows), min(high, (part + 1) * part_rows)
+            yield _TileRows(param, matrix, range(top, bottom, height), bottom)
 
 
-def _tiles(some: _TileRows, across: int, tiling: Tiling) -> IntTable:
-    """Return their tiles, row by row."""
+def _tiles(some: _TileRows, across: int, tiling: Tiling, number: int) -> IntTable:
+    """Return their tiles, row by row, from a number in the scratch buffer."""
     row, column = np.meshgrid(
         np.array(some.rows, np.int64),
         np.arange(across, dtype=np.int64) * tiling.columns,
@@ -227,6 +249,7 @@ def _tiles(some: _TileRows, across: int, tiling: Tiling) -> IntTable:
     table[:, TileField.PARAM], table[:, TileField.MATRIX] = some.param, some.matrix
     table[:, TileField.ROW], table[:, TileField.COLUMN] = row.ravel(), column.ravel()
     table[:, TileField.STOP_ROW] = np.minimum(row.ravel() + some.rows.step, some.stop_row)
+    table[:, TileField.SUMS] = (number + np.arange(row.size)) * tiling.tile_floats
     return table
 
 
@@ -247,23 +270,23 @@ def _additions(
     """
     batch, rows, columns = shard.local_matrix
     row_sums, column_sums = zip(sums.squares, sums.instability, strict=True)
-    additions = []
+    size, additions = tiling.tile_floats, []
 
     for left in range(0, columns, tiling.columns):
-        top = number + left // tiling.columns
+        top = (number + left // tiling.columns) * size
         stop = min(left + tiling.columns, columns)
         for first in range(left, stop, tiling.addition):
-            count, within = min(tiling.addition, stop - first), tiling.most_rows + first - left
+            count, place = min(tiling.addition, stop - first), top + SUM_FLOATS * (first - left)
             offset = (some.matrix * columns + first) * 8
             addresses = [each.data_ptr() + offset for each in column_sums]
             tiles = len(some.rows)
-            additions.append([top, across, tiles, within, count, *addresses, batch * columns])
+            additions.append([place, across * size, tiles, count, *addresses, batch * columns])
     for index, row in enumerate(some.rows):
+        leftmost = (number + index * across) * size + SUM_FLOATS * tiling.columns
         stop = min(row + some.rows.step, some.stop_row)
         for first in range(row, stop, tiling.addition):
-            count, within = min(tiling.addition, stop - first), first - row
+            count, place = min(tiling.addition, stop - first), leftmost + SUM_FLOATS * (first - row)
             offset = (some.matrix * rows + first) * 8
             addresses = [each.data_ptr() + offset for each in row_sums]
-            leftmost = number + index * across
-            additions.append([leftmost, 1, across, within, count, *addresses, batch * rows])
+            additions.append([place, size, across, count, *addresses, batch * rows])
     return additions

@@ -7,28 +7,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_came.kernels.triton import factors, storage, tables
+from megatron_came.kernels.triton import storage, tables
+from megatron_came.kernels.triton.blocks import inside_blocks
 from megatron_came.kernels.triton.compiling import (
     GROUP_FIELDS,
     INT8_BLOCK,
+    PARAM_FIELDS,
     SQUARE_SCALE,
     SQUARE_UNSCALE,
     UPDATE_SCALE,
     UPDATE_UNSCALE,
-    VECTOR_FIELDS,
+    addresses_of,
     doubles,
     floats,
     kernel,
+    over_lines,
     rates,
 )
+from megatron_came.kernels.triton.factors import inverse_divisor, new_moment
 
 
 @triton.jit
 def _vector(vectors, from_row):
     """A vector's row, its start and its number of elements."""
-    vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * VECTOR_FIELDS
-    start = tl.load(vector + tables.VectorField.START)
-    return vector, start, tl.load(vector + tables.VectorField.STOP) - start
+    vector = vectors + (tl.program_id(0) + from_row).to(tl.int64) * PARAM_FIELDS
+    start = tl.load(vector + tables.ParamField.START)
+    return vector, start, tl.load(vector + tables.ParamField.STOP) - start
 
 
 @kernel
@@ -37,17 +41,17 @@ def square_vectors(from_row, vectors, BLOCK: tl.constexpr):
 
     Args:
         from_row: what the first program takes of the table.
-        vectors: table of ``VectorField``, int64.
+        vectors: table of ``ParamField``, int64.
         BLOCK: elements that a program reads at once.
     """
     vector, start, size = _vector(vectors, from_row)
-    address = tl.load(vector + tables.VectorField.GRAD)
-    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
-    out = doubles(tl.load(vector + tables.VectorField.SQUARES)) + start
+    address = tl.load(vector + tables.ParamField.GRAD)
+    is_bf16 = tl.load(vector + tables.ParamField.GRAD_IS_BF16)
+    out = doubles(tl.load(vector + tables.ParamField.SQUARE_ROW_SUMS)) + start
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
-        grad = storage.read(address, is_bf16, index, mask, False) * SQUARE_SCALE
+        grad = storage.read(address, is_bf16, 0, index, mask, False) * SQUARE_SCALE
         tl.store(out + index, (grad * grad).to(tl.float64) * SQUARE_UNSCALE, mask=mask)
 
 
@@ -55,29 +59,27 @@ def square_vectors(from_row, vectors, BLOCK: tl.constexpr):
 def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.update_moment`` and ``passes.add_squared_update`` for a vector."""
     vector, start, size = _vector(vectors, from_row)
-    group = groups + tl.load(vector + tables.VectorField.GROUP) * GROUP_FIELDS
-    moment = floats(tl.load(vector + tables.VectorField.MOMENT))
-    factors.update_moment(
-        moment,
-        doubles(tl.load(vector + tables.VectorField.SQUARES)),
-        tl.load(vector + tables.VectorField.SIZE),
-        1.0,
-        tl.load(group + tables.GroupField.EPS1),
-        tl.load(group + tables.GroupField.BETA2),
-        BLOCK,
-    )
+    group = groups + tl.load(vector + tables.ParamField.GROUP) * GROUP_FIELDS
+    moment = floats(tl.load(vector + tables.ParamField.SQUARE_ROW_FACTOR))
+    sums = doubles(tl.load(vector + tables.ParamField.SQUARE_ROW_SUMS))
+    eps = tl.load(group + tables.GroupField.EPS1)
+    beta = tl.load(group + tables.GroupField.BETA2)
+    for first in range(0, tl.load(vector + tables.ParamField.ROWS), BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mask = index < tl.load(vector + tables.ParamField.ROWS)
+        new_moment(moment, tl.load(sums + index, mask=mask, other=0.0) + eps, beta, index, mask)
     tl.debug_barrier()  # the moment is read again
-    address = tl.load(vector + tables.VectorField.GRAD)
-    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
+    address = tl.load(vector + tables.ParamField.GRAD)
+    is_bf16 = tl.load(vector + tables.ParamField.GRAD_IS_BF16)
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, size, BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < size
-        grad = storage.read(address, is_bf16, index, mask, False)
+        grad = storage.read(address, is_bf16, 0, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + start + index, mask=mask, other=1.0))
         update = grad * (1.0 / root * UPDATE_SCALE)
         total += (update * update).to(tl.float64)
-    total_address = doubles(tl.load(vector + tables.VectorField.TOTAL))
+    total_address = doubles(tl.load(vector + tables.ParamField.TOTAL))
     tl.store(total_address, tl.sum(total, 0) * UPDATE_UNSCALE)
 
 
@@ -85,47 +87,46 @@ def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
 def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for a vector."""
     vector, start, size = _vector(vectors, from_row)
-    group = groups + tl.load(vector + tables.VectorField.GROUP) * GROUP_FIELDS
-    inverse_divisor = factors.inverse_divisor(
-        tl.load(doubles(tl.load(vector + tables.VectorField.TOTAL))),
-        tl.load(vector + tables.VectorField.FULL_NUMEL),
+    group = groups + tl.load(vector + tables.ParamField.GROUP) * GROUP_FIELDS
+    inverse = inverse_divisor(
+        tl.load(doubles(tl.load(vector + tables.ParamField.TOTAL))),
+        tl.load(vector + tables.ParamField.FULL_NUMEL),
         tl.load(group + tables.GroupField.CLIP_THRESHOLD),
     ).to(tl.float32)
     beta1, rest, lr, decay = rates(group)
-    moment = floats(tl.load(vector + tables.VectorField.MOMENT)) + start
-    momenta = tl.load(vector + tables.VectorField.EXP_AVG)
-    momenta_are_bf16 = tl.load(vector + tables.VectorField.EXP_AVG_IS_BF16)
-    key = storage.step_key(tl.load(vector + tables.VectorField.KEY), group)
-    offset = tl.load(vector + tables.VectorField.OFFSET) + start
-    momentum_scales = tl.load(vector + tables.VectorField.EXP_AVG_SCALE)
-    part_rows = tl.load(vector + tables.VectorField.PART_ROWS)
-    part_jump = tl.load(vector + tables.VectorField.PART_JUMP)
-    weights = tl.load(vector + tables.VectorField.PARAM)
-    remainders = tl.load(vector + tables.VectorField.REMAINDER)
+    moment = floats(tl.load(vector + tables.ParamField.SQUARE_ROW_FACTOR)) + start
+    grads, momenta, scales, weights, remainders, model = addresses_of(vector)
+    grad_is_bf16 = tl.load(vector + tables.ParamField.GRAD_IS_BF16)
+    momenta_are_bf16 = tl.load(vector + tables.ParamField.EXP_AVG_IS_BF16)
+    model_is_bf16 = tl.load(vector + tables.ParamField.MODEL_IS_BF16)
+    key = storage.step_key(tl.load(vector + tables.ParamField.KEY), group)
+    offset = tl.load(vector + tables.ParamField.ROW_OFFSET) + start
+    part_rows = tl.load(vector + tables.ParamField.PART_ROWS)
+    part_jump = tl.load(vector + tables.ParamField.PART_JUMP)
     blocks = tl.arange(0, BLOCK // INT8_BLOCK)
-    inside = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
-    model = tl.load(vector + tables.VectorField.MODEL_WEIGHT)
-    model_is_bf16 = tl.load(vector + tables.VectorField.MODEL_IS_BF16)
-    address = tl.load(vector + tables.VectorField.GRAD)
-    is_bf16 = tl.load(vector + tables.VectorField.GRAD_IS_BF16)
     for first in range(0, size, BLOCK):
-        index = first + inside
+        index = first + inside_blocks(BLOCK // INT8_BLOCK, 128, 1)
         mask = index < size
-        grad = storage.read(address, is_bf16, index, mask, False)
+        block = first // INT8_BLOCK + blocks
+        is_there = block * INT8_BLOCK < size
+        grad = storage.read(grads, grad_is_bf16, 0, index, mask, False)
         root = tl.sqrt_rn(tl.load(moment + index, mask=mask, other=1.0))
-        momentum = storage.momenta(momenta, momenta_are_bf16, momentum_scales, index, mask, False)
-        momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse_divisor)
-        place = offset + index + (start + index) // part_rows * part_jump
-        if momentum_scales != 0:
-            block = first // INT8_BLOCK + blocks
-            storage.store_int8(momenta, momentum_scales, block, index, momentum, mask, place, key)
+        if scales != 0:
+            scale = tl.load(floats(scales) + block, mask=is_there, other=0.0)
+            momentum = storage.read_int8(momenta, 0, index, mask, False) * over_lines(scale, index)
         else:
-            storage.store_momentum(
-                momenta, momenta_are_bf16, index, momentum, mask, place, key, False
-            )
-        weight = storage.weights(weights, remainders, index, mask, False)
+            momentum = storage.read(momenta, momenta_are_bf16, 0, index, mask, False)
+        momentum = beta1 * momentum + rest * (grad * (1.0 / root) * inverse)
+        origin = offset + index + (start + index) // part_rows * part_jump
+        random = storage.random_bits(origin, index * 0, key)
+        storage.store_momentum(
+            momenta, scales, momenta_are_bf16, scales, block, is_there, 0, index, momentum, mask,
+            random, False,
+        )  # fmt: skip
+        weight = storage.read_weights(weights, remainders, remainders, 0, index, mask, False)
         weight -= decay * weight
         weight -= lr * momentum
-        storage.store_weights(weights, remainders, index, weight, mask, False)
-        if model != 0:
-            storage.store_short(model, model_is_bf16, index, weight, mask, False)
+        storage.store_weights(
+            weights, remainders, model, remainders, model, model_is_bf16, 0, index, weight, mask,
+            False,
+        )  # fmt: skip
