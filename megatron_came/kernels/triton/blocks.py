@@ -97,13 +97,9 @@ def apply_blocks(
     from_row, matrices, blocks, groups, divisors, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     GRAD_IS_BF16: tl.constexpr, HAS_REMAINDER: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Twin of ``passes.apply_update`` for matrices whose momentum is int8.
-
-    Four aligned elements lie in one row: it is found, and its scales are read, once for the four.
-
-    Args as those of ``tiles.apply_tiles``, but of the table of ``BlocksField``; STEP is of blocks.
-    """
+    """Twin of ``tiles.apply_tiles`` for int8, of the table of ``BlocksField``; STEP is of blocks."""
     note_tables()
+    # Aligned ones lie in one row: it is found, and its scales are read, once for the four.
     TOGETHER: tl.constexpr = 4 if ALIGNED else 1
     taken = blocks + (tl.program_id(0) + from_row).to(tl.int64) * BLOCKS_FIELDS
     param = matrices + tl.load(taken + tables.BlocksField.PARAM) * PARAM_FIELDS
@@ -115,8 +111,7 @@ def apply_blocks(
     rows, columns, full_rows, part_rows, part_jump = _shape_of(param)
     full_place, full_columns = full_place_of(param, matrix, matrix * 0, 0)
     if ALIGNED:
-        place = tl.multiple_of(place, 4)
-        count = tl.multiple_of(count, 4)
+        place, count = tl.multiple_of(place, 4), tl.multiple_of(count, 4)
         full_place = (full_place >> 2) << 2  # tells the compiler that it is one
     grads, momenta, scales, weights, remainders, model = addresses_of(param)
     row_scales, column_scales, row_confidences, column_confidences = scales_of(param, matrix)
@@ -133,8 +128,7 @@ def apply_blocks(
         )  # fmt: skip
         offset = first + inside_blocks(STEP, 32 * TOGETHER, 1)
         mask = offset < count
-        at = tl.multiple_of(columns_on + beyond, (1, TOGETHER))
-        at = tl.max_contiguous(at, (1, TOGETHER))
+        at = tl.max_contiguous(tl.multiple_of(columns_on + beyond, (1, TOGETHER)), (1, TOGETHER))
         column_scale = tl.load(column_scales + at, mask=mask, other=0.0)
         column_confidence = tl.load(column_confidences + at, mask=mask, other=0.0)
         begins = first + tl.arange(0, STEP) * INT8_BLOCK
