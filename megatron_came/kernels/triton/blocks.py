@@ -97,7 +97,7 @@ def apply_blocks(
     from_row, matrices, blocks, groups, divisors, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     GRAD_IS_BF16: tl.constexpr, HAS_REMAINDER: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Twin of ``tiles.apply_tiles`` for int8, of the table of ``BlocksField``; STEP is of blocks."""
+    """Twin of ``tiles.apply_tiles`` for int8, of ``BlocksField``'s table; STEP is of blocks."""
     note_tables()
     # Aligned ones lie in one row: it is found, and its scales are read, once for the four.
     TOGETHER: tl.constexpr = 4 if ALIGNED else 1
