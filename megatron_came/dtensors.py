@@ -293,15 +293,13 @@ def state_here(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def portable(param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return state that other meshes can load: momentum in bf16, not in int8."""
+    """Return state that other meshes can load: momentum in bf16, of a plain one on the CPU."""
     if SCALE not in state:
         return state
-    momentum = saved_momentum(state_here(state)).to(state[MOMENTUM].device)
-    others = {key: value for key, value in state.items() if key != SCALE}
-    return {
-        **others,
-        MOMENTUM: _wrapped(param, MOMENTUM, momentum) if is_dtensor(param) else momentum,
-    }
+    momentum = saved_momentum(state_here(state))
+    if is_dtensor(param):
+        momentum = _wrapped(param, MOMENTUM, momentum.to(param.device))
+    return {**{key: value for key, value in state.items() if key != SCALE}, MOMENTUM: momentum}
 
 
 def laid_out(param: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
