@@ -124,7 +124,9 @@ def as_state(
         own: its state before the first step, which is filled and returned.
         param: the parameter.
     """
-    saved = dtensors.laid_out(param, dict(saved))
+    # The authors' momentum lies as the first gradient did; it is read in the order of elements.
+    saved = {key: value.contiguous() for key, value in saved.items()}
+    saved = dtensors.laid_out(param, saved)
     for key, value in saved.items():
         if key == MOMENTUM:
             if value.dtype == own[key].dtype:

@@ -8,6 +8,7 @@ Megatron's optimizers are imported, it leaves one entry in ``sys.meta_path``.
 from __future__ import annotations
 
 import sys
+from threading import get_ident
 
 TYPE_CHECKING = False  # as type checkers know it, without the import of typing
 if TYPE_CHECKING:
@@ -35,17 +36,26 @@ class _Finder:
         self.arrived: set[str] = set()
         self.knows_optimizers = False
         self.under_way = 0
+        self._searches: set[tuple[str, int]] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not name.startswith(_WATCHED):
+        # Others may ask all finders too, and so come back to this one.
+        search = name, get_ident()
+        if not name.startswith(_WATCHED) or search in self._searches:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
+        self._searches.add(search)
+        try:
+            others = (finder for finder in sys.meta_path if finder is not self)
+            # As Python does, without those of old packages that lack it.
+            finds = filter(None, (getattr(finder, "find_spec", None) for finder in others))
+            specs = (find(name, path, target) for find in finds)
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self._searches.remove(search)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
+            spec.loader = _Loader(spec.loader)
         return spec
 
     def hear(self, name: str) -> None:
@@ -97,7 +107,8 @@ _finder = _Finder()
 
 def start() -> None:
     """Wait for Megatron's modules; those that are there already are told now."""
-    sys.meta_path.insert(0, _finder)
+    if _finder not in sys.meta_path:  # the package may be loaded again
+        sys.meta_path.insert(0, _finder)
     if _is_complete(_OPTIMIZERS):
         _finder.hear(_OPTIMIZERS)
 

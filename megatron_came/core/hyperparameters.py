@@ -291,7 +291,8 @@ def at_step(group: Mapping[str, Any]) -> GroupSettings:
     for key in ("lr", "weight_decay"):
         if not isinstance(group[key], torch.Tensor):  # it may lie on a device that is busy
             check_number(key, group[key], 0.0)
-    hyper, step = Hyperparameters.from_group(group), group.get("step", 0)
+    # Files may hold the step as a tensor, of which powers would be fp32.
+    hyper, step = Hyperparameters.from_group(group), int(group.get("step", 0))
     lr, weight_decay = group["lr"], float(group["weight_decay"])
     weight = hyper.momentum_weight(step + 1)
     if weight != 1.0:

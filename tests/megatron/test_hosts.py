@@ -84,3 +84,34 @@ def test_a_megatron_that_is_not_known_is_left_alone(tmp_path):
     result = run_python("-c", code, PYTHONPATH=f"{tmp_path}:{sys.path[0]}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("does not know Megatron 9.0.0") == 1
+
+
+def test_finders_of_others_are_lived_with():
+    """One that asks all others as ours does, one of an old package, and ours a second time."""
+    code = """
+import importlib, sys
+import megatron_came
+
+class Asking:
+    def find_spec(self, name, path=None, target=None):
+        others = [each.find_spec for each in sys.meta_path if each is not self]
+        found = (find(name, path, target) for find in others)
+        return next(filter(None, found), None) if name.startswith("megatron") else None
+
+class Old:
+    find_module = None
+
+importlib.reload(megatron_came)
+ours = [each for each in sys.meta_path if "waiting" in type(each).__module__]
+assert len(ours) == 1
+sys.meta_path.insert(0, Asking())
+import megatron_came.rules
+del sys.meta_path[0]
+sys.meta_path.append(Old())
+try:
+    import megatron_came.lacking
+except ModuleNotFoundError:
+    pass
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr

@@ -186,3 +186,37 @@ def test_every_dtype_goes_through_a_file(momentum, tmp_path):
         other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
         assert {s["exp_avg"].dtype for s in other.state.values()} == {wanted}
         step(other)
+
+
+@pytest.mark.parametrize("momentum", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_momentum_that_is_not_contiguous_is_loaded(momentum):
+    """The authors' class lays it out like the first gradient, which may be transposed."""
+    param = torch.nn.Parameter(torch.zeros(4, 3))
+    authors = came_pytorch.CAME([param], lr=1e-3)
+    param.grad = torch.randn(3, 4).t()
+    authors.step()
+    saved = authors.state_dict()
+    assert not saved["state"][0]["exp_avg"].is_contiguous()
+    loaded = []
+    for momentum_in_order in (False, True):
+        if momentum_in_order:
+            saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].contiguous()
+        optimizer = CAME([param], momentum_dtype=momentum)
+        optimizer.load_state_dict(saved)
+        loaded.append(optimizer.state_dict()["state"][0]["exp_avg"])
+    assert loaded[0].any()
+    assert torch.equal(*loaded)
+
+
+def test_a_step_that_is_a_tensor_counts_as_a_number():
+    """Bias correction takes powers of it."""
+    results = []
+    for kind in (int, torch.tensor):
+        params = parameters()
+        optimizer = step(CAME(params, lr=1e-2, bias_correction=True))
+        saved = snapshot(optimizer)
+        saved["param_groups"][0]["step"] = kind(1000)
+        optimizer.load_state_dict(saved)
+        step(optimizer)
+        results.append(torch.cat([param.detach().flatten() for param in params]))
+    assert torch.equal(*results)
