@@ -19,7 +19,7 @@ from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, read_lay
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model_optim_rng.pt"
-_COMMON, _SUMMARY = "common.pt", "metadata.json"
+_SUMMARY = "metadata.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Checkpoint:
         folder: where it lies.
         common: what is no tensor: arguments, iteration, the optimizer's settings.
         tensors: in the order of their names.
-        objects: where things other than tensors lie, by name; of format torch_dist alone.
+        objects: where things other than tensors lie, by name; of format torch, its files.
         optimizers: what files of the distributed optimizer hold; of format torch alone.
     """
 
@@ -172,6 +172,8 @@ def opened(folder: Folder) -> Iterator[Checkpoint]:
             of_optimizer = path.name == legacy.OPTIMIZER_FILE
             if not isinstance(state, dict | list if of_optimizer else dict):
                 raise CheckpointError(_no_dictionary(path, state, "a dictionary"))
+            item = Item(path)
+            checkpoint.objects[item.name] = item
             checkpoint.tensors += legacy.tensors_of(path, archive, state)
             if of_optimizer:
                 checkpoint.optimizers.append(state)
@@ -206,20 +208,15 @@ def _legacy_files(folder: Path) -> list[Path]:
 
 
 def _common(folder: Path, layout: Layout) -> dict[Any, Any]:
-    """What is no tensor: in a file of its own before megatron-core 0.19, then among objects."""
-    item = Item(folder / _COMMON)
-    if item.file.exists():
-        state = item.load()
-    else:
-        named = [name for name in layout.objects if name.startswith("common_state/")]
-        if not named:
-            raise CheckpointError(
-                f"{folder} holds no common state, neither {_COMMON} nor common_state in "
-                f"{METADATA}: take it from a copy, or another iteration's folder."
-            )
-        item = layout.objects[named[0]]
-        state = item.load()
-        state = state[0] if isinstance(state, list) and state else state
+    """What is no tensor."""
+    item = layout.common
+    if item is None:
+        raise CheckpointError(
+            f"{folder} holds no common state, neither common.pt nor common_state in "
+            f"{METADATA}: take it from a copy, or another iteration's folder."
+        )
+    state = item.load()
+    state = state[0] if isinstance(state, list) and state else state
     if not isinstance(state, dict):
         what = "the common state, a dictionary,"
         raise CheckpointError(_no_dictionary(item.file, state, what))

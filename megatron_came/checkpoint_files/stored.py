@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.checkpoint_files.archives import Archive
+from megatron_came.checkpoint_files.archives import PICKLE, Archive
 from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.tensors import StoredTensor
 
@@ -47,6 +47,11 @@ class Item:
         """Read an object that is no tensor."""
         with self.open() as archive:
             return archive.load()
+
+    def is_wrong(self, *, whole: bool = False) -> bool:
+        """Whether its pickle, or all of it, has another checksum than was written with it."""
+        with self.open() as archive:
+            return any(map(archive.is_wrong, archive.members if whole else (PICKLE,)))
 
 
 @dataclass(frozen=True, slots=True)

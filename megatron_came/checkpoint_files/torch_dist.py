@@ -17,7 +17,7 @@ from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item,
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
 from megatron_came.core.state import FACTORS
 
-METADATA = ".metadata"
+METADATA, _COMMON = ".metadata", "common.pt"
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", re.DOTALL)
 _BUCKET = re.compile(r"(.*\.bucket_idx_\d+)\.(param|exp_avg)", re.DOTALL)
 _KINDS = {"param": MAIN_WEIGHTS, "fp32_param": MAIN_WEIGHTS, "exp_avg": MOMENTUM}
@@ -35,6 +35,12 @@ class Layout:
 
     tensors: dict[str, CheckpointTensor]
     objects: dict[str, Item]
+
+    @property
+    def common(self) -> Item | None:
+        """The common state: in a file of its own before megatron-core 0.19."""
+        names = (name for name in self.objects if name.startswith((_COMMON, "common_state/")))
+        return self.objects.get(next(names, ""))
 
 
 def read_layout(folder: Path) -> Layout:
@@ -67,6 +73,8 @@ def _layout(folder: Path, metadata: Any) -> Layout:
         key = (str(index.get("fqn")), None if offset is None else _numbers(offset))
         items[key] = Item(_inside(folder, info.get("relative_path")), *bounds)
     tensors, objects = {}, {}
+    if (folder / _COMMON).exists():
+        objects[_COMMON] = Item(folder / _COMMON)
     for name, entry in metadata.get("state_dict_metadata", {}).items():
         if not isinstance(name, str):
             raise ValueError("a name in it is no string")

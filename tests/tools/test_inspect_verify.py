@@ -139,6 +139,23 @@ def test_a_flipped_bit_in_the_file_is_seen_without_digests(tmp_path, capsys):
     assert f"{name} in __0_0.distcp, __1_0.distcp has bytes that" in verify(tmp_path, capsys, 1)
 
 
+@pytest.mark.parametrize("place", ["common_state", "common.pt", "model_optim_rng.pt"])
+def test_a_flipped_bit_beside_tensors(tmp_path, capsys, place):
+    if place == "model_optim_rng.pt":
+        file = write_legacy(tmp_path) / place
+    else:
+        file = write_distributed(tmp_path) / "__0_0.distcp"
+    if place == "common.pt":
+        file = file.with_name(place)
+        file.write_bytes(saved(common()))
+    verify(tmp_path, capsys, 0)
+    data = bytearray(file.read_bytes())
+    data[data.index(b"checkpoint_version")] ^= 1
+    file.write_bytes(data)
+    name = "common_state/shard_0_1 in __0_0.distcp" if place == "common_state" else place
+    assert f"{name} has bytes that its checksum does not fit" in verify(tmp_path, capsys, 1)
+
+
 def test_a_file_of_another_iteration(tmp_path, capsys):
     folder = write(tmp_path / "a")
     other = {name: tensor * 2 for name, tensor in tensors().items()}

@@ -89,6 +89,30 @@ def common(folder: Path, change: Callable[[dict], None]) -> None:
     distributed(folder, lambda name: name.startswith("common_state/"), changed)
 
 
+def in_pickle(file: Path, word: bytes = b"consumed_train_samples") -> str:
+    """Flip a bit of a word in a file, as a disk does: what has checksums keeps them."""
+    content = bytearray(file.read_bytes())
+    content[content.index(word)] ^= 1
+    file.write_bytes(content)
+    return file.name
+
+
+def in_common(folder: Path) -> str:
+    """Flip a bit of the common state's pickle, in format ``torch_dist``."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    places = {index.fqn: info.relative_path for index, info in metadata.storage_data.items()}
+    return in_pickle(folder / next(places[n] for n in places if n.startswith("common_state/")))
+
+
+def swapped(folder: Path) -> str:
+    """Swap two files of format ``torch_dist``."""
+    one, other = folder / "__0_0.distcp", folder / "__1_0.distcp"
+    content = one.read_bytes()
+    shutil.copy(other, one)
+    other.write_bytes(content)
+    return one.name
+
+
 def forget_digests(state: dict) -> None:
     """As if an earlier version had saved it."""
     del state[KEY]

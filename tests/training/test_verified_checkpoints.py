@@ -163,6 +163,14 @@ def _of_another_iteration(file):
     return apply, "is not what was saved|cannot be read"
 
 
+def _of_disk(damage_folder, said):
+    return lambda iteration, saved: damage_folder(iteration), said
+
+
+def _no_metadata(iteration):
+    return (iteration / ".metadata").write_bytes(b"\x80\x04].")
+
+
 def _in_old(which, change, said):
     """Without digests, as an earlier version would have saved it."""
 
@@ -181,6 +189,11 @@ for _kind in DISTRIBUTED:
     for _name, _how in IN_COMMON.items():
         DAMAGES[f"{_kind}-{_name}"] = _in_common(*_how)
     DAMAGES[f"{_kind}-other-iteration"] = _of_another_iteration("__1_0.distcp")
+    DAMAGES[f"{_kind}-common-bit"] = _of_disk(damage.in_common, "beside tensors .* its checksum")
+    DAMAGES[f"{_kind}-swapped-files"] = _of_disk(
+        damage.swapped, r"__._0.distcp (holds something|has \d+ bytes|cannot be read)"
+    )
+    DAMAGES[f"{_kind}-no-metadata"] = _of_disk(_no_metadata, ".metadata cannot be read")
     DAMAGES[f"{_kind}-shorter"] = _in_tensors(
         _key(UNLAYERED),
         lambda values: values[:-2].clone(),
@@ -194,6 +207,14 @@ for _kind in DISTRIBUTED:
         DAMAGES[f"{_kind}-old-{_name}"] = _in_old(*_how)
 for _name, _how in IN_LEGACY.items():
     DAMAGES[f"legacy-{_name}"] = _in_file(*_how)
+DAMAGES["legacy-common-bit"] = _of_disk(
+    lambda iteration: damage.in_pickle(iteration / "mp_rank_00" / MODEL),
+    "model_optim_rng.pt holds beside tensors does not fit its checksum",
+)
+DAMAGES["legacy-optimizer-bit"] = _of_disk(
+    lambda iteration: damage.in_pickle(iteration / "mp_rank_00" / OPTIMIZER, b"exp_avg_res_row"),
+    "distrib_optim.pt holds beside tensors does not fit its checksum",
+)
 DAMAGES["legacy-other-iteration"] = _of_another_iteration(f"mp_rank_00/{OPTIMIZER}")
 for _name, _how in IN_LEGACY_WHOLE.items():
     DAMAGES[f"legacywhole-{_name}"] = _in_file(*_how)
@@ -205,6 +226,9 @@ QUICK_DAMAGES = [
     "full-iteration-gone",
     "full-other-iteration",
     "full-shorter",
+    "full-common-bit",
+    "full-swapped-files",
+    "full-no-metadata",
     "full-old-negative",
     "dp-weights-bit",
     "dp-record-bit",
@@ -215,6 +239,7 @@ QUICK_DAMAGES = [
     "async-momentum-bit",
     "legacy-weights-bit",
     "legacy-factor-integer",
+    "legacy-common-bit",
     "legacywhole-factor-half",
 ]
 

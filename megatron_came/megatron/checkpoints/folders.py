@@ -1,17 +1,19 @@
 """Folders of checkpoints that a run cannot resume from, found before Megatron opens a file.
 
 Megatron takes a tracker file that it cannot read for the end of the run, with exit status 0, and a
-missing one for a first start. Here only names and sizes of files are looked at.
+missing one for a first start. Here names and sizes of files are looked at, and pickles as data.
 """
 
 from __future__ import annotations
 
 import functools
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.folder import (
     TRACKER,
     complete,
@@ -19,8 +21,9 @@ from megatron_came.checkpoint_files.folder import (
     ends_as_pickle,
     says_distributed,
 )
-from megatron_came.checkpoint_files.stored import CheckpointTensor
-from megatron_came.checkpoint_files.torch_dist import METADATA, read_layout
+from megatron_came.checkpoint_files.legacy import OPTIMIZER_FILE
+from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
+from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, read_layout
 from megatron_came.megatron.sharding import chain_of
 
 _REMOVE = "or remove the folder's contents to start from scratch"
@@ -72,7 +75,7 @@ def _problem(folder: Path, step: int | None) -> str | None:
         )
     if named == "release":
         return _iteration_problem(folder, "release", f"its {TRACKER}")
-    if named.isascii() and named.isdigit():
+    if named.isascii() and named.isdigit() and len(named) < 20:
         return _iteration_problem(folder, f"iter_{int(named):07d}", f"its {TRACKER}")
     shown = f"holds {named[:40]!r}" if named else "is empty"
     return (
@@ -101,16 +104,67 @@ def _iteration_problem(folder: Path, name: str, named_by: str) -> str | None:
 
 
 @functools.lru_cache(1)
-def tensors_in(folder: str) -> list[CheckpointTensor]:
-    """Return what a distributed checkpoint says of its tensors; nothing, of files of one rank each.
+def layout_of(folder: str) -> Layout:
+    """Return what a distributed checkpoint says of itself; nothing, of files of one rank each.
 
-    Its metadata, which may be large, are kept until the load ends.
+    It may be large, and is kept until the load ends.
 
     Raises:
         CheckpointError: it cannot be read, or names what Megatron does not write.
     """
     path = Path(folder)
-    return list(read_layout(path).tensors.values()) if path.is_dir() else []
+    return read_layout(path) if path.is_dir() else Layout({}, {})
+
+
+def tensors_in(folder: str) -> list[CheckpointTensor]:
+    """Return what a distributed checkpoint says of its tensors; see above."""
+    return list(layout_of(folder).tensors.values())
+
+
+def misread(load_dir: Any, args: Any, *, opening: bool = False) -> str | None:
+    """Say in one sentence what this rank cannot read of a checkpoint, or None.
+
+    Args:
+        load_dir: what ``--load`` names.
+        args: Megatron's arguments of this run.
+        opening: whether to open what it holds, and not its metadata alone; elements of tensors are
+            not read.
+    """
+    if load_dir is None or args.non_persistent_ckpt_type is not None:
+        return None
+    try:
+        folder = name_of(load_dir, args, return_base_dir=True)
+        is_distributed = says_distributed(Path(folder))
+        files = [] if is_distributed or not opening else _own_files(name_of(load_dir, args))
+    except (OSError, TypeError, ValueError):  # nothing to resume from
+        return None
+    try:
+        layout = layout_of(folder) if is_distributed else Layout({}, {})
+        for item in (*layout.objects.values(), *files) if opening else ():
+            item.load()
+        for tensor in layout.tensors.values() if opening else ():
+            for chunk in tensor.chunks:
+                with tensor.opened(chunk):
+                    pass
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
+
+
+def rewritten(file: str, *, is_legacy: bool) -> str | None:
+    """Name the file whose pickle has another checksum than was written; PyTorch does not look.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    items = _own_files(file) if is_legacy else [layout_of(file).common]
+    return next((item.name for item in items if item is not None and item.is_wrong()), None)
+
+
+def _own_files(model: str) -> list[Item]:
+    """What a rank has of a ``torch`` checkpoint, without files of times before checksums."""
+    beside = Path(model).with_name(OPTIMIZER_FILE)
+    return [Item(file) for file in (Path(model), beside) if zipfile.is_zipfile(file)]
 
 
 def missing_files(load_dir: Any, args: Any) -> str | None:

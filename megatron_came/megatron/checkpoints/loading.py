@@ -27,7 +27,7 @@ from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
-from megatron_came.voice import end_if, of_all_ranks, say_once, stop
+from megatron_came.voice import end_if, of_all_ranks, rank, say_once, stop
 
 
 @dataclass
@@ -53,6 +53,9 @@ class Load:
     is_finished: bool = False
 
 
+# What gloo says of a rank that has ended.
+_LOST = "Connection closed by peer"
+
 # The load under way, if it is to fill an optimizer: a checkpoint's weights alone suit anyone.
 _current: ContextVar[Load | None] = ContextVar("load", default=None)
 
@@ -67,8 +70,12 @@ def with_sentences(original: Function) -> Function:
             with verified(ddp_model, optimizer, get_args()):
                 load = original if optimizer is None else checked
                 return load(ddp_model, optimizer, *args, **kwargs)
+        except RuntimeError as error:
+            if get_args().optimizer != "came" or _LOST not in str(error):
+                raise
+            stop("another rank ended while the checkpoint was loaded, and says why.", error)
         finally:
-            folders.tensors_in.cache_clear()
+            folders.layout_of.cache_clear()
 
     def checked(
         ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
@@ -91,9 +98,10 @@ def with_sentences(original: Function) -> Function:
                 f"from another one with --ckpt-step ITERATION, or {AFRESH}."
             )
         except Exception as error:
-            if run.optimizer != "came":
+            if run.optimizer != "came" or _LOST in str(error):
                 raise
-            stop(_unreadable(load.folder or run.load, error), error)
+            folder = load.folder or run.load
+            stop(folders.misread(folder, run, opening=True) or _unreadable(folder, error), error)
         finally:
             _current.reset(tokens[0])
             own_rates.reset(tokens[1])
@@ -133,7 +141,10 @@ def with_checks(original: Function) -> Function:
             return result
         if load is None and dist.is_initialized():
             return original(load_dir, args, *rest, **kwargs)
-        end_if(folders.folder_problem(load_dir, args) or folders.missing_files(load_dir, args))
+        problem = folders.folder_problem(load_dir, args) or folders.missing_files(load_dir, args)
+        if problem is None and rank() == 0:  # before Megatron runs what stands in it
+            problem = folders.misread(load_dir, args)
+        end_if(problem)
         load = load or Load([], None, None)
         load.folder = load_dir
         sharded_state = kwargs.get("sharded_state_dict")
@@ -145,7 +156,8 @@ def with_checks(original: Function) -> Function:
             if end.code or (args.exit_on_missing_checkpoint and nothing_there):
                 load.is_finished = True
                 raise
-            stop(_unreadable(load_dir, OSError("Megatron could not load its file")))
+            problem = folders.misread(load_dir, args, opening=True)
+            stop(problem or _unreadable(load_dir, OSError("Megatron could not load its file")))
         except (Exception, CheckpointException) as error:
             stop(_reason(load, error, args, asked), error)
         if _current.get() is not None and result[0] is not None:
@@ -313,15 +325,16 @@ def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | 
         errors += [failure[0] for failure in error.failures.values()]
     if load.other_buckets and any("bucket_idx" in str(each) for each in errors):
         return load.other_buckets
-    misfit = None
+    problem = None
     if asked is not None:
         try:
             folder = folders.name_of(load.folder, args, return_base_dir=True)
             saved = {each.name: each.shape for each in folders.tensors_in(folder)}
-            misfit = tensors.misfit(asked, saved, load.differing)
+            problem = tensors.misfit(asked, saved, load.differing)
         except (CheckpointError, OSError, TypeError, ValueError):
             pass  # that it is unreadable is said below
-    return misfit or _unreadable(load.folder, error)
+    problem = problem or folders.misread(load.folder, args, opening=True)
+    return problem or _unreadable(load.folder, error)
 
 
 def _unreadable(load_dir: Any, error: BaseException) -> str:

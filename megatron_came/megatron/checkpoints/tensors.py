@@ -109,8 +109,16 @@ def of_distributed(
         resumes: whether everything is to be taken.
     """
     left, untrained = left_over(asked, saved)
-    notices = []
-    problem = _leftover_refusal(left, differing) if resumes else None
+    if not asked.shapes:
+        return Verdict(
+            "the checkpoint is of --ckpt-format torch_dist, and this run, of another, asks it for "
+            "nothing: give --ckpt-format torch_dist.",
+            [],
+        )
+    missing = [name for name in asked.shapes if name not in saved]  # as some --dist-ckpt-strictness
+    notices = [] if resumes else _new(missing)
+    problem = misfit(asked, saved, differing) if missing and resumes else None
+    problem = problem or (_leftover_refusal(left, differing) if resumes else None)
     if rows := _rows(asked, saved):
         sentence, is_refused = _vocabulary(*rows, getattr(runs[0], "vocab_size", None))
         problem = problem or (sentence if is_refused else None)
@@ -145,10 +153,7 @@ def of_legacy(
     if resumes:
         problem = misfit(Asked(mine, set()), its, differing) or _leftover_refusal(left, differing)
         return Verdict(problem, [])
-    notices = _left_out(left)
-    if missing := [name for name in mine if name not in its]:
-        notices.append(f"the model has {_named(missing)}, which the checkpoint lacks: new.")
-    return Verdict(None, notices)
+    return Verdict(None, _left_out(left) + _new([name for name in mine if name not in its]))
 
 
 def left_over(asked: Asked, saved: Shapes) -> tuple[list[str], list[str]]:
@@ -199,6 +204,12 @@ def _left_out(names: list[str]) -> list[str]:
     if not names:
         return []
     return [f"the checkpoint holds {_named(names)}, which the model lacks: left out."]
+
+
+def _new(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"the model has {_named(names)}, which the checkpoint lacks: new."]
 
 
 def _rows(asked: Asked, saved: Shapes) -> tuple[int, int] | None:

@@ -46,12 +46,15 @@ def verify(checkpoint: Checkpoint) -> Verdict:
     record = _record(checkpoint, verdict)
     for sentence in _contradictions(checkpoint, record):
         verdict.add(None, sentence)
+    is_distributed = checkpoint.folder.is_distributed
     for name, item in checkpoint.objects.items():
         try:
             item.load()
+            if item.is_wrong(whole=is_distributed):
+                where = "" if name == item.name else f" in {item.name}"
+                verdict.add(None, f"{name}{where} has bytes that its checksum does not fit")
         except CheckpointError as error:
             verdict.add(None, f"{name}: {error}")
-    is_distributed = checkpoint.folder.is_distributed
     proofs = Proofs(record, checkpoint.tensors) if record and is_distributed else None
     is_readable = _read_tensors(checkpoint, proofs, verdict)
     if proofs is not None:

@@ -25,7 +25,7 @@ from megatron_came.core.digests import (
 )
 from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints.digests.sums import KINDS, Totals
-from megatron_came.megatron.checkpoints.folders import tensors_in
+from megatron_came.megatron.checkpoints.folders import rewritten, tensors_in
 
 # Kind and name of a tensor in a record.
 Named = tuple[str, str]
@@ -65,7 +65,7 @@ class Source:
         if state.get(KEY) is not None:
             try:
                 record = unpack(state[KEY])
-                identity = hashlib.sha256(state[KEY].encode()).hexdigest()
+                identity = hashlib.sha256(repr(state[KEY]).encode()).hexdigest()
             except RecordError as found:
                 error = str(found)
         args = state.get("args")
@@ -115,9 +115,11 @@ class Source:
         if what is None and self.record is not None and self.record.optimizer != self.optimizer:
             digests = f"its digests {self.record.optimizer}"
             what = f"its arguments say --optimizer {self.optimizer}, {digests}"
-        if what is None and reads_metadata and not self.is_legacy:
+        if what is None and (reads_metadata or self.is_legacy):
             try:
-                what = self._metadata(with_optimizer)
+                what = None if finetune else self._rewritten()
+                if what is None and not self.is_legacy:
+                    what = self._metadata(with_optimizer)
             except (CheckpointError, OSError) as error:  # of one rank: all are to hear of it
                 return str(error)
         return what and self.damaged(what)
@@ -132,6 +134,10 @@ class Source:
         if named and not finetune and int(named[-1]) != self.iteration:
             return f"the folder's iteration is {int(named[-1])}, its content's {self.iteration!r}"
         return None
+
+    def _rewritten(self) -> str | None:
+        file = rewritten(self.file, is_legacy=self.is_legacy)
+        return file and f"what {file} holds beside tensors does not fit its checksum"
 
     def _metadata(self, with_optimizer: bool) -> str | None:
         """Say which tensor has another shape or dtype than it should."""
