@@ -55,7 +55,7 @@ def test_few_ranks_are_all_named():
         ("local_rank", 1, False),
         ("num_workers", 2, False),
         ("tensorboard_dir", None, False),
-        ("timers", object(), False),
+        ("timers", object, False),
     ],
     ids=str,
 )
