@@ -25,9 +25,12 @@ venv:  ## build .venv (PYTHON=path, TORCH=newest or a version)
 quickstart: venv  ## train a small GPT-2 with CAME and AdamW (TEXT="files", RANKS=2, PORT=, ITERATIONS=)
 	@text=$(call quoted,TEXT); $(BIN)/python -m megatron_came.quickstart $(OPTIONS)
 
-test: venv  ## run the tests
-	@# The tests start several processes of their own.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# The tests start several processes of their own, so two files at a time are enough.
+QUICK = not matrix and not interpreted
+
+test: venv  ## run the tests: two files at a time, then those that measure time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK) and not alone"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(QUICK) and alone"
 
 test-all: venv  ## run the full matrix of layouts and checkpoints as well
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not interpreted"

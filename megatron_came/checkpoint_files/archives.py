@@ -38,7 +38,7 @@ def open_regular(path: Path) -> BinaryIO:
         return path.open("rb")
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path} is gone: take the file from a copy, or another iteration's folder."
+            f"{path} is gone: take the file from a copy, or another iteration (--ckpt-step)."
         ) from error
     except OSError as error:
         raise CheckpointError(
@@ -73,7 +73,7 @@ class Archive:
         if not 0 <= start <= end <= size:
             raise CheckpointError(
                 f"{self.name} has {size} bytes where at least {end} were written: it is truncated; "
-                "take the file from a copy, or another iteration's folder."
+                "take the file from a copy, or another iteration (--ckpt-step)."
             )
         self._bytes = _Window(self._file, start, end - start)
         if self._bytes.read(len(OLD_MAGIC) + 2)[2:] == OLD_MAGIC:

@@ -14,7 +14,7 @@ def cannot_be_read(path: object, reason: object) -> CheckpointError:
     said = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
     return CheckpointError(
         f"{path} cannot be read ({said}): it is truncated, damaged or not a checkpoint's; take the "
-        "file from a copy, or another iteration's folder."
+        "file from a copy, or another iteration (--ckpt-step)."
     )
 
 

@@ -62,7 +62,7 @@ def find(path: Path) -> Folder:
     if any(path.glob("*.distcp")) or (path / _SUMMARY).exists():
         raise CheckpointError(
             f"{path / METADATA} is gone, without which nobody knows what the other files hold: "
-            "take it from a copy, or another iteration's folder."
+            "take it from a copy, or another iteration (--ckpt-step)."
         )
     raise CheckpointError(
         f"{path} holds no checkpoint of Megatron: neither {METADATA} (torch_dist) nor mp_rank_* "
@@ -185,7 +185,7 @@ def opened(folder: Folder) -> Iterator[Checkpoint]:
 def _no_dictionary(path: Path, state: Any, what: str) -> str:
     return (
         f"{path} holds a {type(state).__name__} where {what} should be: take the file from a copy, "
-        "or another iteration's folder."
+        "or another iteration (--ckpt-step)."
     )
 
 
@@ -213,7 +213,7 @@ def _common(folder: Path, layout: Layout) -> dict[Any, Any]:
     if item is None:
         raise CheckpointError(
             f"{folder} holds no common state, neither common.pt nor common_state in "
-            f"{METADATA}: take it from a copy, or another iteration's folder."
+            f"{METADATA}: take it from a copy, or another iteration (--ckpt-step)."
         )
     state = item.load()
     state = state[0] if isinstance(state, list) and state else state

@@ -144,13 +144,14 @@ class CheckpointTensor:
                 raise CheckpointError(
                     f"{chunk.item.file} holds something else than {self.name} of shape "
                     f"{chunk.sizes} at byte {chunk.item.start}, so it belongs to another "
-                    "checkpoint or is damaged: take the file from a copy, or another iteration's "
-                    "folder."
+                    "checkpoint or is damaged: take the file from a copy, or another iteration "
+                    "(--ckpt-step)."
                 )
             if found.dtype != self.dtype:
                 raise CheckpointError(
                     f"{chunk.item.file} holds {self.name} in {found.dtype} where .metadata says "
-                    f"{self.dtype}: take the checkpoint from a copy, or another iteration's folder."
+                    f"{self.dtype}: take the checkpoint from a copy, or another iteration "
+                    "(--ckpt-step)."
                 )
             yield archive, found
 

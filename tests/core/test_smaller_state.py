@@ -13,7 +13,13 @@ from megatron_came.core import int8, remainders
 from megatron_came.core.rounding import random_bits
 from megatron_came.core.saved import saved_momentum
 from megatron_came.core.shard import boxes
-from tests.support.oracle import COMPILED, DEVICES, INTERPRETED, ON_REAL_DEVICES
+from tests.support.oracle import (
+    COMPILED,
+    DEVICES,
+    INTERPRETED,
+    ON_REAL_DEVICES,
+    with_all_kernels,
+)
 
 # Even numbers can be halved; of rows of 1100 pass 2 takes several at once; blocks of int8 momentum
 # are halves of rows of 512.
@@ -190,7 +196,7 @@ def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatc
             assert torch.equal(ours["exp_avg_scale"], plain["exp_avg_scale"])
 
 
-@on_all
+@with_all_kernels
 @pytest.mark.parametrize(("momentum", "bound"), [(torch.bfloat16, 0.01), (torch.int8, 0.02)])
 def test_updates_stay_near_those_of_the_authors(momentum, bound, kernels):
     params = parameters(kernels)
@@ -279,7 +285,7 @@ def momentum_in_fp32(state):
     return state["exp_avg"].float()
 
 
-@on_all
+@with_all_kernels
 @pytest.mark.parametrize("momentum", [torch.float32, *SMALL], ids=str)
 def test_a_resumed_run_is_bit_identical(kernels, momentum):
     settings = {"lr": 1e-2, "kernels": kernels, "momentum_dtype": momentum, "remainders": True}

@@ -222,6 +222,7 @@ class TestInterruptions:
             ended.set()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
+    @pytest.mark.alone
     @pytest.mark.parametrize(
         "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.matrix)]
     )

@@ -64,6 +64,7 @@ def test_a_parameter_costs_no_call_but_the_look_at_its_gradient(monkeypatch):
     assert calls[1] - calls[0] <= 220 - 20
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("count", [292, 2019])
 def test_python_takes_less_than_it_does_in_fused_adamw(count, monkeypatch):
     """Launches are stubbed in both; 292 parameters are GPT-2 Medium's."""

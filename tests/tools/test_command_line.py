@@ -231,6 +231,7 @@ def is_there(group):
     return True
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("name", "seconds"),
     [
