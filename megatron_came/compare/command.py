@@ -119,8 +119,8 @@ def _preset(options: argparse.Namespace) -> Preset:
     preset = replace(PRESETS[options.preset], **changes)
     for name in ("seeds", "iterations", "batches", "rates"):
         value = getattr(preset, name)
-        for each in value if isinstance(value, tuple) else (value or 1,):
-            if not 0 < each < math.inf:
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not 0 < each < math.inf:
                 raise CompareError(f"--{name} {each} is not allowed: give what is above 0.")
     if preset.gpu and not torch.cuda.is_available():
         raise CompareError(

@@ -50,13 +50,13 @@ _BETAS = (0.9, 0.99, 0.999, 0.9999)
 
 PRESETS = {
     "nano": Preset(
-        "a GPT of 0.12 M weights on bytes, ten optimizers; a quarter of an hour",
+        "a GPT of 0.12 M weights on bytes, ten optimizers",
         "gpt",
         ("adamw", "came", *_VARIANTS, "adafactor", "lion", "muon", "sgd"),
         iterations=200,
     ),
     "nano-full": Preset(
-        "the same, longer, with batches of 4, 16 and 64; an hour or two",
+        "the same, longer, with batches of 4, 16 and 64: hours",
         "gpt",
         ("adamw", "came", "came+bias-correction", _NO_CONFIDENCE, "adafactor"),
         batches=(4, 16, 64),
@@ -90,7 +90,7 @@ PRESETS = {
         iterations=200,
     ),
     "adafactor": Preset(
-        "CAME, Adafactor with momentum and Adafactor on a GPT of twice the width",
+        "CAME, Adafactor with momentum and without, on a wider GPT",
         "gpt",
         ("came", _NO_CONFIDENCE, "adafactor"),
         iterations=150,
