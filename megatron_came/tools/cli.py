@@ -11,12 +11,14 @@ from megatron_came._version import __version__
 # Each command's module, which has a main(arguments), what it takes, and what it does.
 _COMMANDS = {
     "bench": ("bench.command", "", "time a step of CAME beside other optimizers"),
+    "compare": ("compare.command", "PRESET", "train one model with several optimizers"),
     "data": ("data.command", "INPUT ...", "make a dataset for Megatron of text"),
     "flags": ("tools.flags", "", "list the flags of --optimizer came, and variables"),
     "help": ("", "[COMMAND]", "say how to use a command"),
     "inspect": ("tools.inspect", "CHECKPOINT", "list what a checkpoint of Megatron holds"),
     "memory": ("memory.command", "FLAGS...", "predict the memory of every GPU of a launch"),
     "patch": ("tools.patch", "CHECKOUT", "let a checkout's own script know --optimizer came"),
+    "plot": ("tools.plot", "RUN ...", "draw what Megatron wrote for TensorBoard"),
     "repair": ("tools.repair", "FROM TO", "copy a checkpoint, its main weights made anew"),
 }
 # Seconds to clean up after Ctrl-C, for commands that write files; None is as long as it takes.

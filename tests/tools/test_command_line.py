@@ -21,7 +21,7 @@ from megatron_came.megatron.install import REPLACEMENTS as OF_CAME
 from megatron_came.tools import cli, flags
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["bench", "data", "flags", "inspect", "memory", "patch"]
+COMMANDS = ["bench", "compare", "data", "flags", "inspect", "memory", "patch", "plot"]
 FIRST = 'import sys; sys.modules["torch"] = None; sys.argv[0] = "megatron-came"; '
 
 

@@ -1,0 +1,1 @@
+"""``megatron-came compare``: one model, the same weights and data, several optimizers."""

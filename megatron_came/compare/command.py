@@ -1,0 +1,169 @@
+"""``megatron-came compare PRESET``: several optimizers, the same weights and data."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from megatron_came.bench.machine import describe
+from megatron_came.compare import report
+from megatron_came.compare.optimizers import Contender, parse
+from megatron_came.compare.presets import PRESETS, CompareError, Preset
+from megatron_came.compare.runs import Key, Results, train
+from megatron_came.compare.tasks import TASKS
+from megatron_came.data.errors import DataError
+from megatron_came.data.locks import locked
+from megatron_came.terminal.console import show, table
+from megatron_came.terminal.progress import Progress
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit status."""
+    options = _parser().parse_args(argv)
+    folder = options.output or Path("compare") / options.preset
+    try:
+        preset = _preset(options)
+        contenders = _contenders(preset, required=options.optimizers is not None)
+        task = TASKS[preset.task](preset, options.text)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Those left out may differ from call to call: they only say which runs there are.
+        shared = {key: value for key, value in asdict(preset).items() if key not in _MORE_RUNS}
+        device = torch.device("cuda" if preset.gpu else "cpu")
+        with locked(folder / "runs.jsonl"):
+            results = Results(folder, {**shared, "data": task.data, **describe(device)})
+            keys = _keys(preset, contenders)
+            left = [key for key in keys if key not in results.runs]
+            amount = sum(_cost(preset, key) for key in left)
+            by_name = {each.name: each for each in contenders}
+            for each in {key.optimizer: key for key in left}.values():  # compilers run in no run
+                train(task, replace(preset, iterations=2), by_name[each.optimizer], each)
+            with Progress("Training", amount) as progress:
+                for number, key in enumerate(left, start=1):
+                    note = f"  {number}/{len(left)}: {key.optimizer}, {key.rate:g}"
+                    told = _Told(progress, _cost(preset, key) / preset.iterations, note)
+                    results.add(train(task, preset, by_name[key.optimizer], key, told))
+                    told.finish(_cost(preset, key))
+            runs = [results.runs[key] for key in keys]
+            about = f"{preset.task}, {runs[0].weights} weights, {preset.iterations} iterations"
+            report.write(folder, runs, [each.name for each in contenders], about)
+    except (CompareError, DataError) as error:
+        print(f"megatron-came compare: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = (error.strerror or "unknown error").lower()
+        print(
+            f"megatron-came compare: {error.filename or folder} cannot be used ({reason}): name"
+            " another --output.",
+            file=sys.stderr,
+        )
+        return 2
+    rows = report.summary(report.cells(runs), [each.name for each in contenders])
+    show([*table(rows), "", f"Tables, pictures and runs: {folder.resolve()}"])
+    return 0
+
+
+_MORE_RUNS = ("about", "optimizers", "rates", "seeds", "batches")
+
+
+class _Told:
+    """Moves the progress on by an iteration; what a run that diverged leaves, at its end."""
+
+    def __init__(self, progress: Progress, weight: float, note: str) -> None:
+        self._progress, self._weight, self._note, self._done = progress, weight, note, 0.0
+
+    def __call__(self, loss: float) -> None:
+        self._done += self._weight
+        self._progress.advance(self._weight, f"{self._note}, loss {loss:.3f}")
+
+    def finish(self, cost: float) -> None:
+        """Count the whole run as done."""
+        self._progress.advance(cost - self._done, self._note)
+
+
+def _cost(preset: Preset, key: Key) -> float:
+    """What a run takes, in some unit: an iteration is some work whatever its batch."""
+    return preset.iterations * (8 + key.batch)
+
+
+def _keys(preset: Preset, contenders: list[Contender]) -> list[Key]:
+    """All runs; what slows the machine for a while slows every optimizer."""
+    return [
+        Key(each.name, rate, seed, batch)
+        for seed in range(1, preset.seeds + 1)
+        for batch in preset.batches
+        for number in range(max(len(preset.rates or each.rates) for each in contenders))
+        for each in contenders
+        for rate in (preset.rates or each.rates)[number : number + 1]
+    ]
+
+
+def _preset(options: argparse.Namespace) -> Preset:
+    """The preset as the flags change it.
+
+    Raises:
+        CompareError: what is refused before anything is trained.
+    """
+    changes = {name: getattr(options, name) for name in ("optimizers", "rates", "batches")}
+    changes = {name: tuple(value) for name, value in changes.items() if value is not None}
+    changes |= {
+        name: value
+        for name in ("seeds", "iterations")
+        if (value := getattr(options, name)) is not None
+    }
+    preset = replace(PRESETS[options.preset], **changes)
+    for name in ("seeds", "iterations", "batches", "rates"):
+        value = getattr(preset, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not 0 < each < math.inf:
+                raise CompareError(f"--{name} {each} is not allowed: give what is above 0.")
+    if preset.gpu and not torch.cuda.is_available():
+        raise CompareError(
+            f"The preset {options.preset} needs a GPU, and PyTorch sees none here: take nano."
+        )
+    if options.text and preset.task not in ("gpt", "bert"):
+        raise CompareError(f"The preset {options.preset} reads no text: leave out --text.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CompareError("The pictures need matplotlib: pip install matplotlib.")
+    return preset
+
+
+def _contenders(preset: Preset, *, required: bool) -> list[Contender]:
+    found = []
+    for each in map(parse, dict.fromkeys(preset.optimizers)):
+        if each.missing and required:
+            raise CompareError(f"{each.missing}.")
+        if each.missing:
+            print(f"Left out: {each.missing}.")
+        else:
+            found.append(each)
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    presets = "\n".join(f"  {name:<12} {preset.about}" for name, preset in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        prog="megatron-came compare",
+        description="Train one model from the same weights on the same data with several\n"
+        "optimizers, rates and seeds, in plain PyTorch. Runs that are finished are\nnot repeated.",
+        epilog=f"presets:\n{presets}\n\nan optimizer is came, adamw, adafactor, sgd, lion or muon; "
+        "of came also\ncame+OPTION...: no-confidence, cautious, bias-correction, int8, bf16,\n"
+        "beta2=X, beta3=X",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("preset", choices=PRESETS, metavar="PRESET", help="one of those below")
+    add("--output", type=Path, metavar="FOLDER", help="where results go (compare/PRESET)")
+    add("--optimizers", nargs="+", metavar="NAME", help="instead of the preset's")
+    add("--rates", nargs="+", type=float, metavar="X", help="for all optimizers")
+    add("--seeds", type=int, metavar="N", help="how many, from 1 on")
+    add("--batches", nargs="+", type=int, metavar="N", help="samples a step")
+    add("--iterations", type=int, metavar="N", help="steps of a run")
+    add("--text", nargs="+", type=Path, default=[], metavar="PATH", help="text of your own")
+    return parser

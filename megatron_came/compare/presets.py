@@ -1,0 +1,113 @@
+"""What can be compared: one table of experiments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class CompareError(Exception):
+    """Why a comparison cannot go on; the message is one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One experiment. Every optimizer of it starts from the same weights and sees the same data.
+
+    Attributes:
+        about: one line for the help.
+        task: a key of ``tasks.TASKS``.
+        optimizers: as ``optimizers.parse`` takes them; the first one is what others are held to.
+        rates: the same for all; None for those of each optimizer's own.
+        seeds: how many, from 1 on.
+        batches: samples a step.
+        iterations: steps of a run, a tenth of them warm-up.
+        length: bytes of a sequence.
+        width: of the model.
+        layers: of the model.
+        heads: of the model.
+        betas: of CAME; the first two are AdamW's.
+        gpu: whether it needs one.
+    """
+
+    about: str
+    task: str
+    optimizers: tuple[str, ...]
+    rates: tuple[float, ...] | None = None
+    seeds: int = 3
+    batches: tuple[int, ...] = (16,)
+    iterations: int = 300
+    length: int = 64
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    betas: tuple[float, float, float] = (0.9, 0.95, 0.995)
+    gpu: bool = False
+
+
+_NO_CONFIDENCE = "came+no-confidence"  # Adafactor with momentum
+_VARIANTS = (_NO_CONFIDENCE, "came+cautious", "came+bias-correction", "came+int8")
+_BETAS = (0.9, 0.99, 0.999, 0.9999)
+
+PRESETS = {
+    "nano": Preset(
+        "a GPT of 0.12 M weights on bytes, ten optimizers",
+        "gpt",
+        ("adamw", "came", *_VARIANTS, "adafactor", "lion", "muon", "sgd"),
+        iterations=200,
+    ),
+    "nano-full": Preset(
+        "the same, longer, with batches of 4, 16 and 64: hours",
+        "gpt",
+        ("adamw", "came", "came+bias-correction", _NO_CONFIDENCE, "adafactor"),
+        batches=(4, 16, 64),
+        iterations=600,
+    ),
+    "gpt2-medium": Preset(
+        "the layers of GPT-2 Medium on bytes, bf16; needs a GPU",
+        "gpt",
+        ("adamw", "came", "came+int8", "adafactor"),
+        rates=(1e-4, 2e-4, 4e-4),
+        batches=(16,),
+        iterations=2000,
+        length=1024,
+        width=1024,
+        layers=24,
+        heads=16,
+        gpu=True,
+    ),
+    "betas": Preset(
+        "beta2 by beta3 on a regression with noise",
+        "regression",
+        ("adamw", *(f"came+beta2={two}+beta3={three}" for two in _BETAS for three in _BETAS)),
+        rates=(3e-4, 1e-3, 3e-3),
+        batches=(32,),
+        iterations=500,
+    ),
+    "beta3": Preset(
+        "beta3 of 0.99 to 0.9999 on the GPT of nano",
+        "gpt",
+        ("adamw", *(f"came+beta3={three}" for three in (0.99, 0.995, 0.999, 0.9999))),
+        iterations=200,
+    ),
+    "adafactor": Preset(
+        "CAME, Adafactor with momentum and without, on a wider GPT",
+        "gpt",
+        ("came", _NO_CONFIDENCE, "adafactor"),
+        iterations=150,
+        width=128,
+    ),
+    "bert": Preset(
+        "memory and loss against AdamW, on a BERT of 0.4 M weights",
+        "bert",
+        ("adamw", "came", "came+int8"),
+        rates=(1e-3, 3e-3),
+        iterations=200,
+        width=128,
+    ),
+    "image": Preset(
+        "a ViT on the 8 x 8 digits of scikit-learn",
+        "image",
+        ("adamw", "came", "came+bias-correction", _NO_CONFIDENCE, "adafactor", "sgd"),
+        batches=(32,),
+    ),
+}

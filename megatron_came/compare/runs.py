@@ -1,0 +1,205 @@
+"""One run after another, each kept as a line of a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron_came.compare.optimizers import Contender, state_bytes
+from megatron_came.compare.presets import CompareError, Preset
+from megatron_came.compare.tasks import Task
+
+_POINTS = 20  # of a curve
+
+
+class Key(NamedTuple):
+    """What tells a run from the others of a comparison."""
+
+    optimizer: str
+    rate: float
+    seed: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run measured.
+
+    Attributes:
+        optimizer: its name.
+        rate: the highest of the schedule.
+        seed: of weights and batches.
+        batch: samples a step.
+        curve: iteration, seconds of training so far, mean training loss since the point before,
+            and held-out loss.
+        seconds: of training, held-out losses left out.
+        step_seconds: of them, in the optimizer.
+        state_bytes: what the optimizer keeps, measured from its tensors.
+        weights: number of the model's parameters.
+        diverged: whether a loss was not finite, which ended it.
+    """
+
+    optimizer: str
+    rate: float
+    seed: int
+    batch: int
+    curve: list[tuple[int, float, float, float]]
+    seconds: float
+    step_seconds: float
+    state_bytes: int
+    weights: int
+    diverged: bool
+
+    @property
+    def key(self) -> Key:
+        """Which run it is."""
+        return Key(self.optimizer, self.rate, self.seed, self.batch)
+
+    @property
+    def final(self) -> float:
+        """The held-out loss at the end; infinite if it diverged."""
+        return math.inf if self.diverged else self.curve[-1][3]
+
+    @property
+    def best(self) -> float:
+        """The smallest held-out loss."""
+        return min((point[3] for point in self.curve), default=math.inf)
+
+
+class Results:
+    """The finished runs of a folder, a line each, and the settings that all of them share."""
+
+    def __init__(self, folder: Path, settings: dict[str, object]) -> None:
+        self._file, about = folder / "runs.jsonl", folder / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if about.exists() and (found := _read(about)) != settings:
+            every = {**settings, **found}
+            changed = next(key for key in every if settings.get(key) != found.get(key))
+            raise CompareError(
+                f"{folder} holds runs with another {changed} ({found.get(changed)}, not"
+                f" {settings.get(changed)}): name another folder with --output."
+            )
+        about.write_text(json.dumps(settings, indent=1) + "\n")
+        text = self._file.read_text() if self._file.exists() else ""
+        if not text.endswith("\n"):  # it was being written when the process was killed
+            text = text[: text.rfind("\n") + 1]
+            self._file.write_text(text)
+        runs = (Run(**json.loads(line)) for line in text.splitlines())
+        self.runs = {run.key: run for run in runs}
+
+    def add(self, run: Run) -> None:
+        """Keep a run."""
+        self.runs[run.key] = run
+        with self._file.open("a") as file:
+            file.write(json.dumps(asdict(run)) + "\n")
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError:
+        raise CompareError(
+            f"{file} is not what a comparison writes: name another folder with --output."
+        ) from None
+
+
+def train(
+    task: Task,
+    preset: Preset,
+    contender: Contender,
+    key: Key,
+    told: Callable[[float], None] = lambda loss: None,
+) -> Run:
+    """Train once.
+
+    Args:
+        task: model and data.
+        preset: iterations and betas.
+        contender: the optimizer of ``key``.
+        key: which run it is.
+        told: is called with the loss of every iteration.
+    """
+    device = torch.device("cuda" if preset.gpu else "cpu")
+    torch.manual_seed(key.seed)
+    model = task.build().to(device)
+    optimizers = contender.build(model, preset.betas)
+    generator = torch.Generator().manual_seed(key.seed)
+    curve: list[tuple[int, float, float, float]] = []
+    since: list[float] = []
+    clock, stepping = _Clock(device), _Clock(device)
+    every = max(1, preset.iterations // _POINTS)
+    for done in range(preset.iterations):
+        with clock:
+            inputs, targets = (each.to(device) for each in task.draw(key.batch, generator))
+            _set_rate(optimizers, key.rate, done, preset.iterations)
+            loss = _loss(task, model, inputs, targets)
+            model.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            with stepping:
+                for optimizer in optimizers:
+                    optimizer.step()
+            since.append(loss.item())
+        told(since[-1])
+        if not math.isfinite(since[-1]):
+            break
+        if (done + 1) % every == 0 or done + 1 == preset.iterations:
+            with torch.no_grad():
+                held = _loss(task, model, *(each.to(device) for each in task.held_out)).item()
+            mean = sum(since) / len(since)
+            curve.append((done + 1, round(clock.seconds, 4), round(mean, 5), round(held, 5)))
+            since = []
+            if not math.isfinite(held):
+                break
+    return Run(
+        *key,
+        curve=[point for point in curve if math.isfinite(point[3])],
+        seconds=round(clock.seconds, 4),
+        step_seconds=round(stepping.seconds, 4),
+        state_bytes=state_bytes(optimizers),
+        weights=sum(param.numel() for param in model.parameters()),
+        diverged=bool(since) or not math.isfinite(curve[-1][3]),
+    )
+
+
+def _loss(task: Task, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    cuda = inputs.device.type == "cuda"
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=cuda):
+        return task.loss(model(inputs), targets)
+
+
+def _set_rate(
+    optimizers: Sequence[torch.optim.Optimizer], rate: float, done: int, iterations: int
+) -> None:
+    """Warm up over a tenth of the run, then go down along a cosine to a tenth of the rate."""
+    warm = min((done + 1) / max(iterations // 10, 1), 1.0)
+    decay = 0.55 + 0.45 * math.cos(math.pi * done / iterations)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warm * decay
+
+
+class _Clock:
+    """Adds up the seconds that pass in its ``with`` statements."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds, self._started, self._device = 0.0, 0.0, device
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._started = self._now()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += self._now() - self._started
