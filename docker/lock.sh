@@ -15,7 +15,7 @@ trap 'rm -rf "$tool"' EXIT
 "${PYTHON:-python3}" -m venv "$tool"
 "$tool/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION"
 
-# lock FILE ARGUMENTS: all extras but "dev", and the project's own build backend.
+# lock FILE ARGUMENTS: these extras, and the project's own build backend.
 lock() {
     local file=$1
     shift

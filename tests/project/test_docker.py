@@ -32,7 +32,7 @@ def needed() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"]]
-    lines += [line for name in extras.keys() - {"dev", "hosts"} for line in extras[name]]
+    lines += [line for name in extras.keys() - {"dev", "hosts", "compare"} for line in extras[name]]
     return {normal(re.split(r"[\s<>=!~;\[]", line)[0]) for line in lines}
 
 
