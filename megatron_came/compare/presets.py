@@ -79,7 +79,7 @@ PRESETS = {
         "beta2 by beta3 on a regression with noise",
         "regression",
         ("adamw", *(f"came+beta2={two}+beta3={three}" for two in _BETAS for three in _BETAS)),
-        rates=(3e-4, 1e-3, 3e-3),
+        rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         batches=(32,),
         iterations=500,
     ),
