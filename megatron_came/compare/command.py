@@ -110,7 +110,7 @@ def _preset(options: argparse.Namespace) -> Preset:
         CompareError: what is refused before anything is trained.
     """
     changes = {name: getattr(options, name) for name in ("optimizers", "rates", "batches")}
-    changes = {name: tuple(value) for name, value in changes.items() if value is not None}
+    changes = {name: tuple(dict.fromkeys(value)) for name, value in changes.items() if value}
     changes |= {
         name: value
         for name in ("seeds", "iterations")
@@ -135,7 +135,7 @@ def _preset(options: argparse.Namespace) -> Preset:
 
 def _contenders(preset: Preset, *, required: bool) -> list[Contender]:
     found = []
-    for each in map(parse, dict.fromkeys(preset.optimizers)):
+    for each in map(parse, preset.optimizers):
         if each.missing and required:
             raise CompareError(f"{each.missing}.")
         if each.missing:

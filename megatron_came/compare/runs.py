@@ -80,7 +80,13 @@ class Results:
     def __init__(self, folder: Path, settings: dict[str, object]) -> None:
         self._file, about = folder / "runs.jsonl", folder / "settings.json"
         settings = json.loads(json.dumps(settings))
-        if about.exists() and (found := _read(about)) != settings:
+        text = self._file.read_text() if self._file.exists() else ""
+        if not about.exists() and text:
+            raise CompareError(
+                f"{folder} holds runs of unknown settings, since {about.name} is gone: name another"
+                " folder with --output."
+            )
+        if about.exists() and (found := _settings(about)) != settings:
             every = {**settings, **found}
             changed = next(key for key in every if settings.get(key) != found.get(key))
             raise CompareError(
@@ -88,12 +94,13 @@ class Results:
                 f" {settings.get(changed)}): name another folder with --output."
             )
         about.write_text(json.dumps(settings, indent=1) + "\n")
-        text = self._file.read_text() if self._file.exists() else ""
         if not text.endswith("\n"):  # it was being written when the process was killed
             text = text[: text.rfind("\n") + 1]
             self._file.write_text(text)
-        runs = (Run(**json.loads(line)) for line in text.splitlines())
-        self.runs = {run.key: run for run in runs}
+        self.runs = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            run = _run(line, f"{self._file}, line {number},")
+            self.runs[run.key] = run
 
     def add(self, run: Run) -> None:
         """Keep a run."""
@@ -102,13 +109,26 @@ class Results:
             file.write(json.dumps(asdict(run)) + "\n")
 
 
-def _read(file: Path) -> dict[str, object]:
+def _settings(file: Path) -> dict[str, object]:
     try:
         return dict(json.loads(file.read_text()))
-    except ValueError:
-        raise CompareError(
-            f"{file} is not what a comparison writes: name another folder with --output."
-        ) from None
+    except (TypeError, ValueError):
+        raise _damaged(str(file)) from None
+
+
+def _run(line: str, place: str) -> Run:
+    try:
+        run = Run(**json.loads(line))
+        _ = run.final + run.best + hash(run.key)
+    except (IndexError, TypeError, ValueError):
+        raise _damaged(place) from None
+    return run
+
+
+def _damaged(place: str) -> CompareError:
+    return CompareError(
+        f"{place} is not what a comparison writes: name another folder with --output."
+    )
 
 
 def train(

@@ -1,4 +1,4 @@
-"""The launch scripts in examples/."""
+"""The launch scripts in examples/: the commands they make, and what they say."""
 
 import json
 import os
@@ -9,17 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from megatron_came.data.indexed import DatasetWriter
-
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-SCRIPTS = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/train_*.sh"))
-GPT2 = [name for name in SCRIPTS if name.startswith("gpt2_medium/")]
-# torchrun and python of the environment that runs the tests are the first on the path.
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+from tests.support.examples import (
+    EXAMPLES,
+    GPT2,
+    PATH,
+    ROOT,
+    SCRIPTS,
+    Cluster,
+    dry_run,
+    run,
+    write_dataset,
+)
 
 # Python imports it at its start: for whoever asks, the package is not installed.
 WITHOUT_TRANSFORMERS = """
@@ -52,48 +54,6 @@ for flags, world_size in json.loads(sys.argv[1]):
                    (int, float, str, bool)})
 print("PARSED" + json.dumps(parsed))
 """
-
-
-def run(
-    script: str, *arguments: str, path: str = PATH, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a script with these variables and none of its others."""
-    ours = set(re.findall(r"`([A-Z_]{5,})`", (EXAMPLES / "README.md").read_text()))
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ours and not name.startswith(("SLURM", "RANK", "WORLD_SIZE", "MASTER"))
-    }
-    return subprocess.run(
-        # On a SIGTERM torchrun ends its workers; a SIGKILL would leave them behind.
-        ["timeout", "300", str(EXAMPLES / script), *arguments],
-        env={**kept, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT), **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def dry_run(script: str, *arguments: str, **variables: str) -> list[str]:
-    """The words of the command that a script prints."""
-    done = run(script, *arguments, DRY_RUN="1", **variables)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout.replace("\\\n", ""))
-
-
-def smoke(script: str, output: Path, **variables: str) -> str:
-    """Run a script for real, shrunken and on the CPU; returns all that it printed."""
-    done = run(script, SMOKE="1", OUTPUT=str(output), MEGATRON_CAME_CPU="1", **variables)
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed[-6000:]
-    assert "SMOKE=1: processes" in done.stderr
-    return printed
-
-
-def losses(log: str) -> dict[int, float]:
-    """The training losses by iteration."""
-    found = re.findall(r" iteration +(\d+)/.*?lm loss: (\S+)", log)
-    return {int(iteration): float(loss) for iteration, loss in found}
 
 
 class TestCommands:
@@ -233,30 +193,6 @@ class TestCommands:
         assert words[words.index("--rdzv-endpoint") + 1] == "localhost:29500"
 
 
-class Cluster:
-    """Stand-ins for srun and scontrol: "nodes" that are all this machine."""
-
-    def __init__(self, folder: Path, nodes: int) -> None:
-        programs = folder / "bin"
-        programs.mkdir()
-        self.path = os.pathsep.join([str(programs), PATH])
-        self.variables = {
-            "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NUM_NODES": str(nodes),
-            "SLURM_JOB_NODELIST": "all",
-            "SLURM_SUBMIT_DIR": str(ROOT),
-        }
-        for name, body in (
-            ("scontrol", "echo localhost; echo others"),
-            (
-                "srun",
-                'n=$2; shift 6; for ((; n > 0; n--)); do "$@" & p+=($!); done; wait "${p[@]}"',
-            ),
-        ):
-            (programs / name).write_text(f"#!/bin/bash\n{body}\n")
-            (programs / name).chmod(0o755)
-
-
 NUMBERS = [
     "DRY_RUN",
     "SMOKE",
@@ -377,82 +313,12 @@ def test_variables_are_documented() -> None:
     }
 
 
-def write_dataset(prefix: Path, documents: int) -> None:
-    """Documents of 90 tokens of GPT-2's vocabulary."""
-    writer = DatasetWriter(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), vocab_size=50257)
-    for start in range(documents):
-        writer.add(np.arange(start, start + 90, dtype=np.int32))
-    writer.finish()
-
-
 def test_few_documents_are_not_split(tmp_path: Path) -> None:
     for documents, flags in ((19, "--split 100,0,0"), (20, "--split 95,5,0")):
         write_dataset(tmp_path / "text", documents)
         words = " ".join(dry_run(GPT2[0], DATA_PATH=str(tmp_path / "text")))
         assert flags in words
         assert ("--eval-iters 0" in words) == (documents < 20)
-
-
-@pytest.fixture(scope="module")
-def run_of_ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path, str]:
-    """A dataset as the scripts' variables name it, a run on it, and its log."""
-    folder = tmp_path_factory.mktemp("run")
-    write_dataset(folder / "text", 100)
-    data = {"DATA_PATH": str(folder / "text")}
-    return data, folder, smoke("gpt2_medium/train_8gpus.sh", folder / "run", **data)
-
-
-def test_on_data(run_of_ours: tuple[dict[str, str], Path, str]) -> None:
-    _, _, log = run_of_ours
-    assert sorted(losses(log)) == [1, 2, 3, 4]
-    assert "padded vocab (size: 50257) with 47 dummy tokens (new size: 50304)" in log
-    assert "--num-layers 24 -> 4" in log
-
-
-def test_tensorboard_gets_a_log(run_of_ours: tuple[dict[str, str], Path, str]) -> None:
-    pytest.importorskip("tensorboard")
-    _, folder, _ = run_of_ours
-    assert list((folder / "run" / "tensorboard-smoke").glob("events*"))
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        "gpt2_medium/train_1gpu.sh",
-        pytest.param("gpt2_medium/train_tp2_pp2_dp2.sh", marks=pytest.mark.matrix),
-    ],
-)
-def test_resumed_in_another_layout(
-    run_of_ours: tuple[dict[str, str], Path, str], script: str, tmp_path: Path
-) -> None:
-    data, folder, _ = run_of_ours
-    shutil.copytree(folder / "run", tmp_path / "run")
-    log = smoke(script, tmp_path / "run", **data)
-    assert "SMOKE=1: resuming from" in log
-    assert sorted(losses(log)) == [5, 6, 7, 8]
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("script", ["llama/train_8gpus.sh", "moe/train_8gpus.sh"])
-def test_smoke(tmp_path: Path, script: str) -> None:
-    log = smoke(script, tmp_path)
-    seen = losses(log)
-    assert sorted(seen) == [1, 2, 3, 4]
-    assert all(8 < loss < 13 for loss in seen.values())
-
-
-@pytest.mark.matrix
-def test_several_nodes_and_adam(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path, nodes=2)
-    log = smoke(
-        "gpt2_medium/train_slurm.sh",
-        tmp_path / "run",
-        path=cluster.path,
-        OPTIMIZER="adam",
-        **cluster.variables,
-    )
-    assert "processes 16 -> 2" in log
-    assert sorted(losses(log)) == [1, 2, 3, 4]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck", path=PATH) is None, reason="no shellcheck here")

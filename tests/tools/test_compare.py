@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +173,30 @@ class TestFolder:
             f"{folder} holds runs with another iterations (20, not 30): name another folder with"
             " --output.\n"
         )
+
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda lines: [lines[0], "x", *lines[2:]], "runs.jsonl, line 2, is not what"),
+            (lambda lines: [lines[0].replace('"rate"', '"rote"')], "runs.jsonl, line 1, is not"),
+            (lambda lines: [re.sub(r'"curve": .*\]\]', '"curve": []', lines[0])], "line 1, is not"),
+            (None, "holds runs of unknown settings, since settings.json is gone"),
+        ],
+        ids=["no JSON", "other names", "no losses", "settings"],
+    )
+    def test_damage_is_said(self, folder, tmp_path, capsys, damage, said):
+        mine = shutil.copytree(folder, tmp_path / "runs")
+        if damage is None:
+            (mine / "settings.json").unlink()
+        else:
+            lines = (mine / "runs.jsonl").read_text().splitlines()
+            (mine / "runs.jsonl").write_text("\n".join(damage(lines)) + "\n")
+        assert compare(mine, "--rates", 1e-3, 1e-2) == 2
+        assert said in capsys.readouterr().err
+
+    def test_what_is_said_twice_is_done_once(self, tmp_path):
+        assert compare(tmp_path, "--rates", 1e-3, 1e-3, "--seeds", 1, "--batches", 8, 8) == 0
+        assert len(kept(tmp_path)) == 2
 
     def test_an_interrupted_one_goes_on(self, tmp_path):
         words = [sys.executable, "-m", "megatron_came", "compare", *QUICK[:-1], "300"]

@@ -1,0 +1,78 @@
+"""The launch scripts in examples/, and how tests run them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_came.data.indexed import DatasetWriter
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/train_*.sh"))
+GPT2 = [name for name in SCRIPTS if name.startswith("gpt2_medium/")]
+# torchrun and python of the environment that runs the tests are the first on the path.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def run(
+    script: str, *arguments: str, path: str = PATH, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script with these variables and none of its others."""
+    ours = set(re.findall(r"`([A-Z_]{5,})`", (EXAMPLES / "README.md").read_text()))
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not name.startswith(("SLURM", "RANK", "WORLD_SIZE", "MASTER"))
+    }
+    return subprocess.run(
+        # On a SIGTERM torchrun ends its workers; a SIGKILL would leave them behind.
+        ["timeout", "300", str(EXAMPLES / script), *arguments],
+        env={**kept, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def dry_run(script: str, *arguments: str, **variables: str) -> list[str]:
+    """The words of the command that a script prints."""
+    done = run(script, *arguments, DRY_RUN="1", **variables)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout.replace("\\\n", ""))
+
+
+class Cluster:
+    """Stand-ins for srun and scontrol: "nodes" that are all this machine."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        programs = folder / "bin"
+        programs.mkdir()
+        self.path = os.pathsep.join([str(programs), PATH])
+        self.variables = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_JOB_NODELIST": "all",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+        }
+        for name, body in (
+            ("scontrol", "echo localhost; echo others"),
+            (
+                "srun",
+                'n=$2; shift 6; for ((; n > 0; n--)); do "$@" & p+=($!); done; wait "${p[@]}"',
+            ),
+        ):
+            (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+            (programs / name).chmod(0o755)
+
+
+def write_dataset(prefix: Path, documents: int) -> None:
+    """Documents of 90 tokens of GPT-2's vocabulary."""
+    writer = DatasetWriter(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), vocab_size=50257)
+    for start in range(documents):
+        writer.add(np.arange(start, start + 90, dtype=np.int32))
+    writer.finish()
