@@ -12,6 +12,9 @@ SMOKE=${SMOKE:-0}       # 1: a shrunken model, a few iterations, on whatever is 
 SMOKE_ITERS=4
 EVAL_ITERS=10
 
+# Which of Megatron's scripts trains: pretrain_gpt.py, unless a script says bert or t5.
+KIND=gpt
+
 # One node, unless a script says otherwise: on a free port, under a name that every machine knows.
 NODES=1
 LAUNCHER=()
@@ -53,13 +56,16 @@ fi
 
 # Sets TRAIN_ITERS, LR_DECAY_ITERS and WARMUP_ITERS. A run of the recipe's own length decays and
 # warms up as the recipe says; a shorter one decays over the same part of its length and warms up
-# over a tenth of that. CAME has no bias correction, and so needs a warm-up however short the run.
+# over a tenth of that, or over the recipe's part. CAME has no bias correction, and so needs a
+# warm-up however short the run.
 # shellcheck disable=SC2034  # the models' files use them
 schedule() {
     local train=$1 decay=$2 warmup=$3
     TRAIN_ITERS=${TRAIN_ITERS:-$train}
     LR_DECAY_ITERS=$((TRAIN_ITERS >= train ? decay : (TRAIN_ITERS * decay + train - 1) / train))
     WARMUP_ITERS=$((warmup * 10 <= LR_DECAY_ITERS ? warmup : LR_DECAY_ITERS / 10))
+    ((WARMUP_ITERS * decay >= LR_DECAY_ITERS * warmup)) ||
+        WARMUP_ITERS=$((LR_DECAY_ITERS * warmup / decay))
 }
 
 # Sets TORCHRUN and PYTHON to the ones on the PATH, or else to those that "make venv" built.
@@ -80,17 +86,22 @@ has_package() {
     "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.argv[1]))' "$1"
 }
 
-# Sets PROGRAM: the pretrain_gpt.py of a Megatron-LM checkout, or the one that pip installs.
+# Sets PROGRAM: the script of a Megatron-LM checkout, or for GPT models the one that pip installs.
 choose_program() {
+    local script=pretrain_$KIND.py folder
     has_package megatron_came ||
         fail "$PYTHON has no megatron_came: run \"pip install .\" in the repository with it, or" \
             "\"make venv\"."
     if [[ -n ${MEGATRON_LM:-} ]]; then
-        [[ -f $MEGATRON_LM/pretrain_gpt.py ]] ||
-            fail "MEGATRON_LM=$MEGATRON_LM has no pretrain_gpt.py: name a checkout of Megatron-LM."
-        PROGRAM=(-m megatron_came.launch "$MEGATRON_LM/pretrain_gpt.py")
-    else
+        folder=$MEGATRON_LM
+        [[ -f $folder/$script ]] || folder=$MEGATRON_LM/examples/$KIND   # from 0.18 on
+        [[ -f $folder/$script ]] ||
+            fail "MEGATRON_LM=$MEGATRON_LM has no $script: name a checkout of Megatron-LM."
+        PROGRAM=(-m megatron_came.launch "$folder/$script")
+    elif [[ $KIND == gpt ]]; then
         PROGRAM=(-m megatron_came.pretrain_gpt)
+    else
+        fail "No package has $script: name a checkout of Megatron-LM with MEGATRON_LM."
     fi
     IMPLEMENTATION_ARGS=()
     if ! has_package transformer_engine; then
@@ -102,6 +113,7 @@ choose_program() {
             --no-gradient-accumulation-fusion
             --no-rope-fusion
         )
+        [[ $KIND != bert ]] || IMPLEMENTATION_ARGS+=(--spec local)
     fi
 }
 
@@ -121,6 +133,9 @@ choose_devices() {
         gpus=${gpus##*GPUs: }   # whatever else the import has printed
         [[ $gpus =~ ^[0-9]{1,4}$ ]] || fail "PyTorch of $PYTHON does not say how many GPUs there are."
         if ((gpus >= needed)); then
+            [[ $KIND != bert ]] || has_package transformer_engine ||
+                fail "Megatron's pretrain_bert.py imports Transformer Engine's layers: install it, or" \
+                    "try the script on the CPU with SMOKE=1 and MEGATRON_CAME_CPU=1."
             return
         fi
         ((SMOKE)) ||
@@ -162,6 +177,11 @@ choose_output() {
 
 # Sets DATA_ARGS. VOCABULARY is the size of the vocabulary that the model is made for.
 choose_data() {
+    local maker="\"megatron-came data\""
+    if [[ $KIND != gpt ]]; then
+        maker="Megatron's tools/preprocess_data.py, as examples/README.md says"
+        [[ -n ${DATA_PATH:-} ]] || make_up_sentences
+    fi
     if [[ -z ${DATA_PATH:-} ]]; then
         say "DATA_PATH is not set: training on made-up tokens (--mock-data). Make a dataset of your" \
             "own text with \"megatron-came data\", and name it with DATA_PATH."
@@ -173,13 +193,27 @@ choose_data() {
         else
             [[ -f $DATA_PATH.idx ]] || ((DRY_RUN)) ||
                 fail "DATA_PATH=$DATA_PATH names no dataset, as there is no $DATA_PATH.idx: make one" \
-                    "with \"megatron-came data\"."
+                    "with $maker."
             split_data
         fi
-        choose_tokenizer
+        if [[ $KIND == gpt ]]; then
+            choose_tokenizer
+        else
+            choose_wordpiece
+        fi
     fi
     # The folder of the data may be read-only, and the index of samples belongs to this run.
     DATA_ARGS+=(--data-cache-path "$OUTPUT/data-cache")
+}
+
+# Sets DATA_PATH and TOKENIZER_MODEL: Megatron has no --mock-data for BERT and T5.
+make_up_sentences() {
+    local folder=$OUTPUT/made-up
+    say "DATA_PATH is not set: training on made-up sentences. Make a dataset of your own text with" \
+        "$maker, and name it with DATA_PATH."
+    DATA_PATH=$folder/sentences
+    TOKENIZER_MODEL=$folder/tokenizer
+    ((DRY_RUN)) || "$PYTHON" -W ignore "$EXAMPLES/made_up_sentences.py" "$folder" "$VOCABULARY"
 }
 
 # Holds a twentieth of the documents back for validation, if there are enough. (Megatron loops for
@@ -188,10 +222,11 @@ split_data() {
     local documents
     DATA_ARGS=(--data-path "$DATA_PATH" --split "95,5,0")
     if [[ -s $DATA_PATH.idx ]]; then
-        documents=$(od -An -t u8 -j 18 -N 8 "$DATA_PATH.idx" 2>&1 | tr -d ' ') || true   # in its header
+        documents=$(od -An -t u8 -j 26 -N 8 "$DATA_PATH.idx" 2>&1 | tr -d ' ') || true
         [[ $documents =~ ^[0-9]{1,18}$ ]] ||
             fail "DATA_PATH=$DATA_PATH is no dataset: $DATA_PATH.idx has no header; make one with" \
-                "\"megatron-came data\"."
+                "$maker."
+        documents=$((documents - 1))   # its header counts where they begin, and the end
         if ((documents < 20)); then
             say "DATA_PATH=$DATA_PATH has $documents documents, too few to hold some back: there will" \
                 "be no validation."
@@ -223,6 +258,21 @@ choose_tokenizer() {
         say "No tokenizer is named (TOKENIZER_MODEL, or VOCAB_FILE and MERGE_FILE): the dataset must" \
             "have $VOCABULARY tokens, of which the last ends a document, as GPT-2's does."
         DATA_ARGS+=(--tokenizer-type NullTokenizer --vocab-size "$VOCABULARY")
+    fi
+}
+
+# Adds the tokenizer of BERT or T5 to DATA_ARGS: masking asks for its special tokens.
+choose_wordpiece() {
+    has_package transformers || ((DRY_RUN)) ||
+        fail "Megatron's tokenizers for BERT and T5 need the package transformers: install it."
+    if [[ -n ${TOKENIZER_MODEL:-} ]]; then
+        DATA_ARGS+=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER_MODEL")
+        DATA_ARGS+=("${SPECIAL_TOKENS_ARGS[@]}")
+    elif [[ -n ${VOCAB_FILE:-} ]]; then
+        DATA_ARGS+=(--tokenizer-type "$WORDPIECE" --vocab-file "$VOCAB_FILE")
+    else
+        fail "DATA_PATH=$DATA_PATH needs the tokenizer that it was made with: name its folder with" \
+            "TOKENIZER_MODEL, or its vocabulary with VOCAB_FILE."
     fi
 }
 
@@ -276,9 +326,10 @@ print_command() {
 }
 
 # Starts the training. The model's file has set NAME, VOCABULARY, MODEL_ARGS, TRAINING_ARGS,
-# ADAM_ARGS, CAME_ARGS and MODEL_SMOKE_ARGS; the script GPUS_PER_NODE, SMOKE_PROCESSES,
-# MODEL_PARALLEL_ARGS and, for several nodes, NODES, LAUNCHER and RENDEZVOUS_ARGS. The arguments are
-# Megatron's, and win over all others.
+# ADAM_ARGS, CAME_ARGS and MODEL_SMOKE_ARGS, and for BERT and T5 KIND, WORDPIECE and
+# SPECIAL_TOKENS_ARGS; the script GPUS_PER_NODE, SMOKE_PROCESSES, MODEL_PARALLEL_ARGS and, for
+# several nodes, NODES, LAUNCHER and RENDEZVOUS_ARGS. The arguments are Megatron's, and win over all
+# others.
 launch() {
     find_programs
     choose_program

@@ -18,6 +18,17 @@ def absent(original: Function | None) -> None:
     """Stand for a function of Transformer Engine, which is not there."""
 
 
+def local_layers_of_bert(original: Function) -> Function:
+    """Build BERT of Megatron's own layers, where its script asks for Transformer Engine's."""
+
+    def get_bert_layer_with_transformer_engine_spec() -> Any:
+        from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+
+        return bert_layer_local_spec
+
+    return get_bert_layer_with_transformer_engine_spec
+
+
 def forking(original: Function) -> Function:
     """Fork the process that writes checkpoints in the background.
 

@@ -48,6 +48,10 @@ REPLACEMENTS = table("megatron_came.cpu_megatron", {
         ("te_general_gemm", "functions:absent", "it is asked for, though it was not imported",
          ("0.16",), True),
     ),
+    "megatron.core.models.bert.bert_layer_specs": (
+        ("get_bert_layer_with_transformer_engine_spec", "functions:local_layers_of_bert",
+         "pretrain_bert.py imports it and cannot start without"),
+    ),
     "megatron.core.dist_checkpointing.strategies.async_utils": (
         ("PersistentAsyncCaller._get_process", "functions:forking",
          "the process that writes checkpoints has the stand-ins", since("0.17")),

@@ -16,6 +16,7 @@ from megatron_came import CAME
 from megatron_came.core.hyperparameters import Hyperparameters
 from megatron_came.megatron import warmup
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
+from tests.support.examples import write_checkout
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = (1, 2, 3, 10, 30, 100)
@@ -174,8 +175,9 @@ def values(words):
 
 @pytest.mark.parametrize("smoke", ["0", "1"])
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*/train_*.sh")), ids=str)
-def test_no_example_is_warned(script, smoke):
+def test_no_example_is_warned(tmp_path, script, smoke):
     variables = {"DRY_RUN": "1", "SMOKE": smoke, "MEGATRON_CAME_CPU": "1"}
+    variables["MEGATRON_LM"] = str(write_checkout(tmp_path))
     done = subprocess.run(
         ["bash", str(script)],
         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", **variables},

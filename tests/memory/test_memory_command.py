@@ -38,7 +38,15 @@ def test_a_script_is_asked_for_its_command(tmp_path):
     assert (found.flags, found.ranks) == (["--name", "a b", "--more", "2"], 2)
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*/train_[!s]*.sh")), ids=str)
+# What is predicted are GPT models.
+EXAMPLES = [
+    path
+    for path in sorted(ROOT.glob("examples/*/train_[!s]*.sh"))
+    if path.parent.name not in ("bert", "t5")
+]
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=str)
 def test_the_examples_can_be_predicted(script, capsys):
     assert command.main(["--script", str(script), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)

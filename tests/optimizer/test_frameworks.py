@@ -30,6 +30,35 @@ def test_the_trainer_trains_and_resumes(tmp_path):
     assert losses[10] > losses[20] > losses[30]
 
 
+def test_a_llama_is_fine_tuned_on_its_answers(tmp_path):
+    need("transformers", "accelerate", "tokenizers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["[UNK]", "[EOS]", "###", "Instruction", ":", "Input", "Response"]
+    words += ["count", "to", "up", "down", "one", "two", "three"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    model, data = tmp_path / "llama", tmp_path / "data.json"
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(words), num_hidden_layers=1, eos_token_id=1, **sizes)
+    LlamaForCausalLM(config).save_pretrained(model)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]"
+    ).save_pretrained(model)
+    up = {"instruction": "count up", "input": "to three", "output": "one two three"}
+    data.write_text(json.dumps([up, {"instruction": "count down", "output": "three two one"}] * 8))
+    done = run_python(
+        *(str(EXAMPLES / "finetune.py"), "--model", str(model), "--data", str(data)),
+        *("--output", str(tmp_path / "run"), "--batch", "8", "--lr", "1e-2", "--epochs", "20"),
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
+    assert len(found) == 40  # two steps an epoch: micro-batches of four are accumulated
+    assert found[-1] < found[0] / 2
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def run_fsdp2(*more):
     done = run_python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

@@ -1,27 +1,11 @@
 """The launch scripts in examples/ train: shrunken, on the CPU."""
 
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.support.examples import Cluster, run, write_dataset
-
-
-def smoke(script: str, output: Path, **variables: str) -> str:
-    """Run a script for real, shrunken and on the CPU; returns all that it printed."""
-    done = run(script, SMOKE="1", OUTPUT=str(output), MEGATRON_CAME_CPU="1", **variables)
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed[-6000:]
-    assert "SMOKE=1: processes" in done.stderr
-    return printed
-
-
-def losses(log: str) -> dict[int, float]:
-    """The training losses by iteration."""
-    found = re.findall(r" iteration +(\d+)/.*?lm loss: (\S+)", log)
-    return {int(iteration): float(loss) for iteration, loss in found}
+from tests.support.examples import Cluster, losses, smoke, write_dataset
 
 
 @pytest.fixture(scope="module")

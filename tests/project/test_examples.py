@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.examples import (
     EXAMPLES,
+    FROM_CHECKOUTS,
     GPT2,
     PATH,
     ROOT,
@@ -20,6 +21,7 @@ from tests.support.examples import (
     Cluster,
     dry_run,
     run,
+    write_checkout,
     write_dataset,
 )
 
@@ -49,7 +51,7 @@ for flags, world_size in json.loads(sys.argv[1]):
     sys.argv[1:] = flags
     args = parse_args()
     validate_args(args)
-    args.padded = vocab_size_with_padding(args.vocab_size, args)
+    args.padded = args.vocab_size and vocab_size_with_padding(args.vocab_size, args)
     parsed.append({key: value for key, value in vars(args).items() if type(value) in
                    (int, float, str, bool)})
 print("PARSED" + json.dumps(parsed))
@@ -60,13 +62,15 @@ class TestCommands:
     """What DRY_RUN=1 prints."""
 
     @pytest.fixture(scope="class")
-    def parsed(self) -> dict[tuple[str, str], dict]:
+    def parsed(self, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict]:
         """What Megatron makes of each script's command, by script and optimizer."""
         keys = [(script, optimizer) for script in SCRIPTS for optimizer in ("came", "adam")]
         commands = []
+        checkout = str(write_checkout(tmp_path_factory.mktemp("checkout")))
         for script, optimizer in keys:
-            words = dry_run(script, OPTIMIZER=optimizer)
-            after = words.index("megatron_came.pretrain_gpt") + 1
+            variables = {"MEGATRON_LM": checkout} if script in FROM_CHECKOUTS else {}
+            words = dry_run(script, OPTIMIZER=optimizer, **variables)
+            after = words.index("--num-layers")
             world_size = int(words[words.index("--nproc-per-node") + 1])
             commands.append((words[after:], world_size))
         done = subprocess.run(
@@ -84,7 +88,8 @@ class TestCommands:
 
     def test_all_scripts_are_there(self) -> None:
         assert len(GPT2) == 4
-        assert set(SCRIPTS) - set(GPT2) == {"llama/train_8gpus.sh", "moe/train_8gpus.sh"}
+        others = {"llama/train_8gpus.sh", "moe/train_8gpus.sh", *FROM_CHECKOUTS}
+        assert set(SCRIPTS) - set(GPT2) == others
 
     @pytest.mark.parametrize("script", SCRIPTS)
     def test_megatron_takes_them(self, parsed: dict, script: str) -> None:
@@ -94,7 +99,7 @@ class TestCommands:
         assert 0.5 <= came["lr"] / adam["lr"] <= 0.9
         # Only the optimizer's settings and the folder named after it differ.
         different = {key for key in came if came[key] != adam.get(key)}
-        folders = {"save", "load", "tensorboard_dir", "data_cache_path"}
+        folders = {"save", "load", "tensorboard_dir", "data_cache_path", "tokenizer_model"}
         assert different <= folders | {"optimizer", "lr", "min_lr"} | {
             key for key in came if key.startswith(("came_", "adam_"))
         }
@@ -114,6 +119,20 @@ class TestCommands:
         assert not args["untie_embeddings_and_output_weights"]
         assert args["global_batch_size"] == 64
 
+    def test_bert_large(self, parsed: dict) -> None:
+        """The recipe of the authors' script."""
+        args = parsed["bert/train_8gpus.sh", "came"]
+        sizes = [args[key] for key in ("num_layers", "hidden_size", "num_attention_heads")]
+        assert sizes == [24, 1024, 16]
+        assert (args["seq_length"], args["global_batch_size"]) == (128, 32768)
+        assert (args["lr"], args["lr_decay_style"]) == (2.4e-4, "linear")
+        assert (args["train_iters"], args["lr_warmup_iters"]) == (20000, 4000)
+
+    def test_t5(self, parsed: dict) -> None:
+        args = parsed["t5/train_8gpus.sh", "came"]
+        assert (args["encoder_num_layers"], args["hidden_size"]) == (12, 768)
+        assert (args["encoder_seq_length"], args["decoder_seq_length"]) == (512, 128)
+
     def test_layouts(self, parsed: dict) -> None:
         def layout(script: str) -> tuple[int, ...]:
             args = parsed[script, "came"]
@@ -130,6 +149,8 @@ class TestCommands:
             "gpt2_medium/train_slurm.sh": (1, 1, 1, 8),
             "llama/train_8gpus.sh": (1, 1, 1, 8),
             "moe/train_8gpus.sh": (1, 1, 8, 8),
+            "bert/train_8gpus.sh": (1, 1, 1, 8),
+            "t5/train_8gpus.sh": (1, 1, 1, 8),
         }
 
     def test_a_shorter_run_shrinks_the_schedule(self) -> None:

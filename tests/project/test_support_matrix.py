@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import layouts
+from tests.training import layouts, other_models
 from tests.training.harness import data_parallel_size, parallel_size
 
 PAGE = (Path(__file__).parents[2] / "docs" / "support.md").read_text()
-MODELS = ("gpt2", "llama", "moe")
+MODELS = ("gpt2", "llama", "moe", "bert", "t5")
 
 
 def _cases(model):
     """Flags and number of ranks of each case of a model."""
+    if model in other_models.LAYOUTS:
+        return [(flags, 2) for flags in other_models.LAYOUTS[model].values()]
     cases = [
         (flags, ranks)
         for ranks, found in layouts.LAYOUTS[model].items()

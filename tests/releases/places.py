@@ -38,8 +38,10 @@ def copy_of(tag: str, folder: Path) -> list[Path]:
     copy.mkdir(parents=True)
     ignored = shutil.ignore_patterns("__pycache__", "Makefile", "*.so")
     shutil.copytree(tree / "megatron", copy / "megatron", ignore=ignored)
-    for script in ("pretrain_gpt.py", "gpt_builders.py", "model_provider.py"):
-        shutil.copy(tree / script, copy)
+    for script in (*tree.glob("*.py"), *tree.glob("examples/*/pretrain_*.py")):
+        place = copy / script.relative_to(tree)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(script, place)
     for place in importlib.util.find_spec("megatron").submodule_search_locations:
         for helpers in Path(place, "core/datasets").glob("helpers_cpp*.so"):
             shutil.copy(helpers, copy / "megatron/core/datasets")

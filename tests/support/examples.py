@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/train_*.sh"))
 GPT2 = [name for name in SCRIPTS if name.startswith("gpt2_medium/")]
+# They run what only a checkout of Megatron-LM has.
+FROM_CHECKOUTS = ["bert/train_8gpus.sh", "t5/train_8gpus.sh"]
 # torchrun and python of the environment that runs the tests are the first on the path.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
@@ -44,6 +46,31 @@ def dry_run(script: str, *arguments: str, **variables: str) -> list[str]:
     done = run(script, *arguments, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
     return shlex.split(done.stdout.replace("\\\n", ""))
+
+
+def smoke(script: str, output: Path, *arguments: str, **variables: str) -> str:
+    """Run a script for real, shrunken and on the CPU; returns all that it printed."""
+    variables = {"SMOKE": "1", "OUTPUT": str(output), "MEGATRON_CAME_CPU": "1", **variables}
+    done = run(script, *arguments, **variables)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-6000:]
+    assert "SMOKE=1: processes" in done.stderr
+    return printed
+
+
+def losses(log: str) -> dict[int, float]:
+    """The training losses by iteration."""
+    found = re.findall(r" iteration +(\d+)/.*?lm loss: (\S+)", log)
+    return {int(iteration): float(loss) for iteration, loss in found}
+
+
+def write_checkout(folder: Path) -> Path:
+    """The names of the scripts that the examples look for in a checkout of Megatron-LM."""
+    for name in ("pretrain_gpt", "examples/bert/pretrain_bert", "examples/t5/pretrain_t5"):
+        script = folder / f"{name}.py"
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.touch()
+    return folder
 
 
 class Cluster:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_came.core import sums
 from megatron_came.core.reference import update
+from tests.training import other_models
 from tests.training.damaged_settings import DAMAGE, damaged
 
 
@@ -237,6 +238,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "came": contextlib.nullcontext,
         "oracle": lambda: mock.patch.object(builder, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
+        **{name: functools.partial(other_models.in_place, name) for name in other_models.MODELS},
         "exploding": _exploding,
         "no-numba-on-last": _without_numba_on_last,
         "frozen-on-last": lambda: _frozen_on_last("decoder.layers.1.mlp.linear_fc1.weight"),

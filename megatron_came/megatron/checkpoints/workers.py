@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from multiprocessing.managers import SyncManager
+from types import ModuleType
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
@@ -34,12 +36,21 @@ def loop(*args: Any, **kwargs: Any) -> None:
 
 
 def with_queue(original: Function) -> Function:
-    """Have the process of the queue of results end with the one that starts it."""
+    """Have the process of the queue of results end with the one that starts it.
+
+    It runs nothing of the script, which would import Megatron once more, for seconds, and without
+    what is replaced of it.
+    """
 
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(end_with_parent, (os.getpid(),))
+            script = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")  # a fresh process would import it
+            try:
+                manager.start(end_with_parent, (os.getpid(),))
+            finally:
+                sys.modules["__main__"] = script
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
