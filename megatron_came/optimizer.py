@@ -16,16 +16,18 @@ from torch.optim.optimizer import ParamsT
 
 from megatron_came import dtensors
 from megatron_came.compiling import outside_compiler
+from megatron_came.core.diagnostics import Sums
 from megatron_came.core.hyperparameters import at_step, check_group, with_plain_numbers
 from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard, check_shards
+from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.parameter_checks import Guard, check_model_weights, check_with_shards
-from megatron_came.state_dicts import as_state, complete_groups, states_in
-from megatron_came.step import Plan
+from megatron_came.state_dicts import WithStateDicts
+from megatron_came.step import Begun, Plan
 from megatron_came.voice import warn_once
 
 _logger = logging.getLogger(__name__)
@@ -38,10 +40,11 @@ _SETTINGS: dict[str, Any] = {
     "_seed": 0,
     "_names": {},
     "_model_weights": {},
+    "spike_guard": None,
 }
 
 
-class CAME(torch.optim.Optimizer):
+class CAME(WithStateDicts):
     """Confidence-guided Adaptive Memory Efficient Optimization (Luo et al., ACL 2023, algorithm 2).
 
     Without ``shards`` a drop-in for the authors' ``came_pytorch.CAME``. With them, every rank
@@ -84,6 +87,8 @@ class CAME(torch.optim.Optimizer):
         names: of parameters, the same in every layout, for that rounding; by default their places.
         flat_convolutions: run the algorithm on weights of more than two dimensions as if they were
             matrices, of the first dimension and all others: many of 3 x 3 have larger factors.
+        spike_guard: skip a step whose raw update's RMS is so many times its running median; see
+            :class:`megatron_came.core.spike_guard.SpikeGuard`.
         maximize: go up the gradient, which is negated: a copy of each during a step.
         foreach: means nothing here: kernels take all parameters at once.
         fused: likewise.
@@ -114,6 +119,7 @@ class CAME(torch.optim.Optimizer):
         seed: int = 0,
         names: Mapping[Tensor, str] | None = None,
         flat_convolutions: bool = False,
+        spike_guard: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -123,7 +129,9 @@ class CAME(torch.optim.Optimizer):
         check_momentum_dtype(momentum_dtype)
         self._momentum_dtype, self._seed, self._remainders = momentum_dtype, seed, remainders
         self._flat_convolutions = flat_convolutions
+        self.spike_guard = None if spike_guard is None else SpikeGuard(spike_guard, warn_once)
         self._guard = Guard()
+        self._begun: list[Begun] = []  # of which the guard has yet to decide
         self._shards: dict[Tensor, Shard] = {}
         self._wanted_kernels = kernels
         self._choices: dict[torch.device, Choice] = {}
@@ -247,6 +255,16 @@ class CAME(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.spike_guard is None:
+            self._end(self._begin())
+        elif self.spike_guard.allows(self):
+            self._end(self._begun.pop())
+        else:
+            self._begun.pop().undo()
+        return loss
+
+    def _begin(self) -> Begun:
+        """Take the first passes of a step."""
         plan = self._plan
         if plan is None or not plan.holds(self.param_groups):
             plan = self._current_plan()
@@ -255,53 +273,20 @@ class CAME(torch.optim.Optimizer):
         if not plan.goes_on(settings, now):
             plan = self._current_plan()
             inputs = plan.inputs(settings, self._state_of, self._model_weights)
-        plan.step(settings, inputs, now)
-        if plan.updated:  # kernels write behind autograd's back
-            torch.autograd.graph.increment_version(plan.updated)
+        return plan.begin(settings, inputs, now, self.state if self.spike_guard else {})
+
+    def begin_guarded(self, of_rank: bool) -> Tensor:
+        """See :class:`megatron_came.core.spike_guard.SpikeGuard`."""
+        self._begun = [self._begin()]
+        return self._begun[0].squared_update(of_rank)
+
+    def _end(self, begun: Begun) -> None:
+        """Take the last pass."""
+        begun.plan.end(begun)
+        if begun.plan.updated:  # kernels write behind autograd's back
+            torch.autograd.graph.increment_version(begun.plan.updated)
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return a state dictionary; int8 momentum is bf16 in it, which holds the same values.
-
-        Codes of int8 mean nothing without the scales of blocks along a slice, and who loads the
-        dictionary may have other slices, or floats. Of named shards, Megatron's wrappers see to it.
-        """
-        state_dict: dict[str, Any] = super().state_dict()
-        if not self._shards:
-            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-            for key, state in state_dict["state"].items():
-                state_dict["state"][key] = dtensors.portable(params[key], state)
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dictionary, also one of ``came_pytorch.CAME``.
-
-        State keeps the dtype that CAME gives it; ``torch.optim`` would cast it to the parameter's.
-        Momentum of another dtype is rounded to nearest.
-
-        Raises:
-            ValueError: it is another optimizer's, or another model's. Nothing is changed then.
-        """
-        states: dict[Tensor, dict[str, Tensor]] = {}
-
-        def take(_: torch.optim.Optimizer, final: Any) -> dict[str, Any]:
-            # Of sharded parameters, Megatron's wrappers load the factors themselves.
-            is_partial = bool(self._shards)
-            states.update(states_in(final, self.param_groups, self._new_state, is_partial))
-            groups = complete_groups(final, self.defaults)
-            return {"state": {}, "param_groups": groups}  # PyTorch would cast state, all at once
-
-        if not isinstance(state_dict, Mapping):
-            take(self, state_dict)  # says so
-        hook = self.register_load_state_dict_pre_hook(take)  # the last: others may change it
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-        for param, saved in states.items():  # one at a time: the old state is gone by now
-            self.state[param] = as_state(saved, self._new_state(param), param) if saved else {}
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:
@@ -322,6 +307,26 @@ class CAME(torch.optim.Optimizer):
         self._guard = Guard(self.param_groups)
         self._plan = None
         _keep_out_of_compiler()
+
+    def diagnostics(self, kinds: Mapping[Tensor, str] | None = None) -> dict[str, dict[str, float]]:
+        """Return figures of the last step, of "all" and each kind of layer: docs/stability.md.
+
+        Args:
+            kinds: of parameters, from :data:`megatron_came.core.diagnostics.KINDS`; by default
+                found by the names that the optimizer was given with its parameters, if it was.
+
+        Raises:
+            ValueError: there are no gradients of a last step.
+        """
+        found = self.measure(kinds).figures()
+        if self.spike_guard is not None:
+            found["all"]["skipped_steps"] = self.spike_guard.skipped
+        return found
+
+    @torch.no_grad()
+    def measure(self, kinds: Mapping[Tensor, str] | None = None) -> Sums:
+        """Return what :meth:`diagnostics` is made of, of what this rank holds."""
+        return self._current_plan().measure(self._state_of, kinds)
 
     def _params(self) -> list[Tensor]:
         """All parameters but frozen integers, as quantized layers have them."""
@@ -364,7 +369,8 @@ class CAME(torch.optim.Optimizer):
             self._guard.compare_ranks(owned, self.param_groups, self._momentum_dtype)
             self._choose_kernels()
             backends = {device: choice.backend for device, choice in self._choices.items()}
-            self._plan = Plan(slices, list(params), backends, self.param_groups)
+            of = slices, list(params), backends, self.param_groups
+            self._plan = Plan(*of, in_passes=bool(self.spike_guard))
             if self._plan.left:
                 warn_once(left_to_plain(self._plan.left, len(slices)))
         return self._plan

@@ -14,12 +14,61 @@ from megatron_came import dtensors
 from megatron_came.core.hyperparameters import check_group
 from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete
 from megatron_came.core.saved import momentum_ranges, set_momentum
+from megatron_came.core.shard import Shard
 from megatron_came.core.state import FACTORS, REMAINDER
 
 _SETTINGS = ("lr", "betas", "eps", "clip_threshold", "weight_decay")
 # Of the authors' class, beside what it shares with ours.
 _AUTHORS_OWN = ("step", "RMS")
 _KNOWN = (MOMENTUM, SCALE, REMAINDER, *FACTORS)
+
+
+class WithStateDicts(torch.optim.Optimizer):
+    """State dictionaries of :class:`megatron_came.CAME`."""
+
+    _shards: dict[Tensor, Shard]
+    _new_state: Callable[[Tensor], dict[str, Tensor]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a state dictionary; int8 momentum is bf16 in it, which holds the same values.
+
+        Codes of int8 mean nothing without the scales of blocks along a slice, and who loads the
+        dictionary may have other slices, or floats. Of named shards, Megatron's wrappers see to it.
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        if not self._shards:
+            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+            for key, state in state_dict["state"].items():
+                state_dict["state"][key] = dtensors.portable(params[key], state)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary, also one of ``came_pytorch.CAME``.
+
+        State keeps the dtype that CAME gives it; ``torch.optim`` would cast it to the parameter's.
+        Momentum of another dtype is rounded to nearest.
+
+        Raises:
+            ValueError: it is another optimizer's, or another model's. Nothing is changed then.
+        """
+        states: dict[Tensor, dict[str, Tensor]] = {}
+
+        def take(_: torch.optim.Optimizer, final: Any) -> dict[str, Any]:
+            # Of sharded parameters, Megatron's wrappers load the factors themselves.
+            is_partial = bool(self._shards)
+            states.update(states_in(final, self.param_groups, self._new_state, is_partial))
+            groups = complete_groups(final, self.defaults)
+            return {"state": {}, "param_groups": groups}  # PyTorch would cast state, all at once
+
+        if not isinstance(state_dict, Mapping):
+            take(self, state_dict)  # says so
+        hook = self.register_load_state_dict_pre_hook(take)  # the last: others may change it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for param, saved in states.items():  # one at a time: the old state is gone by now
+            self.state[param] = as_state(saved, self._new_state(param), param) if saved else {}
 
 
 def states_in(

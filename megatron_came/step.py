@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_came import dtensors
 from megatron_came.core.agreement import Agreement
+from megatron_came.core.diagnostics import Sums, kind_of, measure, on_cpu
 from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs, gradients_of
-from megatron_came.core.state import trust_all
+from megatron_came.core.state import SECOND_MOMENTS, trust_all
 from megatron_came.core.sums import SumBuffer
 from megatron_came.kernels.backend import Backend, Step
 from megatron_came.kernels.eager import EagerBackend
@@ -33,12 +34,16 @@ class Bundle:
     Args:
         slices: the parameters.
         backend: for those that it supports; eager PyTorch takes the others.
+        in_passes: whether it always waits between passes.
 
     Attributes:
         left: of each parameter that the backend leaves to eager PyTorch, why.
+        totals: sums of u^2 by parameter, complete from the second reduction to the next step.
     """
 
-    def __init__(self, slices: Sequence[ParameterSlice], backend: Backend) -> None:
+    def __init__(
+        self, slices: Sequence[ParameterSlice], backend: Backend, *, in_passes: bool
+    ) -> None:
         device = slices[0].param.device
         requests = [slice_.square_requests() for slice_ in slices]
         more_requests = [slice_.instability_requests() for slice_ in slices]
@@ -53,7 +58,8 @@ class Bundle:
             total, *instability = (next(more_views) for _ in rest)
             sums[slice_] = SliceSums(tuple(next(views) for _ in squares), total, tuple(instability))
         self._marks = list(views)
-        is_local = not (self.squares.is_reduced or self.instability.is_reduced)
+        self.totals = {slice_: own.total for slice_, own in sums.items()}
+        is_local = not (in_passes or self.squares.is_reduced or self.instability.is_reduced)
         reasons = {slice_: backend.unsupported(slice_) for slice_ in slices}
         self.left = [why for why in reasons.values() if why is not None]
         left = {slice_: sums[slice_] for slice_ in slices if reasons[slice_] is not None}
@@ -63,11 +69,6 @@ class Bundle:
             for by, members in ((EagerBackend(), left), (backend, taken))
             if members
         ]
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """The memory that its sums lie in."""
-        return [self.squares.flat, self.instability.flat]
 
     def zero_sums(self) -> None:
         """Forget the sums of the last step."""
@@ -82,7 +83,7 @@ class Bundle:
             passes.begin({each: inputs[each] for each in members if each in inputs})
             for members, passes in self._passes
         ]
-        return _BundleStep(self, steps, frozenset(inputs))
+        return _BundleStep(self, steps, [each for each in inputs if each in self.totals])
 
     def finish_squares(self, taken: Collection[ParameterSlice]) -> None:
         """Wait for the sums of the first pass.
@@ -125,6 +126,10 @@ class _BundleStep:
             step.add_instability_sums()
         self._bundle.instability.start()
 
+    def totals(self) -> dict[ParameterSlice, Tensor]:
+        self._bundle.instability.finish()
+        return {slice_: self._bundle.totals[slice_] for slice_ in self._taken}
+
     def apply(self) -> None:
         self._bundle.instability.finish()
         for step in self._steps:
@@ -135,6 +140,35 @@ class _BundleStep:
             step.run()
 
 
+class Begun(NamedTuple):
+    """A step of which the last pass is to come, with the arguments of :meth:`Plan.begin`.
+
+    Attributes:
+        plan: that has begun it.
+        steps: by bundle.
+        moments: r, c and v of all parameters, if it may be undone, and what they were before.
+    """
+
+    plan: Plan
+    steps: dict[Bundle, _BundleStep]
+    settings: Sequence[GroupSettings]
+    inputs: Mapping[ParameterSlice, StepInputs] | None
+    now: Snapshot | None
+    moments: tuple[list[Tensor], list[Tensor]]
+
+    def squared_update(self, of_rank: bool) -> Tensor:
+        """Return the sum of u^2, and of how many elements: this rank's share, or of all."""
+        totals = {s: t for step in self.steps.values() for s, t in step.totals().items()}
+        shares = [(s.shard.share if of_rank else 1.0, float(s.shard.full_numel)) for s in totals]
+        share, numel = torch.tensor(shares, dtype=torch.float64).view(-1, 2).unbind(1)
+        return torch.stack([on_cpu([*totals.values()]), numel]) @ share
+
+    def undo(self) -> None:
+        """Leave all as it was before the step."""
+        if self.moments[0]:
+            torch._foreach_copy_(*self.moments)
+
+
 class Plan:
     """The bundles of an optimizer's parameters.
 
@@ -143,9 +177,11 @@ class Plan:
         params: the parameters themselves, which may be DTensors.
         backends: by device.
         param_groups: as they are now; :meth:`fits` compares with them.
+        in_passes: whether a step goes over all parameters pass by pass.
 
     Attributes:
         left: why backends leave parameters to eager PyTorch, of each.
+        settings: of the parameter groups in the last step; None if it was not taken to its end.
     """
 
     def __init__(
@@ -154,6 +190,8 @@ class Plan:
         params: list[Tensor],
         backends: Mapping[torch.device, Backend],
         param_groups: Sequence[dict[str, Any]],
+        *,
+        in_passes: bool = False,
     ) -> None:
         self.slices, self.params = slices, params
         self._has_dtensors = any(map(dtensors.is_dtensor, params))
@@ -167,10 +205,12 @@ class Plan:
             here = [slice_ for slice_ in slices if slice_.param.device == device]
             local = [slice_ for slice_ in here if not slice_.is_shared]
             if local:
-                self.local.append(Bundle(local, backends[device]))
+                bundles = self.shared if in_passes else self.local
+                bundles.append(Bundle(local, backends[device], in_passes=in_passes))
             for members in _spread([slice_ for slice_ in here if slice_.is_shared]):
-                self.shared.append(Bundle(members, backends[device]))
-        self.left = [why for bundle in (*self.local, *self.shared) for why in bundle.left]
+                self.shared.append(Bundle(members, backends[device], in_passes=in_passes))
+        self.left = [why for bundle in self._bundles for why in bundle.left]
+        self.settings: Sequence[GroupSettings] | None = None
         # The last step, while it can be taken again, and what its tensors were.
         self._steps: dict[Bundle, _BundleStep] = {}
         self._seen: Seen | None = None
@@ -179,7 +219,11 @@ class Plan:
     @property
     def buffers(self) -> list[Tensor]:
         """The memory that all sums lie in."""
-        return [each for bundle in (*self.local, *self.shared) for each in bundle.buffers]
+        return [sums.flat for each in self._bundles for sums in (each.squares, each.instability)]
+
+    @property
+    def _bundles(self) -> list[Bundle]:
+        return [*self.local, *self.shared]
 
     def holds(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups are the plan's, and hold its parameters."""
@@ -241,20 +285,25 @@ class Plan:
             inputs[slice_] = StepInputs(state, grad, settings[slice_.group], weight)
         return inputs
 
-    def step(
+    def begin(
         self,
         settings: Sequence[GroupSettings],
         inputs: Mapping[ParameterSlice, StepInputs] | None,
         now: Snapshot | None,
-    ) -> None:
-        """Take one step.
+        states: Mapping[Any, dict[str, Any]],
+    ) -> Begun:
+        """Take the first two passes of a step; where all sums are local, all three.
 
         Args:
             settings: of the parameter groups.
-            inputs: of those of the parameters that take part in it; None for the last step's.
+            inputs: of the parameters that take part; None for the last step's.
             now: all tensors of it.
+            states: of all parameters, where the step may be undone.
         """
-        before, self._steps = self._steps, {}  # until it is taken
+        kept = (state.get(key) for state in states.values() for key in SECOND_MOMENTS)
+        moments = [dtensors.local_of(moment) for moment in kept if moment is not None]
+        old = list(torch._foreach_mul(moments, 1.0)) if moments else []
+        before, self._steps, self.settings = self._steps, {}, None  # until it is taken
         steps: dict[Bundle, _BundleStep] = {}
 
         def begun(bundle: Bundle) -> _BundleStep:
@@ -275,6 +324,11 @@ class Plan:
             begun(bundle).run()
         for bundle in self.shared:
             steps[bundle].add_instability_sums()
+        return Begun(self, steps, settings, inputs, now, (moments, old))
+
+    def end(self, begun: Begun) -> None:
+        """Take the last pass of a step."""
+        _, steps, settings, inputs, now, _ = begun
         for bundle in self.shared:
             steps[bundle].apply()
         if inputs is not None:
@@ -283,6 +337,29 @@ class Plan:
             self._seen = None
         if now is not None and all(step.lasts for step in steps.values()):
             self._steps, self._seen = steps, self._seen or Seen(now)
+        self.settings = settings
+
+    def measure(
+        self, state_of: Callable[[Tensor], dict[str, Tensor]], kinds: Mapping[Tensor, str] | None
+    ) -> Sums:
+        """Measure the last step, whose gradients and state must still be there.
+
+        Args:
+            state_of: returns a parameter's state.
+            kinds: of layers, by parameter; None finds them by the groups' ``param_names``.
+        """
+        if kinds is None:
+            named = (zip(g["params"], g.get("param_names", ()), strict=False) for g in self._groups)
+            kinds = {param: kind_of(name) for param, name in chain.from_iterable(named)}
+        inputs = {} if self.settings is None else self.inputs(self.settings, state_of, {})
+        if not inputs and self.params:
+            raise ValueError(
+                "CAME: diagnostics() looks at the last step's gradients, and there are none: call "
+                "it after a step() that was taken, before zero_grad()."
+            )
+        totals = {s: t for bundle in self._bundles for s, t in bundle.totals.items()}
+        of = {s: kinds[p] for s, p in zip(self.slices, self.params, strict=True) if p in kinds}
+        return measure(inputs, totals, of)
 
 
 def are_same(objects: Sequence[object], others: Sequence[object]) -> bool:

@@ -25,6 +25,8 @@ SMALLER = "tests/core/test_smaller_state.py"
 SHARDING = "tests/megatron/test_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
+FIGURES = "tests/core/test_diagnostics.py -k plain"
+GUARD = "tests/optimizer/test_spike_guard.py"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,48 @@ class Fault:
 
 
 FAULTS = (
+    Fault(
+        "look at the same rows of every tensor-parallel rank",
+        "core/diagnostics.py",
+        "divmod(full_row - first_row, size + jump)",
+        "divmod(full_row, size + jump)",
+        FIGURES,
+    ),
+    Fault(
+        "count what several ranks hold several times",
+        "core/diagnostics.py",
+        "samples.append(_addends(slice_, given, divisor, look) / shard.replicas)",
+        "samples.append(_addends(slice_, given, divisor, look))",
+        FIGURES,
+    ),
+    Fault(
+        "figures of elements beside the slice",
+        "core/diagnostics.py",
+        "inside = (places >= shard.start) & (places < shard.stop) if is_cut else None",
+        "inside = None",
+        FIGURES,
+    ),
+    Fault(
+        "leave the second moments of a skipped step",
+        "step.py",
+        "            torch._foreach_copy_(*self.moments)",
+        "            pass",
+        GUARD,
+    ),
+    Fault(
+        "let optimizers that step together decide each for itself",
+        "core/spike_guard.py",
+        "self._waiting = list(self.members or [member])",
+        "self._waiting = [member]",
+        GUARD,
+    ),
+    Fault(
+        "guard a step that is over",
+        "optimizer.py",
+        "in_passes=bool(self.spike_guard)",
+        "in_passes=False",
+        GUARD,
+    ),
     Fault(
         "take state for what it was by its address alone",
         "snapshots.py",

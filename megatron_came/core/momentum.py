@@ -53,6 +53,13 @@ class Codec:
         """Return elements [start, stop) of the flat slice for the arithmetic."""
         return state[MOMENTUM].view(-1)[start:stop]
 
+    def at(self, state: State, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return elements of the flat slice, and how far from each its neighbour in bits is.
+
+        None of what is not rounded.
+        """
+        return state[MOMENTUM].view(-1)[places], None
+
     def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
         """Round values and keep them.
 
@@ -76,6 +83,11 @@ class _BF16(Codec):
 
     def read(self, state: State, start: int, stop: int) -> Tensor:
         return Codec.read(self, state, start, stop).to(torch.float32)
+
+    def at(self, state: State, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        values = Codec.at(self, state, places)[0].to(torch.float32)
+        exponent = torch.frexp(values)[1]
+        return values, torch.ldexp((values != 0).to(torch.float32), exponent - 8)
 
     def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
         rounded = values if bits is None else to_bf16(values, bits)
@@ -105,6 +117,10 @@ class _Int8(Codec):
 
     def read(self, state: State, start: int, stop: int) -> Tensor:
         return int8.dequantize(Codec.read(self, state, start, stop), state[SCALE], start)
+
+    def at(self, state: State, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        spacing = state[SCALE][places // int8.BLOCK]
+        return Codec.at(self, state, places)[0] * spacing, spacing
 
     def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
         quantized, scale = int8.quantize(values.to(torch.float32), bits)

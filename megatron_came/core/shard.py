@@ -116,6 +116,17 @@ class Shard:
         return self.copies_group is not None and self.copies_group.size() > 1
 
     @property
+    def replicas(self) -> int:
+        """How many ranks of its groups hold this very slice, each whole."""
+        of_tp = self.tp_group if self.tp_dim is None else None
+        return math.prod(group.size() for group in (of_tp, self.copies_group) if group is not None)
+
+    @property
+    def share(self) -> float:
+        """What of the full tensor counts here, so that all ranks' shares add up to one."""
+        return self.numel / self.full_numel / self.replicas
+
+    @property
     def local_matrix(self) -> tuple[int, int, int]:
         """The whole local tensor as (batch, rows, columns)."""
         if self.is_vector:

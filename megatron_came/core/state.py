@@ -18,6 +18,7 @@ AVERAGED_AXIS: dict[str, int | None] = {
 }
 FACTORS = tuple(AVERAGED_AXIS)
 MATRIX_FACTORS, VECTOR_FACTORS = FACTORS[:4], FACTORS[4:]
+SECOND_MOMENTS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
 REMAINDER = "remainder"
 
 

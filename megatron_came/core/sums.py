@@ -108,6 +108,7 @@ class SumBuffer:
         ]
         # A round begins when the one before it is complete.
         self._rounds = [each for each in (over_dp, *over_more, over_tp, over_copies) if each]
+        self._to_come: list[Sequence[_Reduction]] = []
         self._under_way: list[dist.Work] = []
 
     @property
@@ -125,14 +126,15 @@ class SumBuffer:
 
     def start(self) -> None:
         """Start to complete all sums over their process groups; :meth:`finish` must follow."""
+        self._to_come = list(self._rounds[1:])
         for reductions in self._rounds[:1]:
             self._reduce(reductions)
 
     def finish(self) -> None:
-        """Wait until all sums are complete."""
+        """Wait until all sums are complete, as they may be already."""
         self._wait()
-        for reductions in self._rounds[1:]:
-            self._reduce(reductions)
+        while self._to_come:
+            self._reduce(self._to_come.pop(0))
             self._wait()
 
     def _reduce(self, reductions: Sequence[_Reduction]) -> None:

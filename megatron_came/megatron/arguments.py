@@ -45,6 +45,18 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "main weights of a bf16 model: remainder keeps of each the 16 bits that the bf16 "
         "weight lacks, half the memory and the same fp32 value (default: fp32)",
     },
+    "--came-log-diagnostics": {
+        "action": "store_true",
+        "help": "write figures of CAME's steps by kind of layer to TensorBoard and W&B, every "
+        "--log-interval iterations",
+    },
+    "--came-spike-guard": {
+        "type": float,
+        "default": None,
+        "metavar": "FACTOR",
+        "help": "skip a step whose raw update has FACTOR times the root mean square that is the "
+        "median of the last 128 steps",
+    },
     "--came-no-verify": {
         "action": "store_true",
         "help": "load a checkpoint without comparing it with the digests that were saved with it",

@@ -20,6 +20,7 @@ from megatron_came.megatron.parameter_names import identities
 from megatron_came.megatron.rank_settings import arguments
 from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, chain_of, check_replicas
+from megatron_came.megatron.spikes import guard_spikes
 from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
 from megatron_came.patching import Function
@@ -45,6 +46,8 @@ def with_came(original: Function) -> Function:
             tell_optimizer(config)
         optimizer = original(config, model_chunks, *args, **kwargs)
         share_gradient_dtype(chain_of(optimizer))
+        if is_came and config.spike_guard is not None:
+            guard_spikes(chain_of(optimizer), config.spike_guard)
         return optimizer
 
     return get_megatron_optimizer
@@ -115,7 +118,9 @@ def build(
     if model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
         check_replicas([param for params in model_params for param in params], model_groups)
     came = _came(config, param_groups)
-    known = None if config.momentum_dtype == "fp32" else identities(model_chunks)
+    # Random bits, and which rows are looked at, go by an element's place in the whole model.
+    by_place = config.momentum_dtype != "fp32" or arguments().get("came_log_diagnostics")
+    known = identities(model_chunks) if by_place else None
 
     wrapper: Any
     if config.use_distributed_optimizer:

@@ -18,7 +18,7 @@ from megatron_came.patching import Function
 from megatron_came.voice import say_once
 
 # What CAME's flags say beyond its hyperparameters: ``--came-`` and the name.
-OWN = ("kernels", "momentum_dtype", "main_params")
+OWN = ("kernels", "momentum_dtype", "main_params", "spike_guard")
 # All of them, as a plain ``OptimizerConfig`` or Megatron's arguments have them.
 _PREFIX = "came_"
 _SETTINGS = tuple(_PREFIX + name for name in (*(row.name for row in TABLE), *OWN))
@@ -66,6 +66,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
         momentum_dtype: "fp32", "bf16" or "int8".
         main_params: "fp32", or "remainder" for the lower halves alone; see
             :mod:`megatron_came.core.remainders`.
+        spike_guard: as in :class:`megatron_came.CAME`.
         seed: of the rounding of momentum.
         why_plain: why all ranks compute in plain PyTorch, where some could do otherwise.
 
@@ -78,6 +79,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     kernels: str = "auto"
     momentum_dtype: str = "fp32"
     main_params: str = "fp32"
+    spike_guard: float | None = None
     seed: int = 0
     why_plain: str | None = field(default=None, repr=False)
 

@@ -38,6 +38,7 @@ from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.offload import Offloaded
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.megatron.spikes import WithSpikeGuard
 from megatron_came.optimizer import CAME
 from megatron_came.step import are_same
 from megatron_came.voice import stop
@@ -58,7 +59,7 @@ def _precision_aware(config: Any, value: bool) -> Iterator[None]:
         setattr(config, _PRECISION_AWARE, usual)
 
 
-class CameDistributedOptimizer(Offloaded, DistributedOptimizer):  # type: ignore[misc]
+class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):  # type: ignore[misc]
     """Megatron's ``DistributedOptimizer`` around :class:`megatron_came.CAME`.
 
     Momentum and main weights are sharded over the data-parallel group as Adam's are. Factors are

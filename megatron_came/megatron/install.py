@@ -65,6 +65,7 @@ REPLACEMENTS = table("megatron_came.megatron", {
         ("setup_model_and_optimizer", "checkpoints.shifted:with_warning",
          "a run whose checkpoints Megatron shifts is warned"),
         ("train_step", "bad_numbers:watched", "bad numbers of this iteration are looked for"),
+        ("train_step", "diagnostics:logged", "figures of the step are logged"),
     ),
     "megatron.training.checkpointing": (
         ("save_checkpoint", "checkpoints.digests.saving:with_digests", "digests are computed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,6 +184,22 @@ RULES = (
             when=_has_remainders,
         )
         for flag in ("--load-main-params-from-ckpt", "--log-params-norm", "--qk-clip")
+    ),
+    Rule(
+        "--came-spike-guard {at.came_spike_guard} is not allowed: it must be a finite number above "
+        "1.",
+        when=lambda settings: (
+            (factor := _value("came_spike_guard")(settings)) is not None
+            and not 1.0 < factor < math.inf
+        ),
+    ),
+    Rule(
+        "--came-log-diagnostics writes to TensorBoard and W&B: add --tensorboard-dir or "
+        "--wandb-project, or leave it out.",
+        "--came-log-diagnostics",
+        when=lambda settings: (
+            not (_value("tensorboard_dir")(settings) or _value("wandb_project")(settings))
+        ),
     ),
     # Where it is built.
     Rule(

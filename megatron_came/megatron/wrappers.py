@@ -18,10 +18,11 @@ from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.offload import Offloaded
 from megatron_came.megatron.parameter_names import Identity, identity_of
 from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.megatron.spikes import WithSpikeGuard
 from megatron_came.optimizer import CAME
 
 
-class _WholeTensors(Offloaded):
+class _WholeTensors(WithSpikeGuard, Offloaded):
     """Tells CAME its shards in a wrapper of whole local tensors, and checkpoints the factors.
 
     The wrapper's own checkpoints know only state of the parameter's shape.

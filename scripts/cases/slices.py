@@ -28,7 +28,9 @@ def local_part(tensor, layout, tp, tp_rank):
     return tensor if layout.tp_dim is None else tensor.chunk(tp, dim=layout.tp_dim)[tp_rank]
 
 
-def train_sharded(tp, dp, tensors, starts, histories, betas, kernels, device, tp_dp=False, **more):
+def train_sharded(
+    tp, dp, tensors, starts, histories, betas, kernels, device, tp_dp=False, look=None, **more
+):
     """Train on simulated ranks; return the reassembled tensors.
 
     Args:
@@ -41,6 +43,7 @@ def train_sharded(tp, dp, tensors, starts, histories, betas, kernels, device, tp
         kernels: likewise.
         device: of the slices.
         tp_dp: whether the ranks of both are also in one group.
+        look: is given each rank, its optimizer and its parameters after the last step.
         more: settings of CAME.
     """
     tp_groups = [SimulatedGroup([d * tp + t for t in range(tp)]) for d in range(dp)]
@@ -76,6 +79,8 @@ def train_sharded(tp, dp, tensors, starts, histories, betas, kernels, device, tp
                 gradient = local_part(history[step], layout, tp, tp_rank).reshape(-1)[low:high]
                 param.grad = gradient.clone().to(device)
             optimizer.step()
+        if look is not None:
+            look(rank, optimizer, list(shards))
         return [param.detach().cpu() for param, _, _ in slices]
 
     results = run_ranks(tp * dp, program, [*tp_groups, *dp_groups, everyone])

@@ -59,6 +59,9 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
         ({"came_eps1": 0.0}, "--came-eps1 0.0 is not allowed: it must be a finite number above 0."),
         ({"came_eps2": float("nan")}, "--came-eps2 nan is not allowed"),
         ({"came_clip_threshold": 0.0}, "--came-clip-threshold 0.0 is not allowed"),
+        ({"came_spike_guard": 0.0}, "--came-spike-guard 0.0 is not allowed: it must be a finite"),
+        ({"came_spike_guard": float("nan")}, "--came-spike-guard nan is not allowed"),
+        ({"came_log_diagnostics": True}, "TensorBoard and W&B: add --tensorboard-dir or"),
         (
             {"optimizer_cpu_offload": True},
             "--optimizer-cpu-offload, which steps on the CPU with Adam",

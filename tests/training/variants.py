@@ -217,15 +217,16 @@ def _released():
     return mock.patch.object(training, "save_checkpoint", release)
 
 
-def _spiky():
-    """The loss of the third iteration is a hundred times as large."""
+def _spiky(iteration=3, factor=100.0):
+    """The loss of one iteration is many times as large; an iteration is two micro-batches."""
     from megatron_came import pretrain_gpt
 
     original, calls = pretrain_gpt.loss_func, []
 
     def spoiled(mask, output):
         calls.append(mask)
-        return original(mask, output * (100.0 if len(calls) in (5, 6) else 1.0))
+        is_large = len(calls) in (2 * iteration - 1, 2 * iteration)
+        return original(mask, output * (factor if is_large else 1.0))
 
     return mock.patch.object(pretrain_gpt, "loss_func", spoiled)
 
@@ -250,6 +251,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "nan-loss": lambda: _bad_loss(3),
         "released": _released,
         "spiky": _spiky,
+        "spike-late": lambda: _spiky(18, 1e3),
         **{f"damaged-{name}": functools.partial(damaged, name) for name in DAMAGE},
         "silent": _silent_weights,
         "killed": _killed_while_saving,

@@ -1,0 +1,77 @@
+"""``--came-log-diagnostics``: what CAME's steps do, in Megatron's own logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_came.core.diagnostics import Sums, kind_of
+from megatron_came.megatron.parameter_names import named_parameters
+from megatron_came.megatron.sharding import chain_of
+from megatron_came.patching import Function
+
+
+def logged(original: Function) -> Function:
+    """Write figures of a step that was taken, at the log interval."""
+
+    def train_step(
+        forward_step_func: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any
+    ) -> Any:
+        from megatron.training import get_args
+
+        result = original(forward_step_func, data, model, optimizer, *rest, **kwargs)
+        args = get_args()
+        iteration = getattr(args, "curr_iteration", 0) + 1
+        is_asked = getattr(args, "came_log_diagnostics", False) and args.optimizer == "came"
+        is_skipped = result[1]
+        if is_asked and not is_skipped and iteration % args.log_interval == 0:
+            _write(figures_of(model, optimizer), iteration)
+        return result
+
+    return train_step
+
+
+def figures_of(model: Sequence[Any], optimizer: Any) -> dict[str, dict[str, float]]:
+    """Return the figures of the whole model; a collective.
+
+    Args:
+        model: chunks of this rank.
+        optimizer: Megatron's, perhaps a chain, after a step and before its gradients are gone.
+    """
+    kinds = {param: kind_of(name) for name, param in named_parameters(model)}
+    total = Sums.zero()
+    for each in (chain := chain_of(optimizer)):
+        sums = Sums.zero()
+        if each.optimizer is not None:
+            pairs = ((local, kinds.get(param, "other")) for param, local in each._pairs)
+            sums = each.optimizer.measure(dict(pairs))
+        group = each.get_grad_stats_parallel_group()
+        total.added.add_(reduced(sums.added, group))
+        largest = reduced(sums.largest, group, dist.ReduceOp.MAX)
+        torch.maximum(total.largest, largest, out=total.largest)
+    figures = total.figures()
+    if chain[0].spike_guard is not None:
+        figures["all"]["skipped_steps"] = chain[0].spike_guard.skipped
+    return figures
+
+
+def reduced(values: torch.Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Return values reduced over a group, which may do so on the GPU alone, on the CPU."""
+    values = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
+    dist.all_reduce(values, op=op, group=group)
+    return values.cpu()
+
+
+def _write(figures: Mapping[str, Mapping[str, float]], iteration: int) -> None:
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    for kind, values in figures.items():
+        named = {f"came-{key.replace('_', '-')}/{kind}": value for key, value in values.items()}
+        if (wandb := get_wandb_writer()) is not None:
+            wandb.log(named, iteration)
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, value in named.items():
+                writer.add_scalar(name, value, iteration)

@@ -1,0 +1,54 @@
+"""``--came-spike-guard``: one decision for all optimizers of a model, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_came.core.spike_guard import SpikeGuard
+from megatron_came.megatron.diagnostics import reduced
+from megatron_came.megatron.rank_settings import arguments
+from megatron_came.voice import say
+
+
+class WithSpikeGuard:
+    """A wrapper of Megatron's that reports a skipped step as Megatron's own skipped ones.
+
+    Attributes:
+        spike_guard: of the model; None without the flag.
+    """
+
+    spike_guard: SpikeGuard | None = None
+    optimizer: Any
+
+    def step_with_ready_grads(self) -> bool:
+        """As Megatron's."""
+        if self.spike_guard is not None and self.optimizer is None:
+            self.spike_guard.allows(self)  # others wait for this rank
+        is_taken: bool = super().step_with_ready_grads()  # type: ignore[misc]
+        return is_taken and (self.spike_guard is None or self.spike_guard.is_taken)
+
+    def begin_guarded(self, of_rank: bool) -> Tensor:
+        """Stand in for CAME on a rank that has none."""
+        return torch.zeros(2, dtype=torch.float64)
+
+
+def guard_spikes(chain: Sequence[Any], factor: float) -> None:
+    """Let a chain's optimizers, which Megatron steps one after another, ask one guard."""
+    guard = SpikeGuard(factor, say)
+
+    def add_up(sums: Sequence[Tensor]) -> Tensor:
+        groups = [each.get_grad_stats_parallel_group() for each in chain]
+        return sum(map(reduced, sums, groups), start=torch.zeros(2, dtype=torch.float64))
+
+    guard.members = [each.optimizer or each for each in chain]
+    guard.add_up, guard.name_step = add_up, _iteration
+    for each in (*chain, *guard.members):
+        each.spike_guard = guard
+
+
+def _iteration() -> str:
+    return f"iteration {arguments().get('curr_iteration', 0) + 1}"

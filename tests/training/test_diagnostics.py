@@ -1,0 +1,94 @@
+"""``--came-log-diagnostics`` and ``--came-spike-guard`` in Megatron's training loop."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from megatron_came.tools.plot import scalars
+from tests.training.harness import Case, losses, run, worst_difference
+from tests.training.layouts import DO, EP, MODELS, PP, TP
+
+# The gradient of the bias of attention's keys is nothing but rounding, which CAME makes an update
+# of the usual size: its figures are no two layouts' the same.
+START = {"gpt2": "--disable-bias-linear --num-layers 2 ", "moe": MODELS["moe"]}
+LAYOUTS = {
+    1: {"dp1": ""},
+    2: {"tp2": TP, "dp2-do": DO, "pp2-do": PP + DO},
+}
+MOE = {1: {"moe": ""}, 2: {"moe-ep2-do": EP + DO}}
+# Gradients are as large as they come, and the 18th iteration's a thousand times as large.
+GUARD = "--clip-grad 0 --came-spike-guard 2 "
+ONLY_SPIKES = {1: {"guard": ""}, 2: {"guard-tp2-do": TP + DO}}
+MOE_SPIKES = {1: {"guard-moe": ""}, 2: {"guard-moe-ep2-do": EP + DO}}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What ranks saw and what was logged, by name of the case."""
+    folder = tmp_path_factory.mktemp("diagnostics")
+    start = {}
+    once = "--optimizer sgd --lr 1e-12 --min-lr 0 --lr-warmup-iters 0 --train-iters 1 "
+    saving = "--save-interval 1 --no-save-optim --no-save-rng "
+    begin = []
+    for model in ("gpt2", "moe"):
+        begin.append(
+            Case(f"start-{model}", f"{once}{saving}--save {folder / model} {START[model]}")
+        )
+        start[model] = (
+            f"--load {folder / model} --finetune --no-load-optim --no-load-rng {START[model]}"
+            "--optimizer came "
+        )
+    found, logs = {}, {}
+    for ranks in (1, 2):
+        cases = begin if ranks == 1 else []
+        for names, model, flags, variant in (
+            (LAYOUTS, "gpt2", "--train-iters 10 --log-interval 5 ", "came"),
+            (MOE, "moe", "--train-iters 10 --log-interval 5 ", "came"),
+            (ONLY_SPIKES, "gpt2", GUARD, "came+spike-late"),
+            (MOE_SPIKES, "moe", GUARD, "came+spike-late"),
+        ):
+            for name, layout in names[ranks].items():
+                logs[name] = folder / "logs" / name
+                log = f"--tensorboard-dir {logs[name]} --came-log-diagnostics "
+                cases.append(Case(name, start[model] + flags + log + layout, variant))
+        found |= run(ranks, cases, folder / f"ranks{ranks}")
+    return found, logs
+
+
+@functools.cache
+def figures(folder: Path):
+    """Values of CAME's figures, by name and iteration."""
+    return {
+        (name, step): value
+        for name, (steps, values) in scalars(folder).items()
+        if name.startswith("came-")
+        for step, value in zip(steps, values, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [*((name, "dp1") for name in LAYOUTS[2]), *((name, "moe") for name in MOE[2])],
+)
+def test_figures_are_those_of_one_rank(seen, name, whole):
+    _, logs = seen
+    ours, theirs = figures(logs[name]), figures(logs[whole])
+    assert {step for _, step in ours} == {5, 10}
+    kinds = {figure.split("/")[1] for figure, _ in ours}
+    assert kinds == {"all", "attention", "embedding", "mlp", "norm"} | (
+        {"expert"} if whole == "moe" else set()
+    )
+    assert ours == pytest.approx(theirs, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"), [("guard-tp2-do", "guard"), ("guard-moe-ep2-do", "guard-moe")]
+)
+def test_a_spike_is_skipped_on_all_ranks_and_nothing_changes(seen, name, whole):
+    found, logs = seen
+    for rank in (*found[name], *found[whole]):
+        assert rank["skipped"] == [0] * 17 + [1, 0, 0]
+        assert rank["changed_though_skipped"] == [False]
+    assert worst_difference(losses(found[name]), losses(found[whole])) <= 2e-6
+    assert figures(logs[name])["came-skipped-steps/all", 20] == 1
