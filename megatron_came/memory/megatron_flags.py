@@ -19,6 +19,7 @@ from megatron_came.memory.stand_ins import hopper, replaced
 from megatron_came.voice import PREFIX
 
 _TENSOR = "use --tensor-model-parallel-size"
+_OPTIMIZERS = ("came", "adam", "sgd", "lion", "muon", "dist_muon")
 
 
 def parse(flags: list[str], ranks: int) -> argparse.Namespace:
@@ -85,15 +86,30 @@ def _refuse(args: argparse.Namespace) -> None:
         ("use_torch_fsdp2", "--use-torch-fsdp2", "use --use-distributed-optimizer"),
         ("use_checkpoint_args", "--use-checkpoint-args", "give the model's flags"),
         ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out"),
-        ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", "leave it out"),
         ("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", _TENSOR),
         ("moe_single_grouped_weight", "--moe-single-grouped-weight", "leave it out"),
     ):
         if getattr(args, name, None):
             raise LaunchError(f"memory cannot be predicted with {flag}: {instead}.")
-    if args.optimizer not in ("came", "adam", "sgd"):
+    if args.optimizer not in _OPTIMIZERS:
         raise LaunchError(
-            f"memory cannot be predicted with --optimizer {args.optimizer}: give came, adam or sgd."
+            f"memory cannot be predicted with --optimizer {args.optimizer}: give one of "
+            f"{', '.join(_OPTIMIZERS)}."
+        )
+    if args.optimizer in _OPTIMIZERS[3:]:
+        if args.fp16:
+            raise LaunchError(
+                f"Megatron refuses --fp16 with --optimizer {args.optimizer}: use --bf16."
+            )
+        if not getattr(args, "use_layer_wise_param_layout", True):
+            raise LaunchError(
+                "memory cannot be predicted with --no-use-layer-wise-param-layout: leave it out."
+            )
+    precise = getattr(args, "use_precision_aware_optimizer", False)
+    if precise and not (args.use_distributed_optimizer and (args.bf16 or args.fp16)):
+        raise LaunchError(
+            "--use-precision-aware-optimizer is predicted with --bf16 or --fp16 and "
+            "--use-distributed-optimizer, which Megatron wants: add them."
         )
 
 

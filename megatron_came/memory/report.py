@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.measurement import measure, watch_step
-from megatron_came.memory.optimizers import ROWS, Components, of_launch
+from megatron_came.memory.optimizers import ROWS, Components, is_sharded, of_launch
 from megatron_came.memory.pages import bytes_table, human
 
 # Of the file; to be raised by whoever changes its keys.
@@ -216,7 +216,7 @@ def _report_of(
     stage = parallel_state.get_pipeline_model_parallel_rank()
     parameters = sum(param.numel() for chunk in model for param in chunk.parameters())
     shards = (0, 0)
-    if args.use_distributed_optimizer:
+    if is_sharded(args):
         shards = (model[0].intra_dp_cp_group.rank(), model[0].intra_expt_dp_group.rank())
     predicted = activations = problem = None
     try:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import (
+    LayerWiseDistributedOptimizer,
+    is_managed_by_layer_wise_optimizer,
+)
 from torch import Tensor
 
 from megatron_came.core.int8 import BLOCK
@@ -22,6 +29,9 @@ from megatron_came.memory.meta_model import Chunk
 from megatron_came.memory.optimizers import Components, Optimizer
 from megatron_came.memory.stand_ins import META, SizedGroup
 
+# What Megatron calls the mark of parameters whose matrices are not cut.
+_BY_MATRIX = "is_managed_by_layer_wise_optimizer"
+
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
@@ -34,6 +44,7 @@ class Buffer:
         weight: bytes of a weight.
         gradient: bytes of a gradient.
         of_experts: cut over the experts' data-parallel ranks.
+        by_matrix: each of its matrices lies whole in one shard, as for Lion and Muon.
         bucket: number of elements of the largest bucket; 0 where nothing is cut.
     """
 
@@ -44,6 +55,7 @@ class Buffer:
     gradient: int
     of_experts: bool
     bucket: int = 0
+    by_matrix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +67,13 @@ class Stage:
         layers: number of transformer layers.
         parameters: number of elements of one rank's weights.
         frozen: bytes of weights that are not trained.
-        buffers: of the others.
+        buffers: of the others, cut evenly.
+        matrix_buffers: the same for optimizers that take matrices whole.
         factors: bytes of r and c of all matrices, and of v of all vectors.
         confidence: bytes of R and C of all matrices.
         sums: bytes of CAME's sums over ranks.
         shards: which shards of dense and of experts' parameters the rank holds.
+        matrix_shards: the same of ``matrix_buffers``.
         activations: bytes of its activations, by Megatron's estimate.
         saves: whether the run has checkpoints.
         gathers: whether these gather the optimizer's state on GPUs, bucket by bucket.
@@ -70,10 +84,12 @@ class Stage:
     parameters: int
     frozen: int
     buffers: tuple[Buffer, ...]
+    matrix_buffers: tuple[Buffer, ...]
     factors: int
     confidence: int
     sums: int
     shards: tuple[int, int] = (0, 0)
+    matrix_shards: tuple[int, int] = (0, 0)
     activations: int = 0
     saves: bool = False
     gathers: bool = False
@@ -81,39 +97,57 @@ class Stage:
     def components(self, optimizer: Optimizer) -> Components:
         """What the rank keeps from step to step."""
         main_weights = momentum = second_moment = copies = 0
+        buffers = self._buffers(optimizer)
         # Beside gradients in fp32 CAME copies those in 16 bits, too.
-        copied = optimizer.copies_gradients or len({each.gradient for each in self.buffers}) > 1
-        for buffer in self.buffers:
-            shard = self.shards[buffer.of_experts]
-            elements, blocks = int(buffer.elements[shard]), int(buffer.blocks[shard])
-            momentum += int(optimizer.momentum_bytes(elements, blocks))
-            main_weights += elements * optimizer.main_weights_bytes(buffer.weight)
-            if optimizer.second_moment == "full":
-                second_moment += elements * optimizer.moment
+        copied = optimizer.copies_gradients or len({each.gradient for each in buffers}) > 1
+        for buffer, elements, blocks, of_buffer in self._held(optimizer):
+            momentum += int(of_buffer.momentum_bytes(elements, blocks))
+            main_weights += elements * of_buffer.main_weights_bytes(buffer.weight)
+            second_moment += elements * of_buffer.moment_bytes
             if buffer.gradient == 2 and copied:
                 copies += elements * 4
         if optimizer.second_moment in ("factors", "confidence"):
             second_moment += self.factors
-        if optimizer.second_moment == "confidence":
+        if optimizer.is_came:
             second_moment += self.confidence
             copies += self.sums
         return Components(
-            weights=self.weights,
-            gradients=sum(buffer.padded * buffer.gradient for buffer in self.buffers),
+            weights=self.frozen + sum(buffer.padded * buffer.weight for buffer in buffers),
+            gradients=sum(buffer.padded * buffer.gradient for buffer in buffers),
             main_weights=main_weights,
             momentum=momentum,
             second_moment=second_moment,
             buffers=copies,
         )
 
-    @property
-    def weights(self) -> int:
-        """Bytes of the weights, padding included."""
-        return self.frozen + sum(buffer.padded * buffer.weight for buffer in self.buffers)
+    def _buffers(self, optimizer: Optimizer) -> tuple[Buffer, ...]:
+        return self.buffers if optimizer.rest is None else self.matrix_buffers
+
+    def _held(self, optimizer: Optimizer) -> Iterator[tuple[Buffer, int, int, Optimizer]]:
+        """Elements and blocks that the rank updates of each buffer, and with which optimizer."""
+        shards = self.shards if optimizer.rest is None else self.matrix_shards
+        for buffer in self._buffers(optimizer):
+            shard = shards[buffer.of_experts]
+            own = optimizer if buffer.by_matrix else optimizer.rest or optimizer
+            yield buffer, int(buffer.elements[shard]), int(buffer.blocks[shard]), own
+
+    def step(self, optimizer: Optimizer) -> int:
+        """Most bytes that a step takes beside what is kept: fp32 copies of what has fewer bits.
+
+        Megatron has an optimizer for dense and one for experts' parameters, which take turns.
+        """
+        copies = [0, 0]
+        for buffer, elements, _, own in self._held(optimizer):
+            copies[buffer.of_experts] += elements * own.unpacked(in_step=True)
+        return max(copies)
+
+    def working(self, optimizer: Optimizer) -> int:
+        """Bytes beside what is kept: activations or, where they are more, the copies of a step."""
+        return max(self.activations, self.step(optimizer))
 
     def total(self, optimizer: Optimizer) -> int:
-        """Bytes of the rank, activations included."""
-        return self.components(optimizer).total + self.activations
+        """Most bytes of the rank in an iteration."""
+        return self.components(optimizer).total + self.working(optimizer)
 
     def checkpoint(self, optimizer: Optimizer) -> int:
         """Most bytes that saving or loading a checkpoint takes beside what is kept.
@@ -122,25 +156,38 @@ class Stage:
         """
         if not self.saves:
             return 0
-        own = MOST_BYTES if optimizer.second_moment == "confidence" else 0
+        own = MOST_BYTES if optimizer.is_came else 0
+        own += sum(
+            elements * each.unpacked(in_step=False)
+            for _, elements, _, each in self._held(optimizer)
+        )
         gathered = [
             4 * (each.bucket + each.bucket // len(each.elements))
-            for each in self.buffers
-            if self.gathers
+            for each in self._buffers(optimizer)
+            if self.gathers and not each.by_matrix
         ]
         return own + max(gathered, default=0)
 
     def peak(self, optimizer: Optimizer) -> int:
-        """Bytes of the rank in a step or, where they are more, at a checkpoint."""
+        """Bytes of the rank in an iteration or, where they are more, at a checkpoint."""
         kept = self.components(optimizer).total
-        return kept + max(self.activations, self.checkpoint(optimizer))
+        return kept + max(self.working(optimizer), self.checkpoint(optimizer))
 
-    def fullest_shards(self, grid: Grid) -> tuple[int, int]:
-        """The shards, dense and of experts, of the rank that holds most elements."""
-        shards = grid.shards_of_ranks()
-        held = sum(buffer.elements[shards[buffer.of_experts]] for buffer in self.buffers)
-        rank = int(torch.as_tensor(held).argmax())
-        return int(shards[0][rank]), int(shards[1][rank])
+    def of_fullest_ranks(self, grid: Grid) -> Stage:
+        """The stage, seen from the ranks that hold most elements."""
+        return replace(
+            self,
+            shards=_fullest(self.buffers, grid),
+            matrix_shards=_fullest(self.matrix_buffers, grid),
+        )
+
+
+def _fullest(buffers: Iterable[Buffer], grid: Grid) -> tuple[int, int]:
+    """The shards, dense and of experts, of the rank that holds most elements."""
+    shards = grid.shards_of_ranks()
+    held = sum(buffer.elements[shards[buffer.of_experts]] for buffer in buffers)
+    rank = int(torch.as_tensor(held).argmax())
+    return int(shards[0][rank]), int(shards[1][rank])
 
 
 def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[Chunk]) -> Stage:
@@ -156,10 +203,16 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         sum(param.numel() for param in params),
     )
     buffers: list[Buffer] = []
+    matrix_buffers: list[Buffer] = []
     for index, chunk in enumerate(chunks):
         # Megatron makes one bucket of all but the first chunk of the first stage.
         whole = index > 0 or number > 0 or args.overlap_param_gather_with_optimizer_step
-        buffers += _buffers(ddp_config, grid, chunk, None if whole else bucket_size)
+        bucket = None if whole else bucket_size
+        buffers += _buffers(ddp_config, grid, chunk, bucket, DistributedOptimizer)
+        with _routed(chunk):
+            matrix_buffers += _buffers(
+                ddp_config, grid, chunk, bucket, LayerWiseDistributedOptimizer
+            )
     factors, confidence, sums = _whole_on_every_rank(params, grid)
     return Stage(
         number=number,
@@ -167,6 +220,7 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         parameters=sum(param.numel() for param in params),
         frozen=sum(param.nbytes for param in params if not param.requires_grad),
         buffers=tuple(buffers),
+        matrix_buffers=tuple(matrix_buffers),
         factors=factors,
         confidence=confidence,
         sums=sums,
@@ -178,12 +232,21 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
     )
 
 
-def _buffers(
-    ddp_config: Any, grid: Grid, chunk: Chunk, bucket_size: int | None
-) -> Iterable[Buffer]:
-    from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+@contextlib.contextmanager
+def _routed(chunk: Chunk) -> Iterator[None]:
+    """Mark the parameters that Lion and Muon take, which Megatron lays out by themselves."""
+    for param in chunk.params:
+        setattr(param, _BY_MATRIX, is_managed_by_layer_wise_optimizer(param))
+    try:
+        yield
+    finally:
+        for param in chunk.params:
+            delattr(param, _BY_MATRIX)
 
+
+def _buffers(
+    ddp_config: Any, grid: Grid, chunk: Chunk, bucket_size: int | None, layout_of: Any
+) -> Iterable[Buffer]:
     trained = [param for param in chunk.params if param.requires_grad]
     if not grid.sharded:
         groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)
@@ -193,7 +256,7 @@ def _buffers(
             yield _buffer(key, int(numel), numel.view(1), blocks.view(1))
         return
     dense, experts = grid.shards
-    layout = DistributedOptimizer.compute_full_param_layout(
+    layout = layout_of.compute_full_param_layout(
         trained, bucket_size, dense, ddp_config, expert_data_parallel_world_size=experts
     )
     for key, buffer in layout.layouts.items():
@@ -206,7 +269,10 @@ def _blocks(sizes: Tensor) -> Tensor:
 
 def _buffer(key: Any, padded: int, elements: Tensor, blocks: Tensor, bucket: int = 0) -> Buffer:
     weight, gradient = key.param_dtype.itemsize, key.grad_dtype.itemsize
-    return Buffer(padded, elements, blocks, weight, gradient, key.is_expert_parallel, bucket)
+    by_matrix = getattr(key, _BY_MATRIX, False)
+    return Buffer(
+        padded, elements, blocks, weight, gradient, key.is_expert_parallel, bucket, by_matrix
+    )
 
 
 def cut(key: Any, buffer: Any, shards: int) -> Buffer:
