@@ -41,7 +41,7 @@ class _Trials:
         for change in tried:
             flags, ranks = change.applied(flags), change.ranks or ranks
         try:
-            launch = Launch(megatron_flags.parse(flags, ranks))
+            launch = Launch(megatron_flags.parse(flags, ranks, self.command.script))
             optimizer = of_launch(launch.args)
             assert optimizer is not None  # others are refused
             return launch.peak(optimizer)

@@ -49,7 +49,7 @@ def _sentence(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-came memory",
-        usage="%(prog)s [OPTIONS] --gpus N FLAGS...\n"
+        usage="%(prog)s [OPTIONS] --gpus N [SCRIPT] FLAGS...\n"
         "       %(prog)s [OPTIONS] torchrun ... FLAGS...\n"
         "       %(prog)s [OPTIONS] --script SCRIPT [FLAGS...]\n"
         "       %(prog)s --compare FILE...",
@@ -104,7 +104,7 @@ def _launch_command(options: argparse.Namespace, words: list[str]) -> LaunchComm
         raise LaunchError("the flags do not say how many GPUs there are: add --gpus N.")
     if ranks < 1:
         raise LaunchError(f"--gpus {ranks} is not allowed: give at least 1.")
-    return LaunchCommand(command.flags, ranks)
+    return LaunchCommand(command.flags, ranks, command.script)
 
 
 def _predict(options: argparse.Namespace, words: list[str]) -> None:
@@ -120,7 +120,7 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
     room = fit.parse_size(options.advise, "--advise") if options.advise else None
     if options.plot:
         plot.check_installed()
-    launch = Launch(megatron_flags.parse(command.flags, command.ranks or 1))
+    launch = Launch(megatron_flags.parse(command.flags, command.ranks or 1, command.script))
     optimizers = compared(launch.args)
     trained = of_launch(launch.args) or optimizers[0]
     if trained not in optimizers:

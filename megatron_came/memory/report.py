@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.measurement import measure, watch_step
+from megatron_came.memory.model_kinds import kind_of
 from megatron_came.memory.optimizers import ROWS, Components, is_sharded, of_launch
 from megatron_came.memory.pages import bytes_table, human
 
@@ -222,7 +224,8 @@ def _report_of(
     try:
         if kind is None:
             raise UnsupportedError(f"the state of --optimizer {args.optimizer} is not known here.")
-        rank = Launch(args).rank(stage, shards)
+        kinds = {**vars(args), "model_kind": kind_of(sys.argv[0])}
+        rank = Launch(argparse.Namespace(**kinds)).rank(stage, shards)
         if rank.parameters != parameters:
             raise UnsupportedError(
                 f"the flags describe a GPT model of {rank.parameters} parameters on this rank, and "
