@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_came.memory.launch_command import LaunchError, words_of
-from megatron_came.memory.model_kinds import BERT, T5, kind_of
+from megatron_came.memory.model_kinds import BERT, GPT, T5, kind_of
 from megatron_came.memory.stand_ins import hopper, replaced
 from megatron_came.voice import PREFIX
 
@@ -111,9 +111,11 @@ def _refuse(args: argparse.Namespace) -> None:
             raise LaunchError(
                 f"Megatron refuses --fp16 with --optimizer {args.optimizer}: use --bf16."
             )
-        if not getattr(args, "use_layer_wise_param_layout", True):
+        has_layout = getattr(args, "use_layer_wise_param_layout", True)
+        if args.model_kind != GPT and args.use_distributed_optimizer and has_layout:
             raise LaunchError(
-                "memory cannot be predicted with --no-use-layer-wise-param-layout: leave it out."
+                f"how Megatron shards --optimizer {args.optimizer} with this script is not "
+                "predicted: add --no-use-layer-wise-param-layout."
             )
     precise = getattr(args, "use_precision_aware_optimizer", False)
     if precise and not (args.use_distributed_optimizer and (args.bf16 or args.fp16)):

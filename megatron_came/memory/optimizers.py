@@ -88,7 +88,7 @@ class Optimizer:
         unpacks: whether a step, and a checkpoint, copy moments and main weights of fewer bits to
             fp32, all at once.
         rest: the optimizer of word embeddings, output layer and vectors, where that is another;
-            each of the other matrices then lies whole on one data-parallel rank.
+            each tensor then lies whole on one data-parallel rank.
     """
 
     name: str

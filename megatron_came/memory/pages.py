@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 ACTIVATIONS = "activations (estimate)"
-_COPIES = "or: fp32 copies in the step"
+_COPIES = "or: copies in the step"
 _NOTES = (
     "Activations are Megatron's own estimate, in the precision of the run, attention scores not "
     "counted.",
@@ -26,8 +26,8 @@ _NOTES = (
     "up to 36 MiB of partial sums for each optimizer of CAME that Megatron builds.",
 )
 _NOTE_ON_COPIES = (
-    "Adam copies moments of 8 bits to fp32 in each step, when activations are gone: the total has "
-    "what is more. Counted from dtypes, not measured."
+    "In a step, when activations are gone, Adam copies moments of 8 bits to fp32, Lion and Muon "
+    "gather all weights in a copy: the total has what is more. Counted, not measured."
 )
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 

@@ -44,7 +44,7 @@ def draw(stage: Stage, optimizers: Sequence[Optimizer], path: Path) -> None:
         heights = {label: getattr(components, key) / unit for key, label in LABELS.items()}
         heights[ACTIVATIONS] = stage.activations / unit
         if any(more.values()):
-            heights["what a step's fp32 copies take more"] = more[optimizer.name] / unit
+            heights["what a step's copies take more"] = more[optimizer.name] / unit
         bars[optimizer.name.replace(" ", "\n", 1)] = heights
     try:
         draw_bars(bars, f"{name} on the fullest rank", path)

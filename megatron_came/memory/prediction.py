@@ -97,4 +97,4 @@ class Launch:
         chunks = build_stage(self.args, self.grid, number)
         stage = lay_out(self.args, self.grid, number, chunks)
         activations = activation_bytes(self.args, self.grid, number, chunks)
-        return replace(stage, shards=shards, matrix_shards=shards, activations=activations)
+        return replace(stage, shards=shards, whole_shards=shards, activations=activations)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +10,7 @@ from typing import Any
 import torch
 from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.layer_wise_optimizer import (
-    LayerWiseDistributedOptimizer,
-    is_managed_by_layer_wise_optimizer,
-)
+from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 from torch import Tensor
 
 from megatron_came.core.int8 import BLOCK
@@ -29,9 +25,6 @@ from megatron_came.memory.meta_model import Chunk
 from megatron_came.memory.optimizers import Components, Optimizer
 from megatron_came.memory.stand_ins import META, SizedGroup
 
-# What Megatron calls the mark of parameters whose matrices are not cut.
-_BY_MATRIX = "is_managed_by_layer_wise_optimizer"
-
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
@@ -44,7 +37,7 @@ class Buffer:
         weight: bytes of a weight.
         gradient: bytes of a gradient.
         of_experts: cut over the experts' data-parallel ranks.
-        by_matrix: each of its matrices lies whole in one shard, as for Lion and Muon.
+        by_matrix: it is of what Lion and Muon take, and not of what they leave to another.
         bucket: number of elements of the largest bucket; 0 where nothing is cut.
     """
 
@@ -68,12 +61,12 @@ class Stage:
         parameters: number of elements of one rank's weights.
         frozen: bytes of weights that are not trained.
         buffers: of the others, cut evenly.
-        matrix_buffers: the same for optimizers that take matrices whole.
+        whole_buffers: the same for optimizers that take tensors whole.
         factors: bytes of r and c of all matrices, and of v of all vectors.
         confidence: bytes of R and C of all matrices.
         sums: bytes of CAME's sums over ranks.
         shards: which shards of dense and of experts' parameters the rank holds.
-        matrix_shards: the same of ``matrix_buffers``.
+        whole_shards: the same of ``whole_buffers``.
         activations: bytes of its activations, by Megatron's estimate.
         saves: whether the run has checkpoints.
         gathers: whether these gather the optimizer's state on GPUs, bucket by bucket.
@@ -84,12 +77,12 @@ class Stage:
     parameters: int
     frozen: int
     buffers: tuple[Buffer, ...]
-    matrix_buffers: tuple[Buffer, ...]
+    whole_buffers: tuple[Buffer, ...]
     factors: int
     confidence: int
     sums: int
     shards: tuple[int, int] = (0, 0)
-    matrix_shards: tuple[int, int] = (0, 0)
+    whole_shards: tuple[int, int] = (0, 0)
     activations: int = 0
     saves: bool = False
     gathers: bool = False
@@ -121,24 +114,26 @@ class Stage:
         )
 
     def _buffers(self, optimizer: Optimizer) -> tuple[Buffer, ...]:
-        return self.buffers if optimizer.rest is None else self.matrix_buffers
+        return self.buffers if optimizer.rest is None else self.whole_buffers
 
     def _held(self, optimizer: Optimizer) -> Iterator[tuple[Buffer, int, int, Optimizer]]:
         """Elements and blocks that the rank updates of each buffer, and with which optimizer."""
-        shards = self.shards if optimizer.rest is None else self.matrix_shards
+        shards = self.shards if optimizer.rest is None else self.whole_shards
         for buffer in self._buffers(optimizer):
             shard = shards[buffer.of_experts]
             own = optimizer if buffer.by_matrix else optimizer.rest or optimizer
             yield buffer, int(buffer.elements[shard]), int(buffer.blocks[shard]), own
 
     def step(self, optimizer: Optimizer) -> int:
-        """Most bytes that a step takes beside what is kept: fp32 copies of what has fewer bits.
+        """Most bytes that a step takes beside what is kept: of dense or of experts' parameters.
 
-        Megatron has an optimizer for dense and one for experts' parameters, which take turns.
+        Fp32 copies of what has fewer bits, or all weights, where they are gathered out of place.
         """
         copies = [0, 0]
         for buffer, elements, _, own in self._held(optimizer):
             copies[buffer.of_experts] += elements * own.unpacked(in_step=True)
+            if optimizer.rest is not None and len(buffer.elements) > 1:
+                copies[buffer.of_experts] += buffer.padded * buffer.weight
         return max(copies)
 
     def working(self, optimizer: Optimizer) -> int:
@@ -178,7 +173,7 @@ class Stage:
         return replace(
             self,
             shards=_fullest(self.buffers, grid),
-            matrix_shards=_fullest(self.matrix_buffers, grid),
+            whole_shards=_fullest(self.whole_buffers, grid),
         )
 
 
@@ -203,16 +198,10 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         sum(param.numel() for param in params),
     )
     buffers: list[Buffer] = []
-    matrix_buffers: list[Buffer] = []
     for index, chunk in enumerate(chunks):
         # Megatron makes one bucket of all but the first chunk of the first stage.
         whole = index > 0 or number > 0 or args.overlap_param_gather_with_optimizer_step
-        bucket = None if whole else bucket_size
-        buffers += _buffers(ddp_config, grid, chunk, bucket, DistributedOptimizer)
-        with _routed(chunk):
-            matrix_buffers += _buffers(
-                ddp_config, grid, chunk, bucket, LayerWiseDistributedOptimizer
-            )
+        buffers += _buffers(ddp_config, grid, chunk, None if whole else bucket_size)
     factors, confidence, sums = _whole_on_every_rank(params, grid)
     return Stage(
         number=number,
@@ -220,7 +209,7 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         parameters=sum(param.numel() for param in params),
         frozen=sum(param.nbytes for param in params if not param.requires_grad),
         buffers=tuple(buffers),
-        matrix_buffers=tuple(matrix_buffers),
+        whole_buffers=tuple(_whole_buffers(params, ddp_config, grid)),
         factors=factors,
         confidence=confidence,
         sums=sums,
@@ -232,20 +221,29 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
     )
 
 
-@contextlib.contextmanager
-def _routed(chunk: Chunk) -> Iterator[None]:
-    """Mark the parameters that Lion and Muon take, which Megatron lays out by themselves."""
-    for param in chunk.params:
-        setattr(param, _BY_MATRIX, is_managed_by_layer_wise_optimizer(param))
-    try:
-        yield
-    finally:
-        for param in chunk.params:
-            delattr(param, _BY_MATRIX)
+def _whole_buffers(params: Sequence[Tensor], ddp_config: Any, grid: Grid) -> Iterable[Buffer]:
+    """Give whole tensors to ranks in turn, as Megatron's layer-wise optimizer does."""
+    trained = [param for param in params if param.requires_grad]
+    owners: dict[Tensor, int] = {}
+    for of_experts, shards in enumerate(grid.shards):
+        own = [param for param in trained if of_experts != getattr(param, "allreduce", True)]
+        for place, param in enumerate(sorted(own, key=Tensor.numel)):
+            turn, owner = divmod(place, shards)
+            owners[param] = shards - 1 - owner if turn % 2 else owner
+    groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)
+    for key, (members, _) in groups.items():
+        for by_matrix in (False, True):
+            some = [p for p in members if is_managed_by_layer_wise_optimizer(p) == by_matrix]
+            sizes = torch.tensor([p.numel() for p in some], dtype=torch.int64, device="cpu")
+            places = torch.tensor([owners[p] for p in some], dtype=torch.int64, device="cpu")
+            none = torch.zeros(grid.shards[key.is_expert_parallel], dtype=sizes.dtype, device="cpu")
+            elements, blocks = (none.index_add(0, places, n) for n in (sizes, _blocks(sizes)))
+            whole = _buffer(key, int(sizes.sum()), elements, blocks)
+            yield replace(whole, by_matrix=by_matrix)
 
 
 def _buffers(
-    ddp_config: Any, grid: Grid, chunk: Chunk, bucket_size: int | None, layout_of: Any
+    ddp_config: Any, grid: Grid, chunk: Chunk, bucket_size: int | None
 ) -> Iterable[Buffer]:
     trained = [param for param in chunk.params if param.requires_grad]
     if not grid.sharded:
@@ -256,7 +254,7 @@ def _buffers(
             yield _buffer(key, int(numel), numel.view(1), blocks.view(1))
         return
     dense, experts = grid.shards
-    layout = layout_of.compute_full_param_layout(
+    layout = DistributedOptimizer.compute_full_param_layout(
         trained, bucket_size, dense, ddp_config, expert_data_parallel_world_size=experts
     )
     for key, buffer in layout.layouts.items():
@@ -269,10 +267,7 @@ def _blocks(sizes: Tensor) -> Tensor:
 
 def _buffer(key: Any, padded: int, elements: Tensor, blocks: Tensor, bucket: int = 0) -> Buffer:
     weight, gradient = key.param_dtype.itemsize, key.grad_dtype.itemsize
-    by_matrix = getattr(key, _BY_MATRIX, False)
-    return Buffer(
-        padded, elements, blocks, weight, gradient, key.is_expert_parallel, bucket, by_matrix
-    )
+    return Buffer(padded, elements, blocks, weight, gradient, key.is_expert_parallel, bucket)
 
 
 def cut(key: Any, buffer: Any, shards: int) -> Buffer:

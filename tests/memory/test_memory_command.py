@@ -76,8 +76,8 @@ FAILING = {
         "is predicted with --bf16 or --fp16",
     ),
     "another layout": (
-        SMALL + "--gpus 1 --optimizer muon --no-use-layer-wise-param-layout",
-        "--no-use-layer-wise-param-layout: leave it out",
+        "--gpus 1 pretrain_bert.py --optimizer muon " + SMALL + DO,
+        "not predicted: add --no-use-layer-wise-param-layout",
     ),
     "missing flag": ("--gpus 1 --num-layers 2", "Megatron needs --micro-batch-size: add it"),
     "no tokenizer": (

@@ -1,7 +1,10 @@
 """What optimizers keep: bytes from their dtypes, against the tensors of those that run on a CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch import nn
 
 from megatron_came import megatron, memory
@@ -60,22 +63,33 @@ def test_lion_and_muon_leave_words_and_vectors_to_adam():
     assert lions["Muon"] == pytest.approx(14, abs=1e-3)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_matrices_of_lion_and_muon_lie_whole_on_one_rank(ranks):
-    run = launch(SMALL + BF16 + DO + EXPERTS + "--optimizer muon ", ranks)
-    (stage,) = run.stages
-    held = sum(int(buffer.elements.sum()) for buffer in stage.matrix_buffers)
-    assert held == stage.parameters
-    matrices = {p.numel() for p in run.chunks[0][0].params if p.dim() == 2}
-    for buffer in stage.matrix_buffers:
-        if buffer.by_matrix:
-            # Whatever a shard holds is a sum of whole matrices, of 48 columns or 32 and the like.
-            assert all(int(size) % min(matrices) == 0 for size in buffer.elements)
-    assert not any(buffer.by_matrix for buffer in stage.buffers)
-    # The marks by which Megatron lays them out are taken off again.
-    assert not any(
-        hasattr(p, "is_managed_by_layer_wise_optimizer") for p in run.chunks[0][0].params
-    )
+def test_tensors_of_lion_and_muon_lie_where_megatron_puts_them():
+    run = launch(SMALL + BF16 + DO + EXPERTS + EP2 + "--optimizer muon ", 8)
+    (stage,), ((chunk,),) = run.stages, run.chunks
+    dense = [[p for p in chunk.params if getattr(p, "allreduce", True) == each] for each in (1, 0)]
+    groups = [
+        {"params": params, "is_expert_parallel": bool(number)}
+        for number, params in enumerate(dense)
+    ]
+    sharded = SimpleNamespace(dp_cp=None, expt_dp=None)
+    optimizer = SimpleNamespace(param_groups=groups)
+    LayerWiseDistributedOptimizer._shard_params_ping_pong(sharded, [optimizer], 8, 4)
+    for of_experts, ranks in enumerate((sharded.dp_cp_params_list, sharded.expt_dp_params_list)):
+        for place, params in enumerate(ranks):
+            held = sum(
+                int(buffer.elements[place])
+                for buffer in stage.whole_buffers
+                if buffer.of_experts == of_experts
+            )
+            assert held == sum(param.numel() for param in params) > 0
+    held = sum(int(buffer.elements.sum()) for buffer in stage.whole_buffers)
+    assert held == stage.parameters == sum(buffer.padded for buffer in stage.whole_buffers)
+
+
+def test_lion_and_muon_gather_weights_in_a_copy_where_ranks_share_them():
+    one, four = (launch(SMALL + BF16 + DO, ranks).stages[0] for ranks in (1, 4))
+    assert one.step(MUON) == 0
+    assert four.step(MUON) == 2 * four.parameters
 
 
 # Adam's fp32 copies, see FusedAdam.step and .state_dict of Transformer Engine 2.20.

@@ -36,13 +36,13 @@ CASES = CASES | {
     "scaled": (2, "came", "came", "--bf16 --grad-reduce-in-bf16 --loss-scale 16 " + DO),
     "smallest-tp2-pp2": (4, "came", "came", SMALLEST + tp(2) + pp(2) + DO),
 }
-# As Megatron builds them, in a package that need not be there.
+# As Megatron builds them, in a package that need not be there. Gloo cannot gather their weights
+# from data-parallel ranks.
 EMERGING = {
     "muon": (2, "came", "muon", "--bf16 "),
-    "muon-do": (2, "came", "muon", "--bf16 --grad-reduce-in-bf16 " + DO),
-    "muon-tp2-pp2-do": (4, "came", "muon", tp(2) + pp(2) + DO),
-    "muon-lion-do": (2, "came", "muon", "--bf16 --muon-scalar-optimizer lion " + DO),
-    "lion-do": (2, "came", "lion", "--bf16 " + DO),
+    "muon-tp2": (2, "came", "muon", "--bf16 --grad-reduce-in-bf16 " + tp(2) + DO),
+    "muon-lion-pp2": (2, "came", "muon", "--bf16 --muon-scalar-optimizer lion " + pp(2) + DO),
+    "lion-tp2": (2, "came", "lion", "--bf16 " + tp(2) + DO),
 }
 CASES |= EMERGING
 ABSENT = EMERGING if importlib.util.find_spec("emerging_optimizers") is None else {}
@@ -56,8 +56,8 @@ QUICK = (
     "sgd-bf16",
     "smallest",
     "scaled",
-    "muon-do",
-    "lion-do",
+    "muon-tp2",
+    "lion-tp2",
 )
 
 LOGGED = "bf16"  # to TensorBoard as well
