@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_came import megatron, memory
 from megatron_came.memory.megatron_flags import parse
-from megatron_came.memory.optimizers import ADAMW, LABELS, PRECISION_AWARE, Optimizer, came
+from megatron_came.memory.optimizers import ADAMW, LABELS, Optimizer, came, precision_aware
 from megatron_came.memory.plot import draw_bars
 from megatron_came.memory.prediction import Launch
 from megatron_came.quickstart.report import plot_losses
@@ -32,14 +32,15 @@ def bytes_per_parameter() -> dict[str, dict[str, float]]:
     smaller = Launch(parse([*GPT2_MEDIUM.split(), "--grad-reduce-in-bf16"], 1))
     args = usual.args
     smallest = came(args, "int8", "remainder")
+    adam = precision_aware("fp8", "fp8", "remainder")
     bars: list[tuple[str, Launch, Optimizer]] = [
         ("AdamW", usual, ADAMW),
         ("CAME\nfp32", usual, came(args)),
         ("CAME\nbf16", usual, came(args, "bf16")),
         ("CAME\nint8", usual, came(args, "int8")),
-        ("Adam,\nprecision-\naware", usual, PRECISION_AWARE),
+        ("Adam,\nprecision-\naware", usual, adam),
         ("CAME\nint8 +\nremainders", usual, smallest),
-        ("Adam,\nprecision-\naware,\nbf16 grads", smaller, PRECISION_AWARE),
+        ("Adam,\nprecision-\naware,\nbf16 grads", smaller, adam),
         ("CAME\nint8 +\nremainders,\nbf16 grads", smaller, smallest),
     ]
     found = {}

@@ -49,12 +49,13 @@ def _sentence(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-came memory",
-        usage="%(prog)s [OPTIONS] --gpus N FLAGS...\n"
+        usage="%(prog)s [OPTIONS] --gpus N [SCRIPT] FLAGS...\n"
         "       %(prog)s [OPTIONS] torchrun ... FLAGS...\n"
         "       %(prog)s [OPTIONS] --script SCRIPT [FLAGS...]\n"
         "       %(prog)s --compare FILE...",
         description="Predict the memory of every GPU from the flags of a Megatron launch, without "
-        "a GPU, for CAME, AdamW, Adafactor and SGD. FLAGS are Megatron's.",
+        "a GPU, for CAME, Adam in all its forms, Adafactor, SGD, Lion and Muon. FLAGS are "
+        "Megatron's.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         "--fit",
         metavar="SIZE",
         help="find the largest micro-batch and the fewest GPUs that fit into SIZE, such as 80GiB",
+    )
+    add(
+        "--advise",
+        metavar="SIZE",
+        help="name the cheapest changes of the launch after which it fits into SIZE, and their "
+        "costs",
     )
     add("--plot", type=Path, metavar="FILE", help="draw stacked bars, such as a .png")
     add(
@@ -97,12 +104,12 @@ def _launch_command(options: argparse.Namespace, words: list[str]) -> LaunchComm
         raise LaunchError("the flags do not say how many GPUs there are: add --gpus N.")
     if ranks < 1:
         raise LaunchError(f"--gpus {ranks} is not allowed: give at least 1.")
-    return LaunchCommand(command.flags, ranks)
+    return LaunchCommand(command.flags, ranks, command.script)
 
 
 def _predict(options: argparse.Namespace, words: list[str]) -> None:
     from megatron_came import megatron, memory
-    from megatron_came.memory import fit, megatron_flags, pages, plot
+    from megatron_came.memory import advise, fit, megatron_flags, pages, plot
     from megatron_came.memory.optimizers import compared, of_launch
     from megatron_came.memory.prediction import Launch
 
@@ -110,9 +117,10 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
     memory.install()
     command = _launch_command(options, words)
     budget = fit.parse_size(options.fit) if options.fit else None
+    room = fit.parse_size(options.advise, "--advise") if options.advise else None
     if options.plot:
         plot.check_installed()
-    launch = Launch(megatron_flags.parse(command.flags, command.ranks or 1))
+    launch = Launch(megatron_flags.parse(command.flags, command.ranks or 1, command.script))
     optimizers = compared(launch.args)
     trained = of_launch(launch.args) or optimizers[0]
     if trained not in optimizers:
@@ -123,6 +131,10 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
         fits = [fit.fit(launch, optimizer, budget) for optimizer in optimizers]
         result["fit"] = {"bytes": budget, "optimizers": [asdict(each) for each in fits]}
         lines += ["", *fit.text(launch, fits, budget, trained)]
+    if room is not None:
+        advice = advise.advise(command, launch, trained, room)
+        result["advice"] = asdict(advice)
+        lines += ["", *advise.text(advice, command, trained)]
     if options.plot:
         plot.draw(launch.fullest(trained), optimizers, options.plot)
         lines += ["", f"Plot: {options.plot}"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from megatron_came.memory.optimizers import Optimizer
 from megatron_came.memory.pages import gpus, human, sizes_of
 from megatron_came.memory.prediction import Launch
-from megatron_came.terminal.console import table
+from megatron_came.terminal.console import table, wrapped
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 # Sizes to try where no global batch size says which there are.
@@ -34,8 +34,8 @@ class Fit:
     gpus: int | None
 
 
-def parse_size(said: str) -> int:
-    """Read a size such as 80GiB or 80GB.
+def parse_size(said: str, flag: str = "--fit") -> int:
+    """Read a size such as 80GiB or 80GB, which was given to a flag.
 
     Raises:
         ValueError: it is none.
@@ -43,7 +43,7 @@ def parse_size(said: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w+)", said)
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ValueError(
-            f"--fit {said} is no size: give a number with {', '.join(_UNITS)}, such as 80GiB."
+            f"{flag} {said} is no size: give a number with {', '.join(_UNITS)}, such as 80GiB."
         )
     return int(float(match[1]) * _UNITS[match[2]])
 
@@ -76,7 +76,7 @@ def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
     data = _first(datas, lambda size: fits(size, micro_batch))
     return Fit(
         optimizer=optimizer.name,
-        total=max(stage.peak(optimizer) for stage in launch.stages),
+        total=launch.peak(optimizer),
         micro_batch=_first(sizes(grid.data)[::-1], lambda size: fits(grid.data, size)),
         gpus=None if data is None else grid.with_data(data).world,
     )
@@ -89,7 +89,7 @@ def _first(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 
 def text(launch: Launch, fits: Sequence[Fit], budget: int, trained: Optimizer) -> list[str]:
-    """Describe what fits, a line for each optimizer, and what would help where nothing does.
+    """Describe what fits, a line for each optimizer.
 
     Args:
         launch: the run.
@@ -116,31 +116,8 @@ def text(launch: Launch, fits: Sequence[Fit], budget: int, trained: Optimizer) -
         f"GPUs: the fewest at --micro-batch-size {size}, only data parallelism changed",
         "*: as in this launch",
     ]
-    needs = max(stage.peak(trained) for stage in launch.stages)
+    needs = launch.peak(trained)
     if needs > budget:
-        what = f"{human(needs - budget)} more than there are"
-        lines += ["", f"This launch does not fit: it needs {what}. What would help:"]
-        lines += [f"  {hint}" for hint in _hints(launch, trained)]
+        said = f"This launch does not fit: it needs {human(needs - budget)} more than there are."
+        lines += ["", *wrapped(f"{said} --advise says what would help.")]
     return lines
-
-
-def _hints(launch: Launch, trained: Optimizer) -> list[str]:
-    """Flags that make this launch smaller, those that cost least first."""
-    args, grid = launch.args, launch.grid
-    could_shard = grid.data * grid.context > 1 and not grid.sharded
-    remainders = args.bf16 and (grid.sharded or could_shard) and trained.main_weights == "fp32"
-    hints = {
-        "--bf16": not (args.bf16 or args.fp16),
-        "--use-distributed-optimizer": could_shard,
-        "--optimizer came": trained.second_moment != "confidence",
-        "--came-momentum-dtype int8, with --optimizer came": trained.momentum != "int8",
-        "--came-main-params remainder, with --optimizer came": remainders,
-        "--grad-reduce-in-bf16": args.bf16 and args.accumulate_allreduce_grads_in_fp32,
-        f"a --micro-batch-size below {args.micro_batch_size}": args.micro_batch_size > 1,
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
-            args.recompute_granularity != "full"
-        ),
-        "more GPUs, with data parallelism": grid.sharded or could_shard,
-        "a larger --tensor-model-parallel-size or --pipeline-model-parallel-size": True,
-    }
-    return [hint for hint, helps in hints.items() if helps]

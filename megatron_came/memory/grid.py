@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from megatron_came.memory.optimizers import is_sharded
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -23,7 +25,7 @@ class Grid:
         expert: expert-parallel size.
         expert_tensor: tensor-parallel size of experts.
         instances: distributed-optimizer instances.
-        sharded: ``--use-distributed-optimizer``.
+        sharded: whether data-parallel ranks share the optimizer's state.
 
     Raises:
         ValueError: sizes that do not fit into each other.
@@ -67,7 +69,7 @@ class Grid:
             expert=args.expert_model_parallel_size,
             expert_tensor=args.expert_tensor_parallel_size,
             instances=args.num_distributed_optimizer_instances,
-            sharded=args.use_distributed_optimizer,
+            sharded=is_sharded(args),
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,12 +22,25 @@ class LaunchError(Exception):
     """No launch of Megatron; the message is a sentence for the user."""
 
 
+def words_of(error: BaseException) -> str:
+    """What an error of Megatron's says, in one line; nothing where it speaks of classes."""
+    said = " ".join(str(error).split()).removesuffix(".")
+    return "" if re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]{2}", said) else said
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchCommand:
-    """Megatron's flags, and how many ranks torchrun would start; None where it is not named."""
+    """A launch of Megatron.
+
+    Attributes:
+        flags: Megatron's.
+        ranks: how many torchrun would start; None where it is not named.
+        script: the training script; empty where it is not named.
+    """
 
     flags: list[str]
     ranks: int | None
+    script: str = ""
 
 
 def from_script(script: Path, words: list[str]) -> LaunchCommand:
@@ -77,7 +91,13 @@ def from_words(words: list[str]) -> LaunchCommand:
     for index, word in enumerate(words, 1):
         if Path(word).name == "torchrun" or word in _MODULES:
             return _behind_torchrun(words[index:])
-    return LaunchCommand(words, None)
+    return _behind_script(words, None)
+
+
+def _behind_script(words: list[str], ranks: int | None, script: str = "") -> LaunchCommand:
+    """Read scripts, of which the last is Megatron's, and the flags that follow."""
+    first = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    return LaunchCommand(words[first:], ranks, words[first - 1] if first else script)
 
 
 def _behind_torchrun(words: list[str]) -> LaunchCommand:
@@ -91,9 +111,6 @@ def _behind_torchrun(words: list[str]) -> LaunchCommand:
             "the torchrun command cannot be read: name its options before the script, and the "
             "script before Megatron's flags."
         ) from error
-    flags = options.training_script_args
-    while flags and not flags[0].startswith("-"):  # the script that megatron_came.launch runs
-        flags = flags[1:]
     per_node, nodes = (
         options.nproc_per_node,
         options.nnodes.rpartition(":")[2],
@@ -103,4 +120,5 @@ def _behind_torchrun(words: list[str]) -> LaunchCommand:
             f"torchrun --nproc-per-node {per_node} --nnodes {nodes} does not say how many ranks "
             "there are: add --gpus N."
         )
-    return LaunchCommand(flags, int(per_node) * int(nodes))
+    ranks = int(per_node) * int(nodes)
+    return _behind_script(options.training_script_args, ranks, options.training_script)

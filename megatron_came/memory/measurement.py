@@ -58,7 +58,9 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
     from megatron_came.megatron.sharding import chain_of  # imports Megatron, as only a run need
 
     chain = chain_of(optimizer)
-    inner = [each.optimizer for each in chain if getattr(each, "optimizer", None) is not None]
+    # Of an fp32 model Megatron's layer-wise optimizer holds torch's without a wrapper.
+    found = (getattr(each, "optimizer", each) for each in chain)
+    inner = [each for each in found if each is not None]
     weights = _storages(param for chunk in model for param in chunk.parameters())
     gradients = _storages(
         tensor

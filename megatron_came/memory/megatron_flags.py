@@ -14,22 +14,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_came.memory.launch_command import LaunchError
+from megatron_came.memory.launch_command import LaunchError, words_of
+from megatron_came.memory.model_kinds import BERT, GPT, T5, kind_of
 from megatron_came.memory.stand_ins import hopper, replaced
 from megatron_came.voice import PREFIX
 
+# What Megatron's scripts of these models set.
+_DEFAULTS = {kind: {"tokenizer_type": "BertWordPieceLowerCase"} for kind in (BERT, T5)}
 _TENSOR = "use --tensor-model-parallel-size"
+_OPTIMIZERS = ("came", "adam", "sgd", "lion", "muon", "dist_muon")
 
 
-def parse(flags: list[str], ranks: int) -> argparse.Namespace:
+def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
     """Read and validate the flags of a launch.
 
     Args:
         flags: Megatron's, and those of megatron_came.
         ranks: number of ranks of the launch.
+        script: the training script, whose name says which model it trains.
 
     Returns:
-        Megatron's arguments, with ``padded_vocab_size``.
+        Megatron's arguments, with ``padded_vocab_size`` and ``model_kind``.
 
     Raises:
         LaunchError: Megatron, or megatron_came, refuses them.
@@ -39,8 +44,9 @@ def parse(flags: list[str], ranks: int) -> argparse.Namespace:
             from megatron.training.arguments import validate_args
 
             args = _parsed(flags, ranks)
+            args.model_kind = kind_of(script)
             _refuse(args)
-            validate_args(args, {})
+            validate_args(args, _DEFAULTS.get(args.model_kind, {}))
             _pad_vocabulary(args)
         except LaunchError:
             raise
@@ -50,16 +56,16 @@ def parse(flags: list[str], ranks: int) -> argparse.Namespace:
 
 
 def _sentence(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    if said.startswith(PREFIX):
-        return said.removeprefix(PREFIX)
+    if str(error).startswith(PREFIX):
+        return " ".join(str(error).removeprefix(PREFIX).split())
+    said = words_of(error)
     if not said:  # a bare assertion: its source says what should hold
         frames = traceback.extract_tb(error.__traceback__)
         line = frames[-1].line if frames else ""
         if missing := re.match(r"assert args\.(\w+) is not None", line or ""):
             return f"Megatron needs --{missing[1].replace('_', '-')}: add it to the flags."
         said = f"Megatron stops at {line!r}" if line else "Megatron stops without a word"
-    return f"these flags are not a launch of Megatron: {said.removesuffix('.')}."
+    return f"these flags are not a launch of Megatron: {said}."
 
 
 def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:
@@ -85,15 +91,37 @@ def _refuse(args: argparse.Namespace) -> None:
         ("use_torch_fsdp2", "--use-torch-fsdp2", "use --use-distributed-optimizer"),
         ("use_checkpoint_args", "--use-checkpoint-args", "give the model's flags"),
         ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out"),
-        ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", "leave it out"),
         ("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", _TENSOR),
         ("moe_single_grouped_weight", "--moe-single-grouped-weight", "leave it out"),
     ):
         if getattr(args, name, None):
             raise LaunchError(f"memory cannot be predicted with {flag}: {instead}.")
-    if args.optimizer not in ("came", "adam", "sgd"):
+    if args.model_kind == T5 and args.pipeline_model_parallel_size > 1:
         raise LaunchError(
-            f"memory cannot be predicted with --optimizer {args.optimizer}: give came, adam or sgd."
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} does not go with "
+            "T5, which Megatron does not cut into pipeline stages: leave it out."
+        )
+    if args.optimizer not in _OPTIMIZERS:
+        raise LaunchError(
+            f"memory cannot be predicted with --optimizer {args.optimizer}: give one of "
+            f"{', '.join(_OPTIMIZERS)}."
+        )
+    if args.optimizer in _OPTIMIZERS[3:]:
+        if args.fp16:
+            raise LaunchError(
+                f"Megatron refuses --fp16 with --optimizer {args.optimizer}: use --bf16."
+            )
+        has_layout = getattr(args, "use_layer_wise_param_layout", True)
+        if args.model_kind != GPT and args.use_distributed_optimizer and has_layout:
+            raise LaunchError(
+                f"how Megatron shards --optimizer {args.optimizer} with this script is not "
+                "predicted: add --no-use-layer-wise-param-layout."
+            )
+    precise = getattr(args, "use_precision_aware_optimizer", False)
+    if precise and not (args.use_distributed_optimizer and (args.bf16 or args.fp16)):
+        raise LaunchError(
+            "--use-precision-aware-optimizer is predicted with --bf16 or --fp16 and "
+            "--use-distributed-optimizer, which Megatron wants: add them."
         )
 
 

@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.grid import Grid
+from megatron_came.memory.launch_command import words_of
+from megatron_came.memory.model_kinds import BERT, build_function
 from megatron_came.memory.stand_ins import nowhere, process_groups
 
 # What decides about kernels, memory of activations or communication, but not about the shapes of
@@ -71,36 +73,37 @@ def build_stage(args: argparse.Namespace, grid: Grid, stage: int) -> list[Chunk]
     """Build the model chunks of a pipeline stage as Megatron would.
 
     Raises:
-        UnsupportedError: not a GPT model, or one that Megatron cannot build this way; the message
-            says what it lacks.
+        UnsupportedError: not a GPT, BERT or T5 model, or one that Megatron cannot build this
+            way; the message says what it lacks.
     """
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 
     for name in ("hybrid_layer_pattern", "spec", "yaml_cfg"):
-        if getattr(args, name, None):
+        value = getattr(args, name, None)
+        is_local_bert = value == ["local"] and getattr(args, "model_kind", "") == BERT
+        if value and not is_local_bert:
             raise UnsupportedError(
-                "memory is predicted for GPT models that Megatron's flags describe, not with "
-                f"--{name.replace('_', '-')}: leave it out."
+                "memory is predicted for GPT, BERT and T5 models that Megatron's flags describe, "
+                f"not with --{name.replace('_', '-')}: leave it out."
             )
     args = copy.copy(args)
     vars(args).update({key: value for key, value in _ANYWHERE.items() if hasattr(args, key)})
     with nowhere(grid, stage):
         try:
-            config = gpt_config_from_args(args)
+            config, build_model = build_function(args)
             models = build_virtual_pipeline_stages(
-                config.get_builder_cls()(config).build_model,
+                build_model,
                 process_groups(grid, stage),
                 args.virtual_pipeline_model_parallel_size,
             )
         except Exception as error:
-            said = " ".join(str(error).split()).removesuffix(".") or "it does not say why"
+            said = words_of(error) or "leave out what a usual GPT, BERT or T5 does not have"
             raise UnsupportedError(
                 "Megatron does not build this model of its local layers, which memory is "
                 f"predicted with: {said}."
             ) from error
         if args.fp16 or args.bf16:
-            models = [Float16Module(config.transformer, model) for model in models]
+            models = [Float16Module(config, model) for model in models]
         for model in models:
             _make_whole(model, grid)
     return [_chunk(model) for model in models]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Literal
+
+import torch
 
 from megatron_came.core.int8 import BLOCK
 
@@ -61,9 +62,16 @@ class Components:
 
 
 # Bytes of an element of momentum, and of the fp32 scale that a block of int8 elements shares.
-MOMENTUM = {"fp32": (4, 0), "bf16": (2, 0), "fp8": (1, 0), "int8": (1, 4), "none": (0, 0)}
-# In place of 16-bit weights' fp32 copies CAME may keep the 16 bits that they lack.
-MAIN_WEIGHTS = {"fp32": 4, "remainder": 2}
+MOMENTUM = {
+    "fp32": (4, 0),
+    "bf16": (2, 0),
+    "fp16": (2, 0),
+    "fp8": (1, 0),
+    "int8": (1, 4),
+    "none": (0, 0),
+}
+# Beside 16-bit weights; a remainder is the 16 bits that they lack of fp32.
+MAIN_WEIGHTS = {"fp32": 4, "fp16": 2, "remainder": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +81,46 @@ class Optimizer:
     Attributes:
         name: heads its column.
         momentum: a key of ``MOMENTUM``.
-        second_moment: "factors" are r and c of matrices and v of vectors; "confidence" is CAME's,
-            which has R and C beside them.
+        second_moment: a key of ``MOMENTUM``; or "factors", which are r and c of matrices and v of
+            vectors; or "confidence", CAME's, which has R and C beside them.
         main_weights: a key of ``MAIN_WEIGHTS``.
         copies_gradients: whether 16-bit gradients are copied to fp32.
-        moment: bytes of an element of a full second moment.
+        unpacks: whether a step, and a checkpoint, copy moments and main weights of fewer bits to
+            fp32, all at once.
+        rest: the optimizer of word embeddings, output layer and vectors, where that is another;
+            each tensor then lies whole on one data-parallel rank.
     """
 
     name: str
     momentum: str
-    second_moment: Literal["full", "factors", "confidence", "none"]
+    second_moment: str
     main_weights: str = "fp32"
     copies_gradients: bool = True
-    moment: int = 4
+    unpacks: bool = False
+    rest: Optimizer | None = None
+
+    @property
+    def is_came(self) -> bool:
+        """Whether it is CAME, in any mode."""
+        return self.second_moment == "confidence"
+
+    def unpacked(self, in_step: bool) -> int:
+        """Bytes of an element's fp32 copies, in a step or at a checkpoint."""
+        moments = (self.momentum, self.second_moment)
+        # Kernels of Transformer Engine 2.14 and newer read two in bf16 as they are.
+        are_read = in_step and moments == ("bf16", "bf16")
+        copied = (self.main_weights,) if are_read else (*moments, self.main_weights)
+        return sum(4 for each in copied if self.unpacks and each not in ("fp32", "remainder"))
 
     def momentum_bytes(self, elements: float, blocks: float) -> float:
         """Bytes of the momentum of so many elements, in so many blocks of int8."""
         element, scale = MOMENTUM[self.momentum]
         return elements * element + blocks * scale
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of an element of the second moment; none of factors."""
+        return MOMENTUM.get(self.second_moment, (0, 0))[0]
 
     def main_weights_bytes(self, weight: int) -> int:
         """Bytes of main weights beside a weight of so many bytes."""
@@ -108,7 +138,7 @@ class Optimizer:
             "gradients": gradient,
             "main_weights": self.main_weights_bytes(weight),
             "momentum": self.momentum_bytes(1, 1 / BLOCK),
-            "second_moment": self.moment if self.second_moment == "full" else 0,
+            "second_moment": self.moment_bytes,
         }
 
 
@@ -119,17 +149,28 @@ def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "
         momentum=momentum,
         second_moment="confidence",
         main_weights=main_weights,
-        copies_gradients=not args.bf16
-        or not args.use_distributed_optimizer
-        or bool(args.loss_scale),
+        copies_gradients=not args.bf16 or not is_sharded(args) or bool(args.loss_scale),
     )
 
 
-ADAMW = Optimizer("AdamW", momentum="fp32", second_moment="full")
-# Transformer Engine's Adam at its smallest, with --use-precision-aware-optimizer; launches with it
-# are not predicted, since its state has not been measured.
-PRECISION_AWARE = Optimizer("Adam fp8 + rem.", "fp8", "full", "remainder", False, moment=1)
+ADAMW = Optimizer("AdamW", momentum="fp32", second_moment="fp32")
 ADAFACTOR = Optimizer("Adafactor", momentum="none", second_moment="factors")
+_LION = Optimizer("Lion", momentum="fp32", second_moment="none")
+
+
+def precision_aware(
+    momentum: str, second_moment: str, main_weights: str, copies_gradients: bool = False
+) -> Optimizer:
+    """Transformer Engine's Adam, as ``--use-precision-aware-optimizer`` has it."""
+    dtypes = "/".join(dict.fromkeys((momentum, second_moment)))
+    main = {"remainder": " + rem.", "fp16": " + fp16 main"}.get(main_weights, "")
+    name = f"Adam {dtypes}{main}"
+    return Optimizer(name, momentum, second_moment, main_weights, copies_gradients, unpacks=True)
+
+
+def by_matrix(name: str, rest: Optimizer = ADAMW) -> Optimizer:
+    """Lion or Muon as Megatron builds them: words, output layer and vectors are another's."""
+    return Optimizer(name, momentum="fp32", second_moment="none", rest=rest)
 
 
 def sgd(args: argparse.Namespace) -> Optimizer:
@@ -139,17 +180,48 @@ def sgd(args: argparse.Namespace) -> Optimizer:
 
 def compared(args: argparse.Namespace) -> list[Optimizer]:
     """The columns of a prediction: CAME in every precision, and the others."""
-    modes = [came(args, momentum) for momentum in ("fp32", "bf16", "int8")]
+    columns = [came(args, momentum) for momentum in ("fp32", "bf16", "int8")]
     if args.bf16:
-        modes.append(came(args, "int8", "remainder"))
-    return [*modes, ADAMW, ADAFACTOR, sgd(args)]
+        columns.append(came(args, "int8", "remainder"))
+    columns.append(ADAMW)
+    if args.bf16 and is_sharded(args):
+        columns += [precision_aware(dtype, dtype, "remainder") for dtype in ("bf16", "fp8")]
+    columns += [ADAFACTOR, sgd(args)]
+    if not args.fp16:  # with which Megatron refuses them
+        columns += [by_matrix("Lion"), by_matrix("Muon")]
+    return columns
 
 
 def of_launch(args: argparse.Namespace) -> Optimizer | None:
     """The optimizer that a launch asks for; None for one that is not compared here."""
     if args.optimizer == "came":
         return came(args, args.came_momentum_dtype, args.came_main_params)
-    return {"adam": ADAMW, "sgd": sgd(args)}.get(args.optimizer)
+    if args.optimizer == "adam" and args.use_precision_aware_optimizer:
+        return _precision_aware_of(args)
+    rest = _LION if args.optimizer == "muon" and args.muon_scalar_optimizer == "lion" else ADAMW
+    known = {"lion": by_matrix("Lion"), "muon": by_matrix("Muon", rest)}
+    return {"adam": ADAMW, "sgd": sgd(args), **known}.get(args.optimizer)
+
+
+def _precision_aware_of(args: argparse.Namespace) -> Optimizer:
+    names = {torch.uint8: "fp8", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    kept = (args.exp_avg_dtype, args.exp_avg_sq_dtype, args.main_params_dtype)
+    momentum, second_moment, main_weights = (names.get(dtype, "fp32") for dtype in kept)
+    if main_weights != "fp32":
+        return precision_aware(momentum, second_moment, main_weights)
+    # With other recipes of fp8 Megatron keeps main weights and copies gradients, as usual.
+    has_own = getattr(args, "fp8_recipe", None) in (None, "delayed")
+    form = "remainder" if has_own and args.bf16 else "fp32"
+    return precision_aware(momentum, second_moment, form, copies_gradients=not has_own)
+
+
+def is_sharded(args: argparse.Namespace) -> bool:
+    """Whether data-parallel ranks share the optimizer's state."""
+    # Megatron's validation turns the first into the second for Lion and Muon.
+    return bool(
+        args.use_distributed_optimizer
+        or getattr(args, "use_layer_wise_distributed_optimizer", False)
+    )
 
 
 def element_bytes(args: argparse.Namespace) -> tuple[int, int]:

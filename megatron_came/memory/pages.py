@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 ACTIVATIONS = "activations (estimate)"
+_COPIES = "or: copies in the step"
 _NOTES = (
     "Activations are Megatron's own estimate, in the precision of the run, attention scores not "
     "counted.",
-    "Not counted: the CUDA context, NCCL's buffers, kernels' workspaces, fragmentation.",
+    "Not counted: the CUDA context, NCCL's buffers, kernels' workspaces, fragmentation; on a GPU "
+    "up to 36 MiB of partial sums for each optimizer of CAME that Megatron builds.",
+)
+_NOTE_ON_COPIES = (
+    "In a step, when activations are gone, Adam copies moments of 8 bits to fp32, Lion and Muon "
+    "gather all weights in a copy: the total has what is more. Counted, not measured."
 )
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
@@ -89,6 +95,8 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
         lines += [f"The fullest rank of each pipeline stage, {trained.name}:", ""]
         lines += [*_stages(launch.stages, trained), ""]
     notes = [*_NOTES]
+    if any(worst.step(optimizer) for optimizer in optimizers):
+        notes.append(_NOTE_ON_COPIES)
     if size := worst.checkpoint(trained):
         notes.append(
             f"While a checkpoint is saved or loaded, {trained.name} takes up to {human(size)} "
@@ -120,8 +128,11 @@ def _columns(stage: Stage, optimizers: Sequence[Optimizer]) -> list[str]:
     ]
     per_parameter = [each.static / stage.parameters for each in components]
     rows.insert(-1, ("  bytes per parameter", [f"{size:.2f}" for size in per_parameter]))
+    rows.append((ACTIVATIONS, [stage.activations] * len(optimizers)))
+    copies = [stage.step(optimizer) for optimizer in optimizers]
+    if any(copies):
+        rows.append((_COPIES, [*copies]))
     rows += [
-        (ACTIVATIONS, [stage.activations] * len(optimizers)),
         ("total", [*totals]),
         ("saved against AdamW", [adamw - total for total in totals]),
         ("  of AdamW's total", [f"{1 - total / adamw:.1%}" for total in totals]),
@@ -168,6 +179,7 @@ def as_json(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer)
                     optimizer.name: {
                         **asdict(stage.components(optimizer)),
                         "static": stage.components(optimizer).static,
+                        "step_copies": stage.step(optimizer),
                         "total": stage.total(optimizer),
                         "checkpoint": stage.checkpoint(optimizer),
                     }

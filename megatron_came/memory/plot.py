@@ -37,11 +37,14 @@ def draw(stage: Stage, optimizers: Sequence[Optimizer], path: Path) -> None:
         LaunchError: the picture cannot be written.
     """
     name, unit = unit_of(max(stage.total(optimizer) for optimizer in optimizers))
+    more = {each.name: stage.working(each) - stage.activations for each in optimizers}
     bars = {}
     for optimizer in optimizers:
         components = stage.components(optimizer)
         heights = {label: getattr(components, key) / unit for key, label in LABELS.items()}
         heights[ACTIVATIONS] = stage.activations / unit
+        if any(more.values()):
+            heights["what a step's copies take more"] = more[optimizer.name] / unit
         bars[optimizer.name.replace(" ", "\n", 1)] = heights
     try:
         draw_bars(bars, f"{name} on the fullest rank", path)
@@ -62,7 +65,7 @@ def draw_bars(bars: Mapping[str, Mapping[str, float]], unit: str, path: Path) ->
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(max(9, 1.1 * len(bars)), 5), layout="constrained")
     axes = figure.subplots()
     bottom = [0.0] * len(bars)
     for label in next(iter(bars.values())):
@@ -73,7 +76,7 @@ def draw_bars(bars: Mapping[str, Mapping[str, float]], unit: str, path: Path) ->
         axes.text(index, total, f"{total:.2f}", ha="center", va="bottom")
     axes.set_ylabel(unit)
     axes.tick_params(axis="x", labelsize="small")
-    axes.margins(y=0.08)
+    axes.set_ylim(0, 1.08 * max(bottom))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     # Without its date a picture that has not changed is the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else None

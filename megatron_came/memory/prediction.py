@@ -64,6 +64,10 @@ class Launch:
         """The stage whose fullest rank holds most."""
         return max(self.stages, key=lambda stage: stage.total(optimizer))
 
+    def peak(self, optimizer: Optimizer) -> int:
+        """Bytes of the fullest rank of the launch as it is, in a step or at a checkpoint."""
+        return max(stage.peak(optimizer) for stage in self.stages)
+
     def stages_at(self, data: int, micro_batch: int) -> list[Stage]:
         """The pipeline stages at another data-parallel size and micro-batch size.
 
@@ -79,9 +83,9 @@ class Launch:
         if not self.has_global_batch:
             args.global_batch_size = data * micro_batch
         if data not in self._stages:
-            laid_out = [lay_out(args, grid, s, chunks) for s, chunks in enumerate(self.chunks)]
             self._stages[data] = [
-                replace(stage, shards=stage.fullest_shards(grid)) for stage in laid_out
+                lay_out(args, grid, number, chunks).of_fullest_ranks(grid)
+                for number, chunks in enumerate(self.chunks)
             ]
         return [
             replace(stage, activations=activation_bytes(args, grid, stage.number, chunks))
@@ -93,4 +97,4 @@ class Launch:
         chunks = build_stage(self.args, self.grid, number)
         stage = lay_out(self.args, self.grid, number, chunks)
         activations = activation_bytes(self.args, self.grid, number, chunks)
-        return replace(stage, shards=shards, activations=activations)
+        return replace(stage, shards=shards, whole_shards=shards, activations=activations)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ import torch.distributed as dist
 
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.measurement import measure, watch_step
-from megatron_came.memory.optimizers import ROWS, Components, of_launch
+from megatron_came.memory.model_kinds import kind_of
+from megatron_came.memory.optimizers import ROWS, Components, is_sharded, of_launch
 from megatron_came.memory.pages import bytes_table, human
 
 # Of the file; to be raised by whoever changes its keys.
@@ -216,13 +218,14 @@ def _report_of(
     stage = parallel_state.get_pipeline_model_parallel_rank()
     parameters = sum(param.numel() for chunk in model for param in chunk.parameters())
     shards = (0, 0)
-    if args.use_distributed_optimizer:
+    if is_sharded(args):
         shards = (model[0].intra_dp_cp_group.rank(), model[0].intra_expt_dp_group.rank())
     predicted = activations = problem = None
     try:
         if kind is None:
             raise UnsupportedError(f"the state of --optimizer {args.optimizer} is not known here.")
-        rank = Launch(args).rank(stage, shards)
+        kinds = {**vars(args), "model_kind": kind_of(sys.argv[0])}
+        rank = Launch(argparse.Namespace(**kinds)).rank(stage, shards)
         if rank.parameters != parameters:
             raise UnsupportedError(
                 f"the flags describe a GPT model of {rank.parameters} parameters on this rank, and "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 from torch import Tensor
 
 from megatron_came.core.int8 import BLOCK
@@ -34,6 +37,7 @@ class Buffer:
         weight: bytes of a weight.
         gradient: bytes of a gradient.
         of_experts: cut over the experts' data-parallel ranks.
+        by_matrix: it is of what Lion and Muon take, and not of what they leave to another.
         bucket: number of elements of the largest bucket; 0 where nothing is cut.
     """
 
@@ -44,6 +48,7 @@ class Buffer:
     gradient: int
     of_experts: bool
     bucket: int = 0
+    by_matrix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +60,13 @@ class Stage:
         layers: number of transformer layers.
         parameters: number of elements of one rank's weights.
         frozen: bytes of weights that are not trained.
-        buffers: of the others.
+        buffers: of the others, cut evenly.
+        whole_buffers: the same for optimizers that take tensors whole.
         factors: bytes of r and c of all matrices, and of v of all vectors.
         confidence: bytes of R and C of all matrices.
         sums: bytes of CAME's sums over ranks.
         shards: which shards of dense and of experts' parameters the rank holds.
+        whole_shards: the same of ``whole_buffers``.
         activations: bytes of its activations, by Megatron's estimate.
         saves: whether the run has checkpoints.
         gathers: whether these gather the optimizer's state on GPUs, bucket by bucket.
@@ -70,10 +77,12 @@ class Stage:
     parameters: int
     frozen: int
     buffers: tuple[Buffer, ...]
+    whole_buffers: tuple[Buffer, ...]
     factors: int
     confidence: int
     sums: int
     shards: tuple[int, int] = (0, 0)
+    whole_shards: tuple[int, int] = (0, 0)
     activations: int = 0
     saves: bool = False
     gathers: bool = False
@@ -81,39 +90,59 @@ class Stage:
     def components(self, optimizer: Optimizer) -> Components:
         """What the rank keeps from step to step."""
         main_weights = momentum = second_moment = copies = 0
+        buffers = self._buffers(optimizer)
         # Beside gradients in fp32 CAME copies those in 16 bits, too.
-        copied = optimizer.copies_gradients or len({each.gradient for each in self.buffers}) > 1
-        for buffer in self.buffers:
-            shard = self.shards[buffer.of_experts]
-            elements, blocks = int(buffer.elements[shard]), int(buffer.blocks[shard])
-            momentum += int(optimizer.momentum_bytes(elements, blocks))
-            main_weights += elements * optimizer.main_weights_bytes(buffer.weight)
-            if optimizer.second_moment == "full":
-                second_moment += elements * optimizer.moment
+        copied = optimizer.copies_gradients or len({each.gradient for each in buffers}) > 1
+        for buffer, elements, blocks, of_buffer in self._held(optimizer):
+            momentum += int(of_buffer.momentum_bytes(elements, blocks))
+            main_weights += elements * of_buffer.main_weights_bytes(buffer.weight)
+            second_moment += elements * of_buffer.moment_bytes
             if buffer.gradient == 2 and copied:
                 copies += elements * 4
         if optimizer.second_moment in ("factors", "confidence"):
             second_moment += self.factors
-        if optimizer.second_moment == "confidence":
+        if optimizer.is_came:
             second_moment += self.confidence
             copies += self.sums
         return Components(
-            weights=self.weights,
-            gradients=sum(buffer.padded * buffer.gradient for buffer in self.buffers),
+            weights=self.frozen + sum(buffer.padded * buffer.weight for buffer in buffers),
+            gradients=sum(buffer.padded * buffer.gradient for buffer in buffers),
             main_weights=main_weights,
             momentum=momentum,
             second_moment=second_moment,
             buffers=copies,
         )
 
-    @property
-    def weights(self) -> int:
-        """Bytes of the weights, padding included."""
-        return self.frozen + sum(buffer.padded * buffer.weight for buffer in self.buffers)
+    def _buffers(self, optimizer: Optimizer) -> tuple[Buffer, ...]:
+        return self.buffers if optimizer.rest is None else self.whole_buffers
+
+    def _held(self, optimizer: Optimizer) -> Iterator[tuple[Buffer, int, int, Optimizer]]:
+        """Elements and blocks that the rank updates of each buffer, and with which optimizer."""
+        shards = self.shards if optimizer.rest is None else self.whole_shards
+        for buffer in self._buffers(optimizer):
+            shard = shards[buffer.of_experts]
+            own = optimizer if buffer.by_matrix else optimizer.rest or optimizer
+            yield buffer, int(buffer.elements[shard]), int(buffer.blocks[shard]), own
+
+    def step(self, optimizer: Optimizer) -> int:
+        """Most bytes that a step takes beside what is kept: of dense or of experts' parameters.
+
+        Fp32 copies of what has fewer bits, or all weights, where they are gathered out of place.
+        """
+        copies = [0, 0]
+        for buffer, elements, _, own in self._held(optimizer):
+            copies[buffer.of_experts] += elements * own.unpacked(in_step=True)
+            if optimizer.rest is not None and len(buffer.elements) > 1:
+                copies[buffer.of_experts] += buffer.padded * buffer.weight
+        return max(copies)
+
+    def working(self, optimizer: Optimizer) -> int:
+        """Bytes beside what is kept: activations or, where they are more, the copies of a step."""
+        return max(self.activations, self.step(optimizer))
 
     def total(self, optimizer: Optimizer) -> int:
-        """Bytes of the rank, activations included."""
-        return self.components(optimizer).total + self.activations
+        """Most bytes of the rank in an iteration."""
+        return self.components(optimizer).total + self.working(optimizer)
 
     def checkpoint(self, optimizer: Optimizer) -> int:
         """Most bytes that saving or loading a checkpoint takes beside what is kept.
@@ -122,25 +151,38 @@ class Stage:
         """
         if not self.saves:
             return 0
-        own = MOST_BYTES if optimizer.second_moment == "confidence" else 0
+        own = MOST_BYTES if optimizer.is_came else 0
+        own += sum(
+            elements * each.unpacked(in_step=False)
+            for _, elements, _, each in self._held(optimizer)
+        )
         gathered = [
             4 * (each.bucket + each.bucket // len(each.elements))
-            for each in self.buffers
-            if self.gathers
+            for each in self._buffers(optimizer)
+            if self.gathers and not each.by_matrix
         ]
         return own + max(gathered, default=0)
 
     def peak(self, optimizer: Optimizer) -> int:
-        """Bytes of the rank in a step or, where they are more, at a checkpoint."""
+        """Bytes of the rank in an iteration or, where they are more, at a checkpoint."""
         kept = self.components(optimizer).total
-        return kept + max(self.activations, self.checkpoint(optimizer))
+        return kept + max(self.working(optimizer), self.checkpoint(optimizer))
 
-    def fullest_shards(self, grid: Grid) -> tuple[int, int]:
-        """The shards, dense and of experts, of the rank that holds most elements."""
-        shards = grid.shards_of_ranks()
-        held = sum(buffer.elements[shards[buffer.of_experts]] for buffer in self.buffers)
-        rank = int(torch.as_tensor(held).argmax())
-        return int(shards[0][rank]), int(shards[1][rank])
+    def of_fullest_ranks(self, grid: Grid) -> Stage:
+        """The stage, seen from the ranks that hold most elements."""
+        return replace(
+            self,
+            shards=_fullest(self.buffers, grid),
+            whole_shards=_fullest(self.whole_buffers, grid),
+        )
+
+
+def _fullest(buffers: Iterable[Buffer], grid: Grid) -> tuple[int, int]:
+    """The shards, dense and of experts, of the rank that holds most elements."""
+    shards = grid.shards_of_ranks()
+    held = sum(buffer.elements[shards[buffer.of_experts]] for buffer in buffers)
+    rank = int(torch.as_tensor(held).argmax())
+    return int(shards[0][rank]), int(shards[1][rank])
 
 
 def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[Chunk]) -> Stage:
@@ -167,6 +209,7 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         parameters=sum(param.numel() for param in params),
         frozen=sum(param.nbytes for param in params if not param.requires_grad),
         buffers=tuple(buffers),
+        whole_buffers=tuple(_whole_buffers(params, ddp_config, grid)),
         factors=factors,
         confidence=confidence,
         sums=sums,
@@ -178,12 +221,30 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
     )
 
 
+def _whole_buffers(params: Sequence[Tensor], ddp_config: Any, grid: Grid) -> Iterable[Buffer]:
+    """Give whole tensors to ranks in turn, as Megatron's layer-wise optimizer does."""
+    trained = [param for param in params if param.requires_grad]
+    owners: dict[Tensor, int] = {}
+    for of_experts, shards in enumerate(grid.shards):
+        own = [param for param in trained if of_experts != getattr(param, "allreduce", True)]
+        for place, param in enumerate(sorted(own, key=Tensor.numel)):
+            turn, owner = divmod(place, shards)
+            owners[param] = shards - 1 - owner if turn % 2 else owner
+    groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)
+    for key, (members, _) in groups.items():
+        for by_matrix in (False, True):
+            some = [p for p in members if is_managed_by_layer_wise_optimizer(p) == by_matrix]
+            sizes = torch.tensor([p.numel() for p in some], dtype=torch.int64, device="cpu")
+            places = torch.tensor([owners[p] for p in some], dtype=torch.int64, device="cpu")
+            none = torch.zeros(grid.shards[key.is_expert_parallel], dtype=sizes.dtype, device="cpu")
+            elements, blocks = (none.index_add(0, places, n) for n in (sizes, _blocks(sizes)))
+            whole = _buffer(key, int(sizes.sum()), elements, blocks)
+            yield replace(whole, by_matrix=by_matrix)
+
+
 def _buffers(
     ddp_config: Any, grid: Grid, chunk: Chunk, bucket_size: int | None
 ) -> Iterable[Buffer]:
-    from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     trained = [param for param in chunk.params if param.requires_grad]
     if not grid.sharded:
         groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def nowhere(grid: Grid, stage: int) -> Iterator[None]:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
             stack.callback(dist.destroy_process_group)
         stack.enter_context(replaced(parallel_state, _sizes(grid, stage)))
+        groups = staticmethod(lambda *args, **kwargs: process_groups(grid, stage))
+        stack.enter_context(replaced(ProcessGroupCollection, {"use_mpu_process_groups": groups}))
         if not torch.cuda.is_available():
             # The few functions that Megatron's modules call as they are built.
             functions = {"current_device": lambda: 0, "Stream": Stream, **hopper()}
@@ -85,9 +88,13 @@ def nowhere(grid: Grid, stage: int) -> Iterator[None]:
         yield
 
 
-def _sizes(grid: Grid, stage: int) -> dict[str, int | None]:
+def _sizes(grid: Grid, stage: int) -> dict[str, int | SizedGroup | None]:
     """Megatron's own way to pretend a layout: sizes and ranks that win over the process groups."""
-    found: dict[str, int | None] = {
+    found: dict[str, int | SizedGroup | None] = {
+        # BERT and T5 do not hand on the groups that they are given.
+        "_DATA_PARALLEL_GROUP": SizedGroup(1),
+        "_TENSOR_MODEL_PARALLEL_GROUP": SizedGroup(grid.tensor),
+        "_EXPERT_TENSOR_PARALLEL_GROUP": SizedGroup(grid.expert_tensor),
         "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE": grid.virtual,
         "_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK": None,
     }
@@ -113,7 +120,7 @@ def hopper() -> dict[str, Callable[..., Any]]:
 @contextlib.contextmanager
 def replaced(target: Any, values: Mapping[str, Any]) -> Iterator[None]:
     """Set attributes for a while."""
-    before = {name: getattr(target, name) for name in values}
+    before = {name: inspect.getattr_static(target, name) for name in values}
     for name, value in values.items():
         setattr(target, name, value)
     try:

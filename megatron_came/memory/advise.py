@@ -1,0 +1,169 @@
+"""The cheapest changes after which a launch fits into a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.memory import fit, megatron_flags
+from megatron_came.memory.changes import ADAM, CAME, OPTIMIZERS, Change, changes
+from megatron_came.memory.launch_command import LaunchCommand, LaunchError
+from megatron_came.memory.optimizers import Optimizer, of_launch
+from megatron_came.memory.pages import human
+from megatron_came.memory.prediction import Launch
+from megatron_came.terminal.console import wrapped
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """Changes after which a launch needs so many bytes of its fullest GPU."""
+
+    changes: tuple[Change, ...]
+    needs: int
+
+
+@dataclass(slots=True)
+class _Trials:
+    """What a launch needs after changes, each combination tried once."""
+
+    command: LaunchCommand
+    seen: dict[tuple[Change, ...], int | None] = field(default_factory=dict)
+
+    def needs(self, tried: tuple[Change, ...]) -> int | None:
+        """Bytes of the fullest GPU; None for what is no launch."""
+        if tried not in self.seen:
+            self.seen[tried] = self._needs(tried)
+        return self.seen[tried]
+
+    def _needs(self, tried: tuple[Change, ...]) -> int | None:
+        flags, ranks = self.command.flags, self.command.ranks or 1
+        for change in tried:
+            flags, ranks = change.applied(flags), change.ranks or ranks
+        try:
+            launch = Launch(megatron_flags.parse(flags, ranks, self.command.script))
+            optimizer = of_launch(launch.args)
+            assert optimizer is not None  # others are refused
+            return launch.peak(optimizer)
+        except (LaunchError, UnsupportedError, ValueError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What makes a launch fit.
+
+    Attributes:
+        budget: bytes of a GPU.
+        needs: bytes of the fullest GPU of the launch as it is.
+        singles: changes of which each is enough, the cheapest first; none where it fits.
+        together: of changes that are enough only together, few and cheap ones; where nothing is
+            enough, all that help. None where one is enough.
+        others: needs of Adam, as Megatron has it, in place of a launch's CAME, by name.
+    """
+
+    budget: int
+    needs: int
+    singles: list[Option]
+    together: Option | None = None
+    others: dict[str, int] = field(default_factory=dict)
+
+
+def advise(command: LaunchCommand, launch: Launch, trained: Optimizer, budget: int) -> Advice:
+    """Find what makes a launch fit into so many bytes of each GPU.
+
+    Args:
+        command: its flags and ranks.
+        launch: the same, read.
+        trained: its optimizer.
+        budget: bytes of a GPU.
+    """
+    trials, needs = _Trials(command), launch.peak(trained)
+    if needs <= budget:
+        adams = [change for change in changes(launch, None, None) if change.kind == ADAM]
+        found = {change.name: trials.needs((change,)) for change in adams if trained.is_came}
+        return Advice(budget, needs, [], others={k: v for k, v in found.items() if v is not None})
+    largest = fit.fit(launch, trained, budget)
+    candidates = changes(launch, largest.micro_batch, largest.gpus)
+    singles: list[Option] = []
+    for change in candidates:
+        # Of a kind the cheapest one is enough.
+        if all(option.changes[0].kind != change.kind for option in singles):
+            size = trials.needs((change,))
+            if size is not None and size <= budget:
+                singles.append(Option((change,), size))
+    together = None if singles else _together(trials, candidates, needs, budget)
+    return Advice(budget, needs, singles, together)
+
+
+def _together(trials: _Trials, candidates: Sequence[Change], needs: int, budget: int) -> Option:
+    """Add changes that help, the cheapest first, until it fits; then leave out what it can."""
+    kept: dict[str, Change] = {}
+    for change in candidates:
+        # One optimizer at a time.
+        kind = "optimizer" if change.kind in OPTIMIZERS else change.kind
+        tried = {**kept, kind: change}
+        size = trials.needs(tuple(tried.values()))
+        if size is not None and size < needs:
+            kept, needs = tried, size
+        if needs <= budget:
+            break
+    for kind in reversed([*kept]):
+        fewer = tuple(change for other, change in kept.items() if other != kind)
+        size = trials.needs(fewer)
+        if size is not None and size <= max(budget, needs):
+            del kept[kind]
+            needs = size
+    return Option(tuple(kept.values()), needs)
+
+
+def text(advice: Advice, command: LaunchCommand, trained: Optimizer) -> list[str]:
+    """Say what would make a launch fit."""
+    budget, needs = advice.budget, advice.needs
+    said = f"{human(needs)} of each GPU, which has {human(budget)}"
+    if needs <= budget:
+        lines = [f"This launch fits: with {trained.name} it needs {said}."]
+        fits = next((k for k, size in advice.others.items() if size <= budget), None)
+        if fits is not None:
+            lines.append(f"{fits} is enough: it would need {human(advice.others[fits])}.")
+        elif advice.others:
+            lines.append("With Adam it would not fit, in no form that Megatron has.")
+        return [line for each in lines for line in wrapped(each)]
+    lines = [*wrapped(f"This launch does not fit: it needs {said}.")]
+    if advice.singles:
+        lines += ["Each of these is enough, the cheapest first:", ""]
+        for number, option in enumerate(advice.singles, 1):
+            lines += _described(f"{number}. ", option.changes[0], command)
+            lines.append(f"   needs {human(option.needs)}, {human(budget - option.needs)} are left")
+        lines += ["", *_verdict(advice.singles)]
+        return lines
+    assert advice.together is not None
+    least = advice.together.needs
+    if least <= budget:
+        lines += ["No change is enough alone. These are, together, the cheapest first:", ""]
+    else:
+        said = f"With all of these it still needs {human(least)}:"
+        lines += [*wrapped(f"Nothing that is tried here makes it fit. {said}"), ""]
+    for change in advice.together.changes:
+        lines += _described("-  ", change, command)
+    if least <= budget:
+        lines += ["", f"Then it needs {human(least)}, {human(budget - least)} are left."]
+    else:
+        lines += ["", "Take more GPUs, GPUs with more memory, or a smaller model."]
+    return lines
+
+
+def _described(mark: str, change: Change, command: LaunchCommand) -> list[str]:
+    first, *more = wrapped(f"   {change.said(command.flags)}")
+    return [mark + first.strip(), *more, *wrapped(f"   costs: {change.cost}")]
+
+
+def _verdict(singles: Sequence[Option]) -> list[str]:
+    """Say which optimizer is enough, where an optimizer alone makes it fit."""
+    kinds = [option.changes[0].kind for option in singles]
+    if ADAM in kinds:
+        name = singles[kinds.index(ADAM)].changes[0].name
+        return wrapped(f"{name} is enough: CAME is not needed for this launch to fit.")
+    if CAME in kinds:
+        return wrapped("Adam is not enough in any form that Megatron has; CAME is.")
+    return ["No optimizer alone is enough."]
