@@ -217,16 +217,17 @@ def test_updates_stay_near_those_of_the_authors(momentum, bound, kernels):
 
 
 def test_numba_draws_the_bits_of_places_beyond_32_bits():
-    from megatron_came.kernels.cpu.precision import first_bits
+    from megatron_came.kernels.cpu.precision import PLACE_FACTOR, first_state
     from megatron_came.kernels.cpu.precision import random_bits as bits_of
 
     for first, key in ((0, 5), (2**32 - 700, 0xFFFFFFFF), (5 * 2**32 - 1, 123), (2**40 + 3, 77)):
         places = [first, first + 699, first + 700]
-        start = [first_bits(place, np.uint32(key)) for place in places]
-        drawn = torch.tensor([int(bits_of(bits, 0)) for bits in start])
+        states = [first_state(place, np.uint32(key)) for place in places]
+        drawn = torch.tensor([int(bits_of(state)) for state in states])
         assert torch.equal(drawn, random_bits(torch.tensor(places), key))
         same_half = min(2**32 - first % 2**32, 700)  # what a kernel draws with one beginning
-        drawn = torch.tensor([int(bits_of(start[0], i)) for i in range(same_half)])
+        steps = np.arange(same_half, dtype=np.uint32) * PLACE_FACTOR
+        drawn = torch.tensor([int(bits_of(state)) for state in states[0] + steps])
         assert torch.equal(drawn, random_bits(torch.arange(first, first + same_half), key))
 
 

@@ -136,7 +136,9 @@ def test_autograd_notices_a_step():
 @pytest.mark.parametrize("name", ["middle of rows", "aligned", "batches"])
 def test_any_cut_into_tiles_of_rows(name, rows, most, monkeypatch):
     monkeypatch.setattr("megatron_came.kernels.cpu.shapes._TILE_ROWS", rows)
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MIN_TILES", 1)
     monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MAX_TILES", most)
+    monkeypatch.setattr("megatron_came.kernels.cpu.shapes._MAX_ALIGNED", 4)
     case = next(case for case in CASES if case.name == name)
     assert worst_distance(case, "numba", DEVICES["numba"]) <= TOLERANCE
 

@@ -20,7 +20,7 @@ NOT_FINITE = 255  # the biased exponent of infinity and NaN
 _NAN = np.int32(0x7FC00000)
 _UPPER, _LOWER = np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 _typed = {"fastmath": {"contract"}, "error_model": "numpy", "forceinline": True}
-PLACE_FACTOR = 0x9E3779B1  # see megatron_came.core.rounding
+PLACE_FACTOR = np.uint32(0x9E3779B1)  # see megatron_came.core.rounding
 HIGH_FACTOR = 0x27D4EB2F
 
 
@@ -70,55 +70,52 @@ def _read_int8(values, scales, low, high, scratch):
 
 
 @elementwise
-def first_bits(place, key):
-    """Return what :func:`random_bits` needs of the first of consecutive places.
+def first_state(place, key):
+    """Return what :func:`random_bits` needs of a place; each next one has ``PLACE_FACTOR`` more.
 
-    Their upper halves must be the same.
+    The upper halves of such places must be the same.
     """
     high = np.uint32((place >> 32) * HIGH_FACTOR)
-    return np.uint32(np.uint32(place) * np.uint32(PLACE_FACTOR) + high + key)
+    return np.uint32(np.uint32(place) * PLACE_FACTOR + high + key)
 
 
 @elementwise
-def random_bits(first, i):
-    """16 random bits of the i-th place."""
-    x = np.uint32(first + np.uint32(np.uint32(i) * np.uint32(PLACE_FACTOR)))
-    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+def random_bits(state):
+    """Return 16 random bits."""
+    x = np.uint32((state ^ (state >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35))
     return np.uint32((x ^ (x >> np.uint32(16))) & _LOWER)
 
 
-def narrow(kept, value, inverse_scale, first, i):
-    """Round fp32 to the dtype of ``kept`` with the random bits of the i-th place."""
+def narrow(kept, value, inverse_scale, state):
+    """Round fp32, which has been computed, to the dtype of ``kept``, with a place's random bits."""
 
 
 @overload(narrow, **_typed)
-def _narrow(kept, value, inverse_scale, first, i):
+def _narrow(kept, value, inverse_scale, state):
     if kept == types.float32:
-        return lambda kept, value, inverse_scale, first, i: value
+        return lambda kept, value, inverse_scale, state: value
     if kept == types.uint16:
-        return lambda kept, value, inverse_scale, first, i: _to_bf16(value, first, i)
-    return lambda kept, value, inverse_scale, first, i: _to_int8(value, inverse_scale, first, i)
+        return lambda kept, value, inverse_scale, state: _to_bf16(value, state)
+    return lambda kept, value, inverse_scale, state: _to_int8(value, inverse_scale, state)
 
 
 @elementwise
-def _to_bf16(value, first, i):
-    """Twin of ``rounding.to_bf16``."""
+def _to_bf16(value, state):
+    """Twin of ``rounding.to_bf16``; a NaN that has been computed shows in the upper half."""
     word = np.float32(value).view(np.uint32)
-    quiet = np.uint32(0x10000) if value != value else np.uint32(0)
-    finite = (word & _EXPONENT) != _EXPONENT
-    rounded = np.uint32(word + random_bits(first, i)) if finite else np.uint32(word | quiet)
-    return np.uint16(rounded >> np.uint32(16))
+    added = random_bits(state) if (word & _EXPONENT) != _EXPONENT else np.uint32(0)
+    return np.uint16(np.uint32(word + added) >> np.uint32(16))
 
 
 @elementwise
-def _to_int8(value, inverse_scale, first, i):
+def _to_int8(value, inverse_scale, state):
     """Twin of ``int8.quantize`` for an element."""
-    dither = np.float32(np.int32(random_bits(first, i))) + np.float32(0.5)
-    exact = value * inverse_scale + dither * np.float32(2.0**-16)
-    cut = np.int32(exact)  # towards zero
-    floor = np.int32(cut - np.int32(np.float32(cut) > exact))
-    return np.int8(min(floor, np.int32(127)))  # the largest may have been summed up otherwise
+    bits = np.float32(np.int32(random_bits(state)))
+    dither = bits * np.float32(2.0**-16) + np.float32(2.0**-17)
+    floor = np.floor(value * inverse_scale + dither)
+    # The largest may have been summed up otherwise.
+    return np.int8(np.int32(min(floor, np.float32(127))))
 
 
 @elementwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +12,14 @@ from megatron_came.core.shard import Shard
 
 # Rows that are taken together, so as to add to the sums of columns less often.
 AT_ONCE = 4
-# Rows of a tile, about, and tiles of a matrix at most: their columns are summed in fp32.
-_TILE_ROWS = 64
-_MAX_TILES = 128
+# Rows of a tile, about, and tiles of a matrix, at least and at most. Columns of a tile are summed
+# in fp32; the sums of all tiles by one thread, which many would keep too long.
+_TILE_ROWS = 256
+_MIN_TILES, _MAX_TILES = 4, 128
+# fp32 elements of a page of memory. The quarters of a tile are read side by side: where each begins
+# at another place of a page, that takes a quarter to a half longer. So many rows see to it at most.
+_PAGE = 1024
+_MAX_ALIGNED = 64
 
 
 class Geometry(NamedTuple):
@@ -71,10 +77,12 @@ def tiles_of(geometry: Geometry) -> npt.NDArray[np.int64]:
     tiles: list[tuple[Any, ...]] = []
     rows, columns = geometry.rows, geometry.columns
     if geometry.size:
+        unit = min(AT_ONCE * _PAGE // math.gcd(_PAGE, columns), _MAX_ALIGNED)
         first, stop = geometry.start // columns, -(-(geometry.start + geometry.size) // columns)
         for matrix in range(first // rows, -(-stop // rows)):
             low, high = max(first, matrix * rows), min(stop, (matrix + 1) * rows)
             wanted = 1 << ((high - low - 1) // _TILE_ROWS).bit_length()
-            height = -(-(high - low) // (min(wanted, _MAX_TILES) * AT_ONCE)) * AT_ONCE
+            wanted = min(max(wanted, _MIN_TILES), _MAX_TILES)
+            height = -(-(high - low) // (wanted * unit)) * unit
             tiles += [(matrix, row, min(row + height, high)) for row in range(low, high, height)]
     return np.array(tiles, np.int64).reshape(-1, 3)

@@ -45,10 +45,10 @@ def _in_slice(geometry, row):
 
 
 @inline
-def _add_tiles(tiles, partial, kind, factor, low, high, sums):
-    """Add columns [low, high) of the tiles to the sums of their matrices, (batch, columns)."""
+def _add_tiles(tiles, partial, kind, factor, sums):
+    """Add the tiles to the sums of their matrices, (batch, columns)."""
     for number in range(len(tiles)):
-        some, out = partial[number, kind, low:high], sums[tiles[number, 0], low:high]
+        some, out = partial[number, kind], sums[tiles[number, 0]]
         for i in range(out.size):
             out[i] += factor * np.float64(some[i])
 
@@ -121,10 +121,7 @@ def add_square_sums(grad, geometry, tiles, row_sums, column_sums, partial, threa
         for number in range(count * thread // threads, count * (thread + 1) // threads):
             _, row, stop = tiles[number]
             _square_tile(grad, geometry, row, stop, row_sums, partial[number, 0])
-    n = column_sums.shape[1]
-    for thread in prange(threads):
-        low, high = n * thread // threads, n * (thread + 1) // threads
-        _add_tiles(tiles, partial, 0, SQUARE_UNSCALE, low, high, column_sums)
+    _add_tiles(tiles, partial, 0, SQUARE_UNSCALE, column_sums)
 
 
 @fast
@@ -249,8 +246,5 @@ def add_instability_sums(
                 grad, momentum, block_scales, geometry, row, stop, row_scale,
                 column_scale[matrix], inverse_guesses[matrix], row_sums, partial[number], scratch,
             )  # fmt: skip
-    n = column_sums.shape[2]
-    for thread in prange(threads):
-        low, high = n * thread // threads, n * (thread + 1) // threads
-        for kind in range(3):
-            _add_tiles(tiles, partial, kind, UPDATE_UNSCALE, low, high, column_sums[kind])
+    for kind in range(3):
+        _add_tiles(tiles, partial, kind, UPDATE_UNSCALE, column_sums[kind])

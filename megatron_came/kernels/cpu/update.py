@@ -13,8 +13,9 @@ from megatron_came.core.int8 import BLOCK
 from megatron_came.kernels.cpu.compiling import ONE, Kernel, elementwise, fast, inline
 from megatron_came.kernels.cpu.precision import (
     NOT_FINITE,
+    PLACE_FACTOR,
     exponent_of_scale,
-    first_bits,
+    first_state,
     narrow,
     power_of_two,
     read_weight,
@@ -94,7 +95,7 @@ def _largest(grad, momentum, column_scale, row_scale, beta1, scale, largest):
 @elementwise
 def _update(
     weights, remainders, grad, momentum, column_scale, column_confidence, row_scale, step, beta1,
-    decay, scale, inverse_scale, first,
+    decay, scale, inverse_scale, state,
 ):  # fmt: skip
     for i in range(grad.size):
         update = widen(grad[i], ONE) * row_scale * column_scale[i]
@@ -102,7 +103,8 @@ def _update(
         weight = read_weight(weights, remainders, i)
         weight -= decay * weight
         write_weight(weights, remainders, i, weight - step * (value * column_confidence[i]))
-        momentum[i] = narrow(momentum[i], value, inverse_scale, first, i)
+        momentum[i] = narrow(momentum[i], value, inverse_scale, state)
+        state = np.uint32(state + PLACE_FACTOR)
 
 
 @elementwise
@@ -171,7 +173,7 @@ def update(grad, arrays, geometry, row_places, scales, rates, threads):
                     weights[low:high], remainders[low:high], grad[low:high], momentum[low:high],
                     column_scale[matrix, column:], column_confidence[matrix, column:],
                     rest * row_scale[row], lr * row_confidence[row], beta1, decay, scale,
-                    inverse_scale, first_bits(place, key),
+                    inverse_scale, first_state(place, key),
                 )  # fmt: skip
                 _copy(weights[low:high], remainders[low:high], model_weights[low:high])
                 low = high
