@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_came.core import sums
+from megatron_came.dtensors import local_of
 
 
 def digest(tensors):
     """One digest of tensors, bit for bit."""
     sha = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in map(local_of, tensors):
         sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
@@ -74,6 +75,7 @@ class Recorder:
             "changed_though_failed": None,
             "weights": {},
             "state": None,
+            "steps": [],
             "error": None,
         }
         self._model, self._optimizer = [], None
@@ -127,4 +129,5 @@ class Recorder:
                 )
         if self._optimizer is not None:
             self.seen["state"] = optimizer_digest(self._optimizer)
+            self.seen["steps"] = [group.get("step") for group in self._optimizer.param_groups]
         return self.seen
