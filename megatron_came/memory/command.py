@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_came.memory.launch_command import LaunchCommand, LaunchError, from_script, from_words
 from megatron_came.terminal.console import show
+from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.quiet import quiet
 
 _STDOUT = "-"
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, metavar="N", help="number of GPUs of the launch")
     add(
         "--script",
-        type=Path,
+        type=named_path,
         help="a launch script, which prints its torchrun command with DRY_RUN=1; FLAGS are passed "
         "to it",
     )
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="find the largest micro-batch and the fewest GPUs that fit into SIZE, such as 80GiB",
     )
-    add("--plot", type=Path, metavar="FILE", help="draw stacked bars, such as a .png")
+    add("--plot", type=named_path, metavar="FILE", help="draw stacked bars, such as a .png")
     add(
         "--json",
         nargs="?",
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--compare",
         nargs="+",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="compare prediction and measurement in reports of --came-report-memory",
     )
