@@ -248,7 +248,7 @@ def check_ranks(owners: Mapping[Tensor, object], groups: Iterable[Mapping[str, A
         ValueError: ranks differ.
     """
     settings = {
-        f"{key} of parameter group {index}": float(value) if is_tensor(value) else value
+        f"{key} of parameter group {index}": value.tolist() if is_tensor(value) else value
         for index, group in enumerate(groups)
         for key in ("lr", "weight_decay", "step", "maximize", *GROUP_KEYS)
         if (value := group.get(key)) is not None

@@ -18,14 +18,19 @@ from megatron_came import dtensors
 from megatron_came.compiling import outside_compiler
 from megatron_came.core.diagnostics import Sums
 from megatron_came.core.hyperparameters import at_step, check_group, with_plain_numbers
-from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard, check_shards
 from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
-from megatron_came.parameter_checks import Guard, check_model_weights, check_with_shards
+from megatron_came.parameter_checks import (
+    Guard,
+    check_model_weights,
+    check_placement,
+    check_settings,
+    check_trainable,
+)
 from megatron_came.state_dicts import WithStateDicts
 from megatron_came.step import Begun, Plan
 from megatron_came.voice import warn_once
@@ -95,7 +100,8 @@ class CAME(WithStateDicts):
         differentiable: not supported; nor is ``capturable``.
 
     Raises:
-        ValueError: a hyperparameter out of range; a complex parameter; a DTensor whose placements
+        ValueError: a hyperparameter out of range; a parameter to be trained in float8 or complex
+            numbers; a DTensor whose placements
             are not of a known kind; matrices that a wrapper has made flat; a shard that does not
             fit its parameter; kernels that are not installed; or a momentum's dtype.
     """
@@ -126,7 +132,7 @@ class CAME(WithStateDicts):
         differentiable: bool = False,
         capturable: bool = False,
     ) -> None:
-        check_momentum_dtype(momentum_dtype)
+        check_settings(momentum_dtype, remainders, flat_convolutions, seed)
         self._momentum_dtype, self._seed, self._remainders = momentum_dtype, seed, remainders
         self._flat_convolutions = flat_convolutions
         self.spike_guard = None if spike_guard is None else SpikeGuard(spike_guard, warn_once)
@@ -162,10 +168,11 @@ class CAME(WithStateDicts):
             with_plain_numbers(param_group)
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
-        for param in params:
-            if not param.is_floating_point() and param.requires_grad:
-                del self.param_groups[-1]
-                raise ValueError(f"CAME updates real floating-point parameters, not {param.dtype}.")
+        try:
+            check_trainable(params)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         self._guard.note(params)
 
     def set_shards(
@@ -184,9 +191,7 @@ class CAME(WithStateDicts):
             ValueError: a shard with another number of elements than its parameter, or of no
                 parameter of this optimizer; no names, which the momentum's dtype needs.
         """
-        if shards:
-            has_names, flat = names is not None, self._flat_convolutions
-            check_with_shards(self._momentum_dtype, has_names, flat)
+        check_placement(shards, names, self._momentum_dtype, self._flat_convolutions)
         plain = {p: shard for p, shard in shards.items() if not dtensors.is_dtensor(p)}
         check_shards(plain, {p for group in self.param_groups for p in group["params"]})
         self._plan = None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_came import dtensors
+from megatron_came.core.hyperparameters import HyperparameterError
+from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.shard import Shard
 from megatron_came.voice import warn_once
 
 # A vector of more elements is seldom one: embeddings' biases have up to a few 100,000.
 LONG_VECTOR = 1_000_000
+TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _FSDP = (
     "CAME: FullyShardedDataParallel has made flat vectors of the matrices (here {numel} elements), "
@@ -71,6 +75,7 @@ class Guard:
                 flat, or a shard of a parameter in no group.
         """
         every = [p for group in groups for p in group["params"]]
+        check_trainable(every)
         if shards.keys() - set(every):
             raise ValueError(
                 "CAME: a parameter with a shard is in no parameter group any more: "
@@ -125,15 +130,53 @@ def _check_flat(params: Sequence[Tensor]) -> None:
         raise ValueError(_FSDP.format(numel=max(param.numel() for param in flat)))
 
 
-def check_with_shards(
-    momentum_dtype: torch.dtype, has_names: bool, flat_convolutions: bool
-) -> None:
-    """Refuse settings that do not go with shards.
+def check_trainable(params: Iterable[Tensor]) -> None:
+    """Refuse parameters of dtypes that there is no arithmetic for, unless they are frozen.
 
     Raises:
-        ValueError: no names, which the momentum's dtype needs, or ``flat_convolutions``.
+        ValueError: there is one.
     """
-    if momentum_dtype != torch.float32 and not has_names:
+    for param in params:
+        if param.requires_grad and param.dtype not in TRAINABLE:
+            raise ValueError(
+                f"CAME updates parameters of {', '.join(map(str, TRAINABLE))}, not of "
+                f"{param.dtype}: freeze it (requires_grad=False), or leave it out."
+            )
+
+
+def check_settings(
+    momentum_dtype: torch.dtype, remainders: bool, flat_convolutions: bool, seed: int
+) -> None:
+    """Check what CAME is made with beside hyperparameters.
+
+    Raises:
+        ValueError: another kind of thing.
+    """
+    check_momentum_dtype(momentum_dtype)
+    for name, value in (("remainders", remainders), ("flat_convolutions", flat_convolutions)):
+        if not isinstance(value, bool):
+            raise HyperparameterError(name, value, "True or False")
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise HyperparameterError("seed", seed, "a whole number")
+
+
+def check_placement(
+    shards: Mapping[Tensor, Shard],
+    names: Mapping[Tensor, str] | None,
+    momentum_dtype: torch.dtype,
+    flat_convolutions: bool,
+) -> None:
+    """Check what CAME is told of its parameters, and what does not go with shards.
+
+    Raises:
+        ValueError: no dictionary by parameter; with shards, ``flat_convolutions``, or no names,
+            which the momentum's dtype needs.
+    """
+    _check_by_parameter("shards", shards, Shard)
+    _check_by_parameter("names", names or {}, str)
+    if not shards:
+        return
+    if momentum_dtype != torch.float32 and names is None:
         raise ValueError(
             f"CAME: with shards and momentum in {momentum_dtype}, names must name the "
             "parameters: their places in the parameter groups may differ between ranks."
@@ -151,9 +194,22 @@ def check_model_weights(weights: Mapping[Tensor, Tensor]) -> None:
     Raises:
         ValueError: one does not fit.
     """
+    _check_by_parameter("weights", weights, Tensor)
     for param, weight in weights.items():
         if weight.numel() != param.numel() or not weight.is_contiguous():
             raise ValueError(
                 f"CAME: the model weight of a parameter of {param.numel()} elements must be "
                 f"contiguous with as many, not {tuple(weight.shape)}."
             )
+
+
+def _check_by_parameter(what: str, given: object, kind: type) -> None:
+    """Refuse what is no dictionary by parameter, such as ``dict(model.named_parameters())``."""
+    is_right = isinstance(given, Mapping) and all(
+        isinstance(key, Tensor) and isinstance(value, kind) for key, value in given.items()
+    )
+    if not is_right:
+        raise ValueError(
+            f"CAME: {what} must be a dictionary with parameters for keys and {kind.__name__} for "
+            f"values, not this {type(given).__name__}: {str(given)[:80]}."
+        )

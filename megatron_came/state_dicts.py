@@ -161,6 +161,8 @@ def _check_state(
                 "belongs to another model, or was saved with another flat_convolutions."
             )
     _check_dtypes(saved, shape)
+    if not is_partial:
+        _check_values(saved, shape)
 
 
 def as_state(
@@ -211,7 +213,7 @@ def _check_groups(saved: Any, groups: Sequence[Mapping[str, Any]], is_partial: b
                 "start CAME without it."
             )
         if not lacking:
-            check_group(group, f", in parameter group {index} of the state dictionary")
+            check_group(group, f"parameter group {index} of the state dictionary")
         _check_step(group.get("step", 0), index)
     lengths = [len(group["params"]) for group in saved]
     mine = [len(group["params"]) for group in groups]
@@ -254,6 +256,24 @@ def _check_keys(state: Any, key: Any) -> None:
                 f"CAME: {name!r} of parameter {key!r} in the state dictionary must be a tensor, "
                 f"not this {_kind(value)}."
             )
+
+
+def _check_values(saved: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Refuse numbers that no step leaves behind, and tensors without memory of their own."""
+    for key, value in saved.items():
+        here = dtensors.local_of(value)
+        if here.layout != torch.strided or here.is_meta:
+            wrong = "is a meta tensor, without values," if here.is_meta else f"is {here.layout}"
+        elif here.is_floating_point() and not torch.isfinite(here.to(torch.float32)).all():
+            wrong = "holds a NaN or an infinity"
+        elif key in FACTORS and (here < 0).any():
+            wrong = "holds a negative number"
+        else:
+            continue
+        raise ValueError(
+            f"CAME: {key!r} of a parameter of shape {shape} {wrong} in the state dictionary, which "
+            "CAME does not write: it is damaged, or of a run whose gradients were not finite."
+        )
 
 
 def _check_dtypes(saved: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:

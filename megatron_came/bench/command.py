@@ -7,7 +7,6 @@ import json
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from megatron_came.bench.machine import describe
 from megatron_came.bench.measure import Result, copy_bandwidth, measure, parameters
 from megatron_came.bench.shapes import MODELS, shapes_of
 from megatron_came.terminal.console import show, table, wrapped
+from megatron_came.terminal.paths import named_path
 
 # Of a result: heads of the columns, attributes and how they are written; None is a dash.
 _COLUMNS = {
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks; flags after -- go to Megatron",
     )
     add("flags", nargs="*", metavar="-- FLAG", help=argparse.SUPPRESS)
-    add("--json", type=Path, metavar="FILE", help="write the results there")
+    add("--json", type=named_path, metavar="FILE", help="write the results there")
     return parser
 
 

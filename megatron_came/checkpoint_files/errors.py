@@ -5,6 +5,10 @@ class CheckpointError(Exception):
     """A checkpoint, or a file of one, cannot be read; the message says which and what to do."""
 
 
+class NoCheckpointError(CheckpointError):
+    """There is none where one was named."""
+
+
 class ForeignClassError(CheckpointError):
     """A pickle names a class or function that Megatron does not write."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -12,14 +13,21 @@ from typing import Any
 
 from megatron_came.checkpoint_files import legacy
 from megatron_came.checkpoint_files.archives import OLD_MAGIC, Archive, open_regular
-from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError
 from megatron_came.checkpoint_files.names import StandIn
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
 from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, read_layout
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model_optim_rng.pt"
-_SUMMARY = "metadata.json"
+SUMMARY = "metadata.json"
+# What Megatron writes there, of all its releases.
+_SUMMARY = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ def find(path: Path) -> Folder:
         CheckpointError: there is none.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: name a checkpoint's.")
+        raise NoCheckpointError(f"{path} is not a folder: name a checkpoint's.")
     if (path / TRACKER).exists():
         tracked = _tracked(path / TRACKER)
         name = tracked if tracked == "release" else f"iter_{int(tracked):07d}"
@@ -59,12 +67,12 @@ def find(path: Path) -> Folder:
         path = path / name
     if (path / METADATA).exists() or any(path.glob("mp_rank_*")):
         return Folder(path)
-    if any(path.glob("*.distcp")) or (path / _SUMMARY).exists():
+    if any(path.glob("*.distcp")) or (path / SUMMARY).exists():
         raise CheckpointError(
             f"{path / METADATA} is gone, without which nobody knows what the other files hold: "
             "take it from a copy, or another iteration (--ckpt-step)."
         )
-    raise CheckpointError(
+    raise NoCheckpointError(
         f"{path} holds no checkpoint of Megatron: neither {METADATA} (torch_dist) nor mp_rank_* "
         f"(torch) is in it{_among(path)}."
     )
@@ -109,7 +117,25 @@ def _is_complete(folder: Path) -> bool:
 
 def says_distributed(folder: Path) -> bool:
     """Whether Megatron takes a folder for one of format torch_dist."""
-    return (folder / _SUMMARY).is_file()
+    return (folder / SUMMARY).is_file()
+
+
+def summary_problem(folder: Path) -> str | None:
+    """Say what is wrong with the file by which Megatron knows format torch_dist, or None."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return "is missing"
+    try:
+        with open_regular(path) as file:
+            summary = json.loads(file.read(1 << 16))
+    except (CheckpointError, RecursionError, ValueError):
+        return "is no JSON"
+    if not isinstance(summary, dict) or "sharded_backend" not in summary:
+        return "has no sharded_backend"
+    for key, wanted in _SUMMARY.items():
+        if (found := summary.get(key, wanted)) != wanted:
+            return f"has {key} {found!r:.40}, and not {wanted!r}"
+    return None
 
 
 def ends_as_archive(file: Path) -> bool:

@@ -20,6 +20,7 @@ from megatron_came.compare.tasks import TASKS
 from megatron_came.data.errors import DataError
 from megatron_came.data.locks import locked
 from megatron_came.terminal.console import show, table
+from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.progress import Progress
 
 
@@ -159,11 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("preset", choices=PRESETS, metavar="PRESET", help="one of those below")
-    add("--output", type=Path, metavar="FOLDER", help="where results go (compare/PRESET)")
+    add("--output", type=named_path, metavar="FOLDER", help="where results go (compare/PRESET)")
     add("--optimizers", nargs="+", metavar="NAME", help="instead of the preset's")
     add("--rates", nargs="+", type=float, metavar="X", help="for all optimizers")
     add("--seeds", type=int, metavar="N", help="how many, from 1 on")
     add("--batches", nargs="+", type=int, metavar="N", help="samples a step")
     add("--iterations", type=int, metavar="N", help="steps of a run")
-    add("--text", nargs="+", type=Path, default=[], metavar="PATH", help="text of your own")
+    add("--text", nargs="+", type=named_path, default=[], metavar="PATH", help="text of your own")
     return parser

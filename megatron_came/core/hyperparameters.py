@@ -25,7 +25,7 @@ class HyperparameterError(ValueError):
 
     def within(self, where: str) -> HyperparameterError:
         """Return the same error with a place, in words, in its sentence."""
-        return HyperparameterError(f"{self.name} of {where}", self.value, self.allowed)
+        return HyperparameterError(f"{self.name} in {where}", self.value, self.allowed)
 
 
 def check_number(name: str, value: object, low: float) -> float:
@@ -52,6 +52,12 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return math.nan
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor of one number as that number, which kernels take; all else as it is."""
+    is_one = isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype != torch.bool
+    return value.item() if is_one else value
 
 
 class _Range(NamedTuple):
@@ -167,7 +173,7 @@ class Hyperparameters:
                 raise HyperparameterError(key, found, f"a tuple of {len(names)} numbers")
             else:
                 values.update(zip(names, found, strict=True))
-        return cls(**values)
+        return cls(**{name: _plain(value) for name, value in values.items()})
 
     def as_group(self) -> dict[str, Any]:
         """Return the keys of a ``torch.optim`` parameter group that hold them."""
@@ -263,6 +269,18 @@ def check_switches(group: Mapping[str, Any]) -> None:
         )
 
 
+def check_step(value: object) -> int:
+    """Return a group's number of steps.
+
+    Raises:
+        HyperparameterError: no whole number, or a negative one.
+    """
+    step = _number(value)
+    if not step.is_integer() or step < 0:
+        raise HyperparameterError("step", value, "a whole number at least 0")
+    return int(step)
+
+
 class GroupSettings(NamedTuple):
     """What a step reads of a parameter group.
 
@@ -285,15 +303,18 @@ def at_step(group: Mapping[str, Any]) -> GroupSettings:
     """Read a group as it is now, since schedules change it.
 
     Raises:
-        HyperparameterError: a value that is no number, or out of range; tensors are not looked at.
+        HyperparameterError: a value that is no number, or out of range; of a rate in a tensor on
+            another device, which may be busy, the size and dtype are looked at alone.
     """
     check_switches(group)
-    for key in ("lr", "weight_decay"):
-        if not isinstance(group[key], torch.Tensor):  # it may lie on a device that is busy
-            check_number(key, group[key], 0.0)
+    lr: Any = group.get("lr")
+    weight_decay = check_number("weight_decay", group.get("weight_decay"), 0.0)
+    if not isinstance(lr, torch.Tensor) or lr.device.type == "cpu":
+        check_number("lr", lr, 0.0)
+    elif lr.numel() != 1 or lr.dtype == torch.bool or lr.is_complex():
+        raise HyperparameterError("lr", lr, "one real number")
     # Files may hold the step as a tensor, of which powers would be fp32.
-    hyper, step = Hyperparameters.from_group(group), int(group.get("step", 0))
-    lr, weight_decay = group["lr"], float(group["weight_decay"])
+    hyper, step = Hyperparameters.from_group(group), check_step(group.get("step", 0))
     weight = hyper.momentum_weight(step + 1)
     if weight != 1.0:
         lr, weight_decay = lr / weight, weight_decay * weight
@@ -303,11 +324,13 @@ def at_step(group: Mapping[str, Any]) -> GroupSettings:
 def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
     """Turn NumPy's numbers and the like into Python's, in place: ``torch.load`` refuses others.
 
-    Tensors are kept: a learning rate on a device is read there.
+    A learning rate in a tensor is kept: on a device it is read there.
     """
     for key in ("lr", "weight_decay", *GROUP_KEYS):
         value = group.get(key)
         if isinstance(value, tuple | list):
             group[key] = tuple(map(float, value))
-        elif value is not None and type(value) not in (int, float, bool, torch.Tensor):
+        elif key == "lr" and isinstance(value, torch.Tensor):
+            continue
+        elif value is not None and type(value) not in (int, float, bool):
             group[key] = float(value)

@@ -153,15 +153,7 @@ class ParameterSlice:
                 tensor that they hold whole without summing, one cannot know.
         """
         if grad is not None:
-            if grad.is_sparse:
-                raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
-            # PyTorch looks after ``grad``; nobody after ``decoupled_grad``.
-            if grad.numel() != self.shard.numel or grad.device != self.param.device:
-                raise ValueError(
-                    f"CAME: a parameter of {self.shard.numel} elements on {self.param.device} has "
-                    f"a gradient of {grad.numel()} on {grad.device}: set decoupled_grad to one "
-                    "that fits."
-                )
+            self._check(grad)
             return self._tensor_has_elements
         if self.may_be_skipped:
             return False
@@ -173,6 +165,24 @@ class ParameterSlice:
                 "without it; give it a gradient of zeros."
             )
         return self._tensor_has_elements and not self.shard.numel
+
+    def _check(self, grad: Tensor) -> None:
+        """PyTorch looks after ``grad``; nobody after ``decoupled_grad``."""
+        param = self.param
+        if not isinstance(grad, Tensor):
+            raise ValueError(f"CAME: decoupled_grad is {type(grad).__name__}, not a tensor.")
+        if grad.layout != torch.strided:
+            raise RuntimeError("CAME does not support sparse gradients; use dense ones.")
+        is_turned = (
+            min(param.dim(), grad.dim()) > 1 and grad.squeeze().shape != param.squeeze().shape
+        )
+        has_size = grad.numel() == self.shard.numel and not is_turned
+        if not has_size or grad.device != param.device or not grad.is_floating_point():
+            raise ValueError(
+                f"CAME: a parameter of shape {tuple(param.shape)}, {self.shard.numel} elements, on "
+                f"{param.device} has a gradient of shape {tuple(grad.shape)}, {grad.dtype}, on "
+                f"{grad.device}: set decoupled_grad to one that fits."
+            )
 
     def copy_to_model(self, weight: Tensor | None) -> None:
         """Rewrite the 16-bit copy, if there is one, rounded to nearest."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_came.data.errors import DataError, UnusableError
 from megatron_came.data.folders import is_folder
 from megatron_came.data.tokenizer import Gpt2Bpe, HuggingFace, SentencePiece, TokenizerFiles
+from megatron_came.terminal.paths import named_path
 
 # Flags of Megatron's tools/preprocess_data.py that have no meaning here, or another.
 _MEGATRONS = {
@@ -55,20 +56,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     help = "text files, JSON Lines, either with .gz, .bz2 or .xz, or folders of them"
-    add("named", nargs="*", type=Path, metavar="INPUT", help=help)
+    add("named", nargs="*", type=named_path, metavar="INPUT", help=help)
     help = "where to write; with --validation, PREFIX_train and PREFIX_valid"
     add("--output-prefix", type=_prefix, required=True, metavar="PREFIX", help=help)
     add("--overwrite", action="store_true", help="replace what is there under these names")
     help = "processes (as many as there are cores, fewer for little text)"
-    add("--workers", type=partial(_number, 1, "processes"), metavar="N", help=help)
+    add("--workers", type=partial(_number, 1, 4096, "processes"), metavar="N", help=help)
 
     add = made.add_argument_group("tokenizer, one of these").add_argument
     help = "train SentencePiece on the input, with SIZE tokens, and write PREFIX.model"
-    add("--train-tokenizer", type=partial(_number, 2, "tokens"), metavar="SIZE", help=help)
+    add("--train-tokenizer", type=partial(_number, 2, 10**7, "tokens"), metavar="SIZE", help=help)
     help = "a SentencePiece model, or a folder with a Hugging Face tokenizer"
-    add("--tokenizer-model", type=Path, metavar="PATH", help=help)
-    add("--vocab-file", type=Path, metavar="FILE", help="GPT-2's vocab.json, and")
-    add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt")
+    add("--tokenizer-model", type=named_path, metavar="PATH", help=help)
+    add("--vocab-file", type=named_path, metavar="FILE", help="GPT-2's vocab.json, and")
+    add("--merge-file", type=named_path, metavar="FILE", help="GPT-2's merges.txt")
     kinds = [kind.megatron_type for kind in (SentencePiece, Gpt2Bpe, HuggingFace)]
     help = "Megatron's name for it, as a check; the files say it already"
     add("--tokenizer-type", choices=kinds, metavar="TYPE", help=help)
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip-faulty", action="store_true", help=help)
 
     # What Megatron's own script has and this command names otherwise, or does anyway.
-    add("--input", nargs="+", action="extend", type=Path, default=[], help=argparse.SUPPRESS)
+    add("--input", nargs="+", action="extend", type=named_path, default=[], help=argparse.SUPPRESS)
     add("--json-keys", nargs="+", help=argparse.SUPPRESS)
     add("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
     for flag in _MEGATRONS:
@@ -102,10 +103,13 @@ def _prefix(value: str) -> Path:
     return Path(value).absolute()
 
 
-def _number(least: int, what: str, value: str) -> int:
-    if not value.isdecimal() or int(value) < least:
+def _number(least: int, most: int, what: str, value: str) -> int:
+    number = int(value) if value.isdecimal() else -1
+    if number < least:
         raise argparse.ArgumentTypeError(f"{value!r} is no number of {what}: give {least} or more")
-    return int(value)
+    if number > most:
+        raise argparse.ArgumentTypeError(f"{value} are too many {what}: give {most} at most")
+    return number
 
 
 def _share(value: str) -> float:

@@ -182,6 +182,18 @@ RULES = (
             and _value("use_distributed_optimizer")(settings)
         ),
     ),
+    Rule(
+        "{given} and --use-checkpoint-opt_param-scheduler ask for the schedule of the flags and of "
+        "the checkpoint: leave one of them out.",
+        "--override-opt_param-scheduler",
+        when=_value("use_checkpoint_opt_param_scheduler"),
+    ),
+    Rule(
+        "{given} asks Megatron to hand back what a checkpoint lacks, which its training loop does "
+        "not take: leave it out.",
+        "--dist-ckpt-strictness",
+        when=lambda settings: settings.dist_ckpt_strictness.startswith("return_"),
+    ),
     _not_with(
         "",
         "use another --softmax-type, or size 1",

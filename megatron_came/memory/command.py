@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_came.memory.launch_command import LaunchCommand, LaunchError, from_script, from_words
 from megatron_came.terminal.console import show
+from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.quiet import quiet
 
 _STDOUT = "-"
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, metavar="N", help="number of GPUs of the launch")
     add(
         "--script",
-        type=Path,
+        type=named_path,
         help="a launch script, which prints its torchrun command with DRY_RUN=1; FLAGS are passed "
         "to it",
     )
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         help="name the cheapest changes of the launch after which it fits into SIZE, and their "
         "costs",
     )
-    add("--plot", type=Path, metavar="FILE", help="draw stacked bars, such as a .png")
+    add("--plot", type=named_path, metavar="FILE", help="draw stacked bars, such as a .png")
     add(
         "--json",
         nargs="?",
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--compare",
         nargs="+",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="compare prediction and measurement in reports of --came-report-memory",
     )

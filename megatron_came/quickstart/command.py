@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import megatron_came
 from megatron_came import cpu_megatron
@@ -14,6 +13,7 @@ from megatron_came.quickstart.report import check_same_start, plot_losses, summa
 from megatron_came.quickstart.settings import OPTIMIZERS, QuickstartError, Settings
 from megatron_came.quickstart.steps import Steps
 from megatron_came.quickstart.train import Result, train
+from megatron_came.terminal.paths import named_path
 from megatron_came.training_log import TrainingError, choose_port
 
 
@@ -98,8 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add, defaults = parser.add_argument, Settings()
     sources = "text files, folders of them, or .jsonl files (the Python library's sources)"
-    add("--text", nargs="+", type=Path, default=[], metavar="PATH", help=sources)
-    add("--folder", type=Path, default=defaults.folder, help="where everything goes (%(default)s)")
+    add("--text", nargs="+", type=named_path, default=[], metavar="PATH", help=sources)
+    add(
+        "--folder",
+        type=named_path,
+        default=defaults.folder,
+        help="where everything goes (%(default)s)",
+    )
     add("--ranks", type=int, default=defaults.ranks, help="processes to train with (%(default)s)")
     add("--port", type=int, help="TCP port on which they meet (a free one)")
     add("--iterations", type=int, default=defaults.iterations, help="training steps (%(default)s)")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError
 from megatron_came.checkpoint_files.folder import Checkpoint, find, opened
+from megatron_came.terminal.paths import named_path
 from megatron_came.tools.checkpoints import listing
 from megatron_came.tools.checkpoints.verifying import verify
 
@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-came inspect", description="List what a checkpoint of Megatron holds."
     )
-    parser.add_argument("checkpoint", type=Path, help="folder of --save, or of one iteration in it")
+    parser.add_argument(
+        "checkpoint", type=named_path, help="folder of --save, or of one iteration in it"
+    )
     parser.add_argument("--summary", action="store_true", help="leave out the single tensors")
     parser.add_argument(
         "--verify",
@@ -29,7 +31,6 @@ def main(argv: list[str]) -> int:
         "0 if nothing is damaged and 1 otherwise",
     )
     options = parser.parse_args(argv)
-    broken = 1 if options.verify and options.checkpoint.is_dir() else 2
     try:
         with opened(find(options.checkpoint)) as checkpoint:
             if options.verify:
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> int:
                 print(line)
     except (CheckpointError, OSError) as error:
         print(f"megatron-came inspect: {error}", file=sys.stderr)
-        return broken
+        is_damaged = options.verify and not isinstance(error, NoCheckpointError)
+        return 1 if is_damaged else 2
     return 0
 
 

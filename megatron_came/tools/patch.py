@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from megatron_came.terminal.paths import named_path
+
 PATCHES = Path(str(resources.files("megatron_came"))) / "patches"
 
 _VERSION = "megatron/core/package_info.py"
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("tree", type=Path, help="folder of the checkout")
+    parser.add_argument("tree", type=named_path, help="folder of the checkout")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="say whether the patch is applied")
     action.add_argument("--undo", action="store_true", help="take the patch back")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.quiet import quiet
 
 type Curve = tuple[list[int], list[float]]
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a folder of TensorBoard logs")
-    add("--output", type=Path, default=Path("runs.png"), metavar="FILE", help="(%(default)s)")
+    add("runs", nargs="+", type=named_path, metavar="RUN", help="a folder of TensorBoard logs")
+    add("--output", type=named_path, default=Path("runs.png"), metavar="FILE", help="(%(default)s)")
     add("--scalars", nargs="+", default=[], metavar="WORD", help="those with one of these words")
     return parser

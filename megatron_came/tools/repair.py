@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_came.checkpoint_files.errors import CheckpointError, printable
 from megatron_came.checkpoint_files.folder import TRACKER, Checkpoint, Folder, find, opened
 from megatron_came.core import digests
+from megatron_came.terminal.paths import named_path
 from megatron_came.tools.checkpoints import repairing
 from megatron_came.tools.checkpoints.listing import progress
 from megatron_came.tools.checkpoints.main_weights import pairs
@@ -28,8 +29,12 @@ def main(argv: list[str]) -> int:
         "are the fully reshardable checkpoints that Megatron 0.16 to 0.19.2 saved shifted "
         "(NVIDIA/Megatron-LM#5077).",
     )
-    parser.add_argument("checkpoint", type=Path, help="folder of --save, or of one iteration in it")
-    parser.add_argument("output", type=Path, help="folder to write, for --load; must not be there")
+    parser.add_argument(
+        "checkpoint", type=named_path, help="folder of --save, or of one iteration in it"
+    )
+    parser.add_argument(
+        "output", type=named_path, help="folder to write, for --load; must not be there"
+    )
     options = parser.parse_args(argv)
     try:
         for line in repair(options.checkpoint, options.output):

@@ -18,6 +18,9 @@ class TestArguments:
         ("arguments", "message"),
         [
             (["--workers", "0"], "'0' is no number of processes: give 1 or more"),
+            (["--workers", "9" * 30], "are too many processes: give 4096 at most"),
+            (["--train-tokenizer", "9" * 14], "are too many tokens: give 10000000 at most"),
+            (["--tokenizer-model", ""], "'' names no file or folder"),
             (["--validation", "1%"], "'1%' is no share: give one between 0 and 1"),
             (["--validation", "1"], "'1' is no share"),
             (["--separator", ""], "'' is no separator"),

@@ -17,7 +17,7 @@ def args(**changes):
 
 def distributed(place):
     place.mkdir(parents=True)
-    (place / "metadata.json").write_text("{}")
+    (place / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (place / ".metadata").write_bytes(pickle.dumps({}))
 
 
@@ -91,6 +91,33 @@ def test_a_distributed_checkpoint_without_its_lists_is_refused(tmp_path, lost):
     (tmp_path / TRACKER).write_text("10")
     (tmp_path / "iter_0000010" / lost).unlink()
     assert f"iter_0000010/{lost} is missing" in folder_problem(tmp_path, args())
+
+
+SUMMARIES = {
+    "": "is no JSON",
+    '{"sharded_backend": "torch_dis': "is no JSON",
+    "[" * 20_000: "is no JSON",
+    "[1]": "has no sharded_backend",
+    '{"sharded_bacjend": "torch_dist"}': "has no sharded_backend",
+    '{"sharded_backend": "uorch_dist"}': "has sharded_backend 'uorch_dist', and not 'torch_dist'",
+    '{"sharded_backend": "torch_dist", "sharded_backend_version": 3}': "version 3, and not 1",
+}
+
+
+@pytest.mark.parametrize("text", SUMMARIES)
+def test_a_damaged_summary_is_refused(tmp_path, text):
+    distributed(tmp_path / "iter_0000010")
+    (tmp_path / TRACKER).write_text("10")
+    (tmp_path / "iter_0000010" / "metadata.json").write_text(text)
+    problem = folder_problem(tmp_path, args())
+    assert "iter_0000010/metadata.json" in problem
+    assert SUMMARIES[text] in problem
+
+
+def test_iteration_0_is_refused(folder):
+    problem = folder_problem(folder, args(ckpt_step=0))
+    assert "--ckpt-step 0 is no checkpoint" in problem
+    assert "complete there: 10, 20" in problem
 
 
 @pytest.mark.parametrize("left", [0, 1, -1])

@@ -1,6 +1,7 @@
 """State dictionaries that are not this optimizer's are refused before anything is changed."""
 
 import copy
+import math
 import re
 
 import came_pytorch
@@ -99,10 +100,13 @@ def remove(*path):
 DAMAGES = {
     "betas of two": (damage(("param_groups", 0, "betas"), (0.9, 0.9)), "tuple of 3 numbers"),
     "betas of text": (damage(("param_groups", 0, "betas"), "x"), "tuple of 3 numbers"),
-    "a beta of text": (damage(("param_groups", 0, "betas"), ("0.9", 0.9, 0.9)), "beta1 of"),
-    "eps": (damage(("param_groups", 0, "eps"), 1e-8), "eps of , in|eps of"),
-    "lr of text": (damage(("param_groups", 0, "lr"), "1e-3"), "lr of"),
-    "lr NaN": (damage(("param_groups", 0, "lr"), float("nan")), "lr of"),
+    "a beta of text": (
+        damage(("param_groups", 0, "betas"), ("0.9", 0.9, 0.9)),
+        "beta1 in parameter group 0 of",
+    ),
+    "eps": (damage(("param_groups", 0, "eps"), 1e-8), "eps in parameter group 0 of the state"),
+    "lr of text": (damage(("param_groups", 0, "lr"), "1e-3"), "lr in parameter group 0 of"),
+    "lr NaN": (damage(("param_groups", 0, "lr"), float("nan")), "lr in"),
     "no lr": (remove("param_groups", 0, "lr"), "has no 'lr'"),
     "step of text": (damage(("param_groups", 0, "step"), "8"), "'step' .* is '8'"),
     "no step": (damage(("param_groups", 0, "step"), None), "'step' .* is None"),
@@ -128,6 +132,24 @@ DAMAGES = {
     "integers": (
         damage(("state", 0, "exp_avg_sq_row"), torch.zeros(4, dtype=torch.int64)),
         "which CAME does not write",
+    ),
+    "NaN": (
+        damage(("state", 0, "exp_avg_res_row"), torch.tensor([1, math.nan, 1, 1])),
+        "holds a NaN",
+    ),
+    "an infinity": (damage(("state", 1, "exp_avg"), torch.full((5,), math.inf)), "or an infinity"),
+    "a negative square": (damage(("state", 1, "exp_avg_sq"), -torch.ones(5)), "a negative number"),
+    "a negative factor": (
+        damage(("state", 0, "exp_avg_sq_col"), torch.tensor([1, 1, -1e-20])),
+        "'exp_avg_sq_col' of .* holds a negative number",
+    ),
+    "a sparse one": (
+        damage(("state", 0, "exp_avg"), torch.eye(4, 3).to_sparse()),
+        "is torch.sparse",
+    ),
+    "a meta one": (
+        damage(("state", 1, "exp_avg"), torch.empty(5, device="meta")),
+        "is a meta tensor",
     ),
     "int8 without scale": (
         damage(("state", 0, "exp_avg"), torch.zeros(4, 3, dtype=torch.int8)),

@@ -232,14 +232,106 @@ def test_betas_that_are_no_numbers_are_refused(value):
         CAME([parameter(3, 2)], lr=1e-3, betas=value)
 
 
-@pytest.mark.parametrize("name", ["lr", "weight_decay"])
-@pytest.mark.parametrize("value", [math.nan, -1.0, "1e-3"], ids=repr)
+WRONG = [math.nan, -1.0, "1e-3", None, torch.ones(2), torch.tensor(math.nan), torch.tensor(True)]
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "step"])
+@pytest.mark.parametrize("value", [*WRONG, torch.tensor(-1.0)], ids=repr)
 def test_a_schedule_that_sets_what_is_no_number_is_refused(name, value):
-    optimizer = CAME([parameter(3, 2)], lr=1e-3)
-    optimizer.param_groups[0][name] = value
+    optimizer = CAME([{"params": [parameter(4, 3)]}, {"params": [parameter(3, 2)]}], lr=1e-3)
+    optimizer.param_groups[1][name] = value
     with pytest.raises(ValueError, match=f"CAME: {name} = "):
         step(optimizer)
-    assert (optimizer.param_groups[0]["params"][0] == 1).all()
+    for group in optimizer.param_groups:
+        assert (group["params"][0] == 1).all()
+
+
+@pytest.mark.parametrize("step_of", [2.5, True, torch.tensor(2.5)], ids=repr)
+def test_half_a_step_is_refused(step_of):
+    optimizer = CAME([parameter(3, 2)], lr=1e-3)
+    optimizer.param_groups[0]["step"] = step_of
+    with pytest.raises(ValueError, match=r"CAME: step = .* a whole number at least 0"):
+        step(optimizer)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "numba"])
+def test_tensors_of_one_number_are_taken_for_it(kernels):
+    numbers = {"clip_threshold": 0.5, "betas": (0.8, 0.9, 0.95), "eps": (1e-20, 1e-10)}
+    given = {
+        key: tuple(map(torch.tensor, value)) if isinstance(value, tuple) else torch.tensor(value)
+        for key, value in numbers.items()
+    }
+    tensors = CAME([parameter(3, 2)], lr=1e-2, kernels=kernels, **given)
+    later = CAME([parameter(3, 2)], lr=1e-2, kernels=kernels)
+    later.param_groups[0].update(given)
+    plain = CAME([parameter(3, 2)], lr=1e-2, kernels=kernels, **numbers)
+    for optimizer in (tensors, later, plain):
+        step(optimizer)
+        step(optimizer)
+    wanted = plain.param_groups[0]["params"][0]
+    for optimizer in (tensors, later):
+        # Decays that were tensors were fp32.
+        torch.testing.assert_close(optimizer.param_groups[0]["params"][0], wanted)
+
+
+SETTINGS = [
+    ("remainders", "x", "True or False"),
+    ("flat_convolutions", 1, "True or False"),
+    ("seed", None, "a whole number"),
+    ("seed", "1", "a whole number"),
+    ("names", ["a"], "not this list"),
+    ("names", {"weight": parameter(2)}, "with parameters for keys and str for values"),
+    ("shards", [1], "with parameters for keys and Shard for values"),
+    ("shards", {1: 2}, "not this dict"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), SETTINGS, ids=repr)
+def test_settings_of_other_kinds_are_refused(name, value, message):
+    with pytest.raises(ValueError, match=f"^CAME: {name} .*{message}"):
+        CAME([parameter(3, 2)], lr=1e-2, **{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.cfloat])
+def test_weights_without_arithmetic_are_refused(dtype):
+    weight = torch.nn.Parameter(torch.ones(3, 2).to(dtype))
+    with pytest.raises(ValueError, match=rf"not of {dtype}: freeze it \(requires_grad=False\)"):
+        CAME([weight], lr=1e-2)
+    weight.requires_grad = False
+    step(CAME([parameter(3, 2)], lr=1e-2))
+    later = parameter(3, 2)
+    optimizer = CAME([later, parameter(4, 4)], lr=1e-2)
+    step(optimizer)
+    later.grad, later.data = None, later.data.to(dtype)
+    with pytest.raises(ValueError, match=f"not of {dtype}"):
+        optimizer.step()
+
+
+GRADIENTS = {
+    "turned": torch.ones(2, 3),
+    "another size": torch.ones(7),
+    "integers": torch.ones(3, 2, dtype=torch.int32),
+    "complex": torch.ones(3, 2, dtype=torch.cfloat),
+    "text": "x",
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_decoupled_gradient_that_does_not_fit_is_refused(name):
+    param = parameter(3, 2)
+    optimizer = CAME([param], lr=1e-2)
+    param.decoupled_grad = GRADIENTS[name]
+    with pytest.raises(ValueError, match=r"CAME: .*decoupled_grad"):
+        optimizer.step()
+    assert (param == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6,), (1, 3, 2)])
+def test_a_decoupled_gradient_may_be_flat(shape):
+    param = parameter(3, 2)
+    param.decoupled_grad = torch.ones(shape, dtype=torch.bfloat16)
+    CAME([param], lr=1e-2).step()
+    assert (param < 1).all()
 
 
 @pytest.mark.parametrize("value", [np.float64(1e-2), np.float32(1e-2), np.int64(1), 1], ids=repr)

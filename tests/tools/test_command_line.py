@@ -71,6 +71,27 @@ class TestHelp:
         assert captured.err.startswith("megatron-came: there is no command train.\n")
         assert captured.out == ""
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["inspect", ""],
+            ["repair", "", "out"],
+            ["patch", ""],
+            ["plot", ""],
+            ["memory", "--script", ""],
+            ["data", "", "--output-prefix", "out"],
+        ],
+        ids=str,
+    )
+    def test_a_variable_that_was_never_set_is_not_the_current_folder(
+        self, words, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(sys, "argv", ["megatron-came", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2
+        assert "'' names no file or folder" in capsys.readouterr().err
+
     @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
     def test_it_fits(self, command, monkeypatch, capsys):
         for columns in (60, 80, 120):

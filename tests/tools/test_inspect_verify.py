@@ -163,6 +163,15 @@ def test_a_file_of_another_iteration(tmp_path, capsys):
     assert verify(tmp_path / "a", capsys, 1).count("damaged:") == 12
 
 
+@pytest.mark.parametrize("text", [None, "", '{"sharded_backend": "uorch_dist"}', "[]"])
+def test_a_summary_that_megatron_does_not_take(tmp_path, capsys, text):
+    path = write(tmp_path) / "metadata.json"
+    path.unlink() if text is None else path.write_text(text)
+    said = verify(tmp_path, capsys, 1)
+    assert "damaged: metadata.json " in said
+    assert said.count("\ndamaged: ") == 1
+
+
 @pytest.mark.parametrize("damage", ["gone", "truncated", "empty", "garbage"])
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
 def test_broken_files(tmp_path, capsys, file, damage):
@@ -242,6 +251,8 @@ def test_a_tracker_of_what_is_gone(tmp_path, capsys):
 def test_folders_of_other_things(tmp_path, capsys):
     (tmp_path / "iter_garbage").mkdir()
     assert inspect.main([str(tmp_path / "iter_garbage")]) == 2
+    assert "holds no checkpoint of Megatron" in capsys.readouterr().err
+    assert inspect.main([str(tmp_path / "iter_garbage"), "--verify"]) == 2
     assert "holds no checkpoint of Megatron" in capsys.readouterr().err
     file = tmp_path / "file"
     file.touch()

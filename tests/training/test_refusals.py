@@ -1,5 +1,6 @@
 """Command lines that Megatron itself reads: one sentence, before training starts."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,15 @@ REFUSED = {
         "--optimizer adam --load {came}",
         "--optimizer came, this run has",
     ),
+    "schedules": (
+        "--optimizer came --override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
+        "of the flags and of the checkpoint: leave one of them out",
+    ),
+    "strictness": (
+        "--optimizer came --dist-ckpt-strictness return_all",
+        "--dist-ckpt-strictness return_all asks Megatron to hand back",
+    ),
+    "step-0": ("--optimizer came --load {came} --ckpt-step 0", "--ckpt-step 0 is no checkpoint"),
     "wrapper": (DO + "--optimizer came --load {came}", "saved without --use-distributed-optimizer"),
 }
 IGNORED = ["--adam-beta1", "--sgd-momentum", "--muon-momentum", "--lion-beta1", "--adam-eps"]
@@ -53,7 +63,8 @@ def seen(tmp_path_factory):
     again = "--train-iters 4 --lr-warmup-iters 0 --override-opt-param-scheduler"
     afresh = "--train-iters 4 --lr-warmup-iters 0 --load {} --no-load-optim --optimizer {}"
     cases += [
-        Case("came-from-adam", afresh.format(places["adam"], "came")),
+        Case("came-from-adam", afresh.format(places["adam"], "came") + " --norm-epsilon 1e-4"),
+        Case("nowhere", f"{short} --optimizer came --load {folder / 'y'} --save {folder / 'x'}"),
         Case("adam-from-came", afresh.format(places["came"], "adam")),
         Case("ignored", f"{short} --optimizer came {' '.join(f'{flag} 0.5' for flag in IGNORED)}"),
         Case("plain", short + "--optimizer came"),
@@ -78,6 +89,20 @@ def test_refused(seen, name):
 def test_weights_of_another_optimizers_checkpoint_train_on(seen, name):
     assert seen[name][0]["error"] is None
     assert len(seen[name][0]["losses"]) == 2
+
+
+def test_what_begins_anew_is_said(seen):
+    (printed,) = re.findall(
+        r"=== case came-from-adam\n(.*?)(?:=== case|\Z)", seen["log"], re.DOTALL
+    )
+    assert "after iteration 2 with an optimizer without momentum and statistics" in printed
+    assert "the schedule of the learning rate begins anew" in printed
+    assert "--norm-epsilon 0.0001 (the checkpoint's run had 1e-05)" in printed
+
+
+def test_a_load_of_nothing_is_said(seen):
+    assert len(seen["nowhere"][0]["losses"]) == 2
+    assert seen["log"].count("/y holds no checkpoint, so training starts from scratch") == 1
 
 
 @pytest.mark.parametrize(("step", "refused"), [(None, False), (20, False), (10, True)])

@@ -18,8 +18,8 @@ _OF_SCHEDULE = _words("""
     lr_warmup_fraction weight_decay start_weight_decay end_weight_decay weight_decay_incr_style
     decoupled_lr decoupled_min_lr use_mup mup_base_hidden_size
 """)
-# What else changes what is computed.
-_OTHERS = [f"came_{row.name}" for row in TABLE] + _words("""
+# What else changes how weights are trained.
+_TRAINING = [f"came_{row.name}" for row in TABLE] + _words("""
     lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples clip_grad
     rampup_batch_size step_batch_size_schedule decrease_batch_size_if_needed seed
     data_parallel_random_init calculate_per_token_loss no_weight_decay_cond_type
@@ -27,7 +27,11 @@ _OTHERS = [f"came_{row.name}" for row in TABLE] + _words("""
     loss_scale_window hysteresis grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32
     fp32_residual_connection attention_softmax_in_fp32 apply_query_key_layer_scaling fp8 fp8_recipe
     fp4 attention_dropout hidden_dropout mup_attn_scale_power mup_embedding_mult mup_output_mult
-    freeze_all_layers qk_clip qk_clip_alpha qk_clip_threshold
+    freeze_all_layers qk_clip qk_clip_alpha qk_clip_threshold split mock_data data_path
+    train_data_path eod_mask_loss reset_position_ids reset_attention_mask
+""")
+# What decides how weights are read.
+_MODEL = _words("""
     num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
     num_query_groups kv_channels seq_length max_position_embeddings position_embedding_type
     add_position_embedding rotary_base rotary_percent rotary_interleaved
@@ -44,9 +48,9 @@ _OTHERS = [f"came_{row.name}" for row in TABLE] + _words("""
     moe_router_enable_expert_bias moe_router_bias_update_rate moe_router_dtype
     moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_expert_capacity_factor
     moe_token_drop_policy moe_pad_expert_input_to_capacity
-    make_vocab_size_divisible_by vocab_size tokenizer_type split mock_data eod_mask_loss
-    reset_position_ids reset_attention_mask
+    make_vocab_size_divisible_by vocab_size tokenizer_type tokenizer_model vocab_file merge_file
 """)
+_OTHERS = _TRAINING + _MODEL
 # What Megatron itself insists on when it resumes.
 _FIXED = ("num_layers", "hidden_size", "num_attention_heads")
 # Where the flag is not the argument's name; "no " where it says the opposite.
@@ -88,14 +92,15 @@ _LAYOUT = _words("""
 """)
 
 
-def said_changes(saved: Any, args: Any) -> list[str]:
+def said_changes(saved: Any, args: Any, *, has_schedule: bool = True) -> list[str]:
     """Say in sentences what of a checkpoint's flags a resumed run has otherwise.
 
     Args:
         saved: Megatron's arguments of the run that saved it.
         args: Megatron's arguments of this run.
+        has_schedule: whether the run takes the checkpoint's schedule.
     """
-    keeps = bool(args.use_checkpoint_opt_param_scheduler)
+    keeps = has_schedule and bool(args.use_checkpoint_opt_param_scheduler)
     length, schedule = _OF_SCHEDULE[:3], _OF_SCHEDULE[3:]
     ours = [*length, *(() if keeps else schedule), *_OTHERS]
     sentences = []
@@ -107,6 +112,12 @@ def said_changes(saved: Any, args: Any) -> list[str]:
             f"{', '.join(changes)}."
         )
     return sentences
+
+
+def said_model_changes(saved: Any, args: Any) -> list[str]:
+    """Say which flags that weights were trained with a run has otherwise that takes these alone."""
+    changes = _changes(saved, args, _MODEL)
+    return [f"the weights are taken into a model with {', '.join(changes)}."] if changes else []
 
 
 def conversions(saved: Any, args: Any) -> Iterator[str]:
@@ -129,6 +140,15 @@ def conversions(saved: Any, args: Any) -> Iterator[str]:
             f"--came-main-params {now} (the checkpoint's run had {before}): the main weights are "
             "taken over bit for bit."
         )
+
+
+def afresh(iteration: Any) -> str:
+    """Say what begins anew with ``--no-load-optim``: in Megatron the schedule does, too."""
+    return (
+        f"--no-load-optim: training goes on after iteration {iteration} with an optimizer without "
+        "momentum and statistics, and the schedule of the learning rate begins anew, with its "
+        "warm-up."
+    )
 
 
 def differences(saved: Any, args: Any) -> str:

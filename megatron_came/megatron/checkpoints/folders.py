@@ -15,11 +15,13 @@ import torch.distributed as dist
 
 from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.folder import (
+    SUMMARY,
     TRACKER,
     complete,
     ends_as_archive,
     ends_as_pickle,
     says_distributed,
+    summary_problem,
 )
 from megatron_came.checkpoint_files.legacy import OPTIMIZER_FILE
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
@@ -61,6 +63,11 @@ def tracked(load_dir: Any) -> str | None:
 def _problem(folder: Path, step: int | None) -> str | None:
     if folder.exists() and not folder.is_dir():
         return " is a file: name the folder with the checkpoints of all iterations."
+    if step == 0:
+        return (
+            ": --ckpt-step 0 is no checkpoint, and Megatron would take the latest one: name "
+            f"another ({_there(folder)}), or leave it out."
+        )
     if step:
         return _iteration_problem(folder, f"iter_{step:07d}", f"--ckpt-step {step}")
     named = tracked(folder)
@@ -94,12 +101,14 @@ def _iteration_problem(folder: Path, name: str, named_by: str) -> str | None:
     metadata = where / METADATA
     if not says_distributed(where):
         if metadata.is_file():
-            return _damaged(folder, where / "metadata.json", "is missing")
+            return _damaged(folder, where / SUMMARY, "is missing")
         if any(where.glob("mp_rank_*")):
             return None
         return _damaged(folder, where, "holds no complete checkpoint of Megatron")
     if not metadata.is_file():
         return _damaged(folder, metadata, "is missing")
+    if problem := summary_problem(where):
+        return _damaged(folder, where / SUMMARY, problem)
     return None if ends_as_pickle(metadata) else _damaged(folder, metadata, "is truncated")
 
 

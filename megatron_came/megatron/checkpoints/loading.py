@@ -164,11 +164,23 @@ def with_checks(original: Function) -> Function:
             stop(problem or _unreadable(load_dir, OSError("Megatron could not load its file")))
         except (Exception, CheckpointException) as error:
             stop(_reason(load, error, args, asked), error)
-        if _current.get() is not None and result[0] is not None:
+        if _current.get() is not None and result[0] is None:
+            _say_if_elsewhere(load_dir, args)
+        elif _current.get() is not None:
             _check(load, result, asked, args, of_rank_0)
         return result
 
     return _load_base_checkpoint
+
+
+def _say_if_elsewhere(load_dir: Any, args: Any) -> None:
+    """Say that there is nothing to resume from, unless it is where a first start will save."""
+    pretrained = getattr(args, "pretrained_checkpoint", None)
+    if load_dir is not None and load_dir != args.save and not pretrained:
+        say_once(
+            f"--load {load_dir} holds no checkpoint, so training starts from scratch: give "
+            "--exit-on-missing-checkpoint to end such a run."
+        )
 
 
 def _check_for_others(load_dir: Any, result: Any, args: Any) -> None:
@@ -219,10 +231,25 @@ def _check(
             asked, shapes, (saved, args), load.differing, resumes=with_optimizer
         )
         end_if(problem)
-    if with_optimizer and not of_rank_0:
-        notices = [*notices, *flags.conversions(saved, args), *flags.said_changes(saved, args)]
+    if saved is not None and not of_rank_0:
+        notices += _said(state, args, resumes=resumes, with_optimizer=with_optimizer)
     for notice in notices:
         say_once(notice)
+
+
+def _said(
+    state: Mapping[str, Any], args: Any, *, resumes: bool, with_optimizer: bool
+) -> Iterator[str]:
+    """Say in sentences what this run does otherwise than the one that saved."""
+    saved = state["args"]
+    if not resumes:
+        yield from flags.said_model_changes(saved, args)
+        return
+    if with_optimizer:
+        yield from flags.conversions(saved, args)
+    else:
+        yield flags.afresh(state.get("iteration"))
+    yield from flags.said_changes(saved, args, has_schedule=with_optimizer)
 
 
 def _problem(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_came.checkpoint_files.claims import is_half_momentum
 from megatron_came.checkpoint_files.errors import CheckpointError, printable
-from megatron_came.checkpoint_files.folder import Checkpoint
+from megatron_came.checkpoint_files.folder import SUMMARY, Checkpoint, summary_problem
 from megatron_came.checkpoint_files.stored import CheckpointTensor
 from megatron_came.core import digests
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Record, RecordError
@@ -91,6 +91,8 @@ def _contradictions(checkpoint: Checkpoint, record: Record | None) -> Iterator[s
         yield f"the common state is of iteration {iteration}, the folder of {named}"
     if not checkpoint.args.fields:
         yield "the common state has no arguments"
+    if checkpoint.folder.is_distributed and (flaw := summary_problem(checkpoint.folder.path)):
+        yield f"{SUMMARY} {flaw}, so that Megatron does not load the checkpoint"
     if record is None:
         return
     if record.iteration != iteration:
