@@ -216,6 +216,13 @@ def _released():
     return mock.patch.object(training, "save_checkpoint", release)
 
 
+def _all_documents():
+    """Megatron's own number of made-up documents, which ``worker`` reduces."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    return mock.patch.object(MockGPTLowLevelDataset, "size", 100_000)
+
+
 def _spiky():
     """The loss of the third iteration is a hundred times as large."""
     from megatron_came import pretrain_gpt
@@ -235,6 +242,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
 
     patches = {
         "came": contextlib.nullcontext,
+        "all-documents": _all_documents,
         "oracle": lambda: mock.patch.object(builder, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         "exploding": _exploding,
