@@ -29,7 +29,7 @@ quickstart: venv  ## train a small GPT-2 with CAME and AdamW (TEXT="files", RANK
 QUICK = not matrix and not interpreted
 
 test: venv  ## run the tests: two files at a time, then those that measure time
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK) and not alone"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK) and not alone"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(QUICK) and alone"
 
 test-all: venv  ## run the full matrix of layouts and checkpoints as well

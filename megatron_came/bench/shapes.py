@@ -42,11 +42,6 @@ MODELS = tuple(_MODELS)
 
 
 def shapes_of(model: str, layers: int | None = None) -> list[Shape]:
-    """Return the shapes of a model's parameters.
-
-    Args:
-        model: one of ``MODELS``.
-        layers: another number of layers than the model's own.
-    """
+    """Return the shapes of the parameters of one of ``MODELS``, with so many layers if any."""
     usual, shapes = _MODELS[model]
     return shapes(usual if layers is None else layers)

@@ -107,12 +107,7 @@ _ROOMS = re.compile(
 
 @functools.cache
 def stand_in(module: str, name: str) -> Maker | torch.dtype | None:
-    """What stands for a name in a pickle, or None if there is none.
-
-    Args:
-        module: where the pickle says it lies.
-        name: within the module; a class within a class, or a method, has none.
-    """
+    """What stands for a name in a pickle, or None, as for a class within a class or a method."""
     full = f"{module}.{name}"
     if full in _MAKERS:
         return _MAKERS[full]

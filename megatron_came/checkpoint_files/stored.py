@@ -73,13 +73,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ReadBox:
-    """A box of a tensor that has been read.
-
-    Attributes:
-        file: name of the file that it comes from.
-        offsets: of its first element in the tensor.
-        values: its elements, in its shape.
-    """
+    """A box of a tensor that has been read, and the name of its file."""
 
     file: str
     offsets: Shape

@@ -31,14 +31,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """Elements one after the other, in an archive.
-
-    Attributes:
-        source: has the bytes.
-        key: the storage's name there.
-        dtype: of its elements.
-        numel: how many it has.
-    """
+    """Elements one after the other, in an archive, by the storage's name there."""
 
     source: Source
     key: str

@@ -26,12 +26,7 @@ _KINDS |= {key: key for key in FACTORS}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What lies where.
-
-    Attributes:
-        tensors: by name.
-        objects: things other than tensors, by name.
-    """
+    """Where tensors lie, and other things, by name."""
 
     tensors: dict[str, CheckpointTensor]
     objects: dict[str, Item]

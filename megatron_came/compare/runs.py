@@ -138,15 +138,7 @@ def train(
     key: Key,
     told: Callable[[float], None] = lambda loss: None,
 ) -> Run:
-    """Train once.
-
-    Args:
-        task: model and data.
-        preset: iterations and betas.
-        contender: the optimizer of ``key``.
-        key: which run it is.
-        told: is called with the loss of every iteration.
-    """
+    """Train once; ``told`` gets the loss of every iteration."""
     device = torch.device("cuda" if preset.gpu else "cpu")
     torch.manual_seed(key.seed)
     model = task.build().to(device)

@@ -102,9 +102,7 @@ def walk(
 def is_folder(path: Path, *, pipes: bool = False) -> bool:
     """Whether a path is a folder, not a file; an UnusableError if it is neither.
 
-    Args:
-        path: What is there.
-        pipes: Whether a pipe will do as a file: reading one waits for whoever writes into it.
+    With ``pipes`` a pipe does as a file: reading one waits for whoever writes into it.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)

@@ -15,12 +15,9 @@ from megatron_came.terminal.progress import Progress
 
 
 def dataset_files(prefixes: Sequence[Path]) -> tuple[Path, ...]:
-    """Name the files of datasets in the order in which they must appear.
+    """Name the files of datasets, by ``--data-path``, in the order in which they must appear.
 
     Megatron takes a dataset for complete when both its files are there: the indices come last.
-
-    Args:
-        prefixes: What Megatron's ``--data-path`` is to name.
     """
     return tuple(Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx") for prefix in prefixes)
 

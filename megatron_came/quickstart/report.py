@@ -79,12 +79,7 @@ def _median(times: Sequence[float]) -> float:
 
 
 def plot_losses(losses: Mapping[str, Sequence[float]], picture: Path) -> None:
-    """Draw each optimizer's loss over the iterations into a PNG file.
-
-    Args:
-        losses: of every iteration, by name of the optimizer.
-        picture: the file.
-    """
+    """Draw each optimizer's loss over the iterations into a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -39,8 +39,7 @@ def signals_held_back() -> Iterator[None]:
 def end_with_parent(parent: int) -> None:
     """Have Linux kill this process when the thread that started it ends, even of SIGKILL.
 
-    Args:
-        parent: its process id; it may be dead already.
+    The parent, named by its process id, may be dead already.
     """
     if sys.platform != "linux":
         return
@@ -52,12 +51,7 @@ def end_with_parent(parent: int) -> None:
 def run_alone(
     command: Sequence[str], *, environment: Mapping[str, str], seconds: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command, and kill what it leaves running, or all of it if this is interrupted.
-
-    Args:
-        command: the program and its arguments; it reads nothing.
-        environment: all of its environment.
-        seconds: how long it may take.
+    """Run a command, which reads nothing, and kill what it leaves running, or all on an interrupt.
 
     Raises:
         subprocess.TimeoutExpired: it takes longer.

@@ -46,10 +46,6 @@ def table(rows: Sequence[Sequence[str]], columns: int | None = None) -> list[str
 
     What is too wide gets heads (its first row) of several lines, then labels (its first column) of
     several lines; where that does not do either, it becomes several tables, one below the other.
-
-    Args:
-        rows: all of one length.
-        columns: to fit; those of :func:`width` by default.
     """
     limit = width() if columns is None else columns
     cells = [[[cell] for cell in row] for row in rows]
@@ -93,12 +89,7 @@ def _lines(
 
 
 def wrapped(text: str, columns: int | None = None) -> list[str]:
-    """Break a sentence at spaces; lines after the first are indented as it is.
-
-    Args:
-        text: one line of any length.
-        columns: to fit; those of :func:`width` by default.
-    """
+    """Break a sentence at spaces; lines after the first are indented as it is."""
     indent = text[: len(text) - len(text.lstrip())]
     limit = width() if columns is None else columns
     wrapper = textwrap.TextWrapper(
@@ -108,12 +99,7 @@ def wrapped(text: str, columns: int | None = None) -> list[str]:
 
 
 def show(lines: Iterable[str], stream: TextIO | None = None) -> None:
-    """Print lines as they are; a :class:`Head` is bold where that can be seen.
-
-    Args:
-        lines: to print.
-        stream: standard output by default.
-    """
+    """Print lines as they are; a :class:`Head` is bold where that can be seen."""
     stream = stream or sys.stdout
     if not is_styled(stream):
         stream.writelines(f"{line}\n" for line in lines)

@@ -77,13 +77,7 @@ def switched(content: bytes, patch: Path) -> tuple[bool, bytes | None]:
 
 
 def run(tree: Path, *, check: bool, undo: bool, patches: Path = PATCHES) -> tuple[int, str]:
-    """Apply, undo or look for the patch.
-
-    Args:
-        tree: a Megatron-LM checkout.
-        check: change nothing.
-        undo: take the patch back.
-        patches: folder of the patches.
+    """Apply, undo or look for the patch of a Megatron-LM checkout.
 
     Returns:
         Exit status and a sentence.

@@ -179,10 +179,13 @@ def test_slices_of_a_vector_and_of_batches_in_triton():
 
 
 def test_kernels_from_the_cache_change_no_bit(tmp_path):
-    """The first process compiles them, the second loads what the first has kept."""
+    """The first process compiles them, the second loads what the first has kept.
+
+    Two dtypes have machine code of most functions twice.
+    """
     script = (
         "import torch; from scripts.cases.kernels import CASES, train; import sys\n"
-        "for case in CASES:\n"
+        "for case in (case for case in CASES if case.name in ('matrix', 'bf16 gradients')):\n"
         "    for update in train(case, 'numba', torch.device('cpu'), torch.float32):\n"
         "        sys.stdout.write(update.numpy().tobytes().hex())\n"
     )

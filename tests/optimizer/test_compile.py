@@ -61,10 +61,20 @@ def assert_same(ours, theirs):
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kernels", ["plain", "numba"])
-@pytest.mark.parametrize("wrap", [compiled_step, compiled_loop])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("wrap", "backend", "dtype"),
+    [
+        *(
+            (wrap, how, torch.float32)
+            for wrap in (compiled_step, compiled_loop)
+            for how in BACKENDS
+        ),
+        (compiled_step, "aot_eager", torch.bfloat16),
+        (compiled_loop, "eager", torch.float64),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_a_compiled_step_is_the_step(wrap, kernels, backend, dtype):
     compiled = train(functools.partial(wrap, backend=backend), kernels, dtype)
     assert_same(compiled, train(uncompiled, kernels, dtype))

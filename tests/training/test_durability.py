@@ -37,8 +37,8 @@ def seen(tmp_path_factory):
     kept = f"{SHORT}{FULL}{KEPT_MODEL}--load {KEPT} "
     cases = [
         Case("resumed", f"{SHORT}{FULL}--load {folder / 'killed'} "),
-        Case("kept", kept),
-        Case("kept-at-tp2", kept + "--tensor-model-parallel-size 2 "),
+        Case("kept", kept, "came+all-documents"),
+        Case("kept-at-tp2", kept + "--tensor-model-parallel-size 2 ", "came+all-documents"),
         Case("exploding", f"{SHORT}{FULL}--rerun-mode disabled", "came+exploding", fails=True),
         Case("truncated", f"{SHORT}{FULL}--load {folder / 'truncated'} ", fails=True),
     ]

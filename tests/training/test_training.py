@@ -32,7 +32,7 @@ FAULTS = {"dp2-do": "no_dp_sum", "tp2": "no_tp_sum"}
 def _setting(name: str, variant: str, flags: str = "") -> Case:
     frozen = "+" + name if name.startswith("frozen") else ""
     # Megatron draws as many random numbers before the weights as a micro-batch is large.
-    flags = f"{LOGS}{SETTINGS[name]} {flags} --micro-batch-size 2"
+    flags = f"{LOGS}{SETTINGS[name]} {flags} --micro-batch-size 2 --exit-interval 10"
     return Case(f"{variant}-{name}", flags, variant + frozen)
 
 
@@ -74,9 +74,8 @@ def test_losses_equal_the_authors_optimizer(seen, name):
 def test_settings_reach_the_optimizer(seen, name):
     ours, theirs = losses(seen[f"came-{name}"]), losses(seen[f"oracle-{name}"])
     assert worst_difference(ours, theirs) <= TOLERANCE
-    assert (
-        worst_difference(ours, losses(seen["oracle"])) > 100 * TOLERANCE
-    )  # the setting does something
+    without = losses(seen["oracle"])[: len(ours)]
+    assert worst_difference(ours, without) > 100 * TOLERANCE  # the setting does something
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS.items())

@@ -217,6 +217,13 @@ def _released():
     return mock.patch.object(training, "save_checkpoint", release)
 
 
+def _all_documents():
+    """Megatron's own number of made-up documents, which ``worker`` reduces."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    return mock.patch.object(MockGPTLowLevelDataset, "size", 100_000)
+
+
 def _spiky(iteration=3, factor=100.0):
     """The loss of one iteration is many times as large; an iteration is two micro-batches."""
     from megatron_came import pretrain_gpt
@@ -237,6 +244,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
 
     patches = {
         "came": contextlib.nullcontext,
+        "all-documents": _all_documents,
         "oracle": lambda: mock.patch.object(builder, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         **{name: functools.partial(other_models.in_place, name) for name in other_models.MODELS},

@@ -13,11 +13,17 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # as below, what every rank would import in a second of its own
 import torch.distributed as dist
 
 from megatron_came.launch import prepare
 
 prepare()  # before anything imports Megatron
+
+with contextlib.suppress(ImportError):  # of numba, without which CAME runs in plain PyTorch
+    import megatron_came.kernels.cpu.launch  # noqa: F401
+
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
 
 from megatron_came import pretrain_gpt  # noqa: E402
 from megatron_came.voice import say_once  # noqa: E402
@@ -75,6 +81,7 @@ def read_help_once() -> None:
 
 
 read_help_once()
+MockGPTLowLevelDataset.size = 1000  # documents, of 100,000 whose order every case would draw anew
 
 
 def main() -> None:

@@ -38,16 +38,7 @@ def progress(label: str, amount: int) -> Iterator[Callable[[int], None]]:
 
 @dataclass(slots=True)
 class Values:
-    """What was seen of a tensor's elements.
-
-    Attributes:
-        seen: how many are numbers.
-        nans: how many are none.
-        infinities: how many are infinite.
-        negatives: how many are below zero.
-        least: of those that are numbers.
-        greatest: likewise.
-    """
+    """What was seen of a tensor's elements; ``seen``, ``least`` and ``greatest`` are of numbers."""
 
     seen: int = 0
     nans: int = 0

@@ -15,14 +15,7 @@ from megatron_came.core.digests import MAIN_WEIGHTS, WEIGHTS, Record, split_name
 
 
 class Compared(NamedTuple):
-    """Some of the main weights that was compared.
-
-    Attributes:
-        name: of the tensor.
-        file: that holds the main weights.
-        numel: elements that were compared.
-        unlike: how many are not the model's.
-    """
+    """Some of the main weights that was compared, the file they lie in, and how many differ."""
 
     name: str
     file: str
@@ -31,12 +24,7 @@ class Compared(NamedTuple):
 
 
 def unlike(main: Tensor, model: Tensor) -> Tensor:
-    """Tell which main weights the model's weights were not made of.
-
-    Args:
-        main: fp32.
-        model: of the same shape, in any dtype of weights.
-    """
+    """Tell which fp32 main weights the model's weights, of the same shape, were not made of."""
     both_nan = main.isnan() & model.isnan()
     if model.dtype != torch.bfloat16:
         return (main.to(model.dtype) != model) & ~both_nan

@@ -27,10 +27,6 @@ Named = tuple[str, str]
 class Proofs:
     """Compares tensors of format torch_dist with a record of digests, as they are read.
 
-    Args:
-        record: the checkpoint's.
-        tensors: the checkpoint's.
-
     Attributes:
         unnamed: how many tensors the record does not name.
     """

@@ -180,12 +180,7 @@ def renew_digests(checkpoint: Checkpoint, record: Record) -> None:
 
 
 def overwrite(tensor: CheckpointTensor, chunk: Chunk, values: Tensor) -> None:
-    """Put other elements in place of a chunk's, in its file.
-
-    Args:
-        tensor: of the chunk.
-        chunk: that is changed.
-        values: of its shape and dtype.
+    """Put other elements, of its shape and dtype, in place of a chunk's, in its file.
 
     Raises:
         CheckpointError: its elements do not lie in order.
