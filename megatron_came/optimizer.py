@@ -20,7 +20,7 @@ from megatron_came.core.diagnostics import Sums
 from megatron_came.core.hyperparameters import at_step, check_group, with_plain_numbers
 from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.rounding import parameter_key
-from megatron_came.core.shard import Shard, check_shards
+from megatron_came.core.shard import Shard
 from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
@@ -100,10 +100,9 @@ class CAME(WithStateDicts):
         differentiable: not supported; nor is ``capturable``.
 
     Raises:
-        ValueError: a hyperparameter out of range; a parameter to be trained in float8 or complex
-            numbers; a DTensor whose placements
-            are not of a known kind; matrices that a wrapper has made flat; a shard that does not
-            fit its parameter; kernels that are not installed; or a momentum's dtype.
+        ValueError: a setting out of range; a parameter that is float8 or complex; a DTensor whose
+            placements are not of a known kind; matrices that a wrapper has made flat; a shard that
+            does not fit its parameter; kernels that are not installed.
     """
 
     def __init__(
@@ -158,22 +157,17 @@ class CAME(WithStateDicts):
         _keep_out_of_compiler()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group.
-
-        Raises:
-            ValueError: as for the class.
-        """
+        """Add a parameter group; it is refused as the class refuses its parameters."""
         if isinstance(param_group, dict):  # what else it may be, PyTorch says
             check_group({**self.defaults, **param_group})
             with_plain_numbers(param_group)
         super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
         try:
-            check_trainable(params)
+            check_trainable(self.param_groups[-1]["params"])
         except ValueError:
             del self.param_groups[-1]
             raise
-        self._guard.note(params)
+        self._guard.note(self.param_groups[-1]["params"])
 
     def set_shards(
         self, shards: Mapping[Tensor, Shard], names: Mapping[Tensor, str] | None = None
@@ -188,12 +182,10 @@ class CAME(WithStateDicts):
             names: as for the class.
 
         Raises:
-            ValueError: a shard with another number of elements than its parameter, or of no
-                parameter of this optimizer; no names, which the momentum's dtype needs.
+            ValueError: see :func:`megatron_came.parameter_checks.check_placement`.
         """
-        check_placement(shards, names, self._momentum_dtype, self._flat_convolutions)
-        plain = {p: shard for p, shard in shards.items() if not dtensors.is_dtensor(p)}
-        check_shards(plain, {p for group in self.param_groups for p in group["params"]})
+        known = {param for group in self.param_groups for param in group["params"]}
+        check_placement(shards, names, known, self._momentum_dtype, self._flat_convolutions)
         self._plan = None
         self._shards, self._names = dict(shards), dict(names or {})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatron_came import dtensors
 from megatron_came.core.hyperparameters import HyperparameterError
 from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice
-from megatron_came.core.shard import Shard
+from megatron_came.core.shard import Shard, check_shards
 from megatron_came.voice import warn_once
 
 # A vector of more elements is seldom one: embeddings' biases have up to a few 100,000.
@@ -163,14 +163,23 @@ def check_settings(
 def check_placement(
     shards: Mapping[Tensor, Shard],
     names: Mapping[Tensor, str] | None,
+    known: Container[Tensor],
     momentum_dtype: torch.dtype,
     flat_convolutions: bool,
 ) -> None:
     """Check what CAME is told of its parameters, and what does not go with shards.
 
+    Args:
+        shards: as for :class:`megatron_came.CAME`, as are the others.
+        names: likewise.
+        known: the parameters.
+        momentum_dtype: likewise.
+        flat_convolutions: likewise.
+
     Raises:
-        ValueError: no dictionary by parameter; with shards, ``flat_convolutions``, or no names,
-            which the momentum's dtype needs.
+        ValueError: no dictionary by parameter; a shard of none of these, or with another number of
+            elements; with shards, ``flat_convolutions``, or no names, which the momentum's dtype
+            needs.
     """
     _check_by_parameter("shards", shards, Shard)
     _check_by_parameter("names", names or {}, str)
@@ -186,6 +195,7 @@ def check_placement(
             "CAME: flat_convolutions does not go with shards, which have shapes of their own: "
             "give a shard of the shape that its parameter is to be seen in."
         )
+    check_shards({p: s for p, s in shards.items() if not dtensors.is_dtensor(p)}, known)
 
 
 def check_model_weights(weights: Mapping[Tensor, Tensor]) -> None:
