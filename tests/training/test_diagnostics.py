@@ -79,7 +79,7 @@ def test_figures_are_those_of_one_rank(seen, name, whole):
     assert kinds == {"all", "attention", "embedding", "mlp", "norm"} | (
         {"expert"} if whole == "moe" else set()
     )
-    assert ours == pytest.approx(theirs, rel=2e-4)
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def seen(tmp_path_factory):
     afresh = "--train-iters 4 --lr-warmup-iters 0 --load {} --no-load-optim --optimizer {}"
     cases += [
         Case("came-from-adam", afresh.format(places["adam"], "came") + " --norm-epsilon 1e-4"),
-        Case("nowhere", f"{short} --optimizer came --load {folder / 'y'} --save {folder / 'x'}"),
+        Case("nowhere", f"{short} --optimizer came --load {folder / 'y'}"),
         Case("adam-from-came", afresh.format(places["came"], "adam")),
         Case("ignored", f"{short} --optimizer came {' '.join(f'{flag} 0.5' for flag in IGNORED)}"),
         Case("plain", short + "--optimizer came"),
