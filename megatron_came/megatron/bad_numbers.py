@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_came.dtensors import local_of
 from megatron_came.megatron.parameter_names import named_parameters
 from megatron_came.patching import Function
 from megatron_came.voice import of_any_rank, rank, say_once, stop
@@ -205,7 +206,8 @@ def _gradient_clause(params: Iterable[Any], names: Mapping[Tensor, str]) -> str:
 
 
 def _weights_clause(names: Mapping[Tensor, str]) -> str:
-    bad = _bad({name: param.detach() for param, name in names.items()})
+    # What this rank holds of them: other ranks do not take part.
+    bad = _bad({name: local_of(param).detach() for param, name in names.items()})
     if not bad:
         return "though all weights of this rank are finite"
     name, what = bad[0]

@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_came.core import sums
+from megatron_came.dtensors import local_of
 
 
 def digest(tensors):
     """One digest of tensors, bit for bit."""
     sha = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in map(local_of, tensors):
         sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
