@@ -211,25 +211,30 @@ def _window(
     return slice(start, start + batch), rows, columns
 
 
-def check(params: Iterable[Tensor], named: Iterable[Tensor], flat_convolutions: bool) -> None:
+def check(params: Iterable[Tensor], named: Mapping[Tensor, Shard], flat_convolutions: bool) -> None:
     """Refuse parameters that cannot be updated exactly.
 
     Args:
         params: all that have no shard of their own.
-        named: those of which a shard says where they lie.
+        named: those of which a shard says where they lie, as tensor parallelism has cut them.
         flat_convolutions: as of :class:`megatron_came.CAME`.
 
     Raises:
         ValueError: there is one.
     """
-    for param in named:
-        if is_dtensor(param):
-            raise _refusal(param, "it has a shard too; leave it out of shards")
+    for param, shard in named.items():
+        if is_dtensor(param) and _cut_of(shard) != _cut_of(shard_of(param)):
+            raise _refusal(param, "it has a shard that says otherwise; leave it out of shards")
     for param in params:
         if is_dtensor(param):
             if flat_convolutions and param.dim() > 2:
                 raise _refusal(param, "flat_convolutions goes with plain tensors; leave it out")
             shard_of(param)
+
+
+def _cut_of(shard: Shard) -> tuple[object, ...]:
+    """What mesh and placements say of a slice; tensor parallelism before them they do not know."""
+    return shard.shape, shard.start, shard.stop, shard.dp_group, shard.more_groups, shard.window
 
 
 def check_ranks(owners: Mapping[Tensor, object], groups: Iterable[Mapping[str, Any]]) -> None:

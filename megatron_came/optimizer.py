@@ -179,7 +179,8 @@ class CAME(torch.optim.Optimizer):
         if shards:
             has_names, flat = names is not None, self._flat_convolutions
             check_with_shards(self._momentum_dtype, has_names, flat)
-        check_shards(shards, {p for group in self.param_groups for p in group["params"]})
+        plain = {p: shard for p, shard in shards.items() if not dtensors.is_dtensor(p)}
+        check_shards(plain, {p for group in self.param_groups for p in group["params"]})
         self._plan = None
         self._shards, self._names = dict(shards), dict(names or {})
 

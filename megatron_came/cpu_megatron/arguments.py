@@ -7,7 +7,10 @@ so a refused value was asked for, on the command line or by the arguments of a c
 
 from __future__ import annotations
 
+import contextlib
+import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_came.cpu_megatron.rules import refusal
@@ -83,9 +86,26 @@ def with_check_and_attention(original: Function) -> Function:
             # Local layers have one attention, whatever its name; Megatron 0.19 wants a --spec for
             # this name that it cannot build.
             arguments.attention_backend = AttnBackend.unfused
-        return original(arguments, *args, **kwargs)
+        with _connections(arguments):
+            return original(arguments, *args, **kwargs)
 
     return validate_args
+
+
+@contextlib.contextmanager
+def _connections(arguments: Namespace) -> Iterator[None]:
+    """Have another number of a GPU's queues for FSDP than Megatron insists on for others.
+
+    A CPU has none, and the process may train with tensor parallelism next.
+    """
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    given = os.environ[name]
+    if (arguments.use_torch_fsdp2 or arguments.use_megatron_fsdp) and given == "1":
+        os.environ[name] = "8"
+    try:
+        yield
+    finally:
+        os.environ[name] = given
 
 
 def _check(arguments: Namespace) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import psutil  # type: ignore[import-untyped]
 import torch
+import torch.distributed.device_mesh
 import torch.utils.data
 from torch.overrides import TorchFunctionMode
 
@@ -206,6 +207,17 @@ def _without_pinned_memory(init: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _mesh_of_cpus(from_group: Callable[..., Any]) -> Callable[..., Any]:
+    """``DeviceMesh.from_group`` for FSDP2, whose mesh Megatron makes of GPUs."""
+
+    @functools.wraps(from_group)
+    def wrapper(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        kind = "cpu" if _is_cuda(device_type) else device_type
+        return from_group(group, kind, *args, **kwargs)
+
+    return wrapper
+
+
 def _answer(value: Any) -> Callable[..., Any]:
     """Return a function with one answer, a new one: torch._dynamo refuses one with two names."""
     return lambda *args, **kwargs: value
@@ -270,6 +282,8 @@ def install() -> None:
     torch.compile = _compile
     # Not a torch function, so no mode sees it.
     torch.Tensor.record_stream = _answer(None)  # type: ignore[method-assign]
+    mesh: Any = torch.distributed.device_mesh.DeviceMesh
+    mesh.from_group = staticmethod(_mesh_of_cpus(mesh.from_group))
     if hasattr(torch, "accelerator"):  # torch itself asks there: its optimizers, its data loader
         torch.accelerator.is_available = _answer(False)
     loader: Any = torch.utils.data.DataLoader

@@ -42,6 +42,10 @@ REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.core.datasets.utils": (
         ("compile_helpers", _HELPERS, "the wheel has compiled helpers and no Makefile"),
     ),
+    "megatron.core.dist_checkpointing.optimizer": (
+        ("get_optim_param_to_id_map", "checkpoints.fsdp2:by_local_tensor",
+         "FSDP2's parameters are found in the model's state"),
+    ),
     "megatron.core.dist_checkpointing.serialization": (
         ("load", "checkpoints.loading:with_shapes",
          "a host's checkpoint without CAME's state is refused"),

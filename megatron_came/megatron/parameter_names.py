@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
+from megatron_came.dtensors import local_of
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.voice import say_once
 
@@ -93,13 +94,14 @@ def identity_of(
     Raises:
         UnsupportedError: the model's sharded state does not hold it.
     """
-    if param not in known:
+    local = local_of(param)  # Megatron's sharded state has those of FSDP2
+    if local not in known:
         raise UnsupportedError(
             f"--came-momentum-dtype: a parameter of shape {tuple(param.shape)} is not in the "
             "model's sharded state, which names parameters alike in every layout: use "
             "--came-momentum-dtype fp32."
         )
-    identity, tp_dim = known[param], getattr(param, "partition_dim", -1)
+    identity, tp_dim = known[local], getattr(param, "partition_dim", -1)
     is_cut = getattr(param, "tensor_model_parallel", False) and 0 <= tp_dim < param.dim()
     if not is_cut or tp_group.size() == 1:
         return identity

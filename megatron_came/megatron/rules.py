@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_came.core.momentum import MOMENTUM_DTYPES
+from megatron_came.dtensors import is_dtensor
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.rules import Rule, refusal
 from megatron_came.versions import SUPPORTED, before
@@ -131,6 +132,30 @@ def _cuts_experts_in_silence(settings: Any) -> bool:
     )
 
 
+# FSDP2: what Megatron asserts in many words, and what has no place in its checkpoints.
+_FSDP2 = "--use-torch-fsdp2"
+
+
+def _beside_fsdp2(flag: str, remedy: str, **more: Any) -> Rule:
+    sentence = f"{{given}} does not go with {_FSDP2}: {remedy}."
+    return Rule(sentence, flag, when=_value("use_torch_fsdp2"), **more)
+
+
+def _fsdp2_saves_unlike_rows(settings: Any) -> bool:
+    """Whether FSDP2 cuts weights so that Megatron cannot save them.
+
+    That is into unlike numbers of rows, or with rows of both of SwiGLU's projections on a rank.
+    """
+    needs_names = _value("came_momentum_dtype")(settings) != "fp32"
+    saves = _value("save")(settings) or _value("load")(settings)
+    if not (_value("use_torch_fsdp2")(settings) and (saves or needs_names)):
+        return False
+    params = (p for chunk in getattr(settings, "model_chunks", ()) for p in chunk.parameters())
+    cuts = {(len(p), p.device_mesh.size()) for p in params if is_dtensor(p) and p.dim()}
+    halves = 2 if _value("gated_linear_unit")(settings) else 1
+    return any(rows % size or (size > 1 and size % halves) for rows, size in cuts)
+
+
 _OLDER = {"releases": before("0.19")}
 
 RULES = (
@@ -145,7 +170,6 @@ RULES = (
         "{given}, which steps on the CPU with Adam or SGD alone",
     ),
     _not_with("--use-precision-aware-optimizer", _LEAVE_OUT),
-    _not_with("--use-torch-fsdp2", _SHARDING),
     _not_with(
         "--use-megatron-fsdp",
         f"{_SHARDING}, or Megatron 0.19",
@@ -243,7 +267,55 @@ RULES = (
         )
         for flag in ("--load-main-params-from-ckpt", "--log-params-norm", "--qk-clip")
     ),
+    *(
+        _beside_fsdp2(flag, remedy, works=works)
+        for flag, remedy, works in (
+            ("--pipeline-model-parallel-size", "use 1", (1,)),
+            ("--expert-model-parallel-size", "use 1", (1,)),
+            ("--use-distributed-optimizer", "leave one of them out", ()),
+            ("--fp16", "use --bf16", ()),
+            ("--ckpt-format", "use torch_dist", ("torch_dist",)),
+            ("--non-persistent-ckpt-type", "use global", ("global",)),
+            ("--rl-offload-optimizer-during-inference", "leave it out", ()),
+            ("--came-report-memory", "leave it out", ()),
+        )
+    ),
+    Rule(
+        f"{_FSDP2} needs weights of their own for embeddings and output: add "
+        "--untie-embeddings-and-output-weights.",
+        when=lambda settings: (
+            _value("use_torch_fsdp2")(settings)
+            and not getattr(settings, "untie_embeddings_and_output_weights", True)
+        ),
+    ),
+    Rule(
+        "{given} is not supported with "
+        f"{_FSDP2} at --tensor-model-parallel-size above 1, where its random bits would depend on "
+        "the layout: leave it out, or use size 1.",
+        "--came-momentum-dtype",
+        works=("fp32",),
+        when=lambda settings: (
+            _value("use_torch_fsdp2")(settings) and settings.tensor_model_parallel_size > 1
+        ),
+    ),
     # Where it is built.
+    Rule(
+        f"{_FSDP2} cuts weights at this data-parallel size into unlike numbers of rows, or across "
+        "the two projections of SwiGLU, and for that Megatron's checkpoints have no place: use a "
+        "size that divides the rows of every weight and with SwiGLU is even, or leave --save and "
+        "--load out and --came-momentum-dtype at fp32.",
+        when=_fsdp2_saves_unlike_rows,
+    ),
+    Rule(
+        f"{_FSDP2} on Megatron {{release}} saves the two projections of SwiGLU in the wrong order: "
+        "leave it out, leave --save and --load out, or use Megatron 0.19.",
+        when=lambda settings: (
+            _value("use_torch_fsdp2")(settings)
+            and _value("gated_linear_unit")(settings)
+            and (_value("save")(settings) or _value("load")(settings))
+        ),
+        releases=_OLDER["releases"],
+    ),
     Rule(
         "--optimizer came does not support MiMo models, which build their own optimizers: use "
         "--optimizer adam.",

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_came.core.shard import Shard
+from megatron_came import dtensors
+from megatron_came.core.shard import ProcessGroup, Shard
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import Identity
 
@@ -54,9 +55,7 @@ class ModelGroups:
         """The tensor-parallel group of a model parameter."""
         return self.tp if getattr(param, "allreduce", True) else self.expert_tp
 
-    def tp_dp_of(
-        self, param: Tensor, dp_group: dist.ProcessGroup | None
-    ) -> dist.ProcessGroup | None:
+    def tp_dp_of(self, param: Tensor, dp_group: ProcessGroup | None) -> dist.ProcessGroup | None:
         """The tensor-parallel group times ``dp_group`` as one group, if Megatron has one.
 
         It has none for experts, nor for one of several distributed-optimizer instances.
@@ -73,7 +72,7 @@ def shard_of(
     *,
     start: int = 0,
     stop: int | None = None,
-    dp_group: dist.ProcessGroup | None = None,
+    dp_group: ProcessGroup | None = None,
     identity: Identity | None = None,
 ) -> Shard:
     """Describe a slice of a model parameter.
@@ -101,6 +100,9 @@ def shard_of(
     tp_group = groups.tp_of(param)
     tp_rank, tp_parts = 0, 1
     whole = None if identity is None or identity.is_local else identity
+    if dtensors.is_dtensor(param):  # FSDP2's: rows of the local tensor, by data-parallel rank
+        rows = dtensors.shard_of(param)
+        start, stop, dp_group = rows.start, rows.stop, rows.dp_group
     if whole is not None and tp_dim is not None and tp_group.size() > 1:
         tp_rank, tp_parts = tp_group.rank(), len(whole.offsets)
     return Shard(
@@ -148,5 +150,5 @@ def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
 
 
 def _fingerprint(param: Tensor) -> Tensor:
-    values = param.detach().double()
+    values = dtensors.local_of(param).detach().double()
     return torch.stack([values.sum(), values.square().sum()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from megatron_came.core.momentum import MOMENTUM
 from megatron_came.core.saved import saved_momentum
+from megatron_came.dtensors import is_dtensor, state_here
+from megatron_came.megatron.checkpoints import fsdp2
 from megatron_came.megatron.checkpoints.digests.verifying import watched
 from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
@@ -75,7 +78,7 @@ class _WholeTensors(Offloaded):
         parent = super().sharded_state_dict  # type: ignore[misc]
         if self.optimizer is None:
             return parent(model_sharded_state_dict, is_loading, **kwargs)
-        with _as_megatron_knows_it(self.optimizer, is_loading):
+        with _as_megatron_knows_it(self.optimizer, is_loading), fsdp2.parameters_found():
             state = parent(model_sharded_state_dict, is_loading, **kwargs)
         state["came"] = sharded_factors(self.optimizer, self._pairs, model_sharded_state_dict)
         return state
@@ -90,10 +93,27 @@ class _WholeTensors(Offloaded):
         kept = own_settings_kept(self.optimizer, inner["param_groups"])
         with kept as groups, watched(self.optimizer):
             inner["param_groups"] = groups
+            self._lay_out(state_dict, inner)
             super().load_state_dict(state_dict)  # type: ignore[misc]
         if factors is not None:
             self.optimizer.init_state()
             load_factors(self.optimizer, self._pairs, factors)
+
+    def _lay_out(self, state_dict: dict[str, Any], inner: dict[str, Any]) -> None:
+        """Make DTensors of FSDP2's momentum and main weights, which a checkpoint has as rows."""
+        if not any(is_dtensor(local) for _, local in self._pairs):
+            return
+        numbers = chain.from_iterable(group["params"] for group in inner["param_groups"])
+        for number, (_, local) in zip(numbers, self._pairs, strict=False):  # CAME says what lacks
+            state = inner["state"].get(number, {})
+            if MOMENTUM in state:
+                state[MOMENTUM] = fsdp2.like(local, state[MOMENTUM])
+        for own, saved in zip(
+            getattr(self, "fp32_from_float16_groups", ()),
+            state_dict.get("fp32_from_fp16_params", ()),
+            strict=False,
+        ):
+            saved[:] = map(fsdp2.like, own, saved)
 
 
 class CameFP32Optimizer(_WholeTensors, FP32Optimizer):  # type: ignore[misc]
@@ -114,7 +134,7 @@ def _as_megatron_knows_it(came: CAME, is_loading: bool) -> Iterator[None]:
     def state_dict() -> dict[str, Any]:
         full = CAME.state_dict(came)
         for index, state in full["state"].items():
-            momentum = saved_momentum(state, torch.float32 if is_loading else None)
+            momentum = saved_momentum(state_here(state), torch.float32 if is_loading else None)
             full["state"][index] = {MOMENTUM: momentum}
         return full
 

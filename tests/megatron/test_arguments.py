@@ -65,7 +65,6 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
             "--optimizer-cpu-offload, which steps on the CPU with Adam",
         ),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
-        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2: use --use-distributed-optimizer"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
         (
             {"fp8_param_gather": True},
@@ -115,6 +114,33 @@ def test_what_does_not_go_with_megatron_fsdp_is_refused(changes, sentence):
     check(arguments(**fitting), [])
     with pytest.raises(ValueError, match=sentence):
         check(arguments(**{**fitting, **changes}), [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 does not go with"),
+        ({"expert_model_parallel_size": 2}, "with --use-torch-fsdp2: use 1."),
+        ({"use_distributed_optimizer": True}, "leave one of them out"),
+        ({"fp16": True}, "use --bf16"),
+        ({"ckpt_format": "torch_dcp"}, "--ckpt-format torch_dcp does not go with"),
+        ({"non_persistent_ckpt_type": "local"}, "use global"),
+        ({"rl_offload_optimizer_during_inference": True}, "leave it out"),
+        ({"untie_embeddings_and_output_weights": False}, "add --untie-embeddings-and-output"),
+        ({"came_momentum_dtype": "int8"}, "--came-momentum-dtype int8 is not supported with"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_fsdp2_is_refused(changes, sentence):
+    fitting = {"use_torch_fsdp2": True, "untie_embeddings_and_output_weights": True}
+    fitting |= {"tensor_model_parallel_size": 2, "ckpt_format": "torch_dist"}
+    check(arguments(**fitting), [])
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the sentence is compared below)
+        check(arguments(**{**fitting, **changes}), [])
+    assert sentence in str(error.value)
+    assert "--use-torch-fsdp2" in str(error.value)
+    assert "\n" not in str(error.value)
+    check(arguments(**{**fitting, **changes, "use_torch_fsdp2": False}), [])
 
 
 def test_local_checkpoints_of_fully_reshardable_state_are_refused():

@@ -75,6 +75,7 @@ class Recorder:
             "changed_though_failed": None,
             "weights": {},
             "state": None,
+            "steps": [],
             "error": None,
         }
         self._model, self._optimizer = [], None
@@ -128,4 +129,5 @@ class Recorder:
                 )
         if self._optimizer is not None:
             self.seen["state"] = optimizer_digest(self._optimizer)
+            self.seen["steps"] = [group.get("step") for group in self._optimizer.param_groups]
         return self.seen

@@ -9,7 +9,7 @@ dimension alone hold replicas of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from torch import Tensor
 
 from megatron_came.core.state import AVERAGED_AXIS, FACTORS, without_averaged_axis
+from megatron_came.dtensors import local_of, state_here
+from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
 from megatron_came.optimizer import CAME
 
 # Of what :func:`sharded_factors` writes; to be raised by whoever changes that.
@@ -55,25 +57,26 @@ def sharded_factors(
     }
     parameters: dict[str, Any] = {}
     for position, (param, local) in enumerate(pairs):
-        if id(param) not in entries:
+        if id(local_of(param)) not in entries:
             raise ValueError(
                 f"--optimizer came: a parameter of shape {tuple(param.shape)} is not in the "
                 "model's sharded state, so its factors cannot be saved or loaded: give "
                 "--no-save-optim to save and --no-load-optim to load, or use --optimizer adam."
             )
-        entry, shard = entries[id(param)], came.shard_of(local)
-        if isinstance(entry, ShardedTensor) and _cuts(entry) != shard.tp_size:
+        entry, shard = entries[id(local_of(param))], came.shard_of(local)
+        leaves, whole = leaves_of(entry, param)
+        if isinstance(entry, ShardedTensor) and _cuts(leaves[0]) != shard.tp_size:
             raise ValueError(
-                f"--optimizer came: {entry.key} is cut into {_cuts(entry)} by tensor parallelism, "
-                f"but says that it is cut into {shard.tp_size}, so its statistics are wrong: use "
-                "layers that set tensor_model_parallel and partition_dim, or "
+                f"--optimizer came: {entry.key} is cut into {_cuts(leaves[0])} by tensor "
+                f"parallelism, but says that it is cut into {shard.tp_size}, so its statistics are "
+                "wrong: use layers that set tensor_model_parallel and partition_dim, or "
                 "--tensor-model-parallel-size 1, and start again."
             )
-        state = came.state[local]
+        state = state_here(came.state[local])
         parameters[str(position)] = {
             key: [
                 {"values": values, "place": LocalNonpersistentObject(place)}
-                for values, place in boxes_of(key, state[key], entry, param)
+                for values, place in boxes_of(key, state[key], leaves, whole)
             ]
             for key in FACTORS
             if key in state
@@ -95,7 +98,7 @@ def load_factors(came: CAME, pairs: Iterable[Pair], loaded: Mapping[str, Any]) -
     if loaded.get("format") != FORMAT:
         raise ValueError(unknown_format(loaded.get("format")))
     for position, (_, local) in enumerate(pairs):
-        state = came.state[local]
+        state = state_here(came.state[local])
         for key, boxes in loaded["parameters"][str(position)].items():
             for box in boxes:
                 state[key][box["place"]].copy_(box["values"])
@@ -109,12 +112,24 @@ def unknown_format(found: object) -> str:
     )
 
 
+def leaves_of(
+    entry: ShardedTensor | ShardedTensorFactory, param: Tensor
+) -> tuple[Sequence[ShardedTensor], Tensor]:
+    """Return how a parameter is cut in the checkpoint (SwiGLU's halves, experts), and it.
+
+    Raises:
+        ValueError: as :func:`.fsdp2.whole_leaves` has it.
+    """
+    single = isinstance(entry, ShardedTensor)
+    leaves = [entry] if single else list(nested_values(entry.build()))
+    return whole_leaves(leaves, param, is_stacked=not single)
+
+
 def boxes_of(
-    key: str, factor: Tensor, entry: ShardedTensor | ShardedTensorFactory, param: Tensor
+    key: str, factor: Tensor, leaves: Iterable[ShardedTensor], param: Tensor
 ) -> Iterator[tuple[ShardedTensor, Place]]:
-    """Cut a factor as the parameter is cut in the checkpoint (SwiGLU's halves, experts)."""
+    """Cut a factor as the parameter is cut, see :func:`leaves_of`."""
     seen: set[tuple[tuple[int, int], ...]] = set()
-    leaves = [entry] if isinstance(entry, ShardedTensor) else nested_values(entry.build())
     for leaf in leaves:
         place = without_averaged_axis(key, place_in(leaf.data, param))
         bounds = tuple((axis.start, axis.stop) for axis in place)

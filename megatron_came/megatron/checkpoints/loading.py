@@ -84,6 +84,10 @@ def with_sentences(original: Function) -> Function:
 
         run = get_args()
         load = Load(ddp_model, optimizer, opt_param_scheduler)
+        if run.optimizer == "came" and kwargs.get("skip_load_to_model_and_opt"):
+            # Of FSDP2's checkpoints Megatron fills the tensors in place and leaves it at that: the
+            # steps of groups are none, nor is momentum in the dtype of a checkpoint.
+            kwargs["skip_load_to_model_and_opt"] = False
         tokens = _current.set(load), own_rates.set(bool(run.override_opt_param_scheduler))
         try:
             result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from megatron_came.core.digests import PlacedBox, name_of
 from megatron_came.core.state import AVERAGED_AXIS, without_averaged_axis
+from megatron_came.dtensors import local_of
 from megatron_came.megatron.checkpoints.factors import place_in
+from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,17 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of the model, and its boxes."""
+    """A tensor of the model, and its boxes.
+
+    Attributes:
+        tensor: what this rank holds.
+        leaves: its boxes.
+        of_factors: those of which factors are the sums, where they are more: FSDP2's.
+    """
 
     tensor: Tensor
     leaves: tuple[Leaf, ...]
+    of_factors: tuple[Leaf, ...] = ()
 
     @property
     def views(self) -> Iterator[Leaf]:
@@ -53,7 +62,7 @@ class Entry:
         """The boxes that a factor consists of, as :func:`.factors.boxes_of` has it."""
         axis = AVERAGED_AXIS[key]
         seen = set()
-        for leaf in self.views:
+        for leaf in self.of_factors or self.views:
             box = leaf.box
             own = PlacedBox(
                 *(
@@ -71,7 +80,8 @@ class Entry:
 
 # By chunk of a model: its tensors as they were, and what :func:`_read` said of them. Making a
 # sharded state takes longer than adding up a small model.
-_known: WeakKeyDictionary[Any, tuple[object, dict[int, tuple[Leaf, ...]]]] = WeakKeyDictionary()
+_Leaves = tuple[tuple[Leaf, ...], tuple[Leaf, ...]]
+_known: WeakKeyDictionary[Any, tuple[object, dict[int, _Leaves]]] = WeakKeyDictionary()
 
 
 def unwrapped(model: Any) -> list[Any]:
@@ -92,11 +102,11 @@ def entries_of(model_chunks: Iterable[Any]) -> dict[int, Entry]:
     """
     found: dict[int, Entry] = {}
     for chunk in model_chunks:
-        tensors = {id(tensor): tensor for tensor in (*chunk.parameters(), *chunk.buffers())}
+        tensors = {id(each): local_of(each) for each in (*chunk.parameters(), *chunk.buffers())}
         are = tuple((key, tuple(each.shape), each.stride()) for key, each in tensors.items())
         were, leaves = _known.get(chunk, (None, {}))
         if were == are:
-            found |= {key: Entry(tensors[key], known) for key, known in leaves.items()}
+            found |= {key: Entry(tensors[key], *known) for key, known in leaves.items()}
             continue
         entries = _read(chunk)
         found |= entries
@@ -104,19 +114,27 @@ def entries_of(model_chunks: Iterable[Any]) -> dict[int, Entry]:
         if all(tensors.get(key) is entry.tensor for key, entry in entries.items()) and all(
             leaf.copy is None for entry in entries.values() for leaf in entry.leaves
         ):
-            _known[chunk] = are, {key: entry.leaves for key, entry in entries.items()}
+            _known[chunk] = (
+                are,
+                {key: (entry.leaves, entry.of_factors) for key, entry in entries.items()},
+            )
     return found
 
 
 def _read(chunk: Any) -> dict[int, Entry]:
     entries = {}
+    # Of FSDP2's parameters the sharded state has the local tensors.
+    owners = {id(local_of(param)): param for param in chunk.parameters()}
     state = extract_sharded_tensors_and_factories(chunk.sharded_state_dict())[0]
     for entry in nested_values(state):
-        single = isinstance(entry, ShardedTensor)
+        single, owner = isinstance(entry, ShardedTensor), owners.get(id(entry.data), entry.data)
         leaves = [entry] if single else list(nested_values(entry.build()))
-        entries[id(entry.data)] = Entry(
-            entry.data, tuple(_leaf(leaf, entry.data) for leaf in leaves if leaf.data is not None)
-        )
+        own = tuple(_leaf(leaf, entry.data) for leaf in leaves if leaf.data is not None)
+        of_factors: tuple[Leaf, ...] = ()
+        if owner is not entry.data:
+            whole, tensor = whole_leaves(leaves, owner, is_stacked=not single)
+            of_factors = tuple(_leaf(leaf, tensor) for leaf in whole)
+        entries[id(owner)] = Entry(entry.data, own, of_factors)
     return entries
 
 

@@ -19,6 +19,7 @@ from megatron_came.core.digests import (
     pack,
 )
 from megatron_came.core.saved import main_ranges, momentum_ranges
+from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
 from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
 from megatron_came.megatron.sharding import chain_of
@@ -139,7 +140,7 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
         entry = entries.get(id(param))
         if entry is None:
             continue
-        shard, state = wrapper.optimizer.shard_of(local), wrapper.optimizer.state[local]
+        shard, state = wrapper.optimizer.shard_of(local), state_here(wrapper.optimizer.state[local])
         sums.add_factors(entry, state)
         # Of fp32 weights the slices are views, and need to be read only once.
         same = is_sliced(wrapper) and param.dtype == torch.float32
@@ -151,7 +152,7 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
         start = shard.start if is_sliced(wrapper) else None
         if is_sliced(wrapper) or local is not param:
             kinds = (MAIN_WEIGHTS, WEIGHTS) if same else (MAIN_WEIGHTS,)
-            sums.add_slice(kinds, entry, main_ranges(local, state), start)
+            sums.add_slice(kinds, entry, main_ranges(local_of(local), state), start)
         sums.add_slice((MOMENTUM,), entry, momentum_ranges(state), start)
     return shared
 

@@ -21,6 +21,7 @@ from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
 from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
 from megatron_came.core.saved import main_ranges, momentum_ranges, pieces
 from megatron_came.core.state import FACTORS
+from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.digests.damage import Found, Source, judge
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
 from megatron_came.megatron.checkpoints.digests.saving import (
@@ -163,7 +164,8 @@ class Verification:
         params = {id(local): id(param) for param, local in wrapper._pairs}
         mine = chain.from_iterable(group["params"] for group in came.param_groups)
         for key, local in zip(saved, mine, strict=False):  # what does not fit is said by CAME
-            state, entry = state_dict["state"].get(key, {}), self._entries.get(params[id(local)])
+            state = state_here(state_dict["state"].get(key, {}))
+            entry = self._entries.get(params[id(local)])
             if entry is not None and MOMENTUM_KEY in state:
                 self._sums.add_slice((MOMENTUM,), entry, momentum_ranges(state), None)
                 self._note_dtypes(entry, state)
@@ -225,11 +227,11 @@ class Verification:
             entry = self._entries.get(id(param))
             if entry is None:
                 continue
-            state = wrapper.optimizer.state[local]
+            state, main = state_here(wrapper.optimizer.state[local]), local_of(local)
             self._sums.add_factors(entry, state)
             if not is_sliced(wrapper) and local is not param:
-                self._sums.add_slice((MAIN_WEIGHTS,), entry, main_ranges(local, state), None)
-                self._compare(entry, param.detach(), local.detach())
+                self._sums.add_slice((MAIN_WEIGHTS,), entry, main_ranges(main, state), None)
+                self._compare(entry, local_of(param).detach(), main.detach())
 
 
 def note_slice(wrapper: Any, param: Tensor, tensors: Mapping[str, Tensor]) -> None:
