@@ -32,6 +32,7 @@ _DEFAULTS: dict[str, tuple[str, object]] = {
     "--no-bias-swiglu-fusion": ("bias_swiglu_fusion", False),
     "--no-bias-dropout-fusion": ("bias_dropout_fusion", False),
     "--no-rope-fusion": ("apply_rope_fusion", False),
+    "--no-gradient-reduce-div-fusion": ("gradient_reduce_div_fusion", False),  # of Megatron-FSDP
 }
 
 

@@ -26,7 +26,6 @@ _LEFT_OUT = {
     "CUDA graphs": "--enable-cuda-graph --external-cuda-graph --optimizer-cuda-graph",
     "GPU memory to offload from": "--optimizer-cpu-offload --cpu-offloading-num-layers "
     "--fine-grained-activation-offloading --moe-paged-stash",
-    "the GPU memory management of FSDP": "--use-megatron-fsdp",
     "a grouped matrix product for GPUs": "--moe-grouped-gemm",
     "kernels for GPUs": "--batch-invariant-mode",
     "Megatron's inference engine, which runs on a GPU": "--perform-rl-step",

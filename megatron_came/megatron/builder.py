@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_came.megatron.agreement import agree, tell_optimizer
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, is_used, local_groups
 from megatron_came.megatron.parameter_names import identities
 from megatron_came.megatron.rank_settings import arguments
 from megatron_came.megatron.rules import refuse
@@ -115,16 +117,22 @@ def build(
     """
     model_groups = ModelGroups.of(pg_collection)
     model_params = [list(group["params"]) for group in param_groups]
-    if model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
+    has_fsdp = is_used(model_chunks)
+    if has_fsdp:  # which makes what it takes for replicas equal
+        param_groups = local_groups(param_groups)
+    elif model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
         check_replicas([param for params in model_params for param in params], model_groups)
     came = _came(config, param_groups)
     # Random bits, and which rows are looked at, go by an element's place in the whole model.
     by_place = config.momentum_dtype != "fp32" or arguments().get("came_log_diagnostics")
     known = identities(model_chunks) if by_place else None
 
+    sharded: partial[Any] = partial(CameDistributedOptimizer, identities=known)
+    if has_fsdp:
+        sharded = partial(CameMegatronFSDP, params=model_params)
     wrapper: Any
-    if config.use_distributed_optimizer:
-        wrapper = CameDistributedOptimizer(
+    if has_fsdp or config.use_distributed_optimizer:
+        wrapper = sharded(
             came,
             config,
             _grad_scaler(config),
@@ -136,7 +144,6 @@ def build(
             data_parallel_group_idx=data_parallel_group_idx,
             distributed_optimizer_instance_id=distributed_optimizer_instance_id,
             model_groups=model_groups,
-            identities=known,
         )
         wrapper.grad_stats_parallel_group = intra_dist_opt_group
     else:

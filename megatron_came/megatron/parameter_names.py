@@ -61,7 +61,11 @@ def named_parameters(model_chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]
     """Name a rank's parameters, without Megatron's wrappers; with their chunk, of several."""
     for index, chunk in enumerate(model_chunks):
         prefix = f"chunk {index} " if len(model_chunks) > 1 else ""
-        for name, param in chunk.named_parameters():
+        named = chunk.named_parameters()
+        if hasattr(chunk, "param_and_grad_buffer"):
+            # During an iteration Megatron-FSDP has others in their place, at times without memory.
+            named = chunk.param_and_grad_buffer.optimizer_named_parameters
+        for name, param in named:
             yield prefix + re.sub(r"^(module\.)+", "", name), param
 
 

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.dtensors import is_dtensor
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.rules import Rule, refusal
-from megatron_came.versions import before
+from megatron_came.versions import SUPPORTED, before
 
 # Values of CAME's flags that are looked at here: argparse would print all of Megatron's flags
 # before its sentence.
@@ -22,6 +24,7 @@ CHOICES = {
 _REMAINDER = "--came-main-params remainder"
 _LEAVE_OUT = "leave it out, or use --optimizer adam"
 _SHARDING = "use --use-distributed-optimizer, which shards CAME's momentum and main weights"
+_NO_CHECKPOINTS = "leave it out: its checkpoints do not hold CAME's state yet"
 _SEPARATE = "leave it out: CAME has statistics of its own for each expert"
 _SHARDS = "leave it out and use --tensor-model-parallel-size"
 _EXPERT_SHARDS = "leave it out and use --expert-tensor-parallel-size"
@@ -64,6 +67,35 @@ def _is_mimo(settings: Any) -> bool:
     while not isinstance(model, MimoModel) and hasattr(model, "module"):
         model = model.module  # out of its wrappers
     return isinstance(model, MimoModel)
+
+
+_has_fsdp = _value("use_megatron_fsdp")
+# What has not been shown to be exact, or does not work, with Megatron-FSDP: flag, what is allowed,
+# what to do, and the flag's name among the settings where it is another.
+_NOT_WITH_FSDP: tuple[tuple[Any, ...], ...] = (
+    ("--num-distributed-optimizer-instances", (1,), "use 1"),
+    ("--pipeline-model-parallel-size", (1,), _SHARDING),
+    ("--num-experts", (), _SHARDING, "num_moe_experts"),
+    ("--fp16", (), "use --bf16"),
+    ("--loss-scale", (), "leave it out"),
+    ("--fp8-format", (), "leave it out", "fp8"),
+    ("--fp4-format", (), "leave it out", "fp4"),
+    ("--cuda-graph-impl", ("none",), "use none"),
+    ("--init-model-with-meta-device", (), "leave it out"),
+    ("--use-nccl-ub", (), "leave it out", "nccl_ub"),
+    ("--qk-clip", (), "leave it out"),
+    ("--rl-offload-optimizer-during-inference", (), "leave it out"),
+    ("--came-momentum-dtype", ("fp32",), "use fp32"),
+    ("--came-main-params", ("fp32",), "use fp32"),
+    ("--save", (), _NO_CHECKPOINTS),
+    ("--load", (), _NO_CHECKPOINTS),
+)
+
+
+def _has_other_main_weights(settings: Any) -> bool:
+    """Whether Megatron-FSDP is to keep main weights in another dtype; None is the model's."""
+    dtype = getattr(settings, "megatron_fsdp_main_params_dtype", "fp32")
+    return _has_fsdp(settings) and dtype not in ("fp32", torch.float32)
 
 
 # Experts whose layout a release before 0.19 does not say.
@@ -139,7 +171,34 @@ RULES = (
         "{given}, which steps on the CPU with Adam or SGD alone",
     ),
     _not_with("--use-precision-aware-optimizer", _LEAVE_OUT),
-    _not_with("--use-megatron-fsdp", _SHARDING),
+    _not_with(
+        "--use-megatron-fsdp",
+        f"{_SHARDING}, or Megatron 0.19",
+        "{given} on Megatron {release}",
+        releases=tuple(each for each in SUPPORTED if each != "0.19"),
+    ),
+    Rule(
+        "{given} needs --ckpt-format fsdp_dtensor, also where nothing is saved: add it.",
+        "--use-megatron-fsdp",
+        when=lambda settings: _value("ckpt_format")(settings) not in (None, "fsdp_dtensor"),
+    ),
+    *(
+        _not_with(
+            flag,
+            remedy,
+            "--use-megatron-fsdp and {given}",
+            works=works,
+            when=_has_fsdp,
+            argument="".join(argument),
+        )
+        for flag, works, remedy, *argument in _NOT_WITH_FSDP
+    ),
+    _not_with(
+        "",
+        "use that",
+        "--use-megatron-fsdp and another --megatron-fsdp-main-params-dtype than fp32",
+        when=_has_other_main_weights,
+    ),
     _not_with("--optimizer-cuda-graph", _LEAVE_OUT),
     *(
         _not_with(

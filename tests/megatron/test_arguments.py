@@ -4,6 +4,7 @@ from argparse import Namespace
 from dataclasses import fields
 
 import pytest
+import torch
 
 from megatron_came.core.hyperparameters import Hyperparameters
 from megatron_came.megatron.arguments import check, given_flags, hyperparameters
@@ -67,7 +68,6 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
             "--optimizer-cpu-offload, which steps on the CPU with Adam",
         ),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
-        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp: use --use-distributed-optimizer"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
         (
             {"fp8_param_gather": True},
@@ -89,6 +89,34 @@ def test_what_does_not_go_with_came_is_refused(changes, sentence):
         check(arguments(**changes), [])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"ckpt_format": "torch_dist"}, "needs --ckpt-format fsdp_dtensor"),
+        ({"num_distributed_optimizer_instances": 2}, "-optimizer-instances 2: use 1"),
+        ({"num_moe_experts": 8}, "--num-experts 8: use --use-distributed-optimizer"),
+        ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2: use"),
+        ({"fp8": "hybrid"}, "--fp8-format hybrid: leave it out"),
+        ({"fp16": True}, "--fp16: use --bf16"),
+        ({"megatron_fsdp_main_params_dtype": "auto"}, "-main-params-dtype than fp32: use that"),
+        ({"megatron_fsdp_main_params_dtype": None}, "-main-params-dtype than fp32: use that"),
+        ({"came_momentum_dtype": "int8"}, "--came-momentum-dtype int8: use fp32"),
+        ({"save": "folder"}, "--save folder: leave it out"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_megatron_fsdp_is_refused(changes, sentence):
+    fitting = {
+        "use_megatron_fsdp": True,
+        "ckpt_format": "fsdp_dtensor",
+        "num_distributed_optimizer_instances": 1,
+        "megatron_fsdp_main_params_dtype": torch.float32,
+    }
+    check(arguments(**fitting), [])
+    with pytest.raises(ValueError, match=sentence):
+        check(arguments(**{**fitting, **changes}), [])
 
 
 @pytest.mark.parametrize(

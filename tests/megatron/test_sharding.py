@@ -115,7 +115,11 @@ def test_a_weight_that_is_cut_without_saying_so_is_refused():
         ({"main_params": "remainder", "bf16": True}, False, "needs the distributed optimizer"),
         ({"decoupled_weight_decay": False}, False, "has decoupled weight decay only"),
         ({"use_precision_aware_optimizer": True}, False, "does not go with --use-precision-aware"),
-        ({}, True, "does not go with --use-megatron-fsdp: use --use-distributed-optimizer"),
+        (
+            {"main_params": "remainder", "bf16": True},
+            True,
+            "--use-megatron-fsdp and --came-main-par",
+        ),
     ],
     ids=str,
 )

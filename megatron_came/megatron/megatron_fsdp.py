@@ -1,0 +1,166 @@
+"""CAME with ``--use-megatron-fsdp``, whose ranks hold rows of each parameter.
+
+Megatron lays parameters one after the other into buffers, cuts these into one part for each
+data-parallel rank, and hands over DTensors of what lies in this rank's part: rows, as many as it
+happens to be, or none. CAME gets the plain tensors in them, with the place of their first row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_came.core.shard import Shard
+from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.optimizer import CAME
+from megatron_came.voice import of_all_ranks, stop
+
+
+def is_used(model_chunks: Sequence[Any]) -> bool:
+    """Whether Megatron-FSDP holds the model."""
+    return bool(model_chunks[0].ddp_config.use_megatron_fsdp)
+
+
+def local_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put what this rank holds of each parameter in its place."""
+    return [
+        {**group, "params": [param._local_tensor for param in group["params"]]}
+        for group in param_groups
+    ]
+
+
+class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
+    """Megatron's ``DistributedOptimizer`` around :class:`megatron_came.CAME`, for Megatron-FSDP.
+
+    Megatron-FSDP keeps main weights and gradients, and copies the weights to the model.
+
+    Args:
+        optimizer: of the groups that :func:`local_groups` returns; None on a rank without any.
+        args: further arguments of ``DistributedOptimizer``.
+        params: the DTensors, by parameter group.
+        model_groups: process groups of the parameters' other shards.
+        data_parallel_group: ranks among which the buffers are cut.
+        kwargs: as ``args``.
+
+    Raises:
+        UnsupportedError: Megatron-FSDP and a parameter disagree on how tensor parallelism cuts it.
+    """
+
+    def __init__(
+        self,
+        optimizer: CAME | None,
+        *args: Any,
+        params: Sequence[Sequence[Tensor]],
+        model_groups: ModelGroups,
+        data_parallel_group: dist.ProcessGroup,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optimizer, *args, data_parallel_group=data_parallel_group, **kwargs)
+        self._pairs: list[tuple[Any, Tensor]] = []
+        if optimizer is None:
+            return
+        for group, here in zip(optimizer.param_groups, params, strict=True):
+            self._pairs += zip(here, group["params"], strict=True)
+        is_cut = self.ddp_config.data_parallel_sharding_strategy != "no_shard"
+        starts = _starts(self._pairs, data_parallel_group if is_cut else None)
+        optimizer.set_shards(
+            {
+                local: _shard_of(param, local, start, model_groups, data_parallel_group, is_cut)
+                for (param, local), start in zip(self._pairs, starts, strict=True)
+            }
+        )
+        optimizer.init_state()
+
+    def get_parameters(self) -> list[Tensor]:
+        """The DTensors, which have the gradients that Megatron clips."""
+        return [param for param, _ in self._pairs]
+
+    def _copy_model_grads_to_main_grads(self) -> None:
+        for param, local in self._pairs:
+            local.grad = None if param.grad is None else param.grad._local_tensor
+
+    def clip_grad_norm(self, clip_grad: float) -> float:
+        """As Megatron's, whose FSDP itself does not look for NaN in gradients.
+
+        Raises:
+            SystemExit: on all ranks, if the norm is not finite.
+        """
+        norm: float = super().clip_grad_norm(clip_grad)
+        if self.ddp_config.check_for_nan_in_grad and not math.isfinite(norm):
+            stop(
+                f"the norm of the gradients is {float(norm)}; nothing of this iteration was taken: "
+                "train on other data, with a lower learning rate or stronger clipping, or give "
+                "--no-check-for-nan-in-loss-and-grad to go on all the same."
+            )
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As Megatron's."""
+        super().zero_grad(set_to_none)
+        for _, local in self._pairs:
+            local.grad = None
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: see ``rules.py``, which hosts of their own may pass by.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "--optimizer came with --use-megatron-fsdp cannot save or load its state yet: leave "
+            "checkpoints out, or use --use-distributed-optimizer alone."
+        )
+
+    state_dict = load_state_dict = sharded_state_dict
+
+
+def _starts(pairs: Sequence[tuple[Any, Tensor]], group: dist.ProcessGroup | None) -> list[int]:
+    """Return the first element of each slice in its parameter; a collective.
+
+    Raises:
+        UnsupportedError: the slices of a parameter are not all of it.
+    """
+    if group is None:
+        return [0] * len(pairs)
+    counts = of_all_ranks([local.numel() for _, local in pairs], group)
+    for (param, _), held in zip(pairs, map(sum, zip(*counts, strict=True)), strict=True):
+        if held != param.orig_param.numel():
+            raise UnsupportedError(
+                f"--optimizer came: ranks hold {held} elements of a weight of shape "
+                f"{tuple(param.orig_param.shape)} with --use-megatron-fsdp, not each of them once: "
+                "use --use-distributed-optimizer alone."
+            )
+    return [sum(before) for before in zip([0] * len(pairs), *counts[: group.rank()], strict=True)]
+
+
+def _shard_of(
+    param: Any,
+    local: Tensor,
+    start: int,
+    model_groups: ModelGroups,
+    group: dist.ProcessGroup,
+    is_cut: bool,
+) -> Shard:
+    shard = shard_of(
+        param.orig_param,
+        model_groups,
+        start=start,
+        stop=start + local.numel(),
+        dp_group=group if is_cut else None,
+    )
+    whole = list(shard.shape)
+    if shard.tp_dim is not None:
+        whole[shard.tp_dim] *= shard.tp_size
+    if tuple(whole) != tuple(param.shape):
+        raise UnsupportedError(
+            f"--optimizer came: --use-megatron-fsdp takes a weight of shape {shard.shape} for a "
+            f"shard of {tuple(param.shape)}, which the weight does not say (tensor_model_parallel, "
+            "partition_dim): use layers that do, or --tensor-model-parallel-size 1."
+        )
+    return shard
