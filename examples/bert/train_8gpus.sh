@@ -63,7 +63,10 @@ CAME_ARGS=(
     --came-beta3 0.9999
 )
 
-MODEL_SMOKE_ARGS=()
+# Of a short sequence Megatron may mask nothing: alone in a micro-batch its loss is 0/0.
+MODEL_SMOKE_ARGS=(
+    --short-seq-prob 0
+)
 
 MODEL_PARALLEL_ARGS=(
     --use-distributed-optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_came.core.diagnostics import Sums, kind_of
+from megatron_came.dtensors import is_dtensor
 from megatron_came.megatron.parameter_names import named_parameters
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
@@ -48,9 +50,8 @@ def figures_of(model: Sequence[Any], optimizer: Any) -> dict[str, dict[str, floa
         if each.optimizer is not None:
             pairs = ((local, kinds.get(param, "other")) for param, local in each._pairs)
             sums = each.optimizer.measure(dict(pairs))
-        group = each.get_grad_stats_parallel_group()
-        total.added.add_(reduced(sums.added, group))
-        largest = reduced(sums.largest, group, dist.ReduceOp.MAX)
+        total.added.add_(reduced(sums.added, each))
+        largest = reduced(sums.largest, each, dist.ReduceOp.MAX)
         torch.maximum(total.largest, largest, out=total.largest)
     figures = total.figures()
     if chain[0].spike_guard is not None:
@@ -58,10 +59,15 @@ def figures_of(model: Sequence[Any], optimizer: Any) -> dict[str, dict[str, floa
     return figures
 
 
-def reduced(values: torch.Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Return values reduced over a group, which may do so on the GPU alone, on the CPU."""
-    values = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
-    dist.all_reduce(values, op=op, group=group)
+def reduced(values: torch.Tensor, wrapper: Any, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Return values, on the CPU, reduced over the ranks among which an optimizer's state lies."""
+    groups = [wrapper.get_grad_stats_parallel_group()]
+    # Megatron adds norms of FSDP2's gradients up over its mesh as well, which this group has not.
+    meshes = (local.device_mesh for _, local in wrapper._pairs if is_dtensor(local))
+    groups += [mesh.get_group() for mesh in itertools.islice(meshes, 1)]
+    values = values.to("cuda" if dist.get_backend(groups[0]) == "nccl" else "cpu", copy=True)
+    for group in groups:
+        dist.all_reduce(values, op=op, group=group)
     return values.cpu()
 
 

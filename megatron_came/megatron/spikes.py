@@ -41,8 +41,7 @@ def guard_spikes(chain: Sequence[Any], factor: float) -> None:
     guard = SpikeGuard(factor, say)
 
     def add_up(sums: Sequence[Tensor]) -> Tensor:
-        groups = [each.get_grad_stats_parallel_group() for each in chain]
-        return sum(map(reduced, sums, groups), start=torch.zeros(2, dtype=torch.float64))
+        return sum(map(reduced, sums, chain), start=torch.zeros(2, dtype=torch.float64))
 
     guard.members = [each.optimizer or each for each in chain]
     guard.add_up, guard.name_step = add_up, _iteration
