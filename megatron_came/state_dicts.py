@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -264,12 +265,16 @@ def _check_values(saved: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
         here = dtensors.local_of(value)
         if here.layout != torch.strided or here.is_meta:
             wrong = "is a meta tensor, without values," if here.is_meta else f"is {here.layout}"
-        elif here.is_floating_point() and not torch.isfinite(here.to(torch.float32)).all():
-            wrong = "holds a NaN or an infinity"
-        elif key in FACTORS and (here < 0).any():
-            wrong = "holds a negative number"
-        else:
+        elif not here.numel() or not here.is_floating_point():
             continue
+        else:
+            low, high = (float(value) for value in torch.aminmax(here))  # both NaN if there is one
+            if not (math.isfinite(low) and math.isfinite(high)):
+                wrong = "holds a NaN or an infinity"
+            elif key in FACTORS and low < 0.0:
+                wrong = "holds a negative number"
+            else:
+                continue
         raise ValueError(
             f"CAME: {key!r} of a parameter of shape {shape} {wrong} in the state dictionary, which "
             "CAME does not write: it is damaged, or of a run whose gradients were not finite."

@@ -349,7 +349,7 @@ def test_a_gradient_that_does_not_fit_is_an_error(kernels):
     param = torch.nn.Parameter(torch.randn(30, 40, device=DEVICES[kernels]))
     param.decoupled_grad = torch.randn(7, device=param.device)
     optimizer = CAME([param], lr=1e-3, kernels=kernels)
-    message = "1200 elements on .* has a gradient of 7 on .*: set decoupled_grad to one that fits"
+    message = r"1200 elements, on .* has a gradient of shape \(7,\), .*: set decoupled_grad to one"
     with pytest.raises(ValueError, match=message):
         optimizer.step()
 
