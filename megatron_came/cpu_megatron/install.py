@@ -16,7 +16,6 @@ REPLACEMENTS = table("megatron_came.cpu_megatron", {
         ("add_megatron_arguments", "arguments:with_defaults", "defaults are a CPU's"),
         ("parse_args", "arguments:with_check", "what cannot work is refused"),
         ("validate_args", "arguments:with_check_and_attention", "also of a checkpoint's arguments"),
-        ("validate_args", "megatron_fsdp:with_connections", "FSDP wants other queues of a GPU's"),
     ),
     "megatron.core.datasets.utils": (
         ("compile_helpers", _HELPERS, "the wheel has compiled helpers and no Makefile"),

@@ -49,7 +49,7 @@ def came_flags() -> list[argparse.Action]:
 
 def _flag(action: argparse.Action) -> tuple[str, str, str]:
     values = "|".join(map(str, action.choices or ())) or action.metavar
-    default = "off" if action.nargs == 0 else action.default
+    default = "off" if action.nargs == 0 or action.default is None else action.default
     meaning = (action.help or "").replace("%%", "%").partition(" (default: ")[0]
     name = action.option_strings[0] + (f" {values}" if values else "")
     return name, "" if default is None else str(default), meaning

@@ -82,7 +82,9 @@ def test_adam_learns_and_says_once_where_it_runs(reference: tuple[str, Path]) ->
 def test_layouts_resume_alike(reference: tuple[str, Path], layout: str, tmp_path: Path) -> None:
     log, folder = reference
     flags = shlex.join([*TINY, *PLAIN, *RESHARDABLE, "--load", str(folder)])
-    harness.run(2, [harness.Case("resumed", f"{flags} {layout}", model="")], tmp_path)
+    harness.run(
+        2, [harness.Case("resumed", f"{flags} {layout}", "all-documents", model="")], tmp_path
+    )
     resumed = (tmp_path / "log").read_text()
     expected = losses(log)
     # At the second iteration after a start Megatron logs the mean of both.

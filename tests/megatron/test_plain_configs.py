@@ -104,7 +104,7 @@ def test_use_came_takes_adams_place(capsys):
     [
         ({"optimizer": "muon"}, "--optimizer muon, which is not sharded as CAME is"),
         ({"came_beta1": 2.0}, "--came-beta1 2.0 is not allowed"),
-        ({"use_megatron_fsdp": True}, "does not go with --use-megatron-fsdp"),
+        ({"optimizer_cpu_offload": True}, "does not go with --optimizer-cpu-offload"),
     ],
 )
 def test_use_came_says_what_is_wrong(settings, sentence):

@@ -6,8 +6,8 @@ from tests.training.harness import SMALL, Case, losses, run, worst_difference
 from tests.training.layouts import CP, DO, SP, TP
 
 TOLERANCE = 2e-6  # relative, of the loss; see test_training
-# Of bf16 weights with tensor parallelism: CAME's losses with and without Megatron's distributed
-# optimizer differ by 4.4e-5.
+# Of bf16 weights: one that is rounded otherwise, as the last bits of sums differ between cuts, is
+# off by 2^-9. With and without Megatron's distributed optimizer losses differ by 4.4e-5 on 4 ranks.
 BF16_TOLERANCE = 1e-4
 FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy "
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
@@ -49,8 +49,9 @@ def train(ranks, folder, more=()):
 def check(seen, ranks, first, flags):
     theirs, ours = (losses(seen[named(ranks, each)]) for each in (first, flags))
     assert theirs[-1] < theirs[0] - 0.2  # it trains, or nothing is compared
-    tolerance = BF16_TOLERANCE if TP in flags and "--bf16" in flags else TOLERANCE
+    tolerance = BF16_TOLERANCE if "--bf16" in flags else TOLERANCE
     assert worst_difference(ours, theirs) <= tolerance
+    assert worst_difference(ours[:2], theirs[:2]) <= TOLERANCE  # before one can be seen
 
 
 @pytest.fixture(scope="session")
