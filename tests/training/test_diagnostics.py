@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_came.tools.plot import scalars
 from tests.training.harness import Case, losses, run, worst_difference
@@ -11,10 +12,14 @@ from tests.training.layouts import DO, EP, MODELS, PP, TP
 
 # The gradient of the bias of attention's keys is nothing but rounding, which CAME makes an update
 # of the usual size: its figures are no two layouts' the same.
-START = {"gpt2": "--disable-bias-linear --num-layers 2 ", "moe": MODELS["moe"]}
+PLAIN = "--disable-bias-linear --num-layers 2 --untie-embeddings-and-output-weights "
+START = {"gpt2": PLAIN, "moe": MODELS["moe"]}
+FSDP2 = "--use-torch-fsdp2 --ckpt-format torch_dist "
+# PyTorch 2.6 has no fully_shard on a CPU.
+ON_FSDP2 = {} if torch.__version__.startswith("2.6.") else {"fsdp2": FSDP2}
 LAYOUTS = {
     1: {"dp1": ""},
-    2: {"tp2": TP, "dp2-do": DO, "pp2-do": PP + DO},
+    2: {"tp2": TP, "dp2-do": DO, "pp2-do": PP + DO, **ON_FSDP2},
 }
 MOE = {1: {"moe": ""}, 2: {"moe-ep2-do": EP + DO}}
 # Gradients are as large as they come, and the 18th iteration's a thousand times as large.
