@@ -19,6 +19,7 @@ from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, is_used, local_groups
 from megatron_came.megatron.parameter_names import identities
+from megatron_came.megatron.quantized import check_gather
 from megatron_came.megatron.rank_settings import arguments
 from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, chain_of, check_replicas
@@ -42,7 +43,9 @@ def with_came(original: Function) -> Function:
         if getattr(config, "optimizer", None) == "came" and not is_came:
             config, is_came = CameOptimizerConfig.from_plain(config, arguments()), True
         if is_came and not hasattr(config, "as_asked"):  # others' wrappers may lead here twice
-            refuse(settings_of_model(config, model_chunks))
+            settings = settings_of_model(config, model_chunks)
+            refuse(settings)
+            check_gather(model_chunks, gathers_fp8=getattr(settings, "fp8_param_gather", False))
             config = agree(config, model_chunks, collection).as_standard()
         elif not is_came and arguments() and collection is None:
             tell_optimizer(config)

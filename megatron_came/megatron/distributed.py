@@ -25,6 +25,7 @@ from megatron_came.core.state import FACTORS, REMAINDER
 from megatron_came.megatron.checkpoints.buckets import (
     arrange,
     arrangement_problem,
+    cast_momentum,
     offsets_as_gathered,
     spans_of,
     with_padding,
@@ -69,7 +70,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
     Of a bf16 model, gradients are read where they were reduced, and the step writes the model's
     weights itself. 16-bit gradients are copied to fp32 where there is a loss scale, which PyTorch
     does not divide bf16 by on a GPU, and where others in the chain of optimizers are in fp32: fused
-    kernels for norms take one dtype.
+    kernels for norms take one dtype. With ``--fp8-param-gather`` Megatron writes all weights.
 
     Checkpoints hold the main weights in fp32 and the momentum, in fp32 or bf16, where Adam's would
     be, and the factors under ``came``: in distributed checkpoints by the names of the parameters,
@@ -137,7 +138,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
                 self._pairs.append((param, local))
         self.optimizer.set_shards(shards, None if identities is None else names)
         self.optimizer.init_state()
-        if config.bf16 and not has_remainders:
+        if config.bf16 and not (has_remainders or self._quantizes):
             weights = chain.from_iterable(self.shard_float16_groups)
             self.optimizer.set_model_weights(
                 dict(zip(chain.from_iterable(mains), weights, strict=True))
@@ -170,6 +171,15 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
     @property
     def _in_place(self) -> bool:
         return bool(getattr(self.config, _PRECISION_AWARE))
+
+    @property
+    def _quantizes(self) -> bool:
+        """Whether Megatron writes the model's weights: it quantises them on all ranks together."""
+        return bool(self.ddp_config.fp8_param_gather)
+
+    def _copy_main_params_to_model_params(self) -> None:
+        with _precision_aware(self.config, self._in_place and not self._quantizes):
+            super()._copy_main_params_to_model_params()
 
     @property
     def gradient_dtypes(self) -> set[torch.dtype]:
@@ -323,7 +333,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         """As Megatron's, with the factors; a chain of optimizers saves what this returns."""
         state = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is not None:
-            _cast_momentum(state, self._saved_dtype)
+            cast_momentum(state, self._saved_dtype)
             state["came"] = {
                 "format": FORMAT,
                 "parameters": self._legacy_factors(),
@@ -344,7 +354,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
             stop(problem[0])
         if state_dict is not None:
             arrange(state_dict, self.buffers)
-            _cast_momentum(state_dict, torch.float32)
+            cast_momentum(state_dict, torch.float32)
         super().load_parameter_state_from_dp_zero(state_dict, **kwargs)
         for position, factors in enumerate(self._legacy_factors()):
             for key, mine in factors.items():
@@ -388,11 +398,3 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
 
 def _shape_of(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _cast_momentum(gathered: dict[Any, Any], dtype: torch.dtype) -> None:
-    """Cast the momentum among what Megatron has gathered of each buffer."""
-    for buffers in gathered.values():
-        for tensors in buffers.values() if isinstance(buffers, dict) else ():
-            if isinstance(tensors, dict) and "exp_avg" in tensors:
-                tensors["exp_avg"] = tensors["exp_avg"].to(dtype)

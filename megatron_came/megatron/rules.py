@@ -11,6 +11,7 @@ import torch
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.dtensors import is_dtensor
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.fp8_rules import RULES as FP8_RULES
 from megatron_came.rules import Rule, refusal
 from megatron_came.versions import SUPPORTED, before
 
@@ -200,19 +201,7 @@ RULES = (
         when=_has_other_main_weights,
     ),
     _not_with("--optimizer-cuda-graph", _LEAVE_OUT),
-    *(
-        _not_with(
-            flag,
-            "leave it out, and weights are gathered in bf16",
-            "{given}, whose weights lie in Transformer Engine's own tensors, with which neither "
-            "its step nor its checkpoints have been tested",
-        )
-        for flag in (
-            "--fp8-param-gather",
-            "--fp4-param-gather",
-            "--reuse-grad-buf-for-mxfp8-param-ag",
-        )
-    ),
+    *FP8_RULES,
     # Megatron's validation derives these two from the flags.
     _not_with(
         "--tensor-parallel-num-weight-shards",

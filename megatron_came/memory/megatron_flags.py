@@ -93,6 +93,7 @@ def _refuse(args: argparse.Namespace) -> None:
         ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out"),
         ("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", _TENSOR),
         ("moe_single_grouped_weight", "--moe-single-grouped-weight", "leave it out"),
+        ("fp8_param_gather", "--fp8-param-gather", "leave it out, and weights are bf16"),
     ):
         if getattr(args, name, None):
             raise LaunchError(f"memory cannot be predicted with {flag}: {instead}.")

@@ -102,6 +102,11 @@ def _refuse(checkpoint: Checkpoint) -> None:
             f"{path} is of --optimizer {printable(str(optimizer))[:40]}, whose other state is lost "
             f"with the main weights: {_WEIGHTS}."
         )
+    if checkpoint.args.get("fp8_param_gather"):
+        raise CheckpointError(
+            f"{path} has weights in fp8, of which main weights cannot be made anew: if it is "
+            "damaged, resume from an earlier iteration."
+        )
     verdict = verify(checkpoint)
     if verdict.damages and not verdict.is_of_main_weights:
         listed = f"megatron-came inspect --verify {path}"

@@ -9,6 +9,8 @@ import torch
 from megatron_came.core.hyperparameters import Hyperparameters
 from megatron_came.megatron.arguments import check, given_flags, hyperparameters
 from megatron_came.megatron.checkpoints import refusals as checkpoints
+from megatron_came.megatron.fp8_rules import RULES as FP8_RULES
+from megatron_came.rules import refusal
 
 CAME = {f"came_{field.name}": field.default for field in fields(Hyperparameters)}
 
@@ -69,10 +71,6 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
         ),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
-        (
-            {"fp8_param_gather": True},
-            "--fp8-param-gather, whose weights lie in Transformer Engine's own tensors",
-        ),
         ({"fp4_param_gather": True}, "leave it out, and weights are gathered in bf16"),
         (
             {"gtp_weight_remat_size": 2, "tensor_parallel_num_weight_shards": 4},
@@ -89,6 +87,44 @@ def test_what_does_not_go_with_came_is_refused(changes, sentence):
         check(arguments(**changes), [])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"use_distributed_optimizer": False}, "without FSDP: add --use-distributed-optimizer"),
+        ({"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor"}, "without FSDP: add"),
+        ({"bf16": False}, "--fp8-param-gather needs --bf16"),
+        ({"bf16": False, "fp16": True}, "--fp8-param-gather needs --bf16"),
+        ({"came_main_params": "remainder"}, "completes bf16 weights, and --fp8-param-gather"),
+        ({"fp4_param_gather": True}, "leave it out, and weights are gathered in bf16"),
+        ({"save": "folder", "ckpt_format": "torch"}, "--ckpt-format torch does not go with"),
+        ({"load": "folder", "ckpt_format": "torch"}, "not read here: use torch_dist."),
+        ({"came_report_memory": True}, "--came-report-memory does not go with --fp8-param-gather"),
+        ({"qk_clip": True}, "--qk-clip does not go with --fp8-param-gather"),
+    ],
+    ids=str,
+)
+def test_what_weights_in_fp8_do_not_go_with_is_refused(changes, sentence):
+    fitting = {"fp8_param_gather": True, "use_distributed_optimizer": True, "bf16": True}
+    fitting |= {"fp8_recipe": "mxfp8", "reuse_grad_buf_for_mxfp8_param_ag": True}
+    for small in ("fp32", "bf16", "int8"):
+        check(arguments(**fitting, came_momentum_dtype=small), [])
+    with pytest.raises(ValueError, match=sentence):
+        check(arguments(**{**fitting, **changes}), [])
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [("0.17.1", True), ("0.18.2", False)])
+def test_experts_beside_reused_buffers_are_refused_where_megatron_spoils_them(
+    monkeypatch, version, is_refused
+):
+    monkeypatch.setattr("megatron.core.package_info.__version__", version)
+    reused = {"fp8_param_gather": True, "use_distributed_optimizer": True, "bf16": True}
+    reused |= {"reuse_grad_buf_for_mxfp8_param_ag": True, "num_experts": 8}
+    check(arguments(**reused, overlap_param_gather=True), [])
+    problem = refusal(FP8_RULES, arguments(**reused))
+    assert bool(problem) == is_refused
+    assert problem is None or "on Megatron 0.17, which overwrites their gradients" in problem
 
 
 @pytest.mark.parametrize(

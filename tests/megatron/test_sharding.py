@@ -10,10 +10,12 @@ from megatron_came.megatron.builder import settings_of_model
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import Identity, identity_of
+from megatron_came.megatron.quantized import check_gather
 from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas, shard_of
 from megatron_came.voice import say_once
 from scripts.cases.simulated_ranks import SimulatedGroup, run_ranks
+from tests.support import quantized
 
 PAIR, EXPERT_PAIR, EMBEDDING = (SimulatedGroup([0, 1]) for _ in range(3))
 GROUPS = ModelGroups(tp=PAIR, expert_tp=EXPERT_PAIR, embedding=EMBEDDING)
@@ -131,3 +133,15 @@ def test_a_configuration_made_without_a_command_line_meets_the_same_rules(change
     with pytest.raises(UnsupportedError) as error:
         refuse(settings_of_model(config, model))
     assert sentence in str(error.value)
+
+
+def test_weights_in_fp8_that_nobody_quantises_are_refused():
+    plain, model = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    model.weight = quantized.parameter(torch.ones(4, 4), "tensorwise")
+    with quantized.plugged_in():
+        check_gather([plain, model], gathers_fp8=True)
+        check_gather([plain], gathers_fp8=False)
+        with pytest.raises(UnsupportedError, match=r"shape \(4, 4\) is in fp8, .*: add that, or"):
+            check_gather([plain, model], gathers_fp8=False)
+        model.weight.requires_grad = False
+        check_gather([plain, model], gathers_fp8=False)

@@ -87,6 +87,10 @@ FAILING = {
         "--gpus 1 pretrain_bert.py --optimizer muon " + SMALL + DO,
         "not predicted: add --no-use-layer-wise-param-layout",
     ),
+    "weights in fp8": (
+        "--gpus 2 " + SMALL + DO + "--bf16 --fp8-format hybrid --fp8-param-gather",
+        "memory cannot be predicted with --fp8-param-gather: leave it out",
+    ),
     "missing flag": ("--gpus 1 --num-layers 2", "Megatron needs --micro-batch-size: add it"),
     "no tokenizer": (
         SMALL + f"--gpus 1 --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {__file__}",

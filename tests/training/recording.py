@@ -8,12 +8,15 @@ import torch.distributed as dist
 
 from megatron_came.core import sums
 from megatron_came.dtensors import local_of
+from tests.support import quantized
 
 
 def digest(tensors):
     """One digest of tensors, bit for bit."""
     sha = hashlib.sha256()
     for tensor in map(local_of, tensors):
+        if isinstance(tensor, quantized.QuantizedTensor):
+            tensor = tensor.dequantize()
         sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 

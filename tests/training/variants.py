@@ -1,5 +1,6 @@
 """What a case runs instead of CAME: the authors' optimizer, or CAME with a deliberate fault."""
 
+import argparse
 import contextlib
 import functools
 import os
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_came.core import sums
 from megatron_came.core.reference import update
+from tests.support import quantized
 from tests.training import other_models
 from tests.training.damaged_settings import DAMAGE, damaged
 
@@ -238,6 +240,44 @@ def _spiky(iteration=3, factor=100.0):
     return mock.patch.object(pretrain_gpt, "loss_func", spoiled)
 
 
+@contextlib.contextmanager
+def _in_fp8():
+    """Layers' weights lie in fp8 tensors of a stand-in's, and Megatron gathers them so.
+
+    The flags themselves want layers of Transformer Engine's.
+    """
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.module import Float16Module
+    from megatron.training import checkpointing, get_args
+
+    module, settings = Float16Module.__init__, DistributedDataParallelConfig.__init__
+    saved = checkpointing.generate_state_dict
+
+    def quantising(self, config, model, *args, **kwargs):
+        module(self, config, model, *args, **kwargs)
+        for each in model.decoder.modules():
+            if isinstance(each, ColumnParallelLinear | RowParallelLinear):
+                weight = quantized.parameter(each.weight, get_args().fp8_recipe)
+                vars(weight).update(vars(each.weight))
+                each.weight = weight
+
+    def gathering(self, *args, **kwargs):
+        settings(self, *args, **{**kwargs, "fp8_param_gather": True})
+
+    def saying_so(args, *rest, **kwargs):
+        flags = argparse.Namespace(**{**vars(args), "fp8_param_gather": True})
+        return saved(flags, *rest, **kwargs)
+
+    with (
+        quantized.plugged_in(),
+        mock.patch.object(checkpointing, "generate_state_dict", saying_so),
+        mock.patch.object(Float16Module, "__init__", quantising),
+        mock.patch.object(DistributedDataParallelConfig, "__init__", gathering),
+    ):
+        yield
+
+
 def apply(name: str, stack: contextlib.ExitStack) -> None:
     """Enter the patches of a variant."""
     from megatron_came.megatron import builder
@@ -263,6 +303,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         **{f"damaged-{name}": functools.partial(damaged, name) for name in DAMAGE},
         "silent": _silent_weights,
         "killed": _killed_while_saving,
+        "fp8": _in_fp8,
         "no_dp_sum": lambda: without_sums_over("dp_group"),
         "no_tp_sum": lambda: without_sums_over("tp_group"),
     }

@@ -170,3 +170,11 @@ def _tensors(gathered: dict[Any, Any], index: int) -> dict[str, Any]:
     (tensors,) = gathered[index].values()
     found: dict[str, Any] = tensors
     return found
+
+
+def cast_momentum(gathered: dict[Any, Any], dtype: torch.dtype) -> None:
+    """Cast the momentum among what Megatron has gathered of each buffer."""
+    for buffers in gathered.values():
+        for tensors in buffers.values() if isinstance(buffers, dict) else ():
+            if isinstance(tensors, dict) and "exp_avg" in tensors:
+                tensors["exp_avg"] = tensors["exp_avg"].to(dtype)

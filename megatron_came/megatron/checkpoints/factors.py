@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_came.core.state import AVERAGED_AXIS, FACTORS, without_averaged_axis
 from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
+from megatron_came.megatron.quantized import is_quantized, plain
 from megatron_came.optimizer import CAME
 
 # Of what :func:`sharded_factors` writes; to be raised by whoever changes that.
@@ -120,9 +121,18 @@ def leaves_of(
     Raises:
         ValueError: as :func:`.fsdp2.whole_leaves` has it.
     """
-    single = isinstance(entry, ShardedTensor)
-    leaves = [entry] if single else list(nested_values(entry.build()))
-    return whole_leaves(leaves, param, is_stacked=not single)
+    param = plain(param)
+    leaves = cuts_of(entry, param)
+    return whole_leaves(leaves, param, is_stacked=not isinstance(entry, ShardedTensor))
+
+
+def cuts_of(entry: ShardedTensor | ShardedTensorFactory, values: Tensor) -> list[ShardedTensor]:
+    """Return the boxes that an entry consists of: of these values, where its own are quantised."""
+    if is_quantized(entry.data):
+        entry = replace(entry, data=values)
+    if isinstance(entry, ShardedTensor):
+        return [entry]
+    return list(nested_values(entry.build()))
 
 
 def boxes_of(

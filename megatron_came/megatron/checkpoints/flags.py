@@ -26,9 +26,9 @@ _TRAINING = [f"came_{row.name}" for row in TABLE] + _words("""
     apply_wd_to_qk_layernorm fp16 bf16 loss_scale initial_loss_scale min_loss_scale
     loss_scale_window hysteresis grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32
     fp32_residual_connection attention_softmax_in_fp32 apply_query_key_layer_scaling fp8 fp8_recipe
-    fp4 attention_dropout hidden_dropout mup_attn_scale_power mup_embedding_mult mup_output_mult
-    freeze_all_layers qk_clip qk_clip_alpha qk_clip_threshold split mock_data data_path
-    train_data_path eod_mask_loss reset_position_ids reset_attention_mask
+    fp8_param_gather fp4 attention_dropout hidden_dropout mup_attn_scale_power mup_embedding_mult
+    mup_output_mult freeze_all_layers qk_clip qk_clip_alpha qk_clip_threshold split mock_data
+    data_path train_data_path eod_mask_loss reset_position_ids reset_attention_mask
 """)
 # What decides how weights are read.
 _MODEL = _words("""

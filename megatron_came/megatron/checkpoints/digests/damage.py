@@ -44,7 +44,7 @@ class Source:
         error: why its record cannot be read.
         iteration: in its common state.
         optimizer: of the run that saved it.
-        rounded: dtype of that run's weights, if known.
+        rounded: dtype of that run's weights, if known and not fp8.
     """
 
     file: str
@@ -73,6 +73,7 @@ class Source:
         if args is not None:
             rounded = torch.bfloat16 if getattr(args, "bf16", False) else torch.float32
             rounded = torch.float16 if getattr(args, "fp16", False) else rounded
+            rounded = None if getattr(args, "fp8_param_gather", False) else rounded
         return cls(
             file=str(file),
             folder=folder,
@@ -236,7 +237,8 @@ def _refusal(damaged: Sequence[Named], source: Source, found: Found) -> str:
     more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
     where = _where(damaged, source, found)
     rebuild = ""
-    if {kind for kind, _ in damaged} == {MAIN_WEIGHTS} and source.rounded != torch.float32:
+    in_16_bits = source.rounded in (torch.bfloat16, torch.float16)
+    if in_16_bits and {kind for kind, _ in damaged} == {MAIN_WEIGHTS}:
         repair = f"megatron-came repair {source.folder} OUT"
         rebuild = f"rebuild them from the model's weights with {repair}, or "
     return source.damaged(f"{kind} of {name}{more}{where} is not what was saved", rebuild)

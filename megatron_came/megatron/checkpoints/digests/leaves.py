@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_came.core.digests import PlacedBox, name_of
 from megatron_came.core.state import AVERAGED_AXIS, without_averaged_axis
 from megatron_came.dtensors import local_of
-from megatron_came.megatron.checkpoints.factors import place_in
+from megatron_came.megatron.checkpoints.factors import cuts_of, place_in
 from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
+from megatron_came.megatron.quantized import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,9 @@ def _read(chunk: Any) -> dict[int, Entry]:
     state = extract_sharded_tensors_and_factories(chunk.sharded_state_dict())[0]
     for entry in nested_values(state):
         single, owner = isinstance(entry, ShardedTensor), owners.get(id(entry.data), entry.data)
-        leaves = [entry] if single else list(nested_values(entry.build()))
-        own = tuple(_leaf(leaf, entry.data) for leaf in leaves if leaf.data is not None)
+        values = plain(entry.data)
+        leaves = cuts_of(entry, values)
+        own = tuple(_leaf(leaf, values) for leaf in leaves if leaf.data is not None)
         of_factors: tuple[Leaf, ...] = ()
         if owner is not entry.data:
             whole, tensor = whole_leaves(leaves, owner, is_stacked=not single)

@@ -27,6 +27,7 @@ from megatron_came.core.saved import Ranges
 from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.kernels.digests import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
+from megatron_came.megatron.quantized import is_quantized, plain
 
 KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
 # Elements that wait to be added up; those that were converted need memory.
@@ -65,10 +66,9 @@ class Sums:
     def __init__(self, entries: Mapping[int, Entry], *, looks: bool = False) -> None:
         self.names: Names = tuple(
             dict.fromkeys(
-                (leaf.name, leaf.box.shape, str(values.dtype).removeprefix("torch."))
+                (leaf.name, leaf.box.shape, _dtype_of(entry, leaf, is_loaded=looks))
                 for entry in entries.values()
                 for leaf in entry.leaves
-                for values in [entry.tensor if leaf.copy is None else leaf.copy]
             )
         )
         self._looks = looks
@@ -87,7 +87,7 @@ class Sums:
 
     def add_weights(self, entry: Entry) -> None:
         """Add the weights of an entry, where this rank stands for all that hold them."""
-        self._add((WEIGHTS,), entry.tensor, [leaf for leaf in entry.views if leaf.is_main])
+        self._add((WEIGHTS,), plain(entry.tensor), [leaf for leaf in entry.views if leaf.is_main])
         for leaf in entry.leaves:
             if leaf.copy is not None and leaf.is_main:
                 box = PlacedBox.alone(leaf.box.size, leaf.box.offset, leaf.box.shape)
@@ -208,6 +208,18 @@ class Sums:
             flaws,
             {name: differing[0][at] for name, at in order.items() if differing[0][at]},
         )
+
+
+def _dtype_of(entry: Entry, leaf: Leaf, *, is_loaded: bool) -> str:
+    """Name the dtype of a box of weights.
+
+    A file holds the values of fp8 weights. These are quantised once more when they are loaded, by
+    which they may change: they are told apart from what is in the file, and not compared with it.
+    """
+    if is_loaded and is_quantized(entry.tensor):
+        return "fp8"
+    values = entry.tensor if leaf.copy is None else leaf.copy
+    return str(values.dtype).removeprefix("torch.")
 
 
 def distinct[T](value: T) -> list[T]:

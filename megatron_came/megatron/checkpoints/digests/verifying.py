@@ -31,6 +31,7 @@ from megatron_came.megatron.checkpoints.digests.saving import (
     wrappers_of,
 )
 from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct, in_one_range
+from megatron_came.megatron.quantized import is_quantized
 from megatron_came.optimizer import CAME
 from megatron_came.voice import rank, say, stop
 
@@ -152,7 +153,8 @@ class Verification:
         for kind, values in ((MAIN_WEIGHTS, main), (MOMENTUM, momentum)):
             self._sums.add_slice((kind,), entry, in_one_range(values), start)
         self._sums.flush()
-        self._compare(entry, param.detach().view(-1)[start:stop], main)
+        if not is_quantized(param):
+            self._compare(entry, param.detach().view(-1)[start:stop], main)
 
     @torch.no_grad()
     def note_whole(self, came: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
