@@ -21,6 +21,7 @@ from megatron_came.core.momentum import MOMENTUM, SCALE
 from megatron_came.core.saved import saved_momentum
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import FACTORS, without_averaged_axis
+from megatron_came.core.sums import largest
 from megatron_came.voice import of_all_ranks
 
 if TYPE_CHECKING:
@@ -268,6 +269,20 @@ def check_ranks(owners: Mapping[Tensor, object], groups: Iterable[Mapping[str, A
                             f"on rank {rank} along dimension {mesh_dim} of its mesh: give all "
                             "ranks the same."
                         )
+
+
+def agreed(values: Tensor, params: Iterable[Tensor]) -> Tensor:
+    """Return what all ranks of the parameters' meshes go on from, the largest; a collective.
+
+    Args:
+        values: equal but for rounding, or where what is no ``DTensor`` differs.
+        params: of which some may be ``DTensor``.
+    """
+    meshes = {p.device_mesh: local_of(p).device for p in params if is_dtensor(p)}
+    for mesh, device in meshes.items():
+        groups: Any = map(mesh.get_group, range(mesh.ndim))
+        values = largest(values, groups, device)
+    return values
 
 
 def _refusal(param: DTensor, why: str) -> ValueError:

@@ -276,7 +276,8 @@ class CAME(WithStateDicts):
     def begin_guarded(self, of_rank: bool) -> Tensor:
         """See :class:`megatron_came.core.spike_guard.SpikeGuard`."""
         self._begun = [self._begin()]
-        return self._begun[0].squared_update(of_rank)
+        sums = self._begun[0].squared_update(of_rank)
+        return sums if of_rank else dtensors.agreed(sums, self._params())
 
     def _end(self, begun: Begun) -> None:
         """Take the last pass."""
@@ -309,6 +310,8 @@ class CAME(WithStateDicts):
     def diagnostics(self, kinds: Mapping[Tensor, str] | None = None) -> dict[str, dict[str, float]]:
         """Return figures of the last step, of "all" and each kind of layer: docs/stability.md.
 
+        Of whole parameters, the same on all ranks that hold some of them, which all must ask.
+
         Args:
             kinds: of parameters, from :data:`megatron_came.core.diagnostics.KINDS`; by default
                 found by the names that the optimizer was given with its parameters, if it was.
@@ -316,15 +319,15 @@ class CAME(WithStateDicts):
         Raises:
             ValueError: there are no gradients of a last step.
         """
-        found = self.measure(kinds).figures()
+        found = self.measure(kinds, whole=True).figures()
         if self.spike_guard is not None:
             found["all"]["skipped_steps"] = self.spike_guard.skipped
         return found
 
     @torch.no_grad()
-    def measure(self, kinds: Mapping[Tensor, str] | None = None) -> Sums:
-        """Return what :meth:`diagnostics` is made of, of what this rank holds."""
-        return self._current_plan().measure(self._state_of, kinds)
+    def measure(self, kinds: Mapping[Tensor, str] | None = None, *, whole: bool = False) -> Sums:
+        """Return what :meth:`diagnostics` is made of; of what this rank holds, if not whole."""
+        return self._current_plan().measure(self._state_of, kinds, whole)
 
     def _params(self) -> list[Tensor]:
         """All parameters but frozen integers, as quantized layers have them."""

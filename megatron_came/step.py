@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_came import dtensors
 from megatron_came.core.agreement import Agreement
-from megatron_came.core.diagnostics import Sums, kind_of, measure, on_cpu
+from megatron_came.core.diagnostics import Sums, kind_of, measure, measure_whole, on_cpu
 from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs, gradients_of
 from megatron_came.core.state import SECOND_MOMENTS, trust_all
@@ -24,6 +24,7 @@ from megatron_came.snapshots import Seen, Snapshot
 # Bytes of sums from which on a bundle is worth a reduction of its own, and the most bundles.
 _BUNDLE_BYTES = 32 * 1024 * 1024
 _MAX_BUNDLES = 4
+_StateOf = Callable[[Tensor], dict[str, Tensor]]
 
 
 class Bundle:
@@ -261,7 +262,7 @@ class Plan:
     def inputs(
         self,
         settings: Sequence[GroupSettings],
-        state_of: Callable[[Tensor], dict[str, Tensor]],
+        state_of: _StateOf,
         weights: Mapping[Tensor, Tensor],
     ) -> dict[ParameterSlice, StepInputs]:
         """Return what a step brings, of the parameters that take part in it.
@@ -339,14 +340,13 @@ class Plan:
             self._steps, self._seen = steps, self._seen or Seen(now)
         self.settings = settings
 
-    def measure(
-        self, state_of: Callable[[Tensor], dict[str, Tensor]], kinds: Mapping[Tensor, str] | None
-    ) -> Sums:
+    def measure(self, state_of: _StateOf, kinds: Mapping[Tensor, str] | None, whole: bool) -> Sums:
         """Measure the last step, whose gradients and state must still be there.
 
         Args:
             state_of: returns a parameter's state.
             kinds: of layers, by parameter; None finds them by the groups' ``param_names``.
+            whole: whole parameters, not what of them this rank holds; a collective.
         """
         if kinds is None:
             named = (zip(g["params"], g.get("param_names", ()), strict=False) for g in self._groups)
@@ -359,7 +359,7 @@ class Plan:
             )
         totals = {s: t for bundle in self._bundles for s, t in bundle.totals.items()}
         of = {s: kinds[p] for s, p in zip(self.slices, self.params, strict=True) if p in kinds}
-        return measure(inputs, totals, of)
+        return (measure_whole if whole else measure)(inputs, totals, of)
 
 
 def are_same(objects: Sequence[object], others: Sequence[object]) -> bool:

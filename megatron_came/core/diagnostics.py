@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from megatron_came.core.momentum import MOMENTUM, codec_of
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import MATRIX_FACTORS, REMAINDER, VECTOR_FACTORS
+from megatron_came.core.sums import Request, SumBuffer
 
 # A name has the first kind that fits it.
 _KINDS = {
@@ -102,8 +104,9 @@ def measure(
         totals: its sums of u^2.
         kinds: of the parameters; of others it is "other".
     """
-    sums = Sums.zero()
-    rows, samples = [], []
+    exact = [[0.0] * len(_EXACT) for _ in KINDS]
+    largest = [0.0] * len(KINDS)
+    rows, samples, factors_of = [], [], []
     known = on_cpu([totals[each] for each in inputs])
     for (slice_, given), total in zip(inputs.items(), known, strict=True):
         shard, threshold = slice_.shard, given.settings.hyper.clip_threshold
@@ -112,15 +115,59 @@ def measure(
         is_rounded = codec_of(given.state[MOMENTUM].dtype).is_rounded and given.settings.hyper.beta1
         own = [1.0, divisor > 1.0, divisor, numel, float(total)]
         own += [numel * bool(is_rounded), numel * (not shard.is_vector)]
-        sums.added[row, : len(_EXACT)] += shard.share * torch.tensor(own, dtype=torch.float64)
-        sums.largest[row] = max(float(sums.largest[row]), divisor)
+        exact[row] = [old + shard.share * new for old, new in zip(exact[row], own, strict=True)]
+        largest[row] = max(largest[row], divisor)
         look = (_vector if shard.is_vector else _matrix)(slice_, given) if shard.numel else None
         if look is not None:
             rows.append(row)
-            samples.append(_addends(slice_, given, divisor, look) / shard.replicas)
+            samples.append(_addends(slice_, given, divisor, look))
+            weight = look.weight / shard.replicas
+            factors_of.append([weight * float(given.settings.lr) ** 2, *[weight] * 5])
+    sums = Sums.zero()
+    sums.added[:, : len(_EXACT)] = torch.tensor(exact, dtype=torch.float64)
+    sums.largest.copy_(torch.tensor(largest, dtype=torch.float64))
     if rows:
-        sums.added[:, len(_EXACT) :].index_add_(0, torch.tensor(rows), on_cpu(samples))
+        found = on_cpu(samples) * torch.tensor(factors_of, dtype=torch.float64)
+        sums.added[:, len(_EXACT) :].index_add_(0, torch.tensor(rows), found)
     return sums
+
+
+def measure_whole(
+    inputs: Mapping[ParameterSlice, StepInputs],
+    totals: Mapping[ParameterSlice, Tensor],
+    kinds: Mapping[ParameterSlice, str],
+) -> Sums:
+    """Measure the last step of whole parameters, the same on all ranks; a collective.
+
+    As :func:`measure`, of inputs in an order that is the same on all ranks, with an all-reduce of
+    less than 1 KiB over each of the groups that hold the rest, or copies, of some.
+    """
+    if not inputs:
+        return Sums.zero()
+    members: dict[Request, dict[ParameterSlice, StepInputs]] = {}
+    for slice_, given in inputs.items():
+        members.setdefault(_over_all_holders(slice_.shard), {})[slice_] = given
+    devices = [
+        next(iter(own)).param.device for request, own in members.items() if request.summed_over
+    ]
+    sums = SumBuffer([*members], devices[0] if devices else torch.device("cpu"))
+    found = [measure(own, totals, kinds) for own in members.values()]
+    for view, own in zip(sums.views, found, strict=True):
+        view.copy_(own.added)
+    sums.start()
+    sums.finish()
+    # Clip divisors are those of whole tensors already.
+    return Sums(
+        torch.stack(sums.views).sum(0).cpu(), torch.stack([own.largest for own in found]).amax(0)
+    )
+
+
+def _over_all_holders(shard: Shard) -> Request:
+    """Ask for sums over all ranks that hold some of a tensor, or a copy, whose shares these are."""
+    more = [*shard.more_groups, shard.copies_group]
+    groups = tuple(group for group in more if group is not None)
+    shape = (len(KINDS), len(_NAMES))
+    return Request(shape, shard.dp_group, shard.tp_group, more_groups=groups).of_several_ranks()
 
 
 def on_cpu(tensors: Sequence[Tensor]) -> Tensor:
@@ -133,14 +180,16 @@ class _Look(NamedTuple):
     """Elements of a slice.
 
     Attributes:
-        places: in the flat slice.
-        inside: which of the places count; None for all.
+        take: takes them out of a flat slice.
+        places: returns where in it they are.
+        inside: which of them count; None for all.
         scale: u / g.
         confidence: 1 / sqrt(S); None of a vector.
         weight: elements of the full tensor that each stands for.
     """
 
-    places: Tensor
+    take: Callable[[Tensor], Tensor]
+    places: Callable[[], Tensor]
     inside: Tensor | None
     scale: Tensor
     confidence: Tensor | None
@@ -148,32 +197,35 @@ class _Look(NamedTuple):
 
 
 def _addends(slice_: ParameterSlice, given: StepInputs, divisor: float, look: _Look) -> Tensor:
-    """Return what is added up of elements, from "applied" on."""
-    hyper, state, places = given.settings.hyper, given.state, look.places
-    weights = slice_.param.detach().reshape(-1)[places]
+    """Return sums over elements, from "applied" on, which is to be multiplied by lr^2 yet."""
+    hyper, state, take = given.settings.hyper, given.state, look.take
+    weights = take(slice_.param.detach().reshape(-1))
     if REMAINDER in state:
-        weights = remainders.join(weights, state[REMAINDER].view(-1)[places])
-    momentum, spacing = codec_of(state[MOMENTUM].dtype).at(state, places)
-    grad = given.grad.reshape(-1)[places].to(momentum.dtype)
+        weights = remainders.join(weights, take(state[REMAINDER].view(-1)))
+    momentum, *rounded = codec_of(state[MOMENTUM].dtype).at(state, take, look.places)
+    spacing = rounded[0] if rounded else None
+    grad = take(given.grad.reshape(-1)).to(momentum.dtype)
+    weights = weights.to(momentum.dtype)
     if look.inside is not None:
         weights, momentum, grad = (each * look.inside for each in (weights, momentum, grad))
         spacing = None if spacing is None else spacing * look.inside
     away = (grad * look.scale).div_(divisor).sub_(momentum)
     confident = momentum if look.confidence is None else momentum * look.confidence
     step = confident * (grad.sign() == momentum.sign()) if hyper.cautious else confident
-    applied, squared_weights = _squares(step) * float(given.settings.lr) ** 2, _squares(weights)
-    stale, of_matrix = torch.zeros_like(applied), [torch.zeros_like(applied)] * 3
+    applied, squared_weights = _squares(step), _squares(weights)
+    stale = torch.zeros_like(applied)
+    of_matrix = [stale] * 3
     if spacing is not None and hyper.beta1:
         # The step moved m by (1 - b1) (u^ - m_old), which is (1 - b1) / b1 (u^ - m).
-        stale = ((1.0 - hyper.beta1) / hyper.beta1 * away.abs() < spacing).sum()
+        stale = ((1.0 - hyper.beta1) / hyper.beta1 * away.abs() < spacing).sum().to(stale.dtype)
     if look.confidence is not None:
         of_matrix = [*map(_squares, (away, momentum, confident))]
-    return look.weight * torch.stack([applied, squared_weights, stale.double(), *of_matrix])
+    return torch.stack([applied, squared_weights, stale, *of_matrix]).double()
 
 
 def _squares(values: Tensor) -> Tensor:
     flat = values.flatten()
-    return flat.dot(flat).double()
+    return flat.dot(flat)
 
 
 def _vector(slice_: ParameterSlice, given: StepInputs) -> _Look:
@@ -181,8 +233,11 @@ def _vector(slice_: ParameterSlice, given: StepInputs) -> _Look:
     shard = slice_.shard
     first = shard.start + (shard.window[1].start if shard.window else 0)
     scale = given.state[VECTOR_FACTORS[0]].view(-1)[first : first + shard.numel].rsqrt()
-    places = torch.arange(shard.numel, device=scale.device)
-    return _Look(places, None, scale, None, 1.0)
+
+    def places() -> Tensor:
+        return torch.arange(shard.numel, device=scale.device)
+
+    return _Look(lambda flat: flat, places, None, scale, None, 1.0)
 
 
 def _matrix(slice_: ParameterSlice, given: StepInputs) -> _Look | None:
@@ -197,14 +252,26 @@ def _matrix(slice_: ParameterSlice, given: StepInputs) -> _Look | None:
         place = ((batch - batches.start) * height + row - rows.start) * width
         is_held = batches.start <= batch < batches.stop and rows.start <= row < rows.stop
         if is_held and place + width > shard.start and place < shard.stop:
-            here.append((batch, row, place))
+            here.append((batch, row, place - shard.start))
             is_cut |= place < shard.start or place + width > shard.stop
     if not here:
         return None
-    of_batch, of_row, of_place = torch.tensor(here, device=device).unbind(1)
-    places = of_place.unsqueeze(1) + torch.arange(width, device=device)
-    inside = (places >= shard.start) & (places < shard.stop) if is_cut else None
-    places = (places - shard.start).clamp_(0, shard.numel - 1)
+    of_batch, of_row, first = torch.tensor(here, device=device).unbind(1)
+
+    def places() -> Tensor:
+        unbounded = first.unsqueeze(1) + torch.arange(width, device=device)
+        return unbounded.clamp_(0, shard.numel - 1)
+
+    take: Callable[[Tensor], Tensor]
+    inside: Tensor | None = None
+    if shard.start % width or shard.stop % width:
+        known = places()
+        inside = (
+            known - torch.arange(width, device=device) == first.unsqueeze(1) if is_cut else None
+        )
+        take = partial(_take, places=known)
+    else:  # whole rows, which are copied faster than their elements are looked up
+        take = partial(_take_rows, rows=first // width, width=width)
     r, c, R, C = (given.state[key].view(shard.local_matrix[0], -1) for key in MATRIX_FACTORS)
 
     def scale(row: Tensor, column: Tensor) -> Tensor:
@@ -213,7 +280,15 @@ def _matrix(slice_: ParameterSlice, given: StepInputs) -> _Look | None:
         return of_rows[of_batch, of_row].unsqueeze(1) * of_columns[of_batch, columns]
 
     weight = shard.full_numel / (count * shard.full_columns)
-    return _Look(places, inside, scale(r, c), scale(R, C), weight)
+    return _Look(take, places, inside, scale(r, c), scale(R, C), weight)
+
+
+def _take(flat: Tensor, places: Tensor) -> Tensor:
+    return flat[places]
+
+
+def _take_rows(flat: Tensor, rows: Tensor, width: int) -> Tensor:
+    return flat.view(-1, width)[rows]
 
 
 def _sampled_rows(shard: Shard) -> tuple[int, list[tuple[int, int]]]:

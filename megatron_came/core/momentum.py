@@ -6,7 +6,7 @@ nearest where it is loaded. A codec is all that the rest of the package knows of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from megatron_came.core.rounding import to_bf16
 MOMENTUM, SCALE = "exp_avg", "exp_avg_scale"
 
 State = Mapping[str, Tensor]
+Take = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,15 @@ class Codec:
         """Return elements [start, stop) of the flat slice for the arithmetic."""
         return state[MOMENTUM].view(-1)[start:stop]
 
-    def at(self, state: State, places: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return elements of the flat slice, and how far from each its neighbour in bits is.
+    def at(self, state: State, take: Take, places: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        """Return elements of the flat slice; of rounded ones how far their neighbours in bits are.
 
-        None of what is not rounded.
+        Args:
+            state: of the parameter.
+            take: takes them out of a flat slice.
+            places: returns where in it they are.
         """
-        return state[MOMENTUM].view(-1)[places], None
+        return (take(state[MOMENTUM].view(-1)),)
 
     def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
         """Round values and keep them.
@@ -84,8 +88,8 @@ class _BF16(Codec):
     def read(self, state: State, start: int, stop: int) -> Tensor:
         return Codec.read(self, state, start, stop).to(torch.float32)
 
-    def at(self, state: State, places: Tensor) -> tuple[Tensor, Tensor | None]:
-        values = Codec.at(self, state, places)[0].to(torch.float32)
+    def at(self, state: State, take: Take, places: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        values = Codec.at(self, state, take, places)[0].to(torch.float32)
         exponent = torch.frexp(values)[1]
         return values, torch.ldexp((values != 0).to(torch.float32), exponent - 8)
 
@@ -118,9 +122,9 @@ class _Int8(Codec):
     def read(self, state: State, start: int, stop: int) -> Tensor:
         return int8.dequantize(Codec.read(self, state, start, stop), state[SCALE], start)
 
-    def at(self, state: State, places: Tensor) -> tuple[Tensor, Tensor | None]:
-        spacing = state[SCALE][places // int8.BLOCK]
-        return Codec.at(self, state, places)[0] * spacing, spacing
+    def at(self, state: State, take: Take, places: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        spacing = state[SCALE][places() // int8.BLOCK]
+        return Codec.at(self, state, take, places)[0] * spacing, spacing
 
     def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
         quantized, scale = int8.quantize(values.to(torch.float32), bits)

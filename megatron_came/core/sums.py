@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron_came.core.shard import ProcessGroup
@@ -149,6 +150,22 @@ class SumBuffer:
         for work in self._under_way:
             work.wait()
         self._under_way.clear()
+
+
+def largest(values: Tensor, groups: Iterable[ProcessGroup], device: torch.device) -> Tensor:
+    """Return the largest values of ranks that must go on from the same ones, in ``values``.
+
+    Args:
+        values: what should be equal, but may have been added up in another order; NaN counts as
+            infinite, since its maximum is not the same on all ranks.
+        groups: one after another over these.
+        device: where their collectives work.
+    """
+    for group in filter(_several, groups):
+        there = values.nan_to_num(torch.inf, torch.inf).to(device)
+        dist.all_reduce(there, op=dist.ReduceOp.MAX, group=cast(dist.ProcessGroup, group))
+        values.copy_(there)
+    return values
 
 
 def _order(requests: Sequence[Request]) -> list[int]:

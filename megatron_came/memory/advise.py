@@ -127,7 +127,7 @@ def text(advice: Advice, command: LaunchCommand, trained: Optimizer) -> list[str
         if fits is not None:
             lines.append(f"{fits} is enough: it would need {human(advice.others[fits])}.")
         elif advice.others:
-            lines.append("With Adam it would not fit, in no form that Megatron has.")
+            lines.append(f"With Adam it would not fit, in no form that {_forms(command)}.")
         return [line for each in lines for line in wrapped(each)]
     lines = [*wrapped(f"This launch does not fit: it needs {said}.")]
     if advice.singles:
@@ -135,7 +135,7 @@ def text(advice: Advice, command: LaunchCommand, trained: Optimizer) -> list[str
         for number, option in enumerate(advice.singles, 1):
             lines += _described(f"{number}. ", option.changes[0], command)
             lines.append(f"   needs {human(option.needs)}, {human(budget - option.needs)} are left")
-        lines += ["", *_verdict(advice.singles)]
+        lines += ["", *_verdict(advice.singles, _forms(command))]
         return lines
     assert advice.together is not None
     least = advice.together.needs
@@ -158,12 +158,17 @@ def _described(mark: str, change: Change, command: LaunchCommand) -> list[str]:
     return [mark + first.strip(), *more, *wrapped(f"   costs: {change.cost}")]
 
 
-def _verdict(singles: Sequence[Option]) -> list[str]:
+def _forms(command: LaunchCommand) -> str:
+    has_fsdp = "--use-megatron-fsdp" in command.flags
+    return "is predicted with Megatron-FSDP" if has_fsdp else "Megatron has"
+
+
+def _verdict(singles: Sequence[Option], forms: str) -> list[str]:
     """Say which optimizer is enough, where an optimizer alone makes it fit."""
     kinds = [option.changes[0].kind for option in singles]
     if ADAM in kinds:
         name = singles[kinds.index(ADAM)].changes[0].name
         return wrapped(f"{name} is enough: CAME is not needed for this launch to fit.")
     if CAME in kinds:
-        return wrapped("Adam is not enough in any form that Megatron has; CAME is.")
+        return wrapped(f"Adam is not enough in any form that {forms}; CAME is.")
     return ["No optimizer alone is enough."]

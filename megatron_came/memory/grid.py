@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_came.memory.optimizers import is_sharded
+from megatron_came.memory.optimizers import is_cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Grid:
             expert=args.expert_model_parallel_size,
             expert_tensor=args.expert_tensor_parallel_size,
             instances=args.num_distributed_optimizer_instances,
-            sharded=is_sharded(args),
+            sharded=is_cut(args),
         )
 
     @property

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_came.memory import fsdp
 from megatron_came.memory.launch_command import LaunchError, words_of
 from megatron_came.memory.model_kinds import BERT, GPT, T5, kind_of
+from megatron_came.memory.optimizers import has_fsdp
 from megatron_came.memory.stand_ins import hopper, replaced
 from megatron_came.voice import PREFIX
 
@@ -46,7 +48,11 @@ def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
             args = _parsed(flags, ranks)
             args.model_kind = kind_of(script)
             _refuse(args)
+            if has_fsdp(args):  # with which Megatron insists that it is not 1
+                os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
             validate_args(args, _DEFAULTS.get(args.model_kind, {}))
+            if has_fsdp(args):
+                fsdp.refuse(args)
             _pad_vocabulary(args)
         except LaunchError:
             raise
@@ -87,8 +93,6 @@ def _refuse(args: argparse.Namespace) -> None:
     """Refuse what is not laid out as this package lays it out."""
     for name, flag, instead in (
         ("yaml_cfg", "--yaml-cfg", "give the settings as flags"),
-        ("use_megatron_fsdp", "--use-megatron-fsdp", "use --use-distributed-optimizer"),
-        ("use_torch_fsdp2", "--use-torch-fsdp2", "use --use-distributed-optimizer"),
         ("use_checkpoint_args", "--use-checkpoint-args", "give the model's flags"),
         ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out"),
         ("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", _TENSOR),

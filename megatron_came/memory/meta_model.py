@@ -55,6 +55,7 @@ class Chunk:
         expert_layers: number of those with experts.
         embeds: it holds the embeddings.
         predicts: it holds the output layer.
+        model: what these are of, on the meta device.
     """
 
     params: tuple[torch.nn.Parameter, ...]
@@ -62,6 +63,7 @@ class Chunk:
     expert_layers: int
     embeds: bool
     predicts: bool
+    model: torch.nn.Module
 
     @property
     def layers(self) -> int:
@@ -119,6 +121,7 @@ def _chunk(model: torch.nn.Module) -> Chunk:
         expert_layers=expert_layers,
         embeds=inner.pre_process,
         predicts=inner.post_process,
+        model=model,
     )
 
 

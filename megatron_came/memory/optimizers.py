@@ -89,6 +89,7 @@ class Optimizer:
             fp32, all at once.
         rest: the optimizer of word embeddings, output layer and vectors, where that is another;
             each tensor then lies whole on one data-parallel rank.
+        steps_back: whether a step keeps r, c and v of before, to be put back after a spike.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Optimizer:
     copies_gradients: bool = True
     unpacks: bool = False
     rest: Optimizer | None = None
+    steps_back: bool = False
 
     @property
     def is_came(self) -> bool:
@@ -149,7 +151,11 @@ def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "
         momentum=momentum,
         second_moment="confidence",
         main_weights=main_weights,
-        copies_gradients=not args.bf16 or not is_sharded(args) or bool(args.loss_scale),
+        copies_gradients=not args.bf16
+        or not is_sharded(args)
+        or bool(args.loss_scale)
+        or getattr(args, "use_megatron_fsdp", False),
+        steps_back=getattr(args, "came_spike_guard", None) is not None,
     )
 
 
@@ -180,6 +186,8 @@ def sgd(args: argparse.Namespace) -> Optimizer:
 
 def compared(args: argparse.Namespace) -> list[Optimizer]:
     """The columns of a prediction: CAME in every precision, and the others."""
+    if has_fsdp(args):
+        return _compared_with_fsdp(args)
     columns = [came(args, momentum) for momentum in ("fp32", "bf16", "int8")]
     if args.bf16:
         columns.append(came(args, "int8", "remainder"))
@@ -190,6 +198,13 @@ def compared(args: argparse.Namespace) -> list[Optimizer]:
     if not args.fp16:  # with which Megatron refuses them
         columns += [by_matrix("Lion"), by_matrix("Muon")]
     return columns
+
+
+def _compared_with_fsdp(args: argparse.Namespace) -> list[Optimizer]:
+    """CAME in the precisions that it has with FSDP, and AdamW."""
+    is_fp32 = args.use_megatron_fsdp or args.tensor_model_parallel_size > 1
+    precisions = ("fp32",) if is_fp32 else ("fp32", "bf16", "int8")
+    return [*(came(args, momentum) for momentum in precisions), ADAMW]
 
 
 def of_launch(args: argparse.Namespace) -> Optimizer | None:
@@ -224,7 +239,22 @@ def is_sharded(args: argparse.Namespace) -> bool:
     )
 
 
+def has_fsdp(args: argparse.Namespace) -> bool:
+    """Whether data-parallel ranks hold parts of weights or gradients, too."""
+    return any(getattr(args, name, False) for name in ("use_torch_fsdp2", "use_megatron_fsdp"))
+
+
+def is_cut(args: argparse.Namespace) -> bool:
+    """Whether each data-parallel rank updates a part of the weights alone."""
+    if getattr(args, "use_megatron_fsdp", False):
+        return bool(args.data_parallel_sharding_strategy != "no_shard")
+    return is_sharded(args) or has_fsdp(args)
+
+
 def element_bytes(args: argparse.Namespace) -> tuple[int, int]:
     """Bytes of a weight and of a gradient of the model."""
     weight = 2 if args.bf16 or args.fp16 else 4
+    if has_fsdp(args):
+        dtype = args.megatron_fsdp_main_grads_dtype if args.use_megatron_fsdp else None
+        return weight, dtype.itemsize if dtype else weight
     return weight, 4 if args.accumulate_allreduce_grads_in_fp32 else weight

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megatron_came.memory.optimizers import ADAMW, ROWS, Optimizer, element_bytes
+from megatron_came.memory import fsdp
+from megatron_came.memory.optimizers import (
+    ADAMW,
+    ROWS,
+    Optimizer,
+    element_bytes,
+    has_fsdp,
+    is_sharded,
+)
 from megatron_came.terminal.console import table, wrapped
 
 if TYPE_CHECKING:
@@ -28,6 +36,10 @@ _NOTES = (
 _NOTE_ON_COPIES = (
     "In a step, when activations are gone, Adam copies moments of 8 bits to fp32, Lion and Muon "
     "gather all weights in a copy: the total has what is more. Counted, not measured."
+)
+_NOTE_ON_STEPS_BACK = (
+    "With --came-spike-guard CAME copies r, c and v for the length of a step, when activations are "
+    "gone."
 )
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
@@ -81,7 +93,7 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     weights, gradients = (names[size] for size in element_bytes(launch.args))
     lines = [
         f"{launch.parameters:,} parameters, {weights} weights, {gradients} gradients",
-        *wrapped(_layout(launch.grid)),
+        *wrapped(_layout(launch.grid, fsdp.name_of(launch.args))),
         "",
         *wrapped(
             f"The fullest rank: pipeline stage {worst.number}, {worst.layers} layers, "
@@ -95,8 +107,13 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
         lines += [f"The fullest rank of each pipeline stage, {trained.name}:", ""]
         lines += [*_stages(launch.stages, trained), ""]
     notes = [*_NOTES]
-    if any(worst.step(optimizer) for optimizer in optimizers):
+    if has_fsdp(launch.args):
+        notes += _made_whole(launch, worst)
+    copying = [optimizer for optimizer in optimizers if worst.step(optimizer)]
+    if not all(optimizer.steps_back for optimizer in copying):
         notes.append(_NOTE_ON_COPIES)
+    if any(optimizer.steps_back for optimizer in copying):
+        notes.append(_NOTE_ON_STEPS_BACK)
     if size := worst.checkpoint(trained):
         notes.append(
             f"While a checkpoint is saved or loaded, {trained.name} takes up to {human(size)} "
@@ -105,7 +122,23 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     return [*lines, *(line for note in notes for line in wrapped(note))]
 
 
-def _layout(grid: Grid) -> str:
+def _made_whole(launch: Launch, stage: Stage) -> list[str]:
+    """What FSDP makes for a while, which is not counted."""
+    sizes = fsdp.made_whole(launch.args, launch.chunks[stage.number])
+    what = [
+        f"{human(size)} of {name}"
+        for name, size in zip(("weights", "gradients"), sizes, strict=True)
+        if size
+    ]
+    if not what:
+        return []
+    return [
+        "Nor counted: layers are whole while they compute, at least the largest, "
+        f"{' and '.join(what)}, and what is fetched ahead."
+    ]
+
+
+def _layout(grid: Grid, kind_of_fsdp: str) -> str:
     sizes = sizes_of(grid)
     said = gpus(grid.world) + (f": {sizes} parallel" if sizes else "")
     if grid.virtual:
@@ -113,7 +146,9 @@ def _layout(grid: Grid) -> str:
     if grid.expert > 1 or grid.expert_tensor != grid.tensor:
         said += f"; experts: tensor {grid.expert_tensor} x expert {grid.expert} x data "
         said += str(grid.expert_data)
-    if grid.sharded:
+    if kind_of_fsdp:
+        said += f"; {kind_of_fsdp}"
+    elif grid.sharded:
         said += "; distributed optimizer"
         said += f" in {grid.instances} instances" if grid.instances > 1 else ""
     return said
@@ -164,7 +199,7 @@ def as_json(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer)
             "virtual_pipeline": grid.virtual or 1,
             **{name: getattr(grid, name) for name in data},
         },
-        "distributed_optimizer_instances": grid.instances if grid.sharded else 0,
+        "distributed_optimizer_instances": grid.instances if is_sharded(launch.args) else 0,
         "parameters": launch.parameters,
         "fullest_stage": launch.fullest(trained).number,
         "stages": [

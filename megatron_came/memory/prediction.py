@@ -11,10 +11,11 @@ from megatron.core import __version__
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.memory import fsdp
 from megatron_came.memory.activations import activation_bytes
 from megatron_came.memory.grid import Grid
 from megatron_came.memory.meta_model import Chunk, build_stage
-from megatron_came.memory.optimizers import Optimizer
+from megatron_came.memory.optimizers import Optimizer, has_fsdp
 from megatron_came.memory.stages import Stage, full_parameters, lay_out
 
 
@@ -39,6 +40,7 @@ class Launch:
         self.args = args
         self.grid = Grid.of(args)
         self._stages: dict[int, list[Stage]] = {}
+        self._lay_out = fsdp.lay_out if has_fsdp(args) else lay_out
 
     @cached_property
     def chunks(self) -> list[list[Chunk]]:
@@ -84,7 +86,7 @@ class Launch:
             args.global_batch_size = data * micro_batch
         if data not in self._stages:
             self._stages[data] = [
-                lay_out(args, grid, number, chunks).of_fullest_ranks(grid)
+                self._lay_out(args, grid, number, chunks).of_fullest_ranks(grid)
                 for number, chunks in enumerate(self.chunks)
             ]
         return [
@@ -95,6 +97,6 @@ class Launch:
     def rank(self, number: int, shards: tuple[int, int]) -> Stage:
         """One rank's stage, seen from that rank, which holds these dense and experts' shards."""
         chunks = build_stage(self.args, self.grid, number)
-        stage = lay_out(self.args, self.grid, number, chunks)
+        stage = self._lay_out(self.args, self.grid, number, chunks)
         activations = activation_bytes(self.args, self.grid, number, chunks)
         return replace(stage, shards=shards, whole_shards=shards, activations=activations)

@@ -31,7 +31,7 @@ class Buffer:
     """One of Megatron's buffers of weights and gradients, and what each shard of it holds.
 
     Attributes:
-        padded: number of elements, padding included.
+        padded: number of elements of weights and gradients, padding included.
         elements: number of elements without it, by shard.
         blocks: number of the blocks that share a scale of int8, by shard.
         weight: bytes of a weight.
@@ -39,6 +39,9 @@ class Buffer:
         of_experts: cut over the experts' data-parallel ranks.
         by_matrix: it is of what Lion and Muon take, and not of what they leave to another.
         bucket: number of elements of the largest bucket; 0 where nothing is cut.
+        padded_gradients: number of elements of gradients, where that is another.
+        main_weights: number of elements of fp32 main weights that the buffer has, padding
+            included; None where the optimizer has those of what it updates.
     """
 
     padded: int
@@ -49,6 +52,14 @@ class Buffer:
     of_experts: bool
     bucket: int = 0
     by_matrix: bool = False
+    padded_gradients: int | None = None
+    main_weights: int | None = None
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of gradients."""
+        numel = self.padded if self.padded_gradients is None else self.padded_gradients
+        return numel * self.gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,10 @@ class Stage:
         copied = optimizer.copies_gradients or len({each.gradient for each in buffers}) > 1
         for buffer, elements, blocks, of_buffer in self._held(optimizer):
             momentum += int(of_buffer.momentum_bytes(elements, blocks))
-            main_weights += elements * of_buffer.main_weights_bytes(buffer.weight)
+            if buffer.main_weights is None:
+                main_weights += elements * of_buffer.main_weights_bytes(buffer.weight)
+            else:
+                main_weights += buffer.main_weights * 4
             second_moment += elements * of_buffer.moment_bytes
             if buffer.gradient == 2 and copied:
                 copies += elements * 4
@@ -106,7 +120,7 @@ class Stage:
             copies += self.sums
         return Components(
             weights=self.frozen + sum(buffer.padded * buffer.weight for buffer in buffers),
-            gradients=sum(buffer.padded * buffer.gradient for buffer in buffers),
+            gradients=sum(buffer.gradients for buffer in buffers),
             main_weights=main_weights,
             momentum=momentum,
             second_moment=second_moment,
@@ -127,9 +141,12 @@ class Stage:
     def step(self, optimizer: Optimizer) -> int:
         """Most bytes that a step takes beside what is kept: of dense or of experts' parameters.
 
-        Fp32 copies of what has fewer bits, or all weights, where they are gathered out of place.
+        Fp32 copies of what has fewer bits, or all weights, where they are gathered out of place;
+        of CAME r, c and v, where it may take a step back.
         """
         copies = [0, 0]
+        if optimizer.steps_back:
+            return self.factors
         for buffer, elements, _, own in self._held(optimizer):
             copies[buffer.of_experts] += elements * own.unpacked(in_step=True)
             if optimizer.rest is not None and len(buffer.elements) > 1:
@@ -237,7 +254,7 @@ def _whole_buffers(params: Sequence[Tensor], ddp_config: Any, grid: Grid) -> Ite
             sizes = torch.tensor([p.numel() for p in some], dtype=torch.int64, device="cpu")
             places = torch.tensor([owners[p] for p in some], dtype=torch.int64, device="cpu")
             none = torch.zeros(grid.shards[key.is_expert_parallel], dtype=sizes.dtype, device="cpu")
-            elements, blocks = (none.index_add(0, places, n) for n in (sizes, _blocks(sizes)))
+            elements, blocks = (none.index_add(0, places, n) for n in (sizes, blocks_of(sizes)))
             whole = _buffer(key, int(sizes.sum()), elements, blocks)
             yield replace(whole, by_matrix=by_matrix)
 
@@ -250,7 +267,7 @@ def _buffers(
         groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)
         for key, (params, _) in groups.items():
             sizes = torch.tensor([param.numel() for param in params], device="cpu")
-            numel, blocks = sizes.sum(), _blocks(sizes).sum()
+            numel, blocks = sizes.sum(), blocks_of(sizes).sum()
             yield _buffer(key, int(numel), numel.view(1), blocks.view(1))
         return
     dense, experts = grid.shards
@@ -261,7 +278,8 @@ def _buffers(
         yield cut(key, buffer, experts if key.is_expert_parallel else dense)
 
 
-def _blocks(sizes: Tensor) -> Tensor:
+def blocks_of(sizes: Tensor) -> Tensor:
+    """Return how many blocks of int8 so many elements have."""
     return -(-sizes // BLOCK)
 
 
@@ -284,7 +302,7 @@ def cut(key: Any, buffer: Any, shards: int) -> Buffer:
         bounds = bucket_start + size * torch.arange(first, last + 2, device="cpu")
         sizes = bounds.clamp(start, stop).diff()
         elements[first : last + 1] += sizes
-        blocks[first : last + 1] += _blocks(sizes)
+        blocks[first : last + 1] += blocks_of(sizes)
     largest = max(stop - start for start, stop in buffer.bucket_indices)
     return _buffer(key, buffer.bucket_indices[-1][1], elements, blocks, largest)
 

@@ -111,8 +111,8 @@ LAYOUTS = [
 ]
 
 
-def sums_of(tp, dp, kernels, **more):
-    """What all ranks measured, added up."""
+def sums_of(tp, dp, kernels, whole=False, **more):
+    """What all ranks measured: added up, or of each that asked for whole parameters."""
     layouts = [replace(each, cuts=MID_ROW if dp > 1 else ((),) * tp) for each in LAYOUTS]
     generator = torch.Generator().manual_seed(4)
     starts = [torch.randn(each.shape, generator=generator) for each in LAYOUTS]
@@ -123,12 +123,14 @@ def sums_of(tp, dp, kernels, **more):
 
     def look(_, optimizer, params):
         kinds = {param: KINDS[index % len(KINDS)] for index, param in enumerate(params)}
-        found.append(optimizer.measure(kinds))
+        found.append(optimizer.measure(kinds, whole=whole))
 
     device = DEVICES[kernels]
     train_sharded(
         tp, dp, layouts, starts, histories, BETAS[0], kernels, device, look=look, **more
     )  # fmt: skip
+    if whole:
+        return found
     added, largest = zip(*found, strict=True)
     return Sums(torch.stack(added).sum(0), torch.stack(largest).amax(0))
 
@@ -144,6 +146,14 @@ def test_every_layout_has_the_same_figures(kernels, dtype):
         torch.testing.assert_close(cut.added, whole.added, rtol=rel, atol=1e-9)
         torch.testing.assert_close(cut.largest, whole.largest, rtol=1e-5, atol=0)
     assert (whole.figures()["all"].get("stale_share", 0) > 0) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 4), (2, 4)])
+def test_a_rank_that_asks_with_all_others_gets_the_figures_of_whole_parameters(tp, dp):
+    whole = sums_of(1, 1, "plain")
+    for one in sums_of(tp, dp, "plain", whole=True):
+        torch.testing.assert_close(one.added, whole.added, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(one.largest, whole.largest, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)

@@ -54,6 +54,12 @@ def test_the_examples_can_be_predicted(script, capsys):
         assert values["parameters"] == 354_871_296
 
 
+UNTIED = "--untie-embeddings-and-output-weights --no-gradient-accumulation-fusion "
+FSDP2 = UNTIED + "--use-torch-fsdp2 --ckpt-format torch_dist "
+FSDP = (
+    "--use-megatron-fsdp --ckpt-format fsdp_dtensor "
+    "--data-parallel-sharding-strategy optim_grads_params "
+)
 FAILING = {
     "unknown flag": (SMALL + "--gpus 1 --nonsense 3", "unrecognized arguments: --nonsense 3."),
     "bad value": (SMALL + "--gpus 1 --num-layers x", "--num-layers: invalid int value: 'x'."),
@@ -69,7 +75,19 @@ FAILING = {
     "size": (SMALL + "--gpus 1 --fit 80", "--fit 80 is no size"),
     "both precisions": (SMALL + "--gpus 1 --fp16 --bf16", "assert not args.bf16"),
     "came": (SMALL + "--gpus 1 --optimizer came --came-beta2 2", "--came-beta2 2.0 is not"),
-    "fsdp": (SMALL + "--gpus 1 --use-megatron-fsdp", "use --use-distributed-optimizer"),
+    "fsdp": (SMALL + "--gpus 1 --use-megatron-fsdp", "requires the `fsdp_dtensor` checkpointing"),
+    "fsdp instances": (
+        SMALL + FSDP + "--gpus 4 --num-distributed-optimizer-instances 2",
+        "--use-megatron-fsdp and --num-distributed-optimizer-instances 2: use 1",
+    ),
+    "fsdp main weights": (
+        SMALL + FSDP + "--gpus 1 --megatron-fsdp-main-params-dtype bf16",
+        "another --megatron-fsdp-main-params-dtype than fp32: use that",
+    ),
+    "fsdp double buffer": (
+        SMALL + FSDP + "--gpus 1 --fsdp-double-buffer",
+        "--use-megatron-fsdp and --fsdp-double-buffer: leave it out",
+    ),
     "model": (SMALL + "--gpus 1 --spec local x", "not with --spec"),
     "tokenizer": (
         SMALL + "--gpus 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model x --vocab-size 0",
@@ -130,6 +148,25 @@ def test_scripts_that_print_no_command(text, expected, tmp_path):
     script.write_text(text)
     with pytest.raises(LaunchError, match=expected):
         from_script(script, [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (FSDP2, ("; FSDP2", "KiB of weights and", "KiB of gradients,")),
+        (FSDP, ("; Megatron-FSDP, optim_grads_params", "KiB of weights and")),
+        (FSDP + "--data-parallel-sharding-strategy optim_grads ", ("largest, 110.44 KiB of grad",)),
+        (FSDP + "--data-parallel-sharding-strategy no_shard ", ("; Megatron-FSDP, no_shard",)),
+    ],
+)
+def test_fsdp_is_described(flags, expected, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    assert command.main([*(SMALL + flags).split(), "--gpus", "4", "--advise", "1MiB"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (*expected, "CAME fp32", "AdamW"):
+        assert words in text
+    assert ("Nor counted" in text) == ("no_shard" not in flags)
+    assert "Muon" not in text
 
 
 def test_json_plot_and_fit(tmp_path, capsys, monkeypatch):

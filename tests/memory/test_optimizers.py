@@ -7,12 +7,13 @@ import torch
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch import nn
 
-from megatron_came import megatron, memory
+from megatron_came import CAME, megatron, memory
 from megatron_came.memory.optimizers import ADAFACTOR, ADAMW, by_matrix, compared, of_launch, sgd
 from tests.support.memory_flags import BF16, DO, EXPERTS, MEDIUM, SMALL, launch
 
 EP2 = "--expert-model-parallel-size 2 "
 PRECISE = "--use-precision-aware-optimizer "
+GUARD = "--came-spike-guard 3 "
 MUON = by_matrix("Muon")
 
 
@@ -123,6 +124,26 @@ def test_copies_of_dense_and_experts_parameters_take_turns():
 
 
 # Against real tensors.
+
+
+@pytest.mark.parametrize("flags", ["", BF16 + DO, EXPERTS])
+@pytest.mark.parametrize("momentum", ["fp32", "int8"])
+def test_a_spike_guards_copies_are_counted(flags, momentum):
+    came = f"--optimizer came --came-momentum-dtype {momentum} "
+    guarded, free = (launch(SMALL + flags + came + more) for more in (GUARD, ""))
+    (stage,), (own,) = guarded.stages, free.stages
+    ((chunk,),) = guarded.chunks
+    params = [nn.Parameter(torch.ones(param.shape)) for param in chunk.params]
+    optimizer = CAME(params, spike_guard=3.0)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.begin_guarded(of_rank=True)
+    for column in compared(guarded.args):
+        assert stage.step(column) == (stage.factors if column.is_came else own.step(column))
+    copies = optimizer._begun[0].moments[1]
+    assert sum(copy.nbytes for copy in copies) == stage.step(of_launch(guarded.args))
+    assert of_launch(guarded.args) in compared(guarded.args)
+    assert own.step(of_launch(free.args)) == 0
 
 
 def _muon(params):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from megatron_came import CAME
 from megatron_came.core import remainders
-from tests.optimizer import dtensors_checkpoints, dtensors_training
+from tests.optimizer import dtensors_checkpoints, dtensors_figures, dtensors_training
 from tests.support.dtensor_models import SETTINGS, Ranks, train, wrap
 from tests.support.oracle import TOLERANCE, distance
 
@@ -257,6 +257,7 @@ def main():
     dist.init_process_group("gloo")
     ranks, failed = Ranks(folder), {}
     cases = {**globals(), **vars(dtensors_training), **vars(dtensors_checkpoints)}
+    cases |= vars(dtensors_figures)
     for name in wanted:
         begin = time.monotonic()
         try:

@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "fsdp2" / "train.py"
 CASES = [
     *["some_placements", "gradients_partial_or_replicated", "momentum_in_fewer_bits"],
     *["remainders", "refusals", "a_gradient_on_some_ranks_alone", "different_settings"],
-    *["copies_go_on"],
+    *["copies_go_on", "a_spike_that_some_ranks_see"],
 ]
 WITH_MODELS = [
     *[
@@ -27,6 +27,7 @@ WITH_MODELS = [
         "schedules_and_accumulation",
     ],
     *["scaled_gradients", "optimizers_in_the_backward_pass"],
+    *["figures_are_those_of_one_rank", "a_spike_is_skipped_on_all_ranks"],
     *["checkpoints_between_wrappers", "the_same_wrapper_resumes_bit_for_bit"],
     *["remainders_in_checkpoints", "whole_state"],
 ]
@@ -36,6 +37,8 @@ if torch.__version__.startswith("2.6."):
 # They take minutes.
 SWEEPS = ["every_placement", "gpt_in_float64", "checkpoints_between_all_wrappers"]
 ON_TWO = ["every_placement", "gpt", "gpt_in_float64", "whole_state", "different_settings"]
+# On four ranks these are among those above.
+FIGURES = ["figures_are_those_of_one_rank", "a_spike_is_skipped_on_all_ranks"]
 
 
 def run_ranks(size, folder, cases):
@@ -64,6 +67,12 @@ def failed(tmp_path_factory):
 @pytest.mark.parametrize("case", [*CASES, *WITH_MODELS])
 def test_dtensors(failed, case):
     assert case not in failed, failed[case]
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="no fully_shard on a CPU")
+def test_figures_and_spikes_on_two_ranks(tmp_path):
+    failed = run_ranks(2, tmp_path, [*FIGURES, "a_spike_that_some_ranks_see"])
+    assert not failed, "\n".join(failed.values())
 
 
 @pytest.mark.matrix

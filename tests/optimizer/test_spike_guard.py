@@ -95,8 +95,8 @@ def test_ranks_parts_of_an_update_add_up_to_the_whole():
     torch.testing.assert_close(sum(parts), wholes[0])
 
 
-def test_a_guard_and_figures_cost_no_collective():
-    def count(guard):
+def test_a_guard_costs_no_collective_and_figures_one_for_each_group():
+    def count(guard=None, asks=False):
         tp_group, dp_group = (SimulatedGroup([0, 1]) for _ in range(2))
 
         def program(rank):
@@ -109,13 +109,15 @@ def test_a_guard_and_figures_cost_no_collective():
                 )
             optimizer = CAME(list(shards), shards=shards, spike_guard=guard)
             optimizer.step()
-            if guard:
+            if asks:
+                optimizer.measure()
                 optimizer.diagnostics()
 
         run_ranks(2, program, [tp_group, dp_group])
         return tp_group.calls, dp_group.calls
 
-    assert count(3.0) == count(None) == (2, 2)
+    assert count(3.0) == count() == (2, 2)
+    assert count(asks=True) == (3, 3)
 
 
 def one(**settings):

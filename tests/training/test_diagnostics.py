@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint
 
 from megatron_came.tools.plot import scalars
+from tests.support.oracle import TOLERANCE
 from tests.training.harness import Case, losses, run, worst_difference
 from tests.training.layouts import DO, EP, MODELS, PP, TP
 
@@ -24,7 +26,12 @@ LAYOUTS = {
 MOE = {1: {"moe": ""}, 2: {"moe-ep2-do": EP + DO}}
 # Gradients are as large as they come, and the 18th iteration's a thousand times as large.
 GUARD = "--clip-grad 0 --came-spike-guard 2 "
-ONLY_SPIKES = {1: {"guard": ""}, 2: {"guard-tp2-do": TP + DO}}
+ON_FSDP2_GUARDED = {f"guard-{name}": flags for name, flags in ON_FSDP2.items()}
+ONLY_SPIKES = {
+    1: {"guard": ""},
+    2: {"guard-tp2-do": TP + DO, "guard-dp2": "", **ON_FSDP2_GUARDED},
+}
+SAVED = ("guard-dp2", "guard-fsdp2")
 MOE_SPIKES = {1: {"guard-moe": ""}, 2: {"guard-moe-ep2-do": EP + DO}}
 
 
@@ -56,9 +63,11 @@ def seen(tmp_path_factory):
             for name, layout in names[ranks].items():
                 logs[name] = folder / "logs" / name
                 log = f"--tensorboard-dir {logs[name]} --came-log-diagnostics "
+                if name in SAVED:
+                    log += f"--save {folder / name} --save-interval 20 "
                 cases.append(Case(name, start[model] + flags + log + layout, variant))
         found |= run(ranks, cases, folder / f"ranks{ranks}")
-    return found, logs
+    return found, logs, folder
 
 
 @functools.cache
@@ -77,7 +86,7 @@ def figures(folder: Path):
     [*((name, "dp1") for name in LAYOUTS[2]), *((name, "moe") for name in MOE[2])],
 )
 def test_figures_are_those_of_one_rank(seen, name, whole):
-    _, logs = seen
+    _, logs, _ = seen
     ours, theirs = figures(logs[name]), figures(logs[whole])
     assert {step for _, step in ours} == {5, 10}
     kinds = {figure.split("/")[1] for figure, _ in ours}
@@ -88,12 +97,44 @@ def test_figures_are_those_of_one_rank(seen, name, whole):
 
 
 @pytest.mark.parametrize(
-    ("name", "whole"), [("guard-tp2-do", "guard"), ("guard-moe-ep2-do", "guard-moe")]
+    ("name", "whole"),
+    [
+        ("guard-tp2-do", "guard"),
+        ("guard-moe-ep2-do", "guard-moe"),
+        *((name, whole) for name in ON_FSDP2_GUARDED for whole in ("guard", "guard-dp2")),
+    ],
 )
 def test_a_spike_is_skipped_on_all_ranks_and_nothing_changes(seen, name, whole):
-    found, logs = seen
+    found, logs, _ = seen
     for rank in (*found[name], *found[whole]):
         assert rank["skipped"] == [0] * 17 + [1, 0, 0]
         assert rank["changed_though_skipped"] == [False]
     assert worst_difference(losses(found[name]), losses(found[whole])) <= 2e-6
     assert figures(logs[name])["came-skipped-steps/all", 20] == 1
+
+
+def saved_tensors(folder: Path):
+    """All tensors of a checkpoint, by name."""
+    reader = checkpoint.FileSystemReader(folder)
+    known = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in known.items()
+        if isinstance(entry, checkpoint.metadata.TensorStorageMetadata)
+    }
+    checkpoint.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+@pytest.mark.skipif(not ON_FSDP2, reason="fully_shard of PyTorch 2.6 does not run on a CPU")
+def test_state_after_a_skipped_step_is_that_of_data_parallelism(seen):
+    *_, folder = seen
+    ours, theirs = (
+        saved_tensors(folder / name / "iter_0000020") for name in ("guard-fsdp2", "guard-dp2")
+    )
+    assert ours.keys() == theirs.keys()
+    for kind in ("exp_avg", "exp_avg_sq_row", "exp_avg_res_col"):
+        assert any(kind in name.split(".") for name in ours), kind
+    for name, other in theirs.items():
+        if other.is_floating_point():
+            assert (ours[name] - other).norm() <= TOLERANCE[torch.float32] * other.norm(), name

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_came.core import sums
 from megatron_came.core.reference import update
 from tests.support import quantized
-from tests.training import other_models
+from tests.training import fsdp_memory, other_models
 from tests.training.damaged_settings import DAMAGE, damaged
 
 
@@ -299,6 +299,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "nan-loss": lambda: _bad_loss(3),
         "released": _released,
         "spiky": _spiky,
+        "fsdp-memory": fsdp_memory.measured,
         "spike-late": lambda: _spiky(18, 1e3),
         **{f"damaged-{name}": functools.partial(damaged, name) for name in DAMAGE},
         "silent": _silent_weights,
