@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, overload
@@ -17,12 +16,13 @@ from torch.optim.optimizer import ParamsT
 from megatron_came import dtensors
 from megatron_came.compiling import outside_compiler
 from megatron_came.core.diagnostics import Sums
-from megatron_came.core.hyperparameters import at_step, check_group, with_plain_numbers
+from megatron_came.core.hyperparameters import check_group, with_plain_numbers
 from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard
 from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
+from megatron_came.group_table import GroupTable, Own, whole_shard
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.parameter_checks import (
     Guard,
@@ -44,6 +44,7 @@ _SETTINGS: dict[str, Any] = {
     "_flat_convolutions": False,
     "_seed": 0,
     "_names": {},
+    "_own": {},
     "_model_weights": {},
     "spike_guard": None,
 }
@@ -62,7 +63,6 @@ class CAME(WithStateDicts):
     no confidence. Those without a gradient are skipped. 16-bit gradients are squared in fp32.
 
     State of a parameter is listed in :func:`megatron_came.core.state.new_state`.
-
     A parameter group counts its steps under ``step``. A gradient in another dtype than the
     parameter's is taken from the parameter's attribute ``decoupled_grad``, if that is set.
 
@@ -77,6 +77,8 @@ class CAME(WithStateDicts):
         bias_correction: divide averages by 1 - beta^t; without it first updates are large.
         cautious: leave out of an update the elements that would move against their gradient.
         no_confidence: take the momentum for the update, as Adafactor does: R and C are 1.
+        factored: whether matrices have factors; if not they are updated as vectors are, with a
+            whole second moment.
         shards: where each parameter lies in its full tensor; those not named are whole.
         kernels: who computes parameters with fp32 weights, remainders included: "auto" is Triton
             on GPUs and Numba on CPUs where they are installed; "plain" PyTorch; "numba"; "triton".
@@ -95,8 +97,7 @@ class CAME(WithStateDicts):
         spike_guard: skip a step whose raw update's RMS is so many times its running median; see
             :class:`megatron_came.core.spike_guard.SpikeGuard`.
         maximize: go up the gradient, which is negated: a copy of each during a step.
-        foreach: means nothing here: kernels take all parameters at once.
-        fused: likewise.
+        foreach, fused: mean nothing here: kernels take all parameters at once.
         differentiable: not supported; nor is ``capturable``.
 
     Raises:
@@ -117,6 +118,7 @@ class CAME(WithStateDicts):
         bias_correction: bool = False,
         cautious: bool = False,
         no_confidence: bool = False,
+        factored: bool = True,
         shards: Mapping[Tensor, Shard] | None = None,
         kernels: str = "auto",
         momentum_dtype: torch.dtype = torch.float32,
@@ -145,10 +147,11 @@ class CAME(WithStateDicts):
         own = {"betas": betas, "eps": eps, "clip_threshold": clip_threshold, "cautious": cautious}
         own |= {"bias_correction": bias_correction, "no_confidence": no_confidence}
         defaults = {"lr": lr, **own, "weight_decay": weight_decay, "step": 0}
-        switches = {"maximize": maximize, "foreach": foreach, "fused": fused}
+        switches = {"maximize": maximize, "foreach": foreach, "fused": fused, "factored": factored}
         switches |= {"differentiable": differentiable, "capturable": capturable}
         check_group({**defaults, **switches})
         defaults |= {"maximize": True} if maximize else {}
+        defaults |= {} if factored else {"factored": False}
         with_plain_numbers(defaults)
         super().__init__(params, defaults)
         self.set_shards(shards or {}, names)
@@ -170,7 +173,10 @@ class CAME(WithStateDicts):
         self._guard.note(self.param_groups[-1]["params"])
 
     def set_shards(
-        self, shards: Mapping[Tensor, Shard], names: Mapping[Tensor, str] | None = None
+        self,
+        shards: Mapping[Tensor, Shard],
+        names: Mapping[Tensor, str] | None = None,
+        own: Mapping[Tensor, Own] | None = None,
     ) -> None:
         """Say where each parameter lies in its full tensor; those not named are whole.
 
@@ -180,6 +186,7 @@ class CAME(WithStateDicts):
         Args:
             shards: by parameter.
             names: as for the class.
+            own: hyperparameters of single parameters, which go before those of their groups.
 
         Raises:
             ValueError: see :func:`megatron_came.parameter_checks.check_placement`.
@@ -187,7 +194,7 @@ class CAME(WithStateDicts):
         known = {param for group in self.param_groups for param in group["params"]}
         check_placement(shards, names, known, self._momentum_dtype, self._flat_convolutions)
         self._plan = None
-        self._shards, self._names = dict(shards), dict(names or {})
+        self._shards, self._names, self._own = dict(shards), dict(names or {}), dict(own or {})
 
     def set_model_weights(self, weights: Mapping[Tensor, Tensor]) -> None:
         """Name 16-bit copies of parameters, which every step rewrites, rounded to nearest.
@@ -209,10 +216,7 @@ class CAME(WithStateDicts):
             return shard
         if dtensors.is_dtensor(param):
             return dtensors.shard_of(param)
-        shape = tuple(param.shape)
-        if self._flat_convolutions and len(shape) > 2:
-            shape = (shape[0], math.prod(shape[1:]))
-        return Shard.whole(shape)
+        return whole_shard(param, self.param_groups, self._flat_convolutions)
 
     def init_state(self) -> None:
         """Create what is missing of the parameters' state; no collectives, no update."""
@@ -248,7 +252,7 @@ class CAME(WithStateDicts):
         return self._step(closure)
 
     @torch.no_grad()
-    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -267,7 +271,7 @@ class CAME(WithStateDicts):
         if plan is None or not plan.holds(self.param_groups):
             plan = self._current_plan()
         now = plan.snapshot(self.state, self._model_weights.values())
-        settings, inputs = list(map(at_step, self.param_groups)), None
+        settings, inputs = plan.table.at_step(), None
         if not plan.goes_on(settings, now):
             plan = self._current_plan()
             inputs = plan.inputs(settings, self._state_of, self._model_weights)
@@ -348,20 +352,19 @@ class CAME(WithStateDicts):
     def _current_plan(self) -> Plan:
         """Return the plan, made anew where others have replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
-            self._guard.check(self.param_groups, self._shards, self._flat_convolutions)
-            groups = enumerate(self.param_groups)
-            group_of = {param: number for number, group in groups for param in group["params"]}
+            self._guard.check(self.param_groups, self._shards, self._flat_convolutions, self.state)
+            table = GroupTable(self.param_groups, self._own)
             # Named shards first, in the order of naming, which is the same on all ranks.
             params = dict.fromkeys(chain(self._shards, self._params()))
-            place = {param: str(index) for index, param in enumerate(group_of)}
+            place = {param: str(index) for index, param in enumerate(table.number)}
             slices = [
                 ParameterSlice(
                     dtensors.local_of(param),
                     self.shard_of(param),
-                    group_of[param],
+                    number := table.number[param],
                     parameter_key(self._seed, self._names.get(param, place[param])),
                     self._remainders,
-                    self.param_groups[group_of[param]].get("cautious", False),
+                    table.group_of(number).get("cautious", False),
                     may_be_skipped=dtensors.is_dtensor(param),
                 )
                 for param in params
@@ -370,8 +373,8 @@ class CAME(WithStateDicts):
             self._guard.compare_ranks(owned, self.param_groups, self._momentum_dtype)
             self._choose_kernels()
             backends = {device: choice.backend for device, choice in self._choices.items()}
-            of = slices, list(params), backends, self.param_groups
-            self._plan = Plan(*of, in_passes=bool(self.spike_guard))
+            in_passes = bool(self.spike_guard)
+            self._plan = Plan(slices, list(params), backends, table, in_passes=in_passes)
             if self._plan.left:
                 warn_once(left_to_plain(self._plan.left, len(slices)))
         return self._plan

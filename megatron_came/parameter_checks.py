@@ -14,10 +14,12 @@ from megatron_came.core.hyperparameters import HyperparameterError
 from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.shard import Shard, check_shards
+from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.voice import warn_once
 
 # A vector of more elements is seldom one: embeddings' biases have up to a few 100,000.
 LONG_VECTOR = 1_000_000
+_NO_STATE: dict[Tensor, dict[str, Any]] = {}
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _FSDP = (
@@ -30,6 +32,14 @@ _FLAT = (
     "vectors alone (here one of {numel} elements), as DeepSpeed's ZeRO makes them, so that CAME "
     "would have no rows and columns: use DistributedDataParallel or Megatron's distributed "
     "optimizer (--use-distributed-optimizer)."
+)
+_UNFACTORED = (
+    "CAME: a parameter group with factored=False holds a DTensor of shape {shape}, of which ranks "
+    "have parts: leave factored out for it."
+)
+_CHANGED = (
+    "CAME: a parameter group has factored={factored}, but the state {other} of its last step, with "
+    "which it was otherwise: set it back, or make a new optimizer."
 )
 _LONG = (
     "CAME: a parameter is a vector of {numel} elements: vectors have a whole second moment, as "
@@ -62,6 +72,7 @@ class Guard:
         groups: Sequence[Mapping[str, Any]],
         shards: Mapping[Tensor, Shard],
         flat_convolutions: bool = False,
+        states: Mapping[Tensor, Mapping[str, Any]] = _NO_STATE,
     ) -> None:
         """Refuse what would be trained wrongly, and say once what may be.
 
@@ -69,10 +80,12 @@ class Guard:
             groups: all parameter groups.
             shards: where parameters lie in their full tensor, of those that are named.
             flat_convolutions: as of :class:`megatron_came.CAME`.
+            states: of parameters that have taken a step.
 
         Raises:
-            ValueError: a DTensor that is not cut in a known way, matrices that have been made
-                flat, or a shard of a parameter in no group.
+            ValueError: a DTensor that is not cut in a known way or is to be unfactored, matrices
+                that have been made flat, state of the other kind, or a shard of a parameter in no
+                group.
         """
         every = [p for group in groups for p in group["params"]]
         check_trainable(every)
@@ -82,6 +95,7 @@ class Guard:
                 "call set_shards with those that are."
             )
         loose = [p for p in every if p not in shards]
+        _check_unfactored(groups, set(loose), states)
         dtensors.check(loose, shards, flat_convolutions)
         _check_flat(loose)
         known = self._vectors
@@ -121,6 +135,23 @@ class Guard:
             }
             dtensors.check_ranks(given, groups)
             self._has_compared = True
+
+
+def _check_unfactored(
+    groups: Sequence[Mapping[str, Any]],
+    params: Container[Tensor],
+    states: Mapping[Tensor, Mapping[str, Any]],
+) -> None:
+    for group in groups:
+        factored = group.get("factored", True)
+        other = VECTOR_FACTORS[0] if factored else MATRIX_FACTORS[0]
+        for param in group["params"]:
+            if param.dim() < 2 or param not in params:
+                continue
+            if not factored and dtensors.is_dtensor(param):
+                raise ValueError(_UNFACTORED.format(shape=tuple(param.shape)))
+            if other in states.get(param, {}):
+                raise ValueError(_CHANGED.format(factored=factored, other=other))
 
 
 def _check_flat(params: Sequence[Tensor]) -> None:

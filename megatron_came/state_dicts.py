@@ -58,7 +58,7 @@ class WithStateDicts(torch.optim.Optimizer):
             # Of sharded parameters, Megatron's wrappers load the factors themselves.
             is_partial = bool(self._shards)
             states.update(states_in(final, self.param_groups, self._new_state, is_partial))
-            groups = complete_groups(final, self.defaults)
+            groups = complete_groups(final, self.defaults, self.param_groups)
             return {"state": {}, "param_groups": groups}  # PyTorch would cast state, all at once
 
         if not isinstance(state_dict, Mapping):
@@ -121,16 +121,24 @@ def states_in(
 
 
 def complete_groups(
-    state_dict: Mapping[str, Any], defaults: Mapping[str, Any]
+    state_dict: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """Return its parameter groups, and in them what an older version's or the authors' lack.
 
-    The authors' class counts steps with each parameter, and bias correction needs them.
+    The authors' class counts steps with each parameter, and bias correction needs them. What the
+    state was made for stays this optimizer's.
     """
     steps = [state.get("step") for state in state_dict["state"].values()]
     taken = max((step for step in steps if isinstance(step, int)), default=0)
     complete = {**defaults, "step": taken}
-    return [{**complete, **group} for group in state_dict["param_groups"]]
+    groups = []
+    for group, mine in zip(state_dict["param_groups"], own, strict=True):
+        made = {key: value for key, value in group.items() if key != "factored"}
+        kept = {"factored": mine["factored"]} if "factored" in mine else {}
+        groups.append({**complete, **made, **kept})
+    return groups
 
 
 def _check_state(
@@ -149,7 +157,7 @@ def _check_state(
         raise ValueError(
             f"CAME: the state dictionary's state of a parameter of shape {shape} has the keys "
             f"{', '.join(map(repr, saved))} where CAME has {', '.join(map(repr, wanted))}: it "
-            "belongs to another optimizer or another model."
+            "belongs to another optimizer or another model, or was saved with another factored."
         )
     for key, value in saved.items():
         if key not in own or key == SCALE:

@@ -17,6 +17,7 @@ from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs, gradients_of
 from megatron_came.core.state import SECOND_MOMENTS, trust_all
 from megatron_came.core.sums import SumBuffer
+from megatron_came.group_table import GroupTable, layout_settings
 from megatron_came.kernels.backend import Backend, Step
 from megatron_came.kernels.eager import EagerBackend
 from megatron_came.snapshots import Seen, Snapshot
@@ -177,12 +178,13 @@ class Plan:
         slices: all parameters, in an order that is the same on all ranks.
         params: the parameters themselves, which may be DTensors.
         backends: by device.
-        param_groups: as they are now; :meth:`fits` compares with them.
+        table: of the parameter groups as they are now; :meth:`fits` compares with them.
         in_passes: whether a step goes over all parameters pass by pass.
 
     Attributes:
         left: why backends leave parameters to eager PyTorch, of each.
-        settings: of the parameter groups in the last step; None if it was not taken to its end.
+        table: as given.
+        settings: of the table in the last step; None if it was not taken to its end.
     """
 
     def __init__(
@@ -190,15 +192,14 @@ class Plan:
         slices: list[ParameterSlice],
         params: list[Tensor],
         backends: Mapping[torch.device, Backend],
-        param_groups: Sequence[dict[str, Any]],
+        table: GroupTable,
         *,
         in_passes: bool = False,
     ) -> None:
-        self.slices, self.params = slices, params
+        self.slices, self.params, self.table = slices, params, table
         self._has_dtensors = any(map(dtensors.is_dtensor, params))
-        self._groups = list(param_groups)
-        self._params = [list(group["params"]) for group in param_groups]
-        self._cautious, self._locals = _cautious(param_groups), _locals(self._params)
+        self._params = [list(group["params"]) for group in table.groups]
+        self._planned, self._locals = layout_settings(table.groups), _locals(self._params)
         self._layouts = _layouts(self._locals)
         self.local: list[Bundle] = []
         self.shared: list[Bundle] = []
@@ -230,9 +231,9 @@ class Plan:
         """Whether the groups are the plan's, and hold its parameters."""
         params = [group["params"] for group in param_groups]
         return (
-            are_same(param_groups, self._groups)
+            are_same(param_groups, self.table.groups)
             and all(map(are_same, params, self._params))
-            and _cautious(param_groups) == self._cautious
+            and layout_settings(param_groups) == self._planned
         )
 
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
@@ -248,7 +249,7 @@ class Plan:
         self, states: Mapping[Any, dict[str, Any]], weights: Iterable[Tensor]
     ) -> Snapshot | None:
         """Look at all tensors of a step; None where the next step must take them up anew."""
-        if self._has_dtensors or any(group.get("maximize") for group in self._groups):
+        if self._has_dtensors or any(group.get("maximize") for group in self.table.groups):
             return None
         return Snapshot.of(self.params, gradients_of(self.params), states, weights)
 
@@ -268,7 +269,7 @@ class Plan:
         """Return what a step brings, of the parameters that take part in it.
 
         Args:
-            settings: of the parameter groups.
+            settings: of the table.
             state_of: returns a parameter's state.
             weights: 16-bit copies, by parameter.
         """
@@ -280,7 +281,7 @@ class Plan:
                 continue
             if grad is None:
                 grad = slice_.param  # both without elements
-            elif self._groups[slice_.group].get("maximize"):
+            elif self.table.group_of(slice_.group).get("maximize"):
                 grad = grad.neg()
             state, weight = dtensors.state_here(state_of(param)), weights.get(param)
             inputs[slice_] = StepInputs(state, grad, settings[slice_.group], weight)
@@ -296,7 +297,7 @@ class Plan:
         """Take the first two passes of a step; where all sums are local, all three.
 
         Args:
-            settings: of the parameter groups.
+            settings: of the table.
             inputs: of the parameters that take part; None for the last step's.
             now: all tensors of it.
             states: of all parameters, where the step may be undone.
@@ -349,7 +350,8 @@ class Plan:
             whole: whole parameters, not what of them this rank holds; a collective.
         """
         if kinds is None:
-            named = (zip(g["params"], g.get("param_names", ()), strict=False) for g in self._groups)
+            groups = self.table.groups
+            named = (zip(g["params"], g.get("param_names", ()), strict=False) for g in groups)
             kinds = {param: kind_of(name) for param, name in chain.from_iterable(named)}
         inputs = {} if self.settings is None else self.inputs(self.settings, state_of, {})
         if not inputs and self.params:
@@ -375,10 +377,6 @@ def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """Device, dtype, shape and contiguity, which decide who updates a tensor."""
     kinds = map(attrgetter("device", "dtype", "shape"), tensors)
     return list(zip(kinds, map(Tensor.is_contiguous, tensors), strict=True))
-
-
-def _cautious(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return [group.get("cautious") for group in groups]
 
 
 def _spread(slices: Sequence[ParameterSlice]) -> Iterable[list[ParameterSlice]]:

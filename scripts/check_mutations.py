@@ -205,7 +205,7 @@ FAULTS = (
         "kernels/triton/tiles.py",
         "is_own = (across >> SHIFT) < over_lines(rest >> SHIFT, small)",
         "is_own = across >= 0",
-        SMALLER,
+        f"{SMALLER} -m interpreted -k own_block",
     ),
     Fault(
         "Triton: ranges of a factor that are not added to its mean",
@@ -339,7 +339,7 @@ def survives(fault: Fault, folder: Path) -> bool:
         *fault.tests.split(),
     ]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
+    if done.returncode > 1:  # negative: a signal ended it, as a kernel may that reads elsewhere
         raise SystemExit(
             f"{fault.name}: pytest did not run.\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )

@@ -109,5 +109,6 @@ PRESETS = {
         "image",
         ("adamw", "came", "came+bias-correction", _NO_CONFIDENCE, "adafactor", "sgd"),
         batches=(32,),
+        iterations=600,
     ),
 }

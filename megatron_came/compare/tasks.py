@@ -148,7 +148,8 @@ def _image(preset: Preset, paths: Sequence[Path]) -> Task:
             " pip install scikit-learn."
         ) from None
     pictures, labels = map(torch.from_numpy, load_digits(return_X_y=True))
-    patches = pictures.float().view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4) / 16
+    pictures = (pictures.float() - pictures.float().mean()) / pictures.float().std()
+    patches = pictures.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
     held = torch.arange(len(labels)) % 5 == 4
 
     def draw(size: int, generator: torch.Generator) -> Batch:

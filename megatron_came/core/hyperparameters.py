@@ -257,6 +257,8 @@ def check_switches(group: Mapping[str, Any]) -> None:
     for key in ("maximize", "foreach", "fused", "differentiable", "capturable"):
         if not isinstance(value := group.get(key), bool | None):
             raise HyperparameterError(key, value, "True, False or None")
+    if not isinstance(factored := group.get("factored", True), bool):
+        raise HyperparameterError("factored", factored, "True or False")
     if group.get("differentiable"):
         raise ValueError(
             "CAME: differentiable=True is not supported, since its kernels write behind "

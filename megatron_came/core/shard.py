@@ -56,10 +56,12 @@ class Shard:
         copies_group: ranks that hold a copy of this very slice, with the same gradient, and must
             stay bit-identical (tied embeddings on the first and last pipeline stage); None for
             no copies.
+        factored: whether a tensor of two or more dimensions has the statistics of a matrix; if not
+            it is updated as a vector of its elements.
 
     Raises:
-        ValueError: a range outside the tensor, a ``tp_dim`` that the tensor does not have, or
-            parts that are not of equal size.
+        ValueError: a range outside the tensor, a ``tp_dim`` that the tensor does not have, parts
+            that are not of equal size, or a window of an unfactored tensor.
     """
 
     shape: tuple[int, ...]
@@ -74,6 +76,7 @@ class Shard:
     tp_parts: int = 1
     more_groups: tuple[ProcessGroup, ...] = ()
     window: tuple[slice, slice, slice] | None = None
+    factored: bool = True
 
     def __post_init__(self) -> None:
         numel = math.prod(_sizes(self.window)) if self.window else math.prod(self.shape)
@@ -86,6 +89,10 @@ class Shard:
             raise ValueError(
                 f"Shard: tp_dim {self.tp_dim} is not a dimension of shape {self.shape}; "
                 "give None for a tensor that tensor parallelism does not cut."
+            )
+        if self.window and len(self.shape) > 1 and not self.factored:
+            raise ValueError(
+                f"Shard: a window of shape {self.shape} needs rows and columns: leave factored out."
             )
         if self.tp_parts > 1 and (
             self.tp_axis not in ("rows", None) or self.local_matrix[1] % self.tp_parts
@@ -107,8 +114,8 @@ class Shard:
 
     @property
     def is_vector(self) -> bool:
-        """Whether the tensor has fewer than two dimensions, hence row statistics only."""
-        return len(self.shape) < 2
+        """Whether it has a whole second moment, and no confidence."""
+        return len(self.shape) < 2 or not self.factored
 
     @property
     def has_copies(self) -> bool:

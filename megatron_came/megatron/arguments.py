@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyperparameters
 from megatron_came.kernels.dispatch import CHOICES as KERNELS
-from megatron_came.megatron import rules, warmup
+from megatron_came.megatron import parameter_rules, rules, warmup
 from megatron_came.megatron.checkpoints.refusals import notice
 from megatron_came.patching import Function
 from megatron_came.rules import flag_of, name_of
@@ -57,6 +57,14 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "skip a step whose raw update has FACTOR times the root mean square that is the "
         "median of the last 128 steps",
     },
+    parameter_rules.FLAG: {
+        "action": "append",
+        "nargs": "+",
+        "default": None,
+        "metavar": "PATTERN NAME=VALUE",
+        "help": "other hyperparameters for parameters whose names match, as '*.bias' beta2=0.99; "
+        "factored=no gives matrices a whole second moment; may be given several times",
+    },
     "--came-no-verify": {
         "action": "store_true",
         "help": "load a checkpoint without comparing it with the digests that were saved with it",
@@ -99,6 +107,7 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
     """
     if args.optimizer == "came":
         hyperparameters(args)
+        parameter_rules.parsed(getattr(args, "came_rule", None))
         rules.refuse(args)
         return
     stray = next((flag for flag in flags if flag in FLAGS), None)

@@ -13,12 +13,13 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.momentum import MOMENTUM_DTYPES
+from megatron_came.megatron import parameter_rules
 from megatron_came.megatron.agreement import agree, tell_optimizer
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, is_used, local_groups
-from megatron_came.megatron.parameter_names import identities
+from megatron_came.megatron.parameter_names import FACTORED, identities
 from megatron_came.megatron.quantized import check_gather
 from megatron_came.megatron.rank_settings import arguments
 from megatron_came.megatron.rules import refuse
@@ -47,6 +48,7 @@ def with_came(original: Function) -> Function:
             refuse(settings)
             check_gather(model_chunks, gathers_fp8=getattr(settings, "fp8_param_gather", False))
             config = agree(config, model_chunks, collection).as_standard()
+            parameter_rules.note(config.rule, model_chunks)
         elif not is_came and arguments() and collection is None:
             tell_optimizer(config)
         optimizer = original(config, model_chunks, *args, **kwargs)
@@ -116,7 +118,7 @@ def build(
     Takes the arguments of Megatron's ``_get_megatron_optimizer_based_on_param_groups``.
 
     Raises:
-        UnsupportedError: a weight that does not say how tensor parallelism cuts it.
+        UnsupportedError: a weight that does not say how it is cut, or a group with ``factored``.
     """
     model_groups = ModelGroups.of(pg_collection)
     model_params = [list(group["params"]) for group in param_groups]
@@ -164,6 +166,12 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
     """Megatron has no optimizer on a rank without parameter groups."""
     if not param_groups:
         return None
+    if any(FACTORED in group for group in param_groups):
+        raise UnsupportedError(
+            f"{FACTORED} of a parameter group is for plain PyTorch: give {parameter_rules.FLAG} "
+            f"PATTERN {FACTORED}=no, or came_rule=[[PATTERN, '{FACTORED}=no']] in the "
+            "configuration."
+        )
     came = CAME(
         param_groups,
         lr=config.lr,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any, Self
@@ -18,7 +18,7 @@ from megatron_came.patching import Function
 from megatron_came.voice import say_once
 
 # What CAME's flags say beyond its hyperparameters: ``--came-`` and the name.
-OWN = ("kernels", "momentum_dtype", "main_params", "spike_guard")
+OWN = ("kernels", "momentum_dtype", "main_params", "spike_guard", "rule")
 # All of them, as a plain ``OptimizerConfig`` or Megatron's arguments have them.
 _PREFIX = "came_"
 _SETTINGS = tuple(_PREFIX + name for name in (*(row.name for row in TABLE), *OWN))
@@ -67,6 +67,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
         main_params: "fp32", or "remainder" for the lower halves alone; see
             :mod:`megatron_came.core.remainders`.
         spike_guard: as in :class:`megatron_came.CAME`.
+        rule: of each ``--came-rule`` its words, see :mod:`megatron_came.megatron.parameter_rules`.
         seed: of the rounding of momentum.
         why_plain: why all ranks compute in plain PyTorch, where some could do otherwise.
 
@@ -80,6 +81,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     momentum_dtype: str = "fp32"
     main_params: str = "fp32"
     spike_guard: float | None = None
+    rule: Sequence[Sequence[str]] | None = None
     seed: int = 0
     why_plain: str | None = field(default=None, repr=False)
 

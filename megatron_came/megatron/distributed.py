@@ -37,7 +37,7 @@ from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.offload import Offloaded
-from megatron_came.megatron.parameter_names import Identity, identity_of
+from megatron_came.megatron.parameter_names import Identity, identity_of, own_settings
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.megatron.spikes import WithSpikeGuard
 from megatron_came.optimizer import CAME
@@ -136,7 +136,8 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
                     group["params"].append(local)
                 shards[local] = shard
                 self._pairs.append((param, local))
-        self.optimizer.set_shards(shards, None if identities is None else names)
+        own = {local: own_settings(param) for param, local in self._pairs}
+        self.optimizer.set_shards(shards, None if identities is None else names, own)
         self.optimizer.init_state()
         if config.bf16 and not (has_remainders or self._quantizes):
             weights = chain.from_iterable(self.shard_float16_groups)

@@ -1,4 +1,4 @@
-"""What a parameter is in every layout alike: its name, and where it lies in the whole model.
+"""What a parameter is in every layout alike: its name, its place in the whole model, its settings.
 
 Momentum in 16 or 8 bits is rounded with random bits that depend on both. The model's sharded state
 dictionary knows them: it is what makes checkpoints independent of the layout.
@@ -6,6 +6,7 @@ dictionary knows them: it is what makes checkpoints independent of the layout.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from torch import Tensor
 from megatron_came.dtensors import local_of
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.voice import say_once
+
+# Where a parameter has settings of its own, by name, and the one that is no hyperparameter.
+OWN_SETTINGS = "came_own_settings"
+FACTORED = "factored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,12 @@ def named_parameters(model_chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]
             # During an iteration Megatron-FSDP has others in their place, at times without memory.
             named = chunk.param_and_grad_buffer.optimizer_named_parameters
         for name, param in named:
-            yield prefix + re.sub(r"^(module\.)+", "", name), param
+            yield prefix + within_wrappers(name), param
+
+
+def within_wrappers(name: str) -> str:
+    """Return a name without Megatron's wrappers of a model."""
+    return re.sub(r"^(module\.)+", "", name)
 
 
 def identities(model_chunks: Iterable[Any]) -> dict[Tensor, Identity]:
@@ -106,11 +116,24 @@ def identity_of(
     if not is_cut or tp_group.size() == 1:
         return identity
     rank = tp_group.rank()
-    if identity.fits(tuple(param.shape), tp_dim, tp_group.size(), rank):
+    in_one_range = is_factored(param) or math.prod(param.shape[:tp_dim]) == 1
+    if in_one_range and identity.fits(tuple(param.shape), tp_dim, tp_group.size(), rank):
         return identity
     say_once(
         "--came-momentum-dtype: where tensor parallelism cuts a weight into unlike parts, as "
-        "Mamba's projections, every rank rounds momentum with random bits of its own, so that "
-        "another --tensor-model-parallel-size rounds otherwise (with fp32 it does not)."
+        "Mamba's projections, or an unfactored one into columns, every rank rounds momentum with "
+        "random bits of its own, so that another --tensor-model-parallel-size rounds otherwise "
+        "(with fp32 it does not)."
     )
     return Identity(f"{identity.name} of tensor-parallel rank {rank}", ((0,),), is_local=True)
+
+
+def own_settings(param: Tensor) -> dict[str, Any]:
+    """Return the hyperparameters that ``--came-rule`` has given a parameter, by field."""
+    own: dict[str, Any] = getattr(param, OWN_SETTINGS, {})
+    return {name: value for name, value in own.items() if name != FACTORED}
+
+
+def is_factored(param: Tensor) -> bool:
+    """Whether ``--came-rule`` leaves a parameter's second moment factored."""
+    return bool(getattr(param, OWN_SETTINGS, {}).get(FACTORED, True))

@@ -88,6 +88,7 @@ _NOT_WITH_FSDP: tuple[tuple[Any, ...], ...] = (
     ("--rl-offload-optimizer-during-inference", (), "leave it out"),
     ("--came-momentum-dtype", ("fp32",), "use fp32"),
     ("--came-main-params", ("fp32",), "use fp32"),
+    ("--came-rule", (), "leave it out"),
     ("--save", (), _NO_CHECKPOINTS),
     ("--load", (), _NO_CHECKPOINTS),
 )
@@ -291,6 +292,7 @@ RULES = (
             ("--pipeline-model-parallel-size", "use 1", (1,)),
             ("--expert-model-parallel-size", "use 1", (1,)),
             ("--use-distributed-optimizer", "leave one of them out", ()),
+            ("--came-rule", "leave it out", ()),
             ("--fp16", "use --bf16", ()),
             ("--ckpt-format", "use torch_dist", ("torch_dist",)),
             ("--non-persistent-ckpt-type", "use global", ("global",)),

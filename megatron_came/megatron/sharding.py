@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_came import dtensors
 from megatron_came.core.shard import ProcessGroup, Shard
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.parameter_names import Identity
+from megatron_came.megatron.parameter_names import Identity, is_factored
 
 
 def chain_of(optimizer: Any) -> list[Any]:
@@ -116,6 +116,7 @@ def shard_of(
         dp_group=dp_group,
         tp_dp_group=groups.tp_dp_of(param, dp_group),
         copies_group=groups.embedding if getattr(param, "shared_embedding", False) else None,
+        factored=is_factored(param),
     )
 
 

@@ -19,7 +19,7 @@ from megatron_came.megatron.checkpoints.digests.verifying import watched
 from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.offload import Offloaded
-from megatron_came.megatron.parameter_names import Identity, identity_of
+from megatron_came.megatron.parameter_names import Identity, identity_of, own_settings
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.megatron.spikes import WithSpikeGuard
 from megatron_came.optimizer import CAME
@@ -69,6 +69,7 @@ class _WholeTensors(WithSpikeGuard, Offloaded):
                 for param, local in self._pairs
             },
             {local: at[param].name for param, local in self._pairs} if at else None,
+            {local: own_settings(param) for param, local in self._pairs},
         )
         self.optimizer.init_state()
 

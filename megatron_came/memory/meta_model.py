@@ -12,6 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_came.megatron import parameter_rules
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.grid import Grid
 from megatron_came.memory.launch_command import words_of
@@ -108,6 +109,7 @@ def build_stage(args: argparse.Namespace, grid: Grid, stage: int) -> list[Chunk]
             models = [Float16Module(config, model) for model in models]
         for model in models:
             _make_whole(model, grid)
+        parameter_rules.give(parameter_rules.parsed(getattr(args, "came_rule", None)), models)
     return [_chunk(model) for model in models]
 
 

@@ -315,7 +315,7 @@ def _whole_on_every_rank(params: Iterable[Tensor], grid: Grid) -> tuple[int, ...
     for param in params:
         if param.requires_grad:
             shard = shard_of(param, groups)
-            alike = (shard.shape, param.dtype, shard.tp_dim, shard.tp_size)
+            alike = (shard.shape, param.dtype, shard.tp_dim, shard.tp_size, shard.factored)
             if alike not in known:
                 known[alike] = _bytes_of_one(ParameterSlice(param, shard))
             found.append(known[alike])

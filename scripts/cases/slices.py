@@ -12,11 +12,12 @@ SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor is cut: full shape, TP dimension, and DP cuts of each local tensor."""
+    """How a tensor is cut: full shape, TP dimension, DP cuts of each local tensor; if factored."""
 
     shape: tuple[int, ...]
     tp_dim: int | None
     cuts: tuple[tuple[float, ...], ...]  # for each TP rank, inner cuts as fractions
+    factored: bool = True
 
     def bounds(self, tp_rank: int, numel: int) -> list[int]:
         """Return where each rank's slice begins, and the end."""
@@ -67,6 +68,7 @@ def train_sharded(
                 dp_group=dp_groups[tp_rank],
                 tp_dp_group=everyone if tp_dp else None,
                 tp_rank=tp_rank,
+                factored=layout.factored,
             )
             slices.append((param, low, high))
         # Parameter groups in another order on every rank, as in a distributed optimizer.

@@ -196,6 +196,24 @@ def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatc
             assert torch.equal(ours["exp_avg_scale"], plain["exp_avg_scale"])
 
 
+@pytest.mark.parametrize("kernels", COMPILED)
+def test_each_element_is_read_with_the_scale_of_its_own_block(kernels):
+    """Blocks of 256 end within rows, and every other one has a momentum a thousandth as large."""
+    size = torch.where(torch.arange(8 * 384) // 256 % 2 == 0, 1.0, 1e-3).view(8, 384)
+    states = []
+    for path in ("plain", kernels):
+        param = torch.nn.Parameter(torch.zeros(8, 384, device=DEVICES[path]))
+        optimizer = CAME([param], lr=1e-2, kernels=path, momentum_dtype=torch.int8)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            param.grad = (torch.randn(8, 384, generator=generator) * size).to(param)
+            optimizer.step()
+        states.append(optimizer.state[param])
+    for key in ("exp_avg_res_row", "exp_avg_res_col"):
+        plain, ours = (state[key].cpu() for state in states)
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=0)
+
+
 @with_all_kernels
 @pytest.mark.parametrize(("momentum", "bound"), [(torch.bfloat16, 0.01), (torch.int8, 0.02)])
 def test_updates_stay_near_those_of_the_authors(momentum, bound, kernels):

@@ -25,6 +25,11 @@ MOE = (
 SWIGLU = (
     "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --normalization RMSNorm "
 )
+RULES = (
+    "--came-rule *embedding* factored=no --came-rule *.linear_fc1.weight factored=no "
+    "--came-rule *layers.1.* beta1=0.8 "
+    "--came-rule *.bias bias_correction=yes "
+)
 
 # Flags of the run that saves, by number of ranks and name; all resume at the same layout.
 SAVED = {
@@ -48,6 +53,9 @@ SAVED = {
         "fp32-legacy": "--ckpt-format torch ",
         "bf16": "--bf16 ",
         "bf16-full": FULL + "--bf16 ",
+        "full-rules": FULL + RULES,
+        "legacy-rules": DO + "--ckpt-format torch " + RULES,
+        "fp32-rules": RULES,
         "fp16-full": FULL + "--fp16 --initial-loss-scale 4096 ",
     },
 }
@@ -72,11 +80,14 @@ RESHARDED = {
     "dp-at-dp4": (4, "dp", DO + SMALL),
     "fp32-at-tp2": (2, "fp32", TP),
     "fp32-at-pp2": (2, "fp32", PP),
+    "full-rules-at-tp2": (2, "full-rules", FULL + TP + RULES),
+    "fp32-rules-at-pp2": (2, "fp32-rules", PP + RULES),
 }
 
 
 # The rest is part of the matrix.
 QUICK = ("full", "dp", "legacy-vpp", "bf16", "fp16-full", "full-at-tp2", "dp-at-dp1", "fp32-at-tp2")
+QUICK += ("full-rules-at-tp2",)
 
 
 def _mark(names):

@@ -20,12 +20,16 @@ SETTINGS = {
     "--came-eps1 1e-20 --came-eps2 1e-10 --came-clip-threshold 0.5",
     "options": "--came-bias-correction --came-cautious",
     "no-confidence": "--came-no-confidence",
+    "rules": "--came-rule *embedding* beta2=0.9 clip-threshold=0.5 --came-rule *.bias beta1=0.8 "
+    "bias_correction=yes --came-rule *.linear_fc2.weight factored=no --came-rule *layers.1.* "
+    "beta1=0.85 ",
     "decoupled-lr": "--untie-embeddings-and-output-weights --decoupled-lr 1e-3 "
     "--decoupled-min-lr 1e-4",
     "frozen-layer": "",
     "layernorm-1p": "--apply-layernorm-1p ",
 }
 ADAM = [(1, "dp1"), (2, "dp2-do"), (2, "tp2-do"), (2, "pp2")]
+RULED = ("tp2-do", "pp2")  # layouts that rules are tested in, beside the settings'
 FAULTS = {"dp2-do": "no_dp_sum", "tp2": "no_tp_sum"}
 
 
@@ -51,6 +55,9 @@ def seen(start_from, tmp_path_factory):
         )
     cases[1] += [_setting(name, "oracle") for name in SETTINGS]
     cases[2] += [_setting(name, "came", DO) for name in SETTINGS]
+    rules = start_from + LOGS + SETTINGS["rules"]
+    cases[1].append(Case("oracle-ruled", rules, "oracle"))
+    cases[2] += [Case(f"{name}-ruled", rules + LAYOUTS[2][name]) for name in RULED]
     cases[2].append(Case("silent", LOGS + TP, "came+silent", fails=True))
     cases[2] += [
         Case(f"{name}-{fault}", start_from + LOGS + LAYOUTS[2][name], fault)
@@ -76,6 +83,13 @@ def test_settings_reach_the_optimizer(seen, name):
     assert worst_difference(ours, theirs) <= TOLERANCE
     without = losses(seen["oracle"])[: len(ours)]
     assert worst_difference(ours, without) > 100 * TOLERANCE  # the setting does something
+
+
+@pytest.mark.parametrize("name", RULED)
+def test_rules_find_the_same_parameters_in_every_layout(seen, name):
+    ours, theirs = losses(seen[f"{name}-ruled"]), losses(seen["oracle-ruled"])
+    assert worst_difference(ours, theirs) <= TOLERANCE
+    assert worst_difference(ours, losses(seen["oracle"])) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS.items())

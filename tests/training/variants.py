@@ -20,6 +20,8 @@ from tests.support import quantized
 from tests.training import fsdp_memory, other_models
 from tests.training.damaged_settings import DAMAGE, damaged
 
+_LETTERS = {"beta1": "b1", "beta2": "b2", "beta3": "b3", "clip_threshold": "d"}
+
 
 class Oracle(came_pytorch.CAME):
     """The authors' class where the host builds CAME, on one rank, which holds whole tensors.
@@ -29,6 +31,7 @@ class Oracle(came_pytorch.CAME):
     """
 
     kernel_choices = ()
+    _own, _unfactored = {}, frozenset()
 
     def __init__(self, *args, kernels, momentum_dtype, remainders, seed, **kwargs):
         names = ("bias_correction", "cautious", "no_confidence")
@@ -37,7 +40,7 @@ class Oracle(came_pytorch.CAME):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if not any(self._options.values()):
+        if not (any(self._options.values()) or any(self._own.values()) or self._unfactored):
             return super().step(closure)
         for group in self.param_groups:
             letters = dict(
@@ -51,12 +54,17 @@ class Oracle(came_pytorch.CAME):
             letters["weight_decay"] = group["weight_decay"]
             for param in group["params"]:
                 weight, gradient = param.double(), param.grad.double()
-                update(weight, gradient, self.state[param], **letters)
-                param.copy_(weight)
+                if param in self._unfactored:
+                    weight, gradient = weight.flatten(), gradient.flatten()
+                own = {_LETTERS.get(name, name): v for name, v in self._own.get(param, {}).items()}
+                update(weight, gradient, self.state[param], **letters | own)
+                param.copy_(weight.view_as(param))
 
-    def set_shards(self, shards, names=None):
+    def set_shards(self, shards, names=None, own=None):
         if any(shard.tp_size > 1 or shard.dp_group is not None for shard in shards.values()):
             raise ValueError("the oracle knows no shards")
+        self._own = own or {}
+        self._unfactored = {param for param, shard in shards.items() if not shard.factored}
 
     def init_state(self):
         """Its state is created at the first step."""

@@ -20,6 +20,7 @@ _OF_SCHEDULE = _words("""
 """)
 # What else changes how weights are trained.
 _TRAINING = [f"came_{row.name}" for row in TABLE] + _words("""
+    came_rule
     lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples clip_grad
     rampup_batch_size step_batch_size_schedule decrease_batch_size_if_needed seed
     data_parallel_random_init calculate_per_token_loss no_weight_decay_cond_type
@@ -287,5 +288,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, tuple | list):
-        return " ".join(map(str, value))
+        return (", " if any(isinstance(item, list) for item in value) else " ").join(
+            map(_shown, value)
+        )
     return str(value)

@@ -1,0 +1,171 @@
+"""``--came-rule``: other hyperparameters for parameters whose names match a pattern."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyperparameters
+from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.parameter_names import (
+    FACTORED,
+    OWN_SETTINGS,
+    named_parameters,
+    within_wrappers,
+)
+from megatron_came.voice import of_any_rank, say_once
+
+FLAG = "--came-rule"
+
+_KINDS = {row.name: row.type for row in TABLE} | {FACTORED: bool}
+_SWITCHES = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+# Numbers of layers and experts in a name, and how many there may be.
+_NUMBER, _MOST = re.compile(r"\.\d+(?=\.)"), 1024
+_TIED = "embedding.word_embeddings.weight"
+
+
+class ParameterRule(NamedTuple):
+    """One ``--came-rule``.
+
+    Attributes:
+        pattern: of names, with the wildcards of a shell.
+        settings: by name.
+        typed: the whole, for messages.
+    """
+
+    pattern: str
+    settings: dict[str, Any]
+    typed: str
+
+
+def parsed(given: Sequence[Sequence[str] | str] | None) -> list[ParameterRule]:
+    """Read the words of all rules.
+
+    Args:
+        given: of each a pattern and ``NAME=VALUE`` words, in a list or one text; a name as in a
+            flag of CAME's.
+
+    Raises:
+        ValueError: no setting, one that is unknown, or a value that is not allowed.
+    """
+    rules = []
+    for each in given or ():
+        pattern, *words = each.split() if isinstance(each, str) else each
+        typed = " ".join((FLAG, pattern, *words))
+        settings = dict(_setting(word, typed) for word in words)
+        if not settings:
+            raise ValueError(f"{typed} has no setting: add some, as in {FLAG} '*.bias' beta2=0.99.")
+        try:
+            Hyperparameters(**{k: v for k, v in settings.items() if k != FACTORED})
+        except HyperparameterError as error:
+            raise ValueError(
+                f"{typed}: {error.name} {error.value} is not allowed: it must be {error.allowed}."
+            ) from error
+        rules.append(ParameterRule(pattern, settings, typed))
+    return rules
+
+
+def _setting(word: str, typed: str) -> tuple[str, Any]:
+    name, equals, value = word.partition("=")
+    name = name.replace("-", "_")
+    if not equals or name not in _KINDS:
+        raise ValueError(
+            f"{typed}: {word} is no setting: give NAME=VALUE with one of {', '.join(_KINDS)}."
+        )
+    try:
+        return name, _SWITCHES[value.lower()] if _KINDS[name] is bool else float(value)
+    except (KeyError, ValueError):
+        wanted = "yes or no" if _KINDS[name] is bool else "a number"
+        raise ValueError(f"{typed}: {name} must be {wanted}, not {value!r}.") from None
+
+
+def note(given: Sequence[Sequence[str] | str] | None, model_chunks: Sequence[Any]) -> None:
+    """Give parameters what the rules say of them, see :func:`give`; a collective.
+
+    Args:
+        given: as for :func:`parsed`.
+        model_chunks: what this rank holds of the model.
+
+    Raises:
+        UnsupportedError: on all ranks, if a rule matches no parameter of any, or would leave
+            layers or experts unfactored that checkpoints hold in one tensor with others.
+    """
+    rules = parsed(given)
+    named = give(rules, model_chunks)
+    if problem := of_any_rank(_parted(rules, [name for name, _ in named]) if rules else None):
+        raise UnsupportedError(problem)
+    # A pipeline stage may have none that a rule matches.
+    example = f", as {named[0][0]!r} is" if named else ""
+    for rule in rules:
+        matches = any(fnmatchcase(name, rule.pattern) for name, _ in named)
+        if of_any_rank(rule.typed if matches else None) is None:
+            raise UnsupportedError(
+                f"{rule.typed} matches no parameter that is trained: patterns are for whole "
+                f"names{example}; begin and end them with * where names have more."
+            )
+    if rules:
+        count = sum(bool(getattr(param, OWN_SETTINGS)) for _, param in named)
+        say_once(
+            f"{FLAG}: {count} of {len(named)} parameters of rank 0 have settings of their own."
+        )
+
+
+def _parted(rules: Sequence[ParameterRule], names: Sequence[str]) -> str | None:
+    """Say in a sentence that a rule for ``factored`` goes by the number of a layer or expert."""
+    unnumbered = dict.fromkeys(_NUMBER.sub("{0}", name) for name in names)
+    for rule in rules:
+        for name in unnumbered if FACTORED in rule.settings else ():
+            numbered = (name.format(f".{number}") for number in range(_MOST))
+            if len({fnmatchcase(each, rule.pattern) for each in numbered}) > 1:
+                return (
+                    f"{rule.typed} matches some of {name.format('.N')} and not all, and "
+                    f"checkpoints hold these in one tensor: put * for the number, or leave "
+                    f"{FACTORED} out."
+                )
+    return None
+
+
+def give(rules: Sequence[ParameterRule], model_chunks: Sequence[Any]) -> list[tuple[str, Tensor]]:
+    """Give parameters what the rules say of them, as an attribute.
+
+    Of several rules that match, the last that has a setting decides it.
+
+    Returns:
+        Names and parameters that are trained, if there are rules.
+    """
+    for _, param in named_parameters(model_chunks):
+        if hasattr(param, OWN_SETTINGS):  # from an optimizer before this one
+            delattr(param, OWN_SETTINGS)
+    named = list(_named(model_chunks)) if rules else []
+    for name, param in named:
+        own: dict[str, Any] = {}
+        for rule in rules:
+            if fnmatchcase(name, rule.pattern):
+                own |= rule.settings
+        setattr(param, OWN_SETTINGS, own)
+    return named
+
+
+def _named(model_chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Name the parameters that are trained, with the layer's number in the whole model, from 0."""
+    for chunk in model_chunks:
+        layers = {
+            within_wrappers(name): str(module.layer_number - 1)
+            for name, module in chunk.named_modules()
+            if name.rpartition(".")[2].isdecimal() and hasattr(module, "layer_number")
+        }
+        for name, param in named_parameters([chunk]):
+            if not param.requires_grad:
+                continue
+            if getattr(param, "shared_embedding", False):
+                name = _TIED  # the last pipeline stage has its copy in the output layer
+            for layer, number in layers.items():
+                if name.startswith(f"{layer}."):
+                    stack = layer.rpartition(".")[0]
+                    name = f"{stack}.{number}{name.removeprefix(layer)}"
+                    break
+            yield name, param
