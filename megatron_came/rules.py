@@ -54,6 +54,11 @@ def refusal(rules: Iterable[Rule], settings: Any) -> str | None:
     return next(filter(None, (rule.problem(settings) for rule in rules)), None)
 
 
+def value(name: str) -> Callable[[Any], Any]:
+    """Return a function that reads one of the settings, None where there is none."""
+    return lambda settings: getattr(settings, name, None)
+
+
 def name_of(flag: str) -> str:
     """Return how argparse calls a flag."""
     return flag.removeprefix("--").replace("-", "_")

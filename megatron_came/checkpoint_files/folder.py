@@ -16,7 +16,7 @@ from megatron_came.checkpoint_files.archives import OLD_MAGIC, Archive, open_reg
 from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError
 from megatron_came.checkpoint_files.names import StandIn
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
-from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, read_layout
+from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, is_fsdp, read_layout
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model_optim_rng.pt"
@@ -107,8 +107,8 @@ def complete(path: Path) -> list[str]:
 
 
 def _is_complete(folder: Path) -> bool:
-    if says_distributed(folder):
-        metadata = folder / METADATA  # written last
+    metadata = folder / METADATA  # written last
+    if says_distributed(folder) or metadata.is_file():
         return metadata.is_file() and ends_as_pickle(metadata)
     ranks = [*folder.glob("mp_rank_*")]
     files = [rank / MODEL_FILE for rank in ranks] + [*folder.glob("mp_rank_*/*.pt")]
@@ -170,6 +170,11 @@ class Checkpoint:
     tensors: list[CheckpointTensor]
     objects: dict[str, Item] = field(default_factory=dict)
     optimizers: list[Any] = field(default_factory=list)
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether Megatron knows its format by the file ``metadata.json``."""
+        return self.folder.is_distributed and not is_fsdp(self.objects)
 
     @property
     def args(self) -> StandIn:
@@ -236,6 +241,8 @@ def _legacy_files(folder: Path) -> list[Path]:
 def _common(folder: Path, layout: Layout) -> dict[Any, Any]:
     """What is no tensor."""
     item = layout.common
+    if item is None and layout.is_fsdp:
+        return layout.entries()
     if item is None:
         raise CheckpointError(
             f"{folder} holds no common state, neither common.pt nor common_state in "

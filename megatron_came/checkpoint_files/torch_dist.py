@@ -1,8 +1,12 @@
-"""Checkpoints of ``--ckpt-format torch_dist``: what ``torch.distributed.checkpoint`` writes."""
+"""Checkpoints of ``--ckpt-format torch_dist``: what ``torch.distributed.checkpoint`` writes.
+
+Those of ``fsdp_dtensor`` are such, too, but have each entry of the common state by itself.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +22,8 @@ from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
 from megatron_came.core.state import FACTORS
 
 METADATA, _COMMON = ".metadata", "common.pt"
+# What weights' names begin with in fsdp_dtensor.
+MODEL = "model.module."
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", re.DOTALL)
 _BUCKET = re.compile(r"(.*\.bucket_idx_\d+)\.(param|exp_avg)", re.DOTALL)
 _KINDS = {"param": MAIN_WEIGHTS, "fp32_param": MAIN_WEIGHTS, "exp_avg": MOMENTUM}
@@ -36,6 +42,40 @@ class Layout:
         """The common state: in a file of its own before megatron-core 0.19."""
         names = (name for name in self.objects if name.startswith((_COMMON, "common_state/")))
         return self.objects.get(next(names, ""))
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether it is of ``--ckpt-format fsdp_dtensor``."""
+        return is_fsdp(self.objects)
+
+    def entries(self) -> dict[str, Any]:
+        """Read the common state of ``fsdp_dtensor``, but for tensors; lists by their numbers.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        found: dict[str, Any] = {}
+        try:
+            for name, item in self.objects.items():
+                *path, last = name.split(".")
+                place = found
+                for step in path:
+                    place = place.setdefault(step, {})
+                place[last] = item.load()
+            optimizer = found.get("optimizer", {})
+            if groups := optimizer.get("param_groups"):
+                optimizer["param_groups"] = [groups[key] for key in sorted(groups, key=int)]
+        except (AttributeError, TypeError, ValueError) as error:
+            file = self.objects[name].file
+            raise cannot_be_read(
+                file.with_name(METADATA), f"its names contradict: {name}"
+            ) from error
+        return found
+
+
+def is_fsdp(objects: Mapping[str, Item]) -> bool:
+    """Whether such things other than tensors are those of ``--ckpt-format fsdp_dtensor``."""
+    return "args" in objects
 
 
 def read_layout(folder: Path) -> Layout:
@@ -68,20 +108,21 @@ def _layout(folder: Path, metadata: Any) -> Layout:
         key = (str(index.get("fqn")), None if offset is None else _numbers(offset))
         items[key] = Item(_inside(folder, info.get("relative_path")), *bounds)
     tensors, objects = {}, {}
+    saved = metadata.get("state_dict_metadata", {})
     if (folder / _COMMON).exists():
         objects[_COMMON] = Item(folder / _COMMON)
-    for name, entry in metadata.get("state_dict_metadata", {}).items():
+    for name, entry in saved.items():
         if not isinstance(name, str):
             raise ValueError("a name in it is no string")
         if entry.kind.endswith(".TensorStorageMetadata"):
-            tensors[name] = _tensor(name, entry, items)
+            tensors[name] = _tensor(name, entry, items, has_prefix=is_fsdp(saved))
         elif (name, None) in items:
             objects[name] = items[name, None]
     return Layout(tensors, objects)
 
 
 def _tensor(
-    name: str, entry: StandIn, items: dict[tuple[str, Shape | None], Item]
+    name: str, entry: StandIn, items: dict[tuple[str, Shape | None], Item], *, has_prefix: bool
 ) -> CheckpointTensor:
     dtype, shape = entry.get("properties").get("state")[0], _numbers(entry.get("size"))
     if not isinstance(dtype, torch.dtype):
@@ -95,15 +136,23 @@ def _tensor(
         if (name, offsets) not in items:
             raise ValueError(f"no file is named for a chunk of {name}")
         chunks.append(Chunk(offsets, sizes, items[name, offsets]))
-    return CheckpointTensor(name, shape, dtype, tuple(chunks), *kind_and_key(name))
+    return CheckpointTensor(name, shape, dtype, tuple(chunks), *kind_and_key(name, has_prefix))
 
 
-def kind_and_key(name: str) -> tuple[str | None, str, bool]:
-    """Kind and key of a tensor, and whether it is a bucket, from its name."""
+def kind_and_key(name: str, has_prefix: bool = False) -> tuple[str | None, str, bool]:
+    """Kind and key of a tensor, and whether it is a bucket, from its name.
+
+    Args:
+        name: of the tensor.
+        has_prefix: whether names of weights, and of them alone, begin with that of the model.
+    """
     if bucket := _BUCKET.fullmatch(name):
         return _KINDS[bucket[2]], bucket[1], True
     if state := _STATE.fullmatch(name):
         return _KINDS.get(state[1]), state[2], False
+    if has_prefix:
+        key = name.removeprefix(MODEL)
+        return None if key == name else WEIGHTS, key, False
     return None if name.startswith(("optimizer.", "chained_")) else WEIGHTS, name, False
 
 

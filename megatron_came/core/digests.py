@@ -29,7 +29,8 @@ every ``model_optim_rng.pt`` (``torch``), is one string, JSON as :func:`pack` wr
   :func:`split_name`). Of the optimizer's tensors the file has ``optimizer.state.exp_avg.<key>``,
   ``optimizer.state.param.<key>`` or ``optimizer.state.fp32_param.<key>`` and
   ``optimizer.state.<factor>.<key>``, with the same axes before them; where Megatron has several
-  optimizers (mixtures of experts), these may begin with ``chained_0.`` or another number.
+  optimizers (mixtures of experts), these may begin with ``chained_0.`` or another number. Weights
+  of ``fsdp_dtensor`` have ``model.module.`` before the name.
 - ``shape`` is that of the whole tensor without these axes; ``dtype`` is ``float32``, but of
   ``weights`` the model's own, such as ``bfloat16``.
 - ``buckets`` is there for Megatron's default format of the distributed optimizer

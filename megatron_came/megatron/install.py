@@ -47,7 +47,7 @@ REPLACEMENTS = table("megatron_came.megatron", {
          "FSDP2's parameters are found in the model's state"),
     ),
     "megatron.core.dist_checkpointing.serialization": (
-        ("load", "checkpoints.loading:with_shapes",
+        ("load", "checkpoints.shapes:with_shapes",
          "a host's checkpoint without CAME's state is refused"),
     ),
     "megatron.core.dist_checkpointing.strategies.async_utils": (
@@ -74,6 +74,8 @@ REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.training.checkpointing": (
         ("save_checkpoint", "checkpoints.digests.saving:with_digests", "digests are computed"),
         ("generate_state_dict", "checkpoints.digests.saving:with_record", "and saved"),
+        ("preprocess_fsdp_dtensor_state_dict", "checkpoints.shapes:with_names",
+         "a checkpoint of Megatron-FSDP that does not fit is refused", ("0.19",)),
         ("load_checkpoint", "checkpoints.loading:with_sentences", "all is verified"),
         ("_load_base_checkpoint", "checkpoints.loading:with_checks",
          "a run that cannot resume as its flags say ends before it loads"),

@@ -15,6 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_came.core.shard import Shard
+from megatron_came.megatron.checkpoints.digests.leaves import unwrapped
+from megatron_came.megatron.checkpoints.digests.verifying import watched
+from megatron_came.megatron.checkpoints.factors import FORMAT
+from megatron_came.megatron.checkpoints.groups import own_settings_kept
+from megatron_came.megatron.checkpoints.megatron_fsdp import sharded_state
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.sharding import ModelGroups, shard_of
@@ -106,18 +111,43 @@ class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
         for _, local in self._pairs:
             local.grad = None
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: see ``rules.py``, which hosts of their own may pass by.
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any = None, is_loading: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Momentum and factors as DTensors, by key and name; to be saved, parameter groups too."""
+        (chunk,) = unwrapped(self.model_chunks)
+        state: dict[str, Any] = {
+            "state": sharded_state(self.optimizer, self._pairs, chunk),
+            "came": {"format": FORMAT, "parameters": {}},
+        }
+        if not is_loading:  # otherwise there are as many as there are in the checkpoint
+            state["param_groups"] = [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in self.optimizer.param_groups
+            ]
+        return state
+
+    def state_dict(self) -> Any:
+        """Refuse: other formats than fsdp_dtensor have no place for it.
 
         Raises:
             UnsupportedError: always.
         """
         raise UnsupportedError(
-            "--optimizer came with --use-megatron-fsdp cannot save or load its state yet: leave "
-            "checkpoints out, or use --use-distributed-optimizer alone."
+            "--optimizer came with --use-megatron-fsdp saves its state in --ckpt-format "
+            "fsdp_dtensor alone (sharded_state_dict): use that."
         )
 
-    state_dict = load_state_dict = sharded_state_dict
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the settings of groups: the state has been filled in place."""
+        own = self.optimizer.state_dict()
+        kept = own_settings_kept(self.optimizer, state_dict["param_groups"])
+        with kept as groups, watched(self.optimizer):
+            own["param_groups"] = [
+                {**group, "params": mine["params"]}
+                for group, mine in zip(groups, own["param_groups"], strict=True)
+            ]
+            self.optimizer.load_state_dict(own)
 
 
 def _starts(pairs: Sequence[tuple[Any, Tensor]], group: dist.ProcessGroup | None) -> list[int]:

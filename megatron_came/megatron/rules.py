@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.dtensors import is_dtensor
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.fp8_rules import RULES as FP8_RULES
-from megatron_came.rules import Rule, refusal
-from megatron_came.versions import SUPPORTED, before
+from megatron_came.megatron.fsdp_rules import MEGATRON_FSDP_RULES, SHARDING, has_checkpoints
+from megatron_came.rules import Rule, refusal, value
+from megatron_came.versions import before
 
 # Values of CAME's flags that are looked at here: argparse would print all of Megatron's flags
 # before its sentence.
@@ -24,8 +23,6 @@ CHOICES = {
 
 _REMAINDER = "--came-main-params remainder"
 _LEAVE_OUT = "leave it out, or use --optimizer adam"
-_SHARDING = "use --use-distributed-optimizer, which shards CAME's momentum and main weights"
-_NO_CHECKPOINTS = "leave it out: its checkpoints do not hold CAME's state yet"
 _SEPARATE = "leave it out: CAME has statistics of its own for each expert"
 _SHARDS = "leave it out and use --tensor-model-parallel-size"
 _EXPERT_SHARDS = "leave it out and use --expert-tensor-parallel-size"
@@ -33,11 +30,6 @@ _EXPERT_SHARDS = "leave it out and use --expert-tensor-parallel-size"
 
 def _not_with(flag: str, remedy: str, what: str = "{given}", **more: Any) -> Rule:
     return Rule(f"--optimizer came does not go with {what}: {remedy}.", flag, **more)
-
-
-def _value(name: str) -> Callable[[Any], Any]:
-    """Return a function that reads one of the settings, None where there is none."""
-    return lambda settings: getattr(settings, name, None)
 
 
 def _has_remainders(settings: Any) -> bool:
@@ -55,7 +47,7 @@ def _has(weights: str) -> Callable[[Any], bool]:
 
 def _cut_offsets(settings: Any) -> bool:
     """Whether attention learns offsets, which tensor parallelism cuts without saying so."""
-    learns = _value("softmax_type")(settings) == "learnable"
+    learns = value("softmax_type")(settings) == "learnable"
     return learns and bool(settings.tensor_model_parallel_size > 1)
 
 
@@ -70,36 +62,6 @@ def _is_mimo(settings: Any) -> bool:
     return isinstance(model, MimoModel)
 
 
-_has_fsdp = _value("use_megatron_fsdp")
-# What has not been shown to be exact, or does not work, with Megatron-FSDP: flag, what is allowed,
-# what to do, and the flag's name among the settings where it is another.
-_NOT_WITH_FSDP: tuple[tuple[Any, ...], ...] = (
-    ("--num-distributed-optimizer-instances", (1,), "use 1"),
-    ("--pipeline-model-parallel-size", (1,), _SHARDING),
-    ("--num-experts", (), _SHARDING, "num_moe_experts"),
-    ("--fp16", (), "use --bf16"),
-    ("--loss-scale", (), "leave it out"),
-    ("--fp8-format", (), "leave it out", "fp8"),
-    ("--fp4-format", (), "leave it out", "fp4"),
-    ("--cuda-graph-impl", ("none",), "use none"),
-    ("--init-model-with-meta-device", (), "leave it out"),
-    ("--use-nccl-ub", (), "leave it out", "nccl_ub"),
-    ("--qk-clip", (), "leave it out"),
-    ("--rl-offload-optimizer-during-inference", (), "leave it out"),
-    ("--came-momentum-dtype", ("fp32",), "use fp32"),
-    ("--came-main-params", ("fp32",), "use fp32"),
-    ("--came-rule", (), "leave it out"),
-    ("--save", (), _NO_CHECKPOINTS),
-    ("--load", (), _NO_CHECKPOINTS),
-)
-
-
-def _has_other_main_weights(settings: Any) -> bool:
-    """Whether Megatron-FSDP is to keep main weights in another dtype; None is the model's."""
-    dtype = getattr(settings, "megatron_fsdp_main_params_dtype", "fp32")
-    return _has_fsdp(settings) and dtype not in ("fp32", torch.float32)
-
-
 # Experts whose layout a release before 0.19 does not say.
 
 
@@ -107,7 +69,7 @@ def _experts(settings: Any) -> Iterator[Any]:
     """All modules that hold the experts of a layer."""
     from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 
-    if _value("num_moe_experts")(settings):
+    if value("num_moe_experts")(settings):
         for chunk in getattr(settings, "model_chunks", ()):
             for module in chunk.modules():
                 if isinstance(module, BaseMoELayer):
@@ -116,7 +78,7 @@ def _experts(settings: Any) -> Iterator[Any]:
 
 def _reduces_experts_wrongly(settings: Any) -> bool:
     return bool(
-        _value("num_moe_experts")(settings)
+        value("num_moe_experts")(settings)
         and settings.expert_model_parallel_size == 1
         and settings.expert_tensor_parallel_size != settings.tensor_model_parallel_size
     )
@@ -141,7 +103,7 @@ _FSDP2 = "--use-torch-fsdp2"
 
 def _beside_fsdp2(flag: str, remedy: str, **more: Any) -> Rule:
     sentence = f"{{given}} does not go with {_FSDP2}: {remedy}."
-    return Rule(sentence, flag, when=_value("use_torch_fsdp2"), **more)
+    return Rule(sentence, flag, when=value("use_torch_fsdp2"), **more)
 
 
 def _fsdp2_saves_unlike_rows(settings: Any) -> bool:
@@ -149,13 +111,12 @@ def _fsdp2_saves_unlike_rows(settings: Any) -> bool:
 
     That is into unlike numbers of rows, or with rows of both of SwiGLU's projections on a rank.
     """
-    needs_names = _value("came_momentum_dtype")(settings) != "fp32"
-    saves = _value("save")(settings) or _value("load")(settings)
-    if not (_value("use_torch_fsdp2")(settings) and (saves or needs_names)):
+    needs_names = value("came_momentum_dtype")(settings) != "fp32"
+    if not (value("use_torch_fsdp2")(settings) and (has_checkpoints(settings) or needs_names)):
         return False
     params = (p for chunk in getattr(settings, "model_chunks", ()) for p in chunk.parameters())
     cuts = {(len(p), p.device_mesh.size()) for p in params if is_dtensor(p) and p.dim()}
-    halves = 2 if _value("gated_linear_unit")(settings) else 1
+    halves = 2 if value("gated_linear_unit")(settings) else 1
     return any(rows % size or (size > 1 and size % halves) for rows, size in cuts)
 
 
@@ -173,34 +134,7 @@ RULES = (
         "{given}, which steps on the CPU with Adam or SGD alone",
     ),
     _not_with("--use-precision-aware-optimizer", _LEAVE_OUT),
-    _not_with(
-        "--use-megatron-fsdp",
-        f"{_SHARDING}, or Megatron 0.19",
-        "{given} on Megatron {release}",
-        releases=tuple(each for each in SUPPORTED if each != "0.19"),
-    ),
-    Rule(
-        "{given} needs --ckpt-format fsdp_dtensor, also where nothing is saved: add it.",
-        "--use-megatron-fsdp",
-        when=lambda settings: _value("ckpt_format")(settings) not in (None, "fsdp_dtensor"),
-    ),
-    *(
-        _not_with(
-            flag,
-            remedy,
-            "--use-megatron-fsdp and {given}",
-            works=works,
-            when=_has_fsdp,
-            argument="".join(argument),
-        )
-        for flag, works, remedy, *argument in _NOT_WITH_FSDP
-    ),
-    _not_with(
-        "",
-        "use that",
-        "--use-megatron-fsdp and another --megatron-fsdp-main-params-dtype than fp32",
-        when=_has_other_main_weights,
-    ),
+    *MEGATRON_FSDP_RULES,
     _not_with("--optimizer-cuda-graph", _LEAVE_OUT),
     *FP8_RULES,
     # Megatron's validation derives these two from the flags.
@@ -218,7 +152,7 @@ RULES = (
     ),
     _not_with("--moe-single-grouped-weight", _SEPARATE),
     _not_with("--moe-single-grouped-bias", _SEPARATE),
-    _not_with("--use-layer-wise-distributed-optimizer", _SHARDING, "a layer-wise optimizer"),
+    _not_with("--use-layer-wise-distributed-optimizer", SHARDING, "a layer-wise optimizer"),
     _not_with("--use-legacy-models", "leave it out"),
     _not_with("--yaml-cfg", "give the settings as flags"),
     Rule(
@@ -227,15 +161,15 @@ RULES = (
         "--non-persistent-ckpt-type",
         works=("global",),
         when=lambda settings: (
-            _value("dist_ckpt_optim_fully_reshardable")(settings)
-            and _value("use_distributed_optimizer")(settings)
+            value("dist_ckpt_optim_fully_reshardable")(settings)
+            and value("use_distributed_optimizer")(settings)
         ),
     ),
     Rule(
         "{given} and --use-checkpoint-opt_param-scheduler ask for the schedule of the flags and of "
         "the checkpoint: leave one of them out.",
         "--override-opt_param-scheduler",
-        when=_value("use_checkpoint_opt_param_scheduler"),
+        when=value("use_checkpoint_opt_param_scheduler"),
     ),
     Rule(
         "{given} asks Megatron to hand back what a checkpoint lacks, which its training loop does "
@@ -274,7 +208,7 @@ RULES = (
         "--came-spike-guard {at.came_spike_guard} is not allowed: it must be a finite number above "
         "1.",
         when=lambda settings: (
-            (factor := _value("came_spike_guard")(settings)) is not None
+            (factor := value("came_spike_guard")(settings)) is not None
             and not 1.0 < factor < math.inf
         ),
     ),
@@ -283,7 +217,7 @@ RULES = (
         "--wandb-project, or leave it out.",
         "--came-log-diagnostics",
         when=lambda settings: (
-            not (_value("tensorboard_dir")(settings) or _value("wandb_project")(settings))
+            not (value("tensorboard_dir")(settings) or value("wandb_project")(settings))
         ),
     ),
     *(
@@ -304,7 +238,7 @@ RULES = (
         f"{_FSDP2} needs weights of their own for embeddings and output: add "
         "--untie-embeddings-and-output-weights.",
         when=lambda settings: (
-            _value("use_torch_fsdp2")(settings)
+            value("use_torch_fsdp2")(settings)
             and not getattr(settings, "untie_embeddings_and_output_weights", True)
         ),
     ),
@@ -315,7 +249,7 @@ RULES = (
         "--came-momentum-dtype",
         works=("fp32",),
         when=lambda settings: (
-            _value("use_torch_fsdp2")(settings) and settings.tensor_model_parallel_size > 1
+            value("use_torch_fsdp2")(settings) and settings.tensor_model_parallel_size > 1
         ),
     ),
     # Where it is built.
@@ -330,9 +264,9 @@ RULES = (
         f"{_FSDP2} on Megatron {{release}} saves the two projections of SwiGLU in the wrong order: "
         "leave it out, leave --save and --load out, or use Megatron 0.19.",
         when=lambda settings: (
-            _value("use_torch_fsdp2")(settings)
-            and _value("gated_linear_unit")(settings)
-            and (_value("save")(settings) or _value("load")(settings))
+            value("use_torch_fsdp2")(settings)
+            and value("gated_linear_unit")(settings)
+            and has_checkpoints(settings)
         ),
         releases=_OLDER["releases"],
     ),

@@ -139,7 +139,12 @@ def test_experts_beside_reused_buffers_are_refused_where_megatron_spoils_them(
         ({"megatron_fsdp_main_params_dtype": "auto"}, "-main-params-dtype than fp32: use that"),
         ({"megatron_fsdp_main_params_dtype": None}, "-main-params-dtype than fp32: use that"),
         ({"came_momentum_dtype": "int8"}, "--came-momentum-dtype int8: use fp32"),
-        ({"save": "folder"}, "--save folder: leave it out"),
+        ({"async_save": True}, "--async-save: leave it out"),
+        ({"non_persistent_ckpt_type": "global"}, "-ckpt-type global: leave it out"),
+        (
+            {"swiglu": True, "data_parallel_sharding_strategy": "no_shard", "load": "folder"},
+            "cannot save the two projections of --swiglu with --use-megatron-fsdp at",
+        ),
     ],
     ids=str,
 )

@@ -162,3 +162,21 @@ def test_files_of_a_legacy_checkpoint(tmp_path):
     whole.write_bytes(whole.read_bytes()[:-30])
     assert "complete there: none" in folder_problem(tmp_path, args())
     assert "truncated" in legacy_problem(tmp_path, [str(whole)])
+
+
+def test_formats_that_megatron_fsdp_does_not_share_are_named(folder):
+    problem = folder_problem(folder, args(use_megatron_fsdp=True))
+    assert "iter_0000020 is of --ckpt-format torch" in problem
+    assert "--use-megatron-fsdp loads fsdp_dtensor alone" in problem
+
+
+def test_a_checkpoint_of_megatron_fsdp_needs_no_summary(tmp_path):
+    place = tmp_path / "iter_0000020"
+    place.mkdir()
+    (tmp_path / TRACKER).write_text("20\n")
+    fsdp = args(use_megatron_fsdp=True)
+    assert "holds no complete checkpoint" in folder_problem(tmp_path, fsdp)
+    (place / ".metadata").write_bytes(pickle.dumps({}))
+    assert folder_problem(tmp_path, fsdp) is None
+    (place / ".metadata").write_bytes(pickle.dumps({})[:-1])
+    assert ".metadata is truncated" in folder_problem(tmp_path, fsdp)

@@ -45,7 +45,8 @@ def folder_problem(load_dir: Any, args: Any) -> str | None:
         return None
     folder = Path(str(load_dir))
     try:
-        problem = _problem(folder, getattr(args, "ckpt_step", None))
+        has_fsdp = bool(getattr(args, "use_megatron_fsdp", False))
+        problem = _problem(folder, getattr(args, "ckpt_step", None), has_fsdp)
     except OSError as error:
         problem = (
             f": {error.filename or folder} cannot be read ({error.strerror}): let the user of this "
@@ -60,7 +61,7 @@ def tracked(load_dir: Any) -> str | None:
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else None
 
 
-def _problem(folder: Path, step: int | None) -> str | None:
+def _problem(folder: Path, step: int | None, has_fsdp: bool) -> str | None:
     if folder.exists() and not folder.is_dir():
         return " is a file: name the folder with the checkpoints of all iterations."
     if step == 0:
@@ -69,7 +70,7 @@ def _problem(folder: Path, step: int | None) -> str | None:
             f"another ({_there(folder)}), or leave it out."
         )
     if step:
-        return _iteration_problem(folder, f"iter_{step:07d}", f"--ckpt-step {step}")
+        return _iteration_problem(folder, f"iter_{step:07d}", f"--ckpt-step {step}", has_fsdp)
     named = tracked(folder)
     if named is None:
         found = complete(folder)
@@ -81,9 +82,9 @@ def _problem(folder: Path, step: int | None) -> str | None:
             f"it ({_there(folder)}), {_REMOVE}."
         )
     if named == "release":
-        return _iteration_problem(folder, "release", f"its {TRACKER}")
+        return _iteration_problem(folder, "release", f"its {TRACKER}", has_fsdp)
     if named.isascii() and named.isdigit() and len(named) < 20:
-        return _iteration_problem(folder, f"iter_{int(named):07d}", f"its {TRACKER}")
+        return _iteration_problem(folder, f"iter_{int(named):07d}", f"its {TRACKER}", has_fsdp)
     shown = f"holds {named[:40]!r}" if named else "is empty"
     return (
         f": {TRACKER} {shown}, and no iteration: write the number of a complete checkpoint to it "
@@ -91,7 +92,7 @@ def _problem(folder: Path, step: int | None) -> str | None:
     )
 
 
-def _iteration_problem(folder: Path, name: str, named_by: str) -> str | None:
+def _iteration_problem(folder: Path, name: str, named_by: str, has_fsdp: bool) -> str | None:
     where = folder / name
     if not where.is_dir():
         return (
@@ -99,17 +100,36 @@ def _iteration_problem(folder: Path, name: str, named_by: str) -> str | None:
             f"--ckpt-step ({_there(folder)}), {_REMOVE}."
         )
     metadata = where / METADATA
-    if not says_distributed(where):
+    is_legacy = any(where.glob("mp_rank_*"))
+    if has_fsdp and (is_legacy or says_distributed(where)):
+        return (
+            f": {name} is of --ckpt-format {'torch' if is_legacy else 'torch_dist'}, and "
+            "--use-megatron-fsdp loads fsdp_dtensor alone: go on without that, or name another "
+            "checkpoint."
+        )
+    if not (has_fsdp and metadata.is_file()) and not says_distributed(where):
+        if metadata.is_file() and _is_of_fsdp(where):
+            return (
+                f": {name} is of --ckpt-format fsdp_dtensor, which --use-megatron-fsdp alone "
+                "loads: add that, or name another checkpoint."
+            )
         if metadata.is_file():
             return _damaged(folder, where / SUMMARY, "is missing")
-        if any(where.glob("mp_rank_*")):
+        if is_legacy:
             return None
         return _damaged(folder, where, "holds no complete checkpoint of Megatron")
     if not metadata.is_file():
         return _damaged(folder, metadata, "is missing")
-    if problem := summary_problem(where):
+    if not has_fsdp and (problem := summary_problem(where)):
         return _damaged(folder, where / SUMMARY, problem)
     return None if ends_as_pickle(metadata) else _damaged(folder, metadata, "is truncated")
+
+
+def _is_of_fsdp(where: Path) -> bool:
+    try:
+        return layout_of(str(where)).is_fsdp
+    except CheckpointError:
+        return False
 
 
 @functools.lru_cache(1)
@@ -143,7 +163,7 @@ def misread(load_dir: Any, args: Any, *, opening: bool = False) -> str | None:
         return None
     try:
         folder = name_of(load_dir, args, return_base_dir=True)
-        is_distributed = says_distributed(Path(folder))
+        is_distributed = _has_metadata(Path(folder))
         files = [] if is_distributed or not opening else _own_files(name_of(load_dir, args))
     except (OSError, TypeError, ValueError):  # nothing to resume from
         return None
@@ -166,7 +186,11 @@ def rewritten(file: str, *, is_legacy: bool) -> str | None:
     Raises:
         CheckpointError: it cannot be read.
     """
-    items = _own_files(file) if is_legacy else [layout_of(file).common]
+    if is_legacy:
+        items: list[Item | None] = [*_own_files(file)]
+    else:
+        layout = layout_of(file)
+        items = [*layout.objects.values()] if layout.is_fsdp else [layout.common]
     return next((item.name for item in items if item is not None and item.is_wrong()), None)
 
 
@@ -188,7 +212,12 @@ def missing_files(load_dir: Any, args: Any) -> str | None:
         base, file = (name_of(load_dir, args, return_base_dir=each) for each in (True, False))
     except (OSError, TypeError, ValueError):  # nothing to resume from
         return None
-    return None if says_distributed(Path(base)) else legacy_problem(load_dir, [file])
+    return None if _has_metadata(Path(base)) else legacy_problem(load_dir, [file])
+
+
+def _has_metadata(folder: Path) -> bool:
+    """Whether ranks share the files of a checkpoint."""
+    return says_distributed(folder) or (folder / METADATA).is_file()
 
 
 def missing_state(load_dir: Any, args: Any, optimizer: Any) -> str | None:

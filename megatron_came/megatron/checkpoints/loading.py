@@ -7,10 +7,7 @@ ranks agree whether one of them has found a problem, so that they end together.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,46 +15,27 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_came.checkpoint_files.errors import CheckpointError
-from megatron_came.core.state import FACTORS
-from megatron_came.megatron.checkpoints import contents, flags, folders, shifted, tensors
+from megatron_came.megatron.checkpoints import (
+    contents,
+    flags,
+    folders,
+    megatron_fsdp,
+    shapes,
+    shifted,
+    tensors,
+)
 from megatron_came.megatron.checkpoints.contents import AFRESH
 from megatron_came.megatron.checkpoints.digests.verifying import note_files, verified
 from megatron_came.megatron.checkpoints.groups import Groups, own_rates, same_order
 from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
+from megatron_came.megatron.checkpoints.under_way import Load, current
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
-from megatron_came.voice import end_if, of_all_ranks, rank, say_once, stop
-
-
-@dataclass
-class Load:
-    """The load of a checkpoint under way.
-
-    Attributes:
-        model_chunks: what is filled.
-        optimizer: likewise.
-        scheduler: likewise.
-        folder: where Megatron found the checkpoint.
-        differing: flags that it was saved with otherwise.
-        other_buckets: that it was cut into other buckets, in a sentence, if so.
-        is_finished: whether this is the end that ``--exit-on-missing-checkpoint`` asks for.
-    """
-
-    model_chunks: list[Any]
-    optimizer: Any
-    scheduler: Any
-    folder: Any = None
-    differing: str = ""
-    other_buckets: str | None = None
-    is_finished: bool = False
-
+from megatron_came.voice import end_if, rank, say_once, stop
 
 # What gloo says of a rank that has ended.
 _LOST = "Connection closed by peer"
-
-# The load under way, if it is to fill an optimizer: a checkpoint's weights alone suit anyone.
-_current: ContextVar[Load | None] = ContextVar("load", default=None)
 
 
 def with_sentences(original: Function) -> Function:
@@ -88,7 +66,7 @@ def with_sentences(original: Function) -> Function:
             # Of FSDP2's checkpoints Megatron fills the tensors in place and leaves it at that: the
             # steps of groups are none, nor is momentum in the dtype of a checkpoint.
             kwargs["skip_load_to_model_and_opt"] = False
-        tokens = _current.set(load), own_rates.set(bool(run.override_opt_param_scheduler))
+        tokens = current.set(load), own_rates.set(bool(run.override_opt_param_scheduler))
         try:
             result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
         except (UnsupportedError, torch.OutOfMemoryError, dist.DistError):
@@ -107,7 +85,7 @@ def with_sentences(original: Function) -> Function:
             folder = load.folder or run.load
             stop(folders.misread(folder, run, opening=True) or _unreadable(folder, error), error)
         finally:
-            _current.reset(tokens[0])
+            current.reset(tokens[0])
             own_rates.reset(tokens[1])
         if run.optimizer == "came":
             _after(opt_param_scheduler, result[0], run)
@@ -137,24 +115,23 @@ def with_checks(original: Function) -> Function:
         return result
 
     def checked(load_dir: Any, args: Any, *rest: Any, of_rank_0: bool, **kwargs: Any) -> Any:
-        load = _current.get()
+        load, sharded_state = current.get(), kwargs.get("sharded_state_dict")
         if args.optimizer != "came":
             result = original(load_dir, args, *rest, **kwargs)
             if load is not None:
                 _check_for_others(load_dir, result, args)
             return result
         if load is None and dist.is_initialized():
-            return original(load_dir, args, *rest, **kwargs)
+            return completed(original(load_dir, args, *rest, **kwargs), sharded_state)
         problem = folders.folder_problem(load_dir, args) or folders.missing_files(load_dir, args)
         if problem is None and rank() == 0:  # before Megatron runs what stands in it
             problem = folders.misread(load_dir, args)
         end_if(problem)
         load = load or Load([], None, None)
         load.folder = load_dir
-        sharded_state = kwargs.get("sharded_state_dict")
         asked = None if sharded_state is None else tensors.asked_for(sharded_state)
         try:
-            result = original(load_dir, args, *rest, **kwargs)
+            result = completed(original(load_dir, args, *rest, **kwargs), sharded_state)
         except SystemExit as end:
             nothing_there = not args.ckpt_step and folders.tracked(load_dir) is None
             if end.code or (args.exit_on_missing_checkpoint and nothing_there):
@@ -164,13 +141,23 @@ def with_checks(original: Function) -> Function:
             stop(problem or _unreadable(load_dir, OSError("Megatron could not load its file")))
         except (Exception, CheckpointException) as error:
             stop(_reason(load, error, args, asked), error)
-        if _current.get() is not None and result[0] is None:
+        if current.get() is not None and result[0] is None:
             _say_if_elsewhere(load_dir, args)
-        elif _current.get() is not None:
+        elif current.get() is not None:
             _check(load, result, asked, args, of_rank_0)
         return result
 
+    def completed(result: Any, asked: Any) -> Any:
+        if _kind_of(result) == "FSDP_DTENSOR":
+            megatron_fsdp.complete(result[0], folders.layout_of(str(result[1])), asked)
+        return result
+
     return _load_base_checkpoint
+
+
+def _kind_of(result: Any) -> str | None:
+    """Megatron's name for the format of what it has read."""
+    return getattr(result[3], "name", None)
 
 
 def _say_if_elsewhere(load_dir: Any, args: Any) -> None:
@@ -205,11 +192,12 @@ def _check(
         args: Megatron's arguments of this run.
         of_rank_0: whether every rank has read what rank 0 saved, to know its settings.
     """
-    state, path, is_release, kind = result
-    legacy = getattr(kind, "name", None) == "LEGACY"
+    state, path, is_release, _ = result
+    legacy = _kind_of(result) == "LEGACY"
     resumes = not (is_release or args.finetune)
     with_optimizer = resumes and not args.no_load_optim
     saved: Any = state.get("args")
+    load.saved = saved
     notices: list[str] = []
     load.differing = "" if saved is None else flags.differences(saved, args)
     problem = _problem(load, state, args, legacy, resumes, with_optimizer)
@@ -222,13 +210,14 @@ def _check(
         if problem is None and legacy:
             problem = folders.missing_state(load.folder, args, load.optimizer)
     end_if(problem)
-    if asked is not None and getattr(kind, "name", None) != "LOCAL":  # each rank has its own file
+    # Of LOCAL each rank has its own file, of FSDP_DTENSOR they were compared before.
+    if asked is not None and _kind_of(result) not in ("LOCAL", "FSDP_DTENSOR"):
         try:
-            shapes = _saved_shapes(path)
+            found = shapes.saved_shapes(path)
         except CheckpointError as error:
             stop(str(error))
         problem, notices = tensors.of_distributed(
-            asked, shapes, (saved, args), load.differing, resumes=with_optimizer
+            asked, found, (saved, args), load.differing, resumes=with_optimizer
         )
         end_if(problem)
     if saved is not None and not of_rank_0:
@@ -309,44 +298,6 @@ def _groups(optimizer: Any, saved: Any) -> Iterator[tuple[Groups, Groups]]:
         groups = contents.groups_of(its)
         if wrapper.optimizer is not None and isinstance(groups, list):
             yield wrapper.optimizer.param_groups, groups
-
-
-def _saved_shapes(path: str, group: dist.ProcessGroup | None = None) -> tensors.Shapes:
-    """Which tensors a distributed checkpoint holds, as the first rank reads it; a collective.
-
-    Raises:
-        CheckpointError: on all ranks, if it cannot be read.
-    """
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    found: list[Any] = [None, None]
-    if not dist.is_initialized() or dist.get_rank(group) == 0:
-        try:
-            found[0] = {each.name: each.shape for each in folders.tensors_in(folder)}
-        except (CheckpointError, OSError) as error:  # all ranks are to hear of it
-            found[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, group=group, group_src=0)
-    if found[1]:
-        raise CheckpointError(found[1])
-    shapes: tensors.Shapes = found[0]
-    return shapes
-
-
-def with_shapes(original: Function) -> Function:
-    """Refuse a checkpoint without what CAME asks for, where Megatron's training loop is not."""
-
-    def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        if _current.get() is None:
-            asked = tensors.asked_for(sharded_state_dict)
-            if any(f".{key}." in name for name in asked.shapes for key in FACTORS):
-                group = kwargs.get("process_group")
-                misfit = tensors.misfit(asked, _saved_shapes(str(checkpoint_dir), group))
-                problem = next(filter(None, of_all_ranks(misfit, group)), None)
-                if problem:
-                    raise UnsupportedError(f"{checkpoint_dir}: {problem}")
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-
-    return load
 
 
 def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | None) -> str:

@@ -71,12 +71,20 @@ def _refusals(saved: Any, args: Any, sharding_type: str | None) -> Iterator[str]
         )
     before, now = _precision(saved), _precision(args)
     matters = args.use_distributed_optimizer or "fp32" in (before, now)
-    if sharding_type != "fully_reshardable" and before != now and matters:
+    by_name = ("fully_reshardable", "fsdp_dtensor")  # and main weights in fp32, whatever the model
+    if sharding_type not in by_name and before != now and matters:
         yield (
             f"the checkpoint's run had {before} weights, this run has {now} ones, and the "
             "checkpoint's format of optimizer state does not allow a change of that: give the "
             "flags of its run, save so with --ckpt-format torch_dist --use-distributed-optimizer "
             f"--dist-ckpt-optim-fully-reshardable and resume from that, or {AFRESH}."
+        )
+    before, now = _of(saved, "tensor_model_parallel_size"), args.tensor_model_parallel_size
+    if sharding_type == "fsdp_dtensor" and _of(saved, "quick_geglu") and before != now:
+        yield (
+            f"the checkpoint was saved at --tensor-model-parallel-size {before} with "
+            "--quick-geglu, whose two projections Megatron does not take apart with "
+            f"--use-megatron-fsdp: resume at {before}."
         )
     if sharded and sharding_type in ("dp_reshardable", "legacy"):
         yield from _refusals_by_buckets(saved, args, sharding_type)

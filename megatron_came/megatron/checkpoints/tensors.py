@@ -147,8 +147,8 @@ def of_legacy(
     its: dict[str, tuple[int, ...]] = {}
     for index, chunk in enumerate(chunks):
         key, prefix = ("model", "") if len(chunks) == 1 else (f"model{index}", f"chunk {index}: ")
-        mine |= _flat(chunk.state_dict_for_save_checkpoint(), prefix)
-        its |= _flat(state.get(key), prefix)
+        mine |= flat(chunk.state_dict_for_save_checkpoint(), prefix)
+        its |= flat(state.get(key), prefix)
     left = [name for name in its if name not in mine]
     if resumes:
         problem = misfit(Asked(mine, set()), its, differing) or _leftover_refusal(left, differing)
@@ -242,12 +242,12 @@ def _vocabulary(before: int, now: int, tokens: int | None) -> tuple[str, bool]:
     ), True
 
 
-def _flat(state: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
+def flat(state: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a state dictionary, by name; of damaged ones, what there is."""
     shapes: dict[str, tuple[int, ...]] = {}
     for key, value in state.items() if isinstance(state, Mapping) else ():
         if isinstance(value, Mapping):
-            shapes |= _flat(value, f"{prefix}{key}.")
+            shapes |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, torch.Tensor) and not str(key).endswith("_extra_state"):
             shapes[f"{prefix}{key}"] = tuple(value.shape)
     return shapes

@@ -91,7 +91,7 @@ def _contradictions(checkpoint: Checkpoint, record: Record | None) -> Iterator[s
         yield f"the common state is of iteration {iteration}, the folder of {named}"
     if not checkpoint.args.fields:
         yield "the common state has no arguments"
-    if checkpoint.folder.is_distributed and (flaw := summary_problem(checkpoint.folder.path)):
+    if checkpoint.has_summary and (flaw := summary_problem(checkpoint.folder.path)):
         yield f"{SUMMARY} {flaw}, so that Megatron does not load the checkpoint"
     if record is None:
         return

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_came.core.digests import PlacedBox, name_of
 from megatron_came.core.state import AVERAGED_AXIS, without_averaged_axis
 from megatron_came.dtensors import local_of
+from megatron_came.megatron.checkpoints import megatron_fsdp
 from megatron_came.megatron.checkpoints.factors import cuts_of, place_in
 from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
 from megatron_came.megatron.quantized import plain
@@ -48,11 +49,16 @@ class Entry:
         tensor: what this rank holds.
         leaves: its boxes.
         of_factors: those of which factors are the sums, where they are more: FSDP2's.
+        start: its first element in the tensor that the boxes are of, of which it is a slice;
+            None where it is all of that.
+        shape: of that tensor, then.
     """
 
     tensor: Tensor
     leaves: tuple[Leaf, ...]
     of_factors: tuple[Leaf, ...] = ()
+    start: int | None = None
+    shape: tuple[int, ...] = ()
 
     @property
     def views(self) -> Iterator[Leaf]:
@@ -81,7 +87,7 @@ class Entry:
 
 # By chunk of a model: its tensors as they were, and what :func:`_read` said of them. Making a
 # sharded state takes longer than adding up a small model.
-_Leaves = tuple[tuple[Leaf, ...], tuple[Leaf, ...]]
+_Leaves = tuple[tuple[Leaf, ...], tuple[Leaf, ...], int | None, tuple[int, ...]]
 _known: WeakKeyDictionary[Any, tuple[object, dict[int, _Leaves]]] = WeakKeyDictionary()
 
 
@@ -103,13 +109,14 @@ def entries_of(model_chunks: Iterable[Any]) -> dict[int, Entry]:
     """
     found: dict[int, Entry] = {}
     for chunk in model_chunks:
+        has_fsdp = megatron_fsdp.holds(chunk)  # if so, its DTensors are in place from here on
         tensors = {id(each): local_of(each) for each in (*chunk.parameters(), *chunk.buffers())}
         are = tuple((key, tuple(each.shape), each.stride()) for key, each in tensors.items())
         were, leaves = _known.get(chunk, (None, {}))
         if were == are:
             found |= {key: Entry(tensors[key], *known) for key, known in leaves.items()}
             continue
-        entries = _read(chunk)
+        entries = _read_fsdp(chunk) if has_fsdp else _read(chunk)
         found |= entries
         # What is kept must not keep a tensor.
         if all(tensors.get(key) is entry.tensor for key, entry in entries.items()) and all(
@@ -117,7 +124,10 @@ def entries_of(model_chunks: Iterable[Any]) -> dict[int, Entry]:
         ):
             _known[chunk] = (
                 are,
-                {key: (entry.leaves, entry.of_factors) for key, entry in entries.items()},
+                {
+                    key: (entry.leaves, entry.of_factors, entry.start, entry.shape)
+                    for key, entry in entries.items()
+                },
             )
     return found
 
@@ -138,6 +148,21 @@ def _read(chunk: Any) -> dict[int, Entry]:
             of_factors = tuple(_leaf(leaf, tensor) for leaf in whole)
         entries[id(owner)] = Entry(entry.data, own, of_factors)
     return entries
+
+
+def _read_fsdp(chunk: Any) -> dict[int, Entry]:
+    return {
+        id(each.param): Entry(
+            local_of(each.param),
+            tuple(
+                Leaf(name, box, each.is_main, each.is_first, None)
+                for name, box in each.boxes.items()
+            ),
+            start=each.start,
+            shape=each.shape,
+        )
+        for each in megatron_fsdp.slices_of(chunk)
+    }
 
 
 def _leaf(leaf: ShardedTensor, whole: Tensor) -> Leaf:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_came.core.digests import (
     KEY,
@@ -128,6 +129,11 @@ def is_sliced(wrapper: Any) -> bool:
     return hasattr(wrapper, "gbuf_ranges")
 
 
+def has_main_weights(param: Tensor, local: Tensor) -> bool:
+    """Whether an optimizer updates something else than a parameter, or what a rank holds of it."""
+    return local is not param and local is not local_of(param)
+
+
 def counts(wrapper: Any) -> bool:
     """Whether an optimizer's slices are to be counted: other instances hold the same."""
     return not getattr(wrapper, "distributed_optimizer_instance_id", 0)
@@ -149,8 +155,8 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
             shared.add(id(param))
         if not counts(wrapper):
             continue
-        start = shard.start if is_sliced(wrapper) else None
-        if is_sliced(wrapper) or local is not param:
+        start = shard.start if is_sliced(wrapper) else entry.start
+        if is_sliced(wrapper) or has_main_weights(param, local):
             kinds = (MAIN_WEIGHTS, WEIGHTS) if same else (MAIN_WEIGHTS,)
             sums.add_slice(kinds, entry, main_ranges(local_of(local), state), start)
         sums.add_slice((MOMENTUM,), entry, momentum_ranges(state), start)

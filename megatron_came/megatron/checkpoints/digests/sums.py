@@ -87,6 +87,9 @@ class Sums:
 
     def add_weights(self, entry: Entry) -> None:
         """Add the weights of an entry, where this rank stands for all that hold them."""
+        if entry.start is not None:
+            self.add_slice((WEIGHTS,), entry, in_one_range(entry.tensor), entry.start)
+            return
         self._add((WEIGHTS,), plain(entry.tensor), [leaf for leaf in entry.views if leaf.is_main])
         for leaf in entry.leaves:
             if leaf.copy is not None and leaf.is_main:
@@ -107,7 +110,7 @@ class Sums:
         leaves = [
             leaf for leaf in entry.views if (leaf.is_first if start is not None else leaf.is_main)
         ]
-        shape = tuple(entry.tensor.shape)
+        shape = entry.shape or tuple(entry.tensor.shape)
         for begin, values in ranges if leaves else ():
             self._add(kinds, values, leaves, shape, (start or 0) + begin)
 

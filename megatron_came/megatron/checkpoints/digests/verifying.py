@@ -26,6 +26,7 @@ from megatron_came.megatron.checkpoints.digests.damage import Found, Source, jud
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
 from megatron_came.megatron.checkpoints.digests.saving import (
     counts,
+    has_main_weights,
     is_sliced,
     steps_of,
     wrappers_of,
@@ -169,7 +170,7 @@ class Verification:
             state = state_here(state_dict["state"].get(key, {}))
             entry = self._entries.get(params[id(local)])
             if entry is not None and MOMENTUM_KEY in state:
-                self._sums.add_slice((MOMENTUM,), entry, momentum_ranges(state), None)
+                self._sums.add_slice((MOMENTUM,), entry, momentum_ranges(state), entry.start)
                 self._note_dtypes(entry, state)
         self._sums.flush()
 
@@ -231,7 +232,7 @@ class Verification:
                 continue
             state, main = state_here(wrapper.optimizer.state[local]), local_of(local)
             self._sums.add_factors(entry, state)
-            if not is_sliced(wrapper) and local is not param:
+            if not is_sliced(wrapper) and has_main_weights(param, local):
                 self._sums.add_slice((MAIN_WEIGHTS,), entry, main_ranges(main, state), None)
                 self._compare(entry, local_of(param).detach(), main.detach())
 

@@ -1,0 +1,36 @@
+"""The load of a checkpoint under way."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Load:
+    """The load of a checkpoint under way.
+
+    Attributes:
+        model_chunks: what is filled.
+        optimizer: likewise.
+        scheduler: likewise.
+        folder: where Megatron found the checkpoint.
+        saved: Megatron's arguments of the run that saved it.
+        differing: flags that it was saved with otherwise.
+        other_buckets: that it was cut into other buckets, in a sentence, if so.
+        is_finished: whether this is the end that ``--exit-on-missing-checkpoint`` asks for.
+    """
+
+    model_chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    folder: Any = None
+    saved: Any = None
+    differing: str = ""
+    other_buckets: str | None = None
+    is_finished: bool = False
+
+
+# The one that is to fill an optimizer: a checkpoint's weights alone suit anyone.
+current: ContextVar[Load | None] = ContextVar("load", default=None)
