@@ -45,6 +45,7 @@ _SETTINGS: dict[str, Any] = {
     "_seed": 0,
     "_names": {},
     "_model_weights": {},
+    "_homes": {},
     "spike_guard": None,
 }
 
@@ -141,6 +142,7 @@ class CAME(WithStateDicts):
         self._wanted_kernels = kernels
         self._choices: dict[torch.device, Choice] = {}
         self._model_weights: dict[Tensor, Tensor] = {}
+        self._homes: dict[Tensor, torch.device] = {}  # of those that a subclass keeps on the CPU
         self._plan: Plan | None = None
         own = {"betas": betas, "eps": eps, "clip_threshold": clip_threshold, "cautious": cautious}
         own |= {"bias_correction": bias_correction, "no_confidence": no_confidence}
@@ -360,6 +362,7 @@ class CAME(WithStateDicts):
                     self._remainders,
                     self.param_groups[group_of[param]].get("cautious", False),
                     may_be_skipped=dtensors.is_dtensor(param),
+                    home=self._homes.get(param),
                 )
                 for param in params
             ]
@@ -376,7 +379,7 @@ class CAME(WithStateDicts):
     @property
     def sums(self) -> list[Tensor]:
         """The buffers of its sums over ranks, which a step has made."""
-        return [] if self._plan is None else self._plan.buffers
+        return [] if self._plan is None else [sums.flat for sums in self._plan.buffers]
 
     @property
     def kernel_choices(self) -> list[str]:

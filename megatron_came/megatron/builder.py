@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron.agreement import agree, tell_optimizer
 from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.cpu_offload import OffloadedCAME
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, is_used, local_groups
@@ -161,7 +162,7 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
     """Megatron has no optimizer on a rank without parameter groups."""
     if not param_groups:
         return None
-    came = CAME(
+    came = (OffloadedCAME if config.optimizer_cpu_offload else CAME)(
         param_groups,
         lr=config.lr,
         **config.came.as_group(),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megatron_came.memory.optimizers import ADAMW, ROWS, Optimizer, element_bytes
+from megatron_came.memory.optimizers import ADAMW, HOST, ROWS, Optimizer, element_bytes
 from megatron_came.terminal.console import table, wrapped
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_came.memory.stages import Stage
 
 # Of the JSON; to be raised by whoever changes its keys.
-FORMAT = 1
+FORMAT = 2
 
 ACTIVATIONS = "activations (estimate)"
 _COPIES = "or: copies in the step"
@@ -28,6 +28,11 @@ _NOTES = (
 _NOTE_ON_COPIES = (
     "In a step, when activations are gone, Adam copies moments of 8 bits to fp32, Lion and Muon "
     "gather all weights in a copy: the total has what is more. Counted, not measured."
+)
+_NOTE_ON_OFFLOAD = (
+    "What CAME has on the CPU, for each GPU, is in no other row: state, and copies of gradients "
+    "and weights that travel. The other optimizers are not offloaded here. As a run starts, the "
+    "main weights of all are made on the GPU before some move."
 )
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
@@ -97,6 +102,8 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     notes = [*_NOTES]
     if any(worst.step(optimizer) for optimizer in optimizers):
         notes.append(_NOTE_ON_COPIES)
+    if trained.offloads:
+        notes.append(_NOTE_ON_OFFLOAD)
     if size := worst.checkpoint(trained):
         notes.append(
             f"While a checkpoint is saved or loaded, {trained.name} takes up to {human(size)} "
@@ -137,6 +144,8 @@ def _columns(stage: Stage, optimizers: Sequence[Optimizer]) -> list[str]:
         ("saved against AdamW", [adamw - total for total in totals]),
         ("  of AdamW's total", [f"{1 - total / adamw:.1%}" for total in totals]),
     ]
+    if any(each.host for each in components):
+        rows.append((HOST, [each.host for each in components]))
     return bytes_table([optimizer.name for optimizer in optimizers], rows)
 
 
