@@ -46,6 +46,7 @@ _SETTINGS: dict[str, Any] = {
     "_names": {},
     "_own": {},
     "_model_weights": {},
+    "_homes": {},
     "spike_guard": None,
 }
 
@@ -143,6 +144,7 @@ class CAME(WithStateDicts):
         self._wanted_kernels = kernels
         self._choices: dict[torch.device, Choice] = {}
         self._model_weights: dict[Tensor, Tensor] = {}
+        self._homes: dict[Tensor, torch.device] = {}  # of those that a subclass keeps on the CPU
         self._plan: Plan | None = None
         own = {"betas": betas, "eps": eps, "clip_threshold": clip_threshold, "cautious": cautious}
         own |= {"bias_correction": bias_correction, "no_confidence": no_confidence}
@@ -366,6 +368,7 @@ class CAME(WithStateDicts):
                     self._remainders,
                     table.group_of(number).get("cautious", False),
                     may_be_skipped=dtensors.is_dtensor(param),
+                    home=self._homes.get(param),
                 )
                 for param in params
             ]
@@ -382,7 +385,7 @@ class CAME(WithStateDicts):
     @property
     def sums(self) -> list[Tensor]:
         """The buffers of its sums over ranks, which a step has made."""
-        return [] if self._plan is None else self._plan.buffers
+        return [] if self._plan is None else [sums.flat for sums in self._plan.buffers]
 
     @property
     def kernel_choices(self) -> list[str]:

@@ -14,7 +14,13 @@ from megatron_came import dtensors
 from megatron_came.core.agreement import Agreement
 from megatron_came.core.diagnostics import Sums, kind_of, measure, measure_whole, on_cpu
 from megatron_came.core.hyperparameters import GroupSettings
-from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs, gradients_of
+from megatron_came.core.parameter_slice import (
+    ParameterSlice,
+    SliceSums,
+    StepInputs,
+    gradients_of,
+    spread,
+)
 from megatron_came.core.state import SECOND_MOMENTS, trust_all
 from megatron_came.core.sums import SumBuffer
 from megatron_came.group_table import GroupTable, layout_settings
@@ -22,20 +28,17 @@ from megatron_came.kernels.backend import Backend, Step
 from megatron_came.kernels.eager import EagerBackend
 from megatron_came.snapshots import Seen, Snapshot
 
-# Bytes of sums from which on a bundle is worth a reduction of its own, and the most bundles.
-_BUNDLE_BYTES = 32 * 1024 * 1024
-_MAX_BUNDLES = 4
 _StateOf = Callable[[Tensor], dict[str, Tensor]]
 
 
 class Bundle:
-    """Parameters on one device that go through a step together.
+    """Parameters whose sums are reduced on one device, which go through a step together.
 
     Their sums are reduced after each of the first two passes, unless all are local.
 
     Args:
         slices: the parameters.
-        backend: for those that it supports; eager PyTorch takes the others.
+        backends: by device, for those that each supports; eager PyTorch takes the others.
         in_passes: whether it always waits between passes.
 
     Attributes:
@@ -44,16 +47,26 @@ class Bundle:
     """
 
     def __init__(
-        self, slices: Sequence[ParameterSlice], backend: Backend, *, in_passes: bool
+        self,
+        slices: Sequence[ParameterSlice],
+        backends: Mapping[torch.device, Backend],
+        *,
+        in_passes: bool,
     ) -> None:
-        device = slices[0].param.device
+        device = slices[0].sums_device
         requests = [slice_.square_requests() for slice_ in slices]
         more_requests = [slice_.instability_requests() for slice_ in slices]
         self._agreement = Agreement(slices)
-        self.squares = SumBuffer(
-            [*chain.from_iterable(requests), *self._agreement.requests], device
+        marks = self._agreement.requests
+        self.squares, self.instability = (
+            SumBuffer(
+                [*chain.from_iterable(own), *rest],
+                device,
+                [s.home is not None for s, each in zip(slices, own, strict=True) for _ in each]
+                + [False] * len(rest),
+            )
+            for own, rest in ((requests, marks), (more_requests, []))
         )
-        self.instability = SumBuffer(list(chain.from_iterable(more_requests)), device)
         views, more_views = iter(self.squares.views), iter(self.instability.views)
         sums: dict[ParameterSlice, SliceSums] = {}
         for slice_, squares, rest in zip(slices, requests, more_requests, strict=True):
@@ -62,14 +75,16 @@ class Bundle:
         self._marks = list(views)
         self.totals = {slice_: own.total for slice_, own in sums.items()}
         is_local = not (in_passes or self.squares.is_reduced or self.instability.is_reduced)
-        reasons = {slice_: backend.unsupported(slice_) for slice_ in slices}
+        reasons = {each: backends[each.param.device].unsupported(each) for each in slices}
         self.left = [why for why in reasons.values() if why is not None]
-        left = {slice_: sums[slice_] for slice_ in slices if reasons[slice_] is not None}
-        taken = {slice_: sums[slice_] for slice_ in slices if reasons[slice_] is None}
+        # Those on the CPU last: meanwhile a device computes what it was told.
+        members: dict[tuple[bool, bool, torch.device], dict[ParameterSlice, SliceSums]] = {}
+        for each in slices:
+            key = each.home is not None, reasons[each] is None, each.param.device
+            members.setdefault(key, {})[each] = sums[each]
         self._passes = [
-            (members, by.passes(members, is_local=is_local))
-            for by, members in ((EagerBackend(), left), (backend, taken))
-            if members
+            (own, (backends[key[2]] if key[1] else EagerBackend()).passes(own, is_local=is_local))
+            for key, own in sorted(members.items(), key=lambda item: item[0][:2])
         ]
 
     def zero_sums(self) -> None:
@@ -203,14 +218,14 @@ class Plan:
         self._layouts = _layouts(self._locals)
         self.local: list[Bundle] = []
         self.shared: list[Bundle] = []
-        for device in dict.fromkeys(slice_.param.device for slice_ in slices):
-            here = [slice_ for slice_ in slices if slice_.param.device == device]
+        for device in dict.fromkeys(slice_.sums_device for slice_ in slices):
+            here = [slice_ for slice_ in slices if slice_.sums_device == device]
             local = [slice_ for slice_ in here if not slice_.is_shared]
             if local:
                 bundles = self.shared if in_passes else self.local
-                bundles.append(Bundle(local, backends[device], in_passes=in_passes))
-            for members in _spread([slice_ for slice_ in here if slice_.is_shared]):
-                self.shared.append(Bundle(members, backends[device], in_passes=in_passes))
+                bundles.append(Bundle(local, backends, in_passes=in_passes))
+            for members in spread([slice_ for slice_ in here if slice_.is_shared]):
+                self.shared.append(Bundle(members, backends, in_passes=in_passes))
         self.left = [why for bundle in self._bundles for why in bundle.left]
         self.settings: Sequence[GroupSettings] | None = None
         # The last step, while it can be taken again, and what its tensors were.
@@ -219,9 +234,9 @@ class Plan:
         self.updated: list[Tensor] = []
 
     @property
-    def buffers(self) -> list[Tensor]:
-        """The memory that all sums lie in."""
-        return [sums.flat for each in self._bundles for sums in (each.squares, each.instability)]
+    def buffers(self) -> list[SumBuffer]:
+        """Where all sums lie."""
+        return [sums for each in self._bundles for sums in (each.squares, each.instability)]
 
     @property
     def _bundles(self) -> list[Bundle]:
@@ -377,20 +392,3 @@ def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """Device, dtype, shape and contiguity, which decide who updates a tensor."""
     kinds = map(attrgetter("device", "dtype", "shape"), tensors)
     return list(zip(kinds, map(Tensor.is_contiguous, tensors), strict=True))
-
-
-def _spread(slices: Sequence[ParameterSlice]) -> Iterable[list[ParameterSlice]]:
-    """Cut a list of parameters into a few bundles of about the same size.
-
-    Those of which other ranks hold copies are in the first: these ranks complete the same sums in
-    the same order, into however many bundles each cuts what it holds.
-    """
-    sizes = [sum(r.numel for r in slice_.instability_requests()) for slice_ in slices]
-    count = min(max(8 * sum(sizes) // _BUNDLE_BYTES, 1), _MAX_BUNDLES)
-    bundles: list[list[ParameterSlice]] = [[] for _ in range(count)]
-    before = 0
-    for slice_, size in zip(slices, sizes, strict=True):
-        number = min(int((before + size / 2) * count / sum(sizes)), count - 1)
-        bundles[0 if slice_.shard.has_copies else number].append(slice_)
-        before += size
-    return filter(None, bundles)

@@ -26,6 +26,7 @@ SHARDING = "tests/megatron/test_sharding.py"
 RESUME = "tests/training/test_checkpoints.py -k full-at-tp2"
 LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
 FIGURES = "tests/core/test_diagnostics.py -k plain"
+OFFLOAD = "tests/megatron/test_cpu_offload.py"
 GUARD = "tests/optimizer/test_spike_guard.py"
 
 
@@ -68,6 +69,27 @@ FAULTS = (
         "            torch._foreach_copy_(*self.moments)",
         "            pass",
         GUARD,
+    ),
+    Fault(
+        "leave the sums of the CPU out of a reduction",
+        "core/sums.py",
+        "self.flat.add_(self.host.to(self.flat.device, non_blocking=True))",
+        "pass",
+        OFFLOAD,
+    ),
+    Fault(
+        "leave the complete sums on the device",
+        "core/sums.py",
+        "self.host.copy_(self.flat)",
+        "pass",
+        OFFLOAD,
+    ),
+    Fault(
+        "leave offloaded weights on the CPU",
+        "megatron/cpu_offload.py",
+        "slice_.send(local.detach())",
+        "pass",
+        OFFLOAD,
     ),
     Fault(
         "let optimizers that step together decide each for itself",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -14,6 +14,10 @@ from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import has_remainder, state_dtype
 from megatron_came.core.sums import Request
+
+# Bytes of sums from which on a bundle is worth a reduction of its own, and the most bundles.
+_BUNDLE_BYTES = 32 * 1024 * 1024
+_MAX_BUNDLES = 4
 
 
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor | None]:
@@ -77,6 +81,8 @@ class ParameterSlice:
         remainders: whether a bf16 slice is the upper halves of fp32 weights.
         cautious: whether its group's updates are, which kernels do not know.
         may_be_skipped: whether a step without its gradient is right, if it lacks on all ranks.
+        home: device of the model that a slice on the CPU belongs to, whose sums are reduced there;
+            None for the slice's own.
     """
 
     param: Tensor
@@ -86,6 +92,7 @@ class ParameterSlice:
     remainders: bool = False
     cautious: bool = False
     may_be_skipped: bool = False
+    home: torch.device | None = None
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -106,6 +113,11 @@ class ParameterSlice:
         tp_group = shard.tp_group if shard.tp_axis is not None else None
         groups = (shard.dp_group, *shard.more_groups, tp_group, shard.copies_group)
         return any(group is not None and group.size() > 1 for group in groups)
+
+    @cached_property
+    def sums_device(self) -> torch.device:
+        """Where its sums are reduced."""
+        return self.home or self.param.device
 
     def _request(self, *shape: int, summed_over_tp: bool) -> Request:
         shard = self.shard
@@ -188,3 +200,20 @@ class ParameterSlice:
         """Rewrite the 16-bit copy, if there is one, rounded to nearest."""
         if weight is not None:
             weight.copy_(self.param.detach().view_as(weight))
+
+
+def spread(slices: Sequence[ParameterSlice]) -> Iterable[list[ParameterSlice]]:
+    """Cut a list of parameters into a few bundles of about the same size.
+
+    Those of which other ranks hold copies are in the first: these ranks complete the same sums in
+    the same order, into however many bundles each cuts what it holds.
+    """
+    sizes = [sum(r.numel for r in slice_.instability_requests()) for slice_ in slices]
+    count = min(max(8 * sum(sizes) // _BUNDLE_BYTES, 1), _MAX_BUNDLES)
+    bundles: list[list[ParameterSlice]] = [[] for _ in range(count)]
+    before = 0
+    for slice_, size in zip(slices, sizes, strict=True):
+        number = min(int((before + size / 2) * count / sum(sizes)), count - 1)
+        bundles[0 if slice_.shard.has_copies else number].append(slice_)
+        before += size
+    return filter(None, bundles)

@@ -75,12 +75,25 @@ class SumBuffer:
 
     Args:
         requests: ``self.views[i]`` belongs to ``requests[i]``.
-        device: where the buffer lies.
+        device: where the buffer lies and is reduced.
+        on_host: by request, whether its view lies on the CPU, in a second buffer of the same
+            places: what is added there joins the first before it is reduced. None for all not.
+
+    Attributes:
+        host: the second buffer, without elements where there is none.
     """
 
-    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        device: torch.device,
+        on_host: Sequence[bool] | None = None,
+    ) -> None:
         numel = sum(request.numel for request in requests)
         self.flat = torch.zeros(numel, dtype=torch.float64, device=device)
+        on_host = [False] * len(requests) if on_host is None else on_host
+        self.host = new_on_host(numel if any(on_host) else 0, torch.float64, device).zero_()
+        self._has_sent = False
         requests = [request.of_several_ranks() for request in requests]
         bounds: dict[int, tuple[int, int]] = {}
         stop = 0
@@ -88,8 +101,8 @@ class SumBuffer:
             start, stop = stop, stop + requests[index].numel
             bounds[index] = start, stop
         self.views = [
-            self.flat[slice(*bounds[index])].view(request.shape)
-            for index, request in enumerate(requests)
+            (self.host if is_on_host else self.flat)[slice(*bounds[index])].view(request.shape)
+            for index, (request, is_on_host) in enumerate(zip(requests, on_host, strict=True))
         ]
         over_dp = _merged((*bounds[index], requests[index].dp_group) for index in bounds)
         over_more = [
@@ -120,13 +133,18 @@ class SumBuffer:
     def zero_(self) -> None:
         """Forget the sums of the last step, also of one that has failed on the way."""
         self._wait()
-        if self.flat.device.type == "cpu":
-            self.flat.numpy().fill(0.0)  # in a forked process PyTorch would wait for threads
-        else:
-            self.flat.zero_()
+        self._has_sent = False
+        for buffer in (self.flat, self.host):
+            if buffer.device.type == "cpu":
+                buffer.numpy().fill(0.0)  # in a forked process PyTorch would wait for threads
+            else:
+                buffer.zero_()
 
     def start(self) -> None:
         """Start to complete all sums over their process groups; :meth:`finish` must follow."""
+        if self.host.numel():  # each sum is zero in one of the two
+            self.flat.add_(self.host.to(self.flat.device, non_blocking=True))
+            self._has_sent = True
         self._to_come = list(self._rounds[1:])
         for reductions in self._rounds[:1]:
             self._reduce(reductions)
@@ -137,6 +155,9 @@ class SumBuffer:
         while self._to_come:
             self._reduce(self._to_come.pop(0))
             self._wait()
+        if self._has_sent:
+            self.host.copy_(self.flat)
+            self._has_sent = False
 
     def _reduce(self, reductions: Sequence[_Reduction]) -> None:
         for start, stop, group, op in reductions:
@@ -166,6 +187,11 @@ def largest(values: Tensor, groups: Iterable[ProcessGroup], device: torch.device
         dist.all_reduce(there, op=dist.ReduceOp.MAX, group=cast(dist.ProcessGroup, group))
         values.copy_(there)
     return values
+
+
+def new_on_host(numel: int, dtype: torch.dtype, device: torch.device, pin: bool = True) -> Tensor:
+    """Make room on the CPU for what goes to a device and back: pinned, unless that is the CPU."""
+    return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=pin and device.type == "cuda")
 
 
 def _order(requests: Sequence[Request]) -> list[int]:

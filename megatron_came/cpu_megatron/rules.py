@@ -24,7 +24,7 @@ _LEFT_OUT = {
     _ATTENTION: "--use-flash-attn",
     _ROUTING: "--moe-enable-deepep",
     "CUDA graphs": "--enable-cuda-graph --external-cuda-graph --optimizer-cuda-graph",
-    "GPU memory to offload from": "--optimizer-cpu-offload --cpu-offloading-num-layers "
+    "GPU memory to offload from": "--cpu-offloading-num-layers "
     "--fine-grained-activation-offloading --moe-paged-stash",
     "a grouped matrix product for GPUs": "--moe-grouped-gemm",
     "kernels for GPUs": "--batch-invariant-mode",
@@ -34,6 +34,8 @@ _LEFT_OUT = {
     "a GPU's energy counter": "--log-energy",
     "arguments that default to a GPU's, where flags have a CPU's": "--yaml-cfg",
 }
+# Optimizers of Megatron's own, whose offload pins memory.
+_MEGATRONS = ("adam", "sgd", "lion", "muon", "dist_muon", "adaptive_muon", "soap")
 # What Megatron recomputes in a way of its own, which asks Transformer Engine about its numbers.
 _RECOMPUTED_BY_ENGINE = ("layernorm", "moe_act", "mla_up_proj", "gdn_norm_out")
 
@@ -73,6 +75,12 @@ RULES = (
         "add --use-pytorch-profiler",
         flag="--profile",
         when=lambda settings: not getattr(settings, "use_pytorch_profiler", None),
+    ),
+    _needs(
+        "GPU memory to offload from",
+        "leave it out",
+        flag="--optimizer-cpu-offload",
+        when=lambda settings: getattr(settings, "optimizer", "adam") in _MEGATRONS,
     ),
     _needs(  # the process that writes checkpoints cannot be made to fork
         "a process that uses CUDA afresh",

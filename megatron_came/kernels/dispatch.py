@@ -91,6 +91,15 @@ def choose(wanted: str, device: torch.device) -> Choice:
         )
 
 
+def choose_on_host(wanted: str) -> Choice:
+    """Decide who computes what lies on the CPU while the model is elsewhere.
+
+    Args:
+        wanted: as for :func:`choose`; "triton" is for the model's device.
+    """
+    return choose("auto" if wanted == "triton" else wanted, torch.device("cpu"))
+
+
 def _why_not(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]

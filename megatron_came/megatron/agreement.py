@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_came.kernels.dispatch import choose
+from megatron_came.kernels.dispatch import choose, choose_on_host
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import named_parameters
@@ -100,7 +100,7 @@ def _with_common_kernels(
     config: CameOptimizerConfig, model_chunks: list[Any], everyone: Groups
 ) -> CameOptimizerConfig:
     """Let all ranks compute with the kernels that all of them have: others round otherwise."""
-    here = _kernels_here(config.kernels, model_chunks)
+    here = _kernels_here(config, model_chunks)
     found = {dist.get_rank(): here}
     if _differ(here and (here.name or "missing"), everyone):
         found = _gather(here, everyone)
@@ -132,11 +132,14 @@ def _with_common_kernels(
     return config
 
 
-def _kernels_here(wanted: str, model_chunks: list[Any]) -> Kernels | None:
+def _kernels_here(config: CameOptimizerConfig, model_chunks: list[Any]) -> Kernels | None:
     """Who would compute this rank's step; None if it trains nothing."""
-    devices = {param.device for _, param in named_parameters(model_chunks) if param.requires_grad}
+    params = (param for _, param in named_parameters(model_chunks) if param.requires_grad)
+    devices = dict.fromkeys(param.device for param in params)
     try:
-        choices = [choose(wanted, device) for device in sorted(devices, key=str)]
+        choices = [choose(config.kernels, device) for device in sorted(devices, key=str)]
+        if choices and config.optimizer_cpu_offload:
+            choices.append(choose_on_host(config.kernels))
     except ValueError as error:
         return Kernels(None, str(error).removeprefix("CAME: "))
     if not choices:

@@ -71,8 +71,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Settings of another optimizer that shared argument lists often hold: said to be ignored.
-_IGNORED = ("--adam-", "--sgd-", "--muon-", "--adaptive-muon-", "--lion-", "--soap-")
+# Settings of another optimizer that shared argument lists often hold: said to be ignored. So are
+# two of Megatron's for offload: CAME has its own kernels, and wants all gradients before it begins.
+_IGNORED = (
+    *("--adam-", "--sgd-", "--muon-", "--adaptive-muon-", "--lion-", "--soap-"),
+    *("--overlap-cpu-optimizer-d2h-h2d", "--use-torch-optimizer-for-cpu-offload"),
+)
 
 
 def given_flags(argv: Iterable[str]) -> list[str]:
@@ -182,10 +186,13 @@ def with_checks(original: Function) -> Function:
         # Megatron turns the distributed optimizer into a layer-wise one for every name that it
         # does not know.
         args.optimizer = "adam"
+        # It wants Adam's precision-aware form for offload, which CAME does without.
+        offloads = getattr(args, "optimizer_cpu_offload", False)
+        args.optimizer_cpu_offload = False
         try:
             result = original(args, *rest, **kwargs)
         finally:
-            args.optimizer = "came"
+            args.optimizer, args.optimizer_cpu_offload = "came", offloads
         _stop_if_refused(args, flags)
         for sentence in (warmup.warning(args, hyperparameters(args)), notice(args)):
             if sentence is not None:

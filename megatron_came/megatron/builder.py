@@ -16,6 +16,7 @@ from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron import parameter_rules
 from megatron_came.megatron.agreement import agree, tell_optimizer
 from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.cpu_offload import OffloadedCAME
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, is_used, local_groups
@@ -172,7 +173,7 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
             f"PATTERN {FACTORED}=no, or came_rule=[[PATTERN, '{FACTORED}=no']] in the "
             "configuration."
         )
-    came = CAME(
+    came = (OffloadedCAME if config.optimizer_cpu_offload else CAME)(
         param_groups,
         lr=config.lr,
         **config.came.as_group(),

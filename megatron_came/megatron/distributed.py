@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -34,7 +32,12 @@ from megatron_came.megatron.checkpoints.contents import damaged, factors_problem
 from megatron_came.megatron.checkpoints.digests.verifying import note_slice, watched
 from megatron_came.megatron.checkpoints.factors import FORMAT, load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
-from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
+from megatron_came.megatron.compat.distributed_optimizer import (
+    PRECISION_AWARE,
+    DistributedOptimizer,
+    precision_aware,
+)
+from megatron_came.megatron.cpu_offload import HostSlice, chosen, on_host_of
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.offload import Offloaded
 from megatron_came.megatron.parameter_names import Identity, identity_of, own_settings
@@ -43,21 +46,6 @@ from megatron_came.megatron.spikes import WithSpikeGuard
 from megatron_came.optimizer import CAME
 from megatron_came.step import are_same
 from megatron_came.voice import stop
-
-# Megatron's precision-aware optimizer reads gradients where they were reduced, which this private
-# setting of its configuration decides.
-_PRECISION_AWARE = "use_precision_aware_optimizer_no_fp8_or_ds_fp8"
-
-
-@contextlib.contextmanager
-def _precision_aware(config: Any, value: bool) -> Iterator[None]:
-    """Set it for a while."""
-    usual = getattr(config, _PRECISION_AWARE)
-    setattr(config, _PRECISION_AWARE, value)
-    try:
-        yield
-    finally:
-        setattr(config, _PRECISION_AWARE, usual)
 
 
 class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):  # type: ignore[misc]
@@ -106,9 +94,9 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         config = copy.copy(config)
         # While Megatron builds, this decides whether its groups hold the 16-bit weights or fp32
         # copies; afterwards, whether gradients are to be found in ``decoupled_grad``. fp16 ones are
-        # copied, since dividing by the loss scale takes fp32.
-        setattr(config, _PRECISION_AWARE, config.bf16)
-        with _precision_aware(config, has_remainders):
+        # copied: dividing by the loss scale takes fp32. In ``grad`` none may be of another device.
+        setattr(config, PRECISION_AWARE, config.bf16 or config.optimizer_cpu_offload)
+        with precision_aware(config, has_remainders):
             super().__init__(optimizer, config, *args, **kwargs)
         self._is_loading = False
         self._pairs = []
@@ -122,6 +110,8 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         whole = [*self.model_fp32_groups, *self.model_float16_groups]
         for params, here in zip(whole, [*self.shard_fp32_groups, *of_float16], strict=True):
             self._owned.update(zip(params, here, strict=True))
+        moved = chosen(config, self.model_chunks, chain(*model_params), model_groups)
+        on_host: dict[Tensor, HostSlice] = {}
         shards: dict[Tensor, Shard] = {}
         names: dict[Tensor, str] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
@@ -134,12 +124,17 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
                     names[local] = identity.name
                 if not shard.numel:
                     group["params"].append(local)
+                if param in moved:
+                    weight = param.detach().view(-1)[shard.start : shard.stop]
+                    on_host[local] = HostSlice.move(local, weight, config)
                 shards[local] = shard
                 self._pairs.append((param, local))
         own = {local: own_settings(param) for param, local in self._pairs}
         self.optimizer.set_shards(shards, None if identities is None else names, own)
+        if config.optimizer_cpu_offload:
+            self.optimizer.keep_on_host(on_host)
         self.optimizer.init_state()
-        if config.bf16 and not (has_remainders or self._quantizes):
+        if self._in_place and not (has_remainders or self._quantizes):
             weights = chain.from_iterable(self.shard_float16_groups)
             self.optimizer.set_model_weights(
                 dict(zip(chain.from_iterable(mains), weights, strict=True))
@@ -171,7 +166,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
 
     @property
     def _in_place(self) -> bool:
-        return bool(getattr(self.config, _PRECISION_AWARE))
+        return bool(getattr(self.config, PRECISION_AWARE))
 
     @property
     def _quantizes(self) -> bool:
@@ -179,7 +174,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         return bool(self.ddp_config.fp8_param_gather)
 
     def _copy_main_params_to_model_params(self) -> None:
-        with _precision_aware(self.config, self._in_place and not self._quantizes):
+        with precision_aware(self.config, self._in_place and not self._quantizes):
             super()._copy_main_params_to_model_params()
 
     @property
@@ -221,8 +216,10 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
             for state in self.optimizer.state.values():
                 if REMAINDER in state:
                     state[REMAINDER].zero_()
+            for local, slice_ in on_host_of(self.optimizer).items():
+                slice_.fetch(local)
             return
-        with _precision_aware(self.config, False):
+        with precision_aware(self.config, False):
             super()._copy_model_params_to_main_params(state_dict)
 
     # Megatron's fused kernels for norms and loss scales do not all take tensors without elements.
@@ -261,6 +258,8 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         state = self.optimizer.state[local]
         set_weights(local, state, tensors["param"])
         set_momentum(state, tensors["exp_avg"])
+        if local in (on_host := on_host_of(self.optimizer)):
+            on_host[local].send_own(local)
 
     def state_dict(self) -> dict[str, Any]:
         """Parameter groups without parameters, and the loss scale."""

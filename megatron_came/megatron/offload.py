@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_came.megatron.cpu_offload import on_host_of
+
 
 class Offloaded:
     """Moves what is the optimizer's alone to the CPU and back.
@@ -30,7 +32,10 @@ class Offloaded:
         self._move(None)
 
     def _move(self, to: torch.device | None) -> None:
+        on_host = on_host_of(self.optimizer)
         for param, local in self._pairs:
+            if local in on_host:
+                continue  # it stays there
             device = to or param.device
             if local.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
                 local.data = local.data.to(device)

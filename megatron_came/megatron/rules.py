@@ -11,6 +11,7 @@ from megatron_came.dtensors import is_dtensor
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.fp8_rules import RULES as FP8_RULES
 from megatron_came.megatron.fsdp_rules import MEGATRON_FSDP_RULES, SHARDING, has_checkpoints
+from megatron_came.megatron.offload_rules import OFFLOAD_RULES
 from megatron_came.rules import Rule, refusal, value
 from megatron_came.versions import before
 
@@ -127,12 +128,7 @@ RULES = (
         Rule("{given} is not allowed: use " + " or ".join(values) + ".", flag, works=values)
         for flag, values in CHOICES.items()
     ),
-    _not_with(
-        "--optimizer-cpu-offload",
-        "leave it out; --came-momentum-dtype int8 and --came-main-params remainder save 5 of the 8 "
-        "bytes a weight",
-        "{given}, which steps on the CPU with Adam or SGD alone",
-    ),
+    *OFFLOAD_RULES,
     _not_with("--use-precision-aware-optimizer", _LEAVE_OUT),
     *MEGATRON_FSDP_RULES,
     _not_with("--optimizer-cuda-graph", _LEAVE_OUT),

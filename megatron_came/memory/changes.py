@@ -19,6 +19,7 @@ _RECOMPUTED = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
     *("--recompute-num-layers", "1"),
 )
+_OFFLOAD = ("--optimizer-cpu-offload",)
 _ANOTHER = "another optimizer, whose rate has to be found"
 
 
@@ -103,6 +104,9 @@ def changes(launch: Launch, micro_batch: int | None, ranks: int | None) -> list[
         cost = "the forward pass runs twice: about a third more arithmetic"
         without = ("--recompute-activations", "--recompute-modules")
         found.append(Change("recomputation", _RECOMPUTED, cost, without=without))
+    if args.optimizer == "came" and not args.optimizer_cpu_offload:
+        cost = "gradients and weights cross to the CPU and back, and its kernels are slower"
+        found.append(Change("offload", (_SHARDED, *_OFFLOAD), cost))
     found += _layouts(args, grid)
     if ranks is not None and ranks > grid.world:
         found.append(Change("ranks", (), f"{ranks - grid.world} GPUs more", ranks=ranks))
@@ -111,7 +115,7 @@ def changes(launch: Launch, micro_batch: int | None, ranks: int | None) -> list[
 
 def _adams(args: argparse.Namespace) -> Iterator[Change]:
     """Adam in the forms that Megatron has, from the largest on."""
-    is_other, without = args.optimizer != "adam", (*CAME_FLAGS, *_DTYPES, _PRECISE)
+    is_other, without = args.optimizer != "adam", (*CAME_FLAGS, *_DTYPES, _PRECISE, *_OFFLOAD)
     if is_other:
         yield Change(ADAM, ("--optimizer", "adam"), _ANOTHER, "AdamW", without)
     for dtype, name, cost in (

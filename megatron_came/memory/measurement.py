@@ -75,14 +75,17 @@ def measure(model: Sequence[Any], optimizer: Any) -> Components:
             for key, value in values.items():
                 if isinstance(value, Tensor) and key != "step":
                     state[component_of(key)].append(value)
-    sizes = {key: _bytes(_storages(tensors)) for key, tensors in state.items()}
-    sizes["main_weights"] += _bytes(_storages(updated), without=weights)
+    away = (tensor for each in inner for tensor in getattr(each, "host_tensors", ()))
+    host = _storages(away)  # of OffloadedCAME
+    sizes = {key: _bytes(_storages(tensors), without=host) for key, tensors in state.items()}
+    sizes["main_weights"] += _bytes(_storages(updated), without={**weights, **host})
     copies = _storages(grad for param in updated if (grad := gradient_of(param)) is not None)
     sums = _storages(buffer for each in inner if isinstance(each, CAME) for buffer in each.sums)
     return Components(
         weights=_bytes(weights),
         gradients=_bytes(gradients),
-        buffers=_bytes(copies, without=gradients) + _bytes(sums),
+        buffers=_bytes(copies, without={**gradients, **host}) + _bytes(sums),
+        host=_bytes(host),
         **sizes,
     )
 

@@ -94,13 +94,17 @@ def _refuse(args: argparse.Namespace) -> None:
     for name, flag, instead in (
         ("yaml_cfg", "--yaml-cfg", "give the settings as flags"),
         ("use_checkpoint_args", "--use-checkpoint-args", "give the model's flags"),
-        ("optimizer_cpu_offload", "--optimizer-cpu-offload", "leave it out"),
         ("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", _TENSOR),
         ("moe_single_grouped_weight", "--moe-single-grouped-weight", "leave it out"),
         ("fp8_param_gather", "--fp8-param-gather", "leave it out, and weights are bf16"),
     ):
         if getattr(args, name, None):
             raise LaunchError(f"memory cannot be predicted with {flag}: {instead}.")
+    if args.optimizer_cpu_offload and args.optimizer != "came":
+        raise LaunchError(
+            f"memory of --optimizer-cpu-offload is predicted with --optimizer came alone, not with "
+            f"{args.optimizer}: leave it out."
+        )
     if args.model_kind == T5 and args.pipeline_model_parallel_size > 1:
         raise LaunchError(
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} does not go with "

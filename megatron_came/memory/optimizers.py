@@ -21,6 +21,7 @@ LABELS = {
 # The same with their sum, of which buffers are none.
 ROWS = {**{key: LABELS[key] for key in LABELS if key != "buffers"}, "static": "static"}
 ROWS["buffers"] = LABELS["buffers"]
+HOST = "on the CPU, offloaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Components:
             vectors.
         buffers: CAME's sums over ranks, and fp32 copies of 16-bit gradients, which live from an
             optimizer step to the next iteration.
+        host: what is on the CPU with ``--optimizer-cpu-offload``, and not in the others.
     """
 
     weights: int
@@ -44,6 +46,7 @@ class Components:
     momentum: int
     second_moment: int
     buffers: int
+    host: int = 0
 
     @property
     def static(self) -> int:
@@ -57,7 +60,7 @@ class Components:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them on the GPU."""
         return sum(getattr(self, key) for key in LABELS)
 
 
@@ -87,6 +90,7 @@ class Optimizer:
         copies_gradients: whether 16-bit gradients are copied to fp32.
         unpacks: whether a step, and a checkpoint, copy moments and main weights of fewer bits to
             fp32, all at once.
+        offloads: whether some of it is on the CPU.
         rest: the optimizer of word embeddings, output layer and vectors, where that is another;
             each tensor then lies whole on one data-parallel rank.
         steps_back: whether a step keeps r, c and v of before, to be put back after a spike.
@@ -98,6 +102,7 @@ class Optimizer:
     main_weights: str = "fp32"
     copies_gradients: bool = True
     unpacks: bool = False
+    offloads: bool = False
     rest: Optimizer | None = None
     steps_back: bool = False
 
@@ -156,6 +161,7 @@ def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "
         or bool(args.loss_scale)
         or getattr(args, "use_megatron_fsdp", False),
         steps_back=getattr(args, "came_spike_guard", None) is not None,
+        offloads=args.optimizer_cpu_offload,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_came.memory import fsdp
 from megatron_came.memory.optimizers import (
     ADAMW,
+    HOST,
     ROWS,
     Optimizer,
     element_bytes,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_came.memory.stages import Stage
 
 # Of the JSON; to be raised by whoever changes its keys.
-FORMAT = 1
+FORMAT = 2
 
 ACTIVATIONS = "activations (estimate)"
 _COPIES = "or: copies in the step"
@@ -40,6 +41,11 @@ _NOTE_ON_COPIES = (
 _NOTE_ON_STEPS_BACK = (
     "With --came-spike-guard CAME copies r, c and v for the length of a step, when activations are "
     "gone."
+)
+_NOTE_ON_OFFLOAD = (
+    "What CAME has on the CPU, for each GPU, is in no other row: state, and copies of gradients "
+    "and weights that travel. The other optimizers are not offloaded here. As a run starts, the "
+    "main weights of all are made on the GPU before some move."
 )
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
@@ -114,6 +120,8 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
         notes.append(_NOTE_ON_COPIES)
     if any(optimizer.steps_back for optimizer in copying):
         notes.append(_NOTE_ON_STEPS_BACK)
+    if trained.offloads:
+        notes.append(_NOTE_ON_OFFLOAD)
     if size := worst.checkpoint(trained):
         notes.append(
             f"While a checkpoint is saved or loaded, {trained.name} takes up to {human(size)} "
@@ -172,6 +180,8 @@ def _columns(stage: Stage, optimizers: Sequence[Optimizer]) -> list[str]:
         ("saved against AdamW", [adamw - total for total in totals]),
         ("  of AdamW's total", [f"{1 - total / adamw:.1%}" for total in totals]),
     ]
+    if any(each.host for each in components):
+        rows.append((HOST, [each.host for each in components]))
     return bytes_table([optimizer.name for optimizer in optimizers], rows)
 
 

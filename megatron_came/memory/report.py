@@ -19,11 +19,11 @@ import torch.distributed as dist
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.measurement import measure, watch_step
 from megatron_came.memory.model_kinds import kind_of
-from megatron_came.memory.optimizers import ROWS, Components, is_sharded, of_launch
+from megatron_came.memory.optimizers import HOST, ROWS, Components, is_sharded, of_launch
 from megatron_came.memory.pages import bytes_table, human
 
 # Of the file; to be raised by whoever changes its keys.
-FORMAT = 1
+FORMAT = 2
 
 _ALLOCATOR = {
     "peak_before": "peak before the optimizer step",
@@ -97,6 +97,8 @@ class Report:
         if predicted is not None and self.activations is not None:
             rows.append(("activations (estimate)", [None, self.activations]))
             rows.append(("total", [None, predicted.total + self.activations]))
+        if measured.host:
+            rows.append((HOST, [measured.host, getattr(predicted, "host", None)]))
         for key, size in (self.allocator or {}).items():
             rows.append((f"allocator, {_ALLOCATOR[key]}", [size, None]))
         lines = [f"rank {self.rank}, pipeline stage {self.stage}, {self.optimizer}"]

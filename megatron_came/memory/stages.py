@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.saved import MOST_BYTES
 from megatron_came.core.state import MATRIX_FACTORS, new_state
 from megatron_came.core.sums import SumBuffer
+from megatron_came.megatron.cpu_offload import evenly
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.memory.grid import Grid
 from megatron_came.memory.meta_model import Chunk
@@ -42,6 +43,8 @@ class Buffer:
         padded_gradients: number of elements of gradients, where that is another.
         main_weights: number of elements of fp32 main weights that the buffer has, padding
             included; None where the optimizer has those of what it updates.
+        offloaded: those of the elements that CAME keeps on the CPU; None for none.
+        offloaded_blocks: likewise.
     """
 
     padded: int
@@ -61,6 +64,15 @@ class Buffer:
         numel = self.padded if self.padded_gradients is None else self.padded_gradients
         return numel * self.gradient
 
+    offloaded: Tensor | None = None
+    offloaded_blocks: Tensor | None = None
+
+    def away(self, shard: int) -> tuple[int, int]:
+        """Elements and blocks of a shard that are offloaded."""
+        if self.offloaded is None or self.offloaded_blocks is None:
+            return 0, 0
+        return int(self.offloaded[shard]), int(self.offloaded_blocks[shard])
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -76,6 +88,7 @@ class Stage:
         factors: bytes of r and c of all matrices, and of v of all vectors.
         confidence: bytes of R and C of all matrices.
         sums: bytes of CAME's sums over ranks.
+        offloaded: those of the factors, of the confidence and of the sums that are on the CPU.
         shards: which shards of dense and of experts' parameters the rank holds.
         whole_shards: the same of ``whole_buffers``.
         activations: bytes of its activations, by Megatron's estimate.
@@ -92,6 +105,7 @@ class Stage:
     factors: int
     confidence: int
     sums: int
+    offloaded: tuple[int, int, int] = (0, 0, 0)
     shards: tuple[int, int] = (0, 0)
     whole_shards: tuple[int, int] = (0, 0)
     activations: int = 0
@@ -118,6 +132,8 @@ class Stage:
         if optimizer.is_came:
             second_moment += self.confidence
             copies += self.sums
+        if optimizer.offloads:
+            second_moment -= sum(self.offloaded[:2])
         return Components(
             weights=self.frozen + sum(buffer.padded * buffer.weight for buffer in buffers),
             gradients=sum(buffer.gradients for buffer in buffers),
@@ -125,7 +141,19 @@ class Stage:
             momentum=momentum,
             second_moment=second_moment,
             buffers=copies,
+            host=self._host(optimizer, copied) if optimizer.offloads else 0,
         )
+
+    def _host(self, optimizer: Optimizer, copied: bool) -> int:
+        """Bytes on the CPU: state, sums, and of weights and gradients the copies that travel."""
+        size = sum(self.offloaded)
+        for buffer in self.buffers:
+            elements, blocks = buffer.away(self.shards[buffer.of_experts])
+            gradient = 4 if buffer.gradient == 2 and copied else buffer.gradient
+            main_weights = optimizer.main_weights_bytes(buffer.weight)
+            size += elements * (main_weights + buffer.weight + gradient)
+            size += int(optimizer.momentum_bytes(elements, blocks))
+        return size
 
     def _buffers(self, optimizer: Optimizer) -> tuple[Buffer, ...]:
         return self.buffers if optimizer.rest is None else self.whole_buffers
@@ -136,7 +164,9 @@ class Stage:
         for buffer in self._buffers(optimizer):
             shard = shards[buffer.of_experts]
             own = optimizer if buffer.by_matrix else optimizer.rest or optimizer
-            yield buffer, int(buffer.elements[shard]), int(buffer.blocks[shard]), own
+            away, away_blocks = buffer.away(shard) if own.offloads else (0, 0)
+            elements, blocks = int(buffer.elements[shard]), int(buffer.blocks[shard])
+            yield buffer, elements - away, blocks - away_blocks, own
 
     def step(self, optimizer: Optimizer) -> int:
         """Most bytes that a step takes beside what is kept: of dense or of experts' parameters.
@@ -197,7 +227,11 @@ class Stage:
 def _fullest(buffers: Iterable[Buffer], grid: Grid) -> tuple[int, int]:
     """The shards, dense and of experts, of the rank that holds most elements."""
     shards = grid.shards_of_ranks()
-    held = sum(buffer.elements[shards[buffer.of_experts]] for buffer in buffers)
+    kept = (
+        (each, each.elements if each.offloaded is None else each.elements - each.offloaded)
+        for each in buffers
+    )
+    held = sum(elements[shards[buffer.of_experts]] for buffer, elements in kept)
     rank = int(torch.as_tensor(held).argmax())
     return int(shards[0][rank]), int(shards[1][rank])
 
@@ -214,12 +248,14 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         ddp_config.overlap_grad_reduce,
         sum(param.numel() for param in params),
     )
+    away = _offloaded(args, grid, chunks)
     buffers: list[Buffer] = []
     for index, chunk in enumerate(chunks):
         # Megatron makes one bucket of all but the first chunk of the first stage.
         whole = index > 0 or number > 0 or args.overlap_param_gather_with_optimizer_step
-        buffers += _buffers(ddp_config, grid, chunk, None if whole else bucket_size)
+        buffers += _buffers(ddp_config, grid, chunk, None if whole else bucket_size, away)
     factors, confidence, sums = _whole_on_every_rank(params, grid)
+    away_factors, away_confidence, _ = _whole_on_every_rank(away, grid)
     return Stage(
         number=number,
         layers=sum(chunk.layers for chunk in chunks),
@@ -230,6 +266,7 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
         factors=factors,
         confidence=confidence,
         sums=sums,
+        offloaded=(away_factors, away_confidence, sums if away else 0),
         saves=any(getattr(args, name, None) for name in ("save", "load")),
         gathers=bool(
             getattr(args, "dist_ckpt_optim_fully_reshardable", False)
@@ -260,7 +297,7 @@ def _whole_buffers(params: Sequence[Tensor], ddp_config: Any, grid: Grid) -> Ite
 
 
 def _buffers(
-    ddp_config: Any, grid: Grid, chunk: Chunk, bucket_size: int | None
+    ddp_config: Any, grid: Grid, chunk: Chunk, bucket_size: int | None, away: set[Tensor]
 ) -> Iterable[Buffer]:
     trained = [param for param in chunk.params if param.requires_grad]
     if not grid.sharded:
@@ -275,7 +312,7 @@ def _buffers(
         trained, bucket_size, dense, ddp_config, expert_data_parallel_world_size=experts
     )
     for key, buffer in layout.layouts.items():
-        yield cut(key, buffer, experts if key.is_expert_parallel else dense)
+        yield cut(key, buffer, experts if key.is_expert_parallel else dense, away)
 
 
 def blocks_of(sizes: Tensor) -> Tensor:
@@ -288,23 +325,35 @@ def _buffer(key: Any, padded: int, elements: Tensor, blocks: Tensor, bucket: int
     return Buffer(padded, elements, blocks, weight, gradient, key.is_expert_parallel, bucket)
 
 
-def cut(key: Any, buffer: Any, shards: int) -> Buffer:
+def cut(key: Any, buffer: Any, shards: int, away: Container[Tensor] = ()) -> Buffer:
     """Cut every bucket of Megatron's layout of a buffer evenly into so many shards.
 
     As ``DistributedOptimizer._build_model_gbuf_range`` does.
     """
-    elements = torch.zeros(shards, dtype=torch.int64, device="cpu")
-    blocks = torch.zeros_like(elements)
-    for start, stop, bucket in buffer.param_index_map.values():
+    # Elements and blocks, of all parameters and of those that are offloaded.
+    held = torch.zeros(2, 2, shards, dtype=torch.int64, device="cpu")
+    for param, (start, stop, bucket) in buffer.param_index_map.items():
         bucket_start, bucket_stop = buffer.bucket_indices[bucket]
         size = (bucket_stop - bucket_start) // shards
         first, last = (start - bucket_start) // size, (stop - 1 - bucket_start) // size
         bounds = bucket_start + size * torch.arange(first, last + 2, device="cpu")
         sizes = bounds.clamp(start, stop).diff()
-        elements[first : last + 1] += sizes
-        blocks[first : last + 1] += blocks_of(sizes)
+        held[: 1 + (param in away), :, first : last + 1] += torch.stack([sizes, blocks_of(sizes)])
     largest = max(stop - start for start, stop in buffer.bucket_indices)
-    return _buffer(key, buffer.bucket_indices[-1][1], elements, blocks, largest)
+    elements, blocks = held[0]
+    whole = _buffer(key, buffer.bucket_indices[-1][1], elements, blocks, largest)
+    return replace(whole, offloaded=held[1, 0], offloaded_blocks=held[1, 1]) if away else whole
+
+
+def _offloaded(args: argparse.Namespace, grid: Grid, chunks: Iterable[Chunk]) -> set[Tensor]:
+    """The parameters that CAME keeps on the CPU, see ``cpu_offload.chosen``."""
+    found = set[Tensor]()
+    for chunk in chunks if args.optimizer_cpu_offload else ():
+        for is_dense in (True, False):
+            params = [p for p in chunk.params if getattr(p, "allreduce", True) == is_dense]
+            own, fraction = [p for p in params if p.requires_grad], args.optimizer_offload_fraction
+            found |= evenly(own, fraction, has_copies=grid.pipeline > 1)
+    return found
 
 
 def _whole_on_every_rank(params: Iterable[Tensor], grid: Grid) -> tuple[int, ...]:

@@ -151,7 +151,7 @@ def test_copies_go_on_from_the_same_sums(stages, bundle_bytes, dtype, kernels, m
 
     Here it is off by more than the last bits, which would show seldom.
     """
-    monkeypatch.setattr("megatron_came.step._BUNDLE_BYTES", bundle_bytes)
+    monkeypatch.setattr("megatron_came.core.parameter_slice._BUNDLE_BYTES", bundle_bytes)
     error = 1e-13 if dtype == torch.float64 else 1e-6
     dp_groups = [
         SimulatedGroup(range(3 * stage, 3 * stage + 3), error=error * (stage == 1))
@@ -270,7 +270,7 @@ def test_many_sums_go_in_at_most_four_bundles():
                 shards[param] = Shard((rows, 6), start, start + 3 * rows, dp_group=group)
             CAME(list(shards), shards=shards, lr=1e-3).step()
 
-        with mock.patch("megatron_came.step._BUNDLE_BYTES", limit):
+        with mock.patch("megatron_came.core.parameter_slice._BUNDLE_BYTES", limit):
             run_ranks(2, program, [group])
         return group.calls
 

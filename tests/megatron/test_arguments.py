@@ -67,7 +67,7 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
         ({"came_log_diagnostics": True}, "TensorBoard and W&B: add --tensorboard-dir or"),
         (
             {"optimizer_cpu_offload": True},
-            "--optimizer-cpu-offload, which steps on the CPU with Adam",
+            "--optimizer-cpu-offload needs the distributed optimizer: add --use-distributed-optim",
         ),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
@@ -155,6 +155,28 @@ def test_what_does_not_go_with_megatron_fsdp_is_refused(changes, sentence):
         "num_distributed_optimizer_instances": 1,
         "megatron_fsdp_main_params_dtype": torch.float32,
     }
+    check(arguments(**fitting), [])
+    with pytest.raises(ValueError, match=sentence):
+        check(arguments(**{**fitting, **changes}), [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"optimizer_offload_fraction": 1.5}, "-fraction 1.5 is not allowed: it must be from 0"),
+        ({"optimizer_offload_fraction": float("nan")}, "-fraction nan is not allowed"),
+        ({"use_distributed_optimizer": False}, "add --use-distributed-optimizer"),
+        ({"rl_offload_optimizer_during_inference": True}, "leave one of them out"),
+        ({"log_params_norm": True}, "--log-params-norm does not go with --optimizer-cpu-offload"),
+        ({"qk_clip": True}, "--qk-clip does not go with --optimizer-cpu-offload: leave it out"),
+        ({"async_save": True}, "--async-save does not go with --optimizer-cpu-offload"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer: leave it out"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_offload_is_refused(changes, sentence):
+    fitting = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+    fitting |= {"use_distributed_optimizer": True}
     check(arguments(**fitting), [])
     with pytest.raises(ValueError, match=sentence):
         check(arguments(**{**fitting, **changes}), [])

@@ -65,7 +65,10 @@ def test_every_flag_of_cames_is_a_setting():
         ({"came_beta2": "0.9"}, r"came_beta2 0.9 of OptimizerConfig is not allowed"),
         ({"came_momentum_dtype": "fp8"}, "--came-momentum-dtype fp8 is not allowed: use fp32 or"),
         ({"decoupled_weight_decay": False}, "has decoupled weight decay only"),
-        ({"optimizer_cpu_offload": True}, "does not go with --optimizer-cpu-offload"),
+        (
+            {"optimizer_cpu_offload": True, "use_distributed_optimizer": False},
+            "--optimizer-cpu-offload needs the distributed optimizer",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(settings, sentence):
@@ -104,7 +107,10 @@ def test_use_came_takes_adams_place(capsys):
     [
         ({"optimizer": "muon"}, "--optimizer muon, which is not sharded as CAME is"),
         ({"came_beta1": 2.0}, "--came-beta1 2.0 is not allowed"),
-        ({"optimizer_cpu_offload": True}, "does not go with --optimizer-cpu-offload"),
+        (
+            {"optimizer_cpu_offload": True},
+            "--optimizer-cpu-offload needs the distributed optimizer",
+        ),
     ],
 )
 def test_use_came_says_what_is_wrong(settings, sentence):

@@ -131,3 +131,12 @@ def test_the_command(capsys):
     assert result["needs"] > result["budget"] == 10 * 2**20
     assert command.main([*words, "80"]) == 2
     assert "--advise 80 is no size" in capsys.readouterr().err
+
+
+def test_offload_is_advised_where_it_is_enough():
+    flags = WIDE + DO + "--optimizer came --came-momentum-dtype int8 --came-main-params remainder "
+    away = launch(flags + "--optimizer-cpu-offload ", 4)
+    found, said = advice(flags, lambda run: away.peak(of_launch(away.args)))
+    (change,) = [each.changes[0] for each in found.singles if each.changes[0].kind == "offload"]
+    assert change.flags == ("--use-distributed-optimizer", "--optimizer-cpu-offload")
+    assert "--optimizer-cpu-offload costs: gradients and weights cross to the CPU" in said

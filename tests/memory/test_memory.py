@@ -15,6 +15,7 @@ from megatron_came.core.saved import MOST_BYTES
 from megatron_came.memory import fit, stages
 from megatron_came.memory.activations import activation_bytes, micro_batches_in_flight
 from megatron_came.memory.grid import Grid
+from megatron_came.memory.launch_command import LaunchError
 from megatron_came.memory.optimizers import ADAMW, came, compared, of_launch
 from tests.support.memory_flags import BF16, DATA, DO, EXPERTS, MEDIUM, SMALL, launch, pp, tp
 
@@ -71,6 +72,47 @@ def test_static_bytes_per_parameter(flags, expected):
 def test_16_bit_gradients_have_fp32_copies_until_the_next_iteration():
     (stage,) = launch(MEDIUM + BF16 + "--grad-reduce-in-bf16 ").stages
     assert stage.components(ADAMW).buffers == 4 * stage.parameters
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpu", "cpu"),
+    [  # fp32 gradients: weights and gradients stay; weights and gradients travel in copies
+        ("", 4 + 4, 4 + 4 + 4),
+        (BF16, 2 + 4, 4 + 4 + 2 + 4),
+        (BF16 + "--came-momentum-dtype int8 --came-main-params remainder ", 6, 1 + 2 + 2 + 4),
+        (BF16 + "--grad-reduce-in-bf16 --came-momentum-dtype bf16 ", 4, 4 + 2 + 2 + 2),
+    ],
+)
+def test_what_is_offloaded_is_counted_for_the_cpu_alone(flags, gpu, cpu):
+    flags = MEDIUM + DO + flags + "--optimizer came --optimizer-cpu-offload "
+    whole, half = (launch(flags + more) for more in ("", "--optimizer-offload-fraction 0.5 "))
+    for run, share in ((whole, 1.0), (half, 0.5)):
+        (stage,), trained = run.stages, of_launch(run.args)
+        kept = stage.components(trained)
+        plain = stage.components(replace(trained, offloads=False))
+        assert plain.host == 0
+        assert kept.total < plain.total
+        state = plain.state - kept.state
+        assert state == pytest.approx(share * plain.state, rel=0.01)
+        assert kept.host / stage.parameters == pytest.approx(share * cpu, rel=0.03)
+        if share == 1:
+            assert kept.static / stage.parameters == pytest.approx(gpu, rel=1e-3)
+
+
+def test_every_rank_has_some_of_what_is_offloaded():
+    flags = MEDIUM + DO + BF16 + "--optimizer came --optimizer-cpu-offload "
+    (stage,) = launch(flags + "--optimizer-offload-fraction 0.5 ", 8).stages
+    (buffer,) = stage.buffers
+    shares = buffer.offloaded / buffer.elements
+    # The last rank holds words alone, which go as one; the others make up for it.
+    assert buffer.offloaded.sum() / buffer.elements.sum() == pytest.approx(0.5, abs=0.01)
+    assert shares.min() > 0.1
+    assert shares[:5] == pytest.approx(0.5, abs=0.03)
+
+
+def test_offload_of_another_optimizer_is_refused():
+    with pytest.raises(LaunchError, match="with --optimizer came alone, not with adam"):
+        launch(MEDIUM + DO + BF16 + "--use-precision-aware-optimizer --optimizer-cpu-offload ")
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_came.memory.report import Report
 from tests.training.harness import Case, run
-from tests.training.layouts import DO, FROZEN, LAYOUTS, MODELS, NAMES, SIXTEEN_BIT, pp, tp
+from tests.training.layouts import DO, EP, FROZEN, LAYOUTS, MODELS, NAMES, SIXTEEN_BIT, pp, tp
 
 # One step that an overflow does not skip.
 ONE = "--train-iters 1 --lr-warmup-iters 0 --initial-loss-scale 16 --came-report-memory "
@@ -21,6 +21,7 @@ CASES = {
 }
 CASES |= {name: (2, "came", "came", flags) for name, flags in SIXTEEN_BIT.items()}
 SMALLEST = "--bf16 --grad-reduce-in-bf16 --came-momentum-dtype int8 --came-main-params remainder "
+OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction 0.5 "
 CASES |= {
     name: (ranks, f"came+{variant}", "came", model + layout)
     for name, (variant, ranks, model, layout) in FROZEN.items()
@@ -34,6 +35,16 @@ CASES = CASES | {
     "smallest": (2, "came", "came", SMALLEST + DO),
     # Copied to fp32: on a GPU PyTorch cannot divide bf16 by the loss scale.
     "scaled": (2, "came", "came", "--bf16 --grad-reduce-in-bf16 --loss-scale 16 " + DO),
+    "offload": (2, "came", "came", "--bf16 " + OFFLOAD + DO),
+    "offload-all": (2, "came", "came", OFFLOAD.replace("0.5", "1") + DO),
+    "offload-smallest-tp2": (2, "came", "came", SMALLEST + OFFLOAD + tp(2) + DO),
+    "offload-copies": (
+        2,
+        "came",
+        "came",
+        "--bf16 --grad-reduce-in-bf16 --loss-scale 16 --came-momentum-dtype int8 " + OFFLOAD + DO,
+    ),
+    "offload-moe": (2, "came", "came", MODELS["moe"] + EP + "--bf16 " + OFFLOAD + DO),
     "smallest-tp2-pp2": (4, "came", "came", SMALLEST + tp(2) + pp(2) + DO),
 }
 # As Megatron builds them, in a package that need not be there. Gloo cannot gather their weights
@@ -56,6 +67,8 @@ QUICK = (
     "sgd-bf16",
     "smallest",
     "scaled",
+    "offload",
+    "offload-smallest-tp2",
     "muon-tp2",
     "lion-tp2",
 )
@@ -122,6 +135,7 @@ def test_measured_memory_is_what_was_predicted(reports, name):
         assert report.measured.static > 0
         assert report.measured.static == pytest.approx(report.predicted.static, rel=0.01)
         assert report.measured == report.predicted
+        assert (report.measured.host > 0) == name.startswith("offload")
 
 
 def test_the_fullest_rank_is_printed_and_logged(reports):

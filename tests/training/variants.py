@@ -74,8 +74,8 @@ def without_sums_over(kind: str):
     """Leave out the reductions over the ``dp_group`` or the ``tp_group``."""
     original = sums.SumBuffer.__init__
 
-    def without(self, requests, device):
-        original(self, [replace(request, **{kind: None}) for request in requests], device)
+    def without(self, requests, *given):
+        original(self, [replace(request, **{kind: None}) for request in requests], *given)
 
     return mock.patch.object(sums.SumBuffer, "__init__", without)
 

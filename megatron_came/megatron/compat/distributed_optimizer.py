@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +13,23 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Me
 from megatron_came.patching import Function
 from megatron_came.versions import MegatronError, release
 
+# Megatron's precision-aware optimizer reads gradients where they were reduced, which this private
+# setting of its configuration decides.
+PRECISION_AWARE = "use_precision_aware_optimizer_no_fp8_or_ds_fp8"
+
 _ADAMS_KEYS = ("param", "exp_avg", "exp_avg_sq")
 _KEYS = ("param", "exp_avg")
+
+
+@contextlib.contextmanager
+def precision_aware(config: Any, value: bool) -> Iterator[None]:
+    """Set it for a while."""
+    usual = getattr(config, PRECISION_AWARE)
+    setattr(config, PRECISION_AWARE, value)
+    try:
+        yield
+    finally:
+        setattr(config, PRECISION_AWARE, usual)
 
 
 def _copied(method: Function, constants: tuple[Any, ...], **names: Any) -> Function:
