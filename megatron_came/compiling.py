@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,3 +26,9 @@ def outside_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         return disable(function, reason=_WHY)
     except TypeError:  # older PyTorch gives no reasons
         return disable(function)
+
+
+@functools.cache
+def keep_out_of_compiler(optimizer: Any) -> None:
+    """Do so with an optimizer's ``_step``, when the first one is made: it takes long to import."""
+    optimizer._step = outside_compiler(optimizer._step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from megatron_came import dtensors
-from megatron_came.compiling import outside_compiler
+from megatron_came.compiling import keep_out_of_compiler
 from megatron_came.core.diagnostics import Sums
 from megatron_came.core.hyperparameters import check_group, with_plain_numbers
 from megatron_came.core.parameter_slice import ParameterSlice
@@ -159,7 +158,7 @@ class CAME(WithStateDicts):
         self.set_shards(shards or {}, names)
         self._guard.check(self.param_groups, self._shards, flat_convolutions)
         self._choose_kernels()
-        _keep_out_of_compiler()
+        keep_out_of_compiler(CAME)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it is refused as the class refuses its parameters."""
@@ -311,7 +310,7 @@ class CAME(WithStateDicts):
         self.__dict__.setdefault("_choices", {})
         self._guard = Guard(self.param_groups)
         self._plan = None
-        _keep_out_of_compiler()
+        keep_out_of_compiler(CAME)
 
     def diagnostics(self, kinds: Mapping[Tensor, str] | None = None) -> dict[str, dict[str, float]]:
         """Return figures of the last step, of "all" and each kind of layer: docs/stability.md.
@@ -398,9 +397,3 @@ class CAME(WithStateDicts):
             self._choices[device] = choice = choose(self._wanted_kernels, device)
             # What is no warning, Megatron's builder says on one rank.
             (warn_once if choice.should_warn else _logger.debug)(choice.reason)
-
-
-@functools.cache
-def _keep_out_of_compiler() -> None:
-    """Once, when the first optimizer is made: PyTorch's compiler takes long to import."""
-    CAME._step = outside_compiler(CAME._step)  # type: ignore[method-assign]

@@ -45,6 +45,11 @@ _LONG = (
     "CAME: a parameter is a vector of {numel} elements: vectors have a whole second moment, as "
     "Adam's, and no confidence; if it is a matrix that was made flat, give CAME the matrix."
 )
+_META = (
+    "CAME: {count} of {all} parameters are on the meta device, without values, and a step changes "
+    "nothing of them: to_empty() and load_state_dict(assign=True) put others in their place in the "
+    "model, so make the optimizer after them."
+)
 
 
 class Guard:
@@ -118,10 +123,15 @@ class Guard:
     ) -> None:
         """Compare what ranks with DTensors were given, before the first step; then a collective.
 
+        It says, too, how many parameters are on the meta device and left behind.
+
         Raises:
             ValueError: ranks differ.
         """
         if not self._has_compared:
+            without = [param for param in slices if param.is_meta and param.grad is None]
+            if without:
+                warn_once(_META.format(count=len(without), all=len(slices)))
             given = {
                 param: {
                     "shape": tuple(param.shape),

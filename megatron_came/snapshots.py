@@ -44,13 +44,15 @@ class Snapshot(NamedTuple):
             weights: 16-bit copies of parameters.
 
         Returns:
-            None where something is no tensor in memory of its own.
+            None where something is no tensor in memory of its own, as it lies there.
         """
         present = [grad for grad in grads if grad is not None]
         lacking = [] if len(present) == len(grads) else [grad is None for grad in grads]
         state = list(chain.from_iterable(map(dict.values, states.values())))
         others = [*params, *present, *weights]
         try:
+            if any(map(Tensor.is_neg, present)):  # what is at the address has another sign
+                return None
             facts = (
                 list(map(_address, others)),
                 list(map(_dtype, others)),

@@ -185,7 +185,7 @@ def as_state(
         param: the parameter.
     """
     # The authors' momentum lies as the first gradient did; it is read in the order of elements.
-    saved = {key: value.contiguous() for key, value in saved.items()}
+    saved = {key: value.contiguous().resolve_neg() for key, value in saved.items()}
     saved = dtensors.laid_out(param, saved)
     for key, value in saved.items():
         if key == MOMENTUM:
@@ -224,6 +224,7 @@ def _check_groups(saved: Any, groups: Sequence[Mapping[str, Any]], is_partial: b
         if not lacking:
             check_group(group, f"parameter group {index} of the state dictionary")
         _check_step(group.get("step", 0), index)
+    _check_order(saved, groups)
     lengths = [len(group["params"]) for group in saved]
     mine = [len(group["params"]) for group in groups]
     if lengths != mine:
@@ -232,6 +233,20 @@ def _check_groups(saved: Any, groups: Sequence[Mapping[str, Any]], is_partial: b
             f"of this optimizer {mine}: it belongs to another model, or its groups were made in "
             "another way."
         )
+
+
+def _check_order(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the same names in another order: state goes by place, whatever stands there."""
+    found = [[group.get("param_names", []) for group in each] for each in (saved, groups)]
+    theirs, ours = ([name for names in each for name in list(names or ())] for each in found)
+    if theirs == ours or sorted(map(str, theirs)) != sorted(map(str, ours)):
+        return  # other names: of a wrapper around the same model, perhaps
+    place = next(place for place, name in enumerate(theirs) if name != ours[place])
+    raise ValueError(
+        f"CAME: the state dictionary has {theirs[place]!r} where this optimizer has "
+        f"{ours[place]!r}: state goes by the place of a parameter, so give the parameters in the "
+        "order in which they were when it was saved, or sort it in a load_state_dict_pre_hook."
+    )
 
 
 def _check_step(step: Any, index: int) -> None:

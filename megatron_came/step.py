@@ -298,6 +298,7 @@ class Plan:
                 grad = slice_.param  # both without elements
             elif self.table.group_of(slice_.group).get("maximize"):
                 grad = grad.neg()
+            grad = grad.resolve_neg()  # of an imaginary part, its sign may not be in memory yet
             state, weight = dtensors.state_here(state_of(param)), weights.get(param)
             inputs[slice_] = StepInputs(state, grad, settings[slice_.group], weight)
         return inputs
@@ -389,6 +390,7 @@ def _locals(params: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    """Device, dtype, shape and contiguity, which decide who updates a tensor."""
+    """Device, dtype, shape, contiguity and lazy sign, which decide who updates a tensor."""
     kinds = map(attrgetter("device", "dtype", "shape"), tensors)
-    return list(zip(kinds, map(Tensor.is_contiguous, tensors), strict=True))
+    lies = map(Tensor.is_contiguous, tensors), map(Tensor.is_neg, tensors)
+    return list(zip(kinds, *lies, strict=True))

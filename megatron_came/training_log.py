@@ -16,7 +16,8 @@ _ITERATION = re.compile(
 )
 # Of the ranks' least and greatest milliseconds, the greatest.
 _TIMER = re.compile(r"^ *([a-z-]+)[ .]*: \([\d.]+, ([\d.]+)\)")
-_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|error): .*)")
+# Of Python, and of argparse, before whose it writes the program's name.
+_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?(?:[\w.]+\.py: )?([\w.]*(?:Error|Exception|error): .*)")
 # The other ranks fail in turn, and then torchrun sums up; neither says why.
 _CONSEQUENCE = re.compile(r"Connection (closed|reset)")
 _TORCHRUN = re.compile(r"^[EW]\d{4} .*torch/distributed/elastic", re.MULTILINE)

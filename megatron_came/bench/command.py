@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +38,9 @@ _SENT = {"collectives": ("collectives", "d"), "MiB sent": ("mebibytes_sent", ".2
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +87,13 @@ def main(argv: list[str]) -> int:
             raise ValueError("flags after -- are for --iteration alone.")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but there is no GPU: use cpu.")
+        if options.json:
+            with _told_of_json(options.json):
+                is_new = not options.json.exists()
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.open("a").close()  # that it can be, before anything is timed
+                if is_new:
+                    options.json.unlink()
         report: dict[str, Any] = {
             "model": options.model,
             "layers": options.layers,
@@ -96,13 +105,27 @@ def main(argv: list[str]) -> int:
             report |= _iterations(options, device)
         else:
             report |= _steps(options, device, report)
+        if options.json:
+            with _told_of_json(options.json):
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
     except (ValueError, RuntimeError) as error:
         print(f"megatron-came bench: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+@contextlib.contextmanager
+def _told_of_json(file: Path) -> Iterator[None]:
+    """Turn an error of the file of results into a sentence.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or "unknown error").lower()
+        raise ValueError(f"--json {file} cannot be written ({reason}): name another.") from error
 
 
 def _iterations(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
     except (CompareError, DataError) as error:
         print(f"megatron-came compare: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of who reads what is said
+        raise
     except OSError as error:
         reason = (error.strerror or "unknown error").lower()
         print(

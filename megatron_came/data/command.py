@@ -149,6 +149,8 @@ def _main(argv: list[str]) -> int:
         report = run(options)
     except DataError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:  # of who reads what is said
+        raise
     except OSError as error:
         path = str(error.filename or f"{options.output_prefix}.bin").removesuffix(".partial")
         reason = (error.strerror or "unknown error").lower()

@@ -137,6 +137,8 @@ def unsupported_by_kernels(slice_: ParameterSlice) -> str | None:
         return f"in tensors of type {type(param).__name__}"
     if not param.is_contiguous():
         return "in tensors that are not contiguous"
+    if param.is_neg():
+        return "in views of negated tensors"
     if slice_.shard.window is not None:
         return "that are cut along several dimensions, or into unequal columns"
     batch, rows, columns = slice_.shard.local_matrix

@@ -30,6 +30,9 @@ _OWN_BUSINESS = re.compile(
     r"(^|_)(rank|ranks|logger|logging|tensorboard|wandb|profile|profiler|nsys|workers|port"
     r"|timeout|gc|verbose|debug|snapshot)(_|$)"
 )
+# Of these, whether there is one: a rank that loads or saves alone waits for the others, or goes on
+# from other weights than theirs.
+_ON_ALL_OR_NONE = ("load", "save", "pretrained_checkpoint")
 # Variables of the environment that decide how the same numbers are computed.
 _ENVIRONMENT = (
     "TRITON_INTERPRET",
@@ -64,8 +67,9 @@ def settings_of(config: Any) -> Settings:
     args = arguments()
     # Those of the command line first: others are made of them.
     for name, value in {**args, **values, **args}.items():
-        if _is_common(name, value):
+        if _is_common(name, value) and name not in _ON_ALL_OR_NONE:
             found[flag_of(name)] = _text(value)
+    found |= {flag_of(name): "FOLDER" for name in _ON_ALL_OR_NONE if args.get(name)}
     return found
 
 

@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
                 _compare(options.compare, words)
             else:
                 _predict(options, words)
+        except BrokenPipeError:  # of who reads what is printed
+            raise
         except (MegatronError, LaunchError, OSError, UnsupportedError, ValueError) as error:
             print(f"megatron-came memory: {_sentence(error)}", file=sys.stderr)
             return 2

@@ -57,15 +57,15 @@ class Buffer:
     by_matrix: bool = False
     padded_gradients: int | None = None
     main_weights: int | None = None
+    offloaded: Tensor | None = None
+    offloaded_blocks: Tensor | None = None
 
     @property
     def gradients(self) -> int:
         """Bytes of gradients."""
-        numel = self.padded if self.padded_gradients is None else self.padded_gradients
-        return numel * self.gradient
-
-    offloaded: Tensor | None = None
-    offloaded_blocks: Tensor | None = None
+        return self.gradient * (
+            self.padded if self.padded_gradients is None else self.padded_gradients
+        )
 
     def away(self, shard: int) -> tuple[int, int]:
         """Elements and blocks of a shard that are offloaded."""

@@ -21,6 +21,7 @@ _COMMANDS = {
     "plot": ("tools.plot", "RUN ...", "draw what Megatron wrote for TensorBoard"),
     "repair": ("tools.repair", "FROM TO", "copy a checkpoint, its main weights made anew"),
 }
+_NOBODY_READS = 141  # what a shell gives a program that SIGPIPE has ended
 # Seconds to clean up after Ctrl-C, for commands that write files; None is as long as it takes.
 _GRACE = {"data": None, "patch": 0.7, "repair": None}
 
@@ -43,24 +44,37 @@ def _usage() -> str:
 
 def _run(command: str, rest: list[str]) -> int:
     import importlib
-    import os
 
-    module = importlib.import_module(f"megatron_came.{_COMMANDS[command][0]}")
-    try:
-        status: int = module.main(rest)
-    except BrokenPipeError:  # nobody reads on, as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    status: int = importlib.import_module(f"megatron_came.{_COMMANDS[command][0]}").main(rest)
     return status
 
 
 def main() -> int:
     """Run the command that the command line names; return its exit status."""
+    import errno
+    import os
+
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called, as with ">&-"
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
-        return _main()
+        status = _main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("megatron-came: interrupted.", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # What is left to print is lost, and must not end in an error of its own.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        if error.errno == errno.EPIPE:  # nobody reads on, as in "| head"
+            os.dup2(nothing, 2)
+            return _NOBODY_READS
+        print("megatron-came: nothing more can be printed (no space left).", file=sys.stderr)
+        return 1
+    return status
 
 
 def _main() -> int:

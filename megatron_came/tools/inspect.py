@@ -6,6 +6,7 @@ Nothing in a checkpoint is run: see :mod:`megatron_came.checkpoint_files`.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 
 from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> int:
             for line in listing.report(checkpoint, details=not options.summary):
                 print(line)
     except (CheckpointError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EPIPE, errno.ENOSPC):  # of what is printed
+            raise
         print(f"megatron-came inspect: {error}", file=sys.stderr)
         is_damaged = options.verify and not isinstance(error, NoCheckpointError)
         return 1 if is_damaged else 2

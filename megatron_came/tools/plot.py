@@ -48,6 +48,22 @@ def scalars(run: Path) -> dict[str, Curve]:
     return curves
 
 
+def _readable_scalars(run: Path) -> dict[str, Curve]:
+    """See :func:`scalars`; what cannot be read is no fault of the picture's.
+
+    Raises:
+        PlotError: likewise.
+    """
+    try:
+        return scalars(run)
+    except OSError as error:
+        reason = (error.strerror or "unknown error").lower()
+        raise PlotError(
+            f"{error.filename or run} cannot be read ({reason}): let the user of this process "
+            "read it, or name another run."
+        ) from error
+
+
 def names_of(runs: Iterable[Mapping[str, Curve]], words: Sequence[str]) -> list[str]:
     """Return the scalars to draw: those of any run that have one of the words, if there are words.
 
@@ -90,7 +106,7 @@ def main(argv: list[str]) -> int:
             if importlib.util.find_spec(package) is None:
                 raise PlotError(f"{package} is not installed: pip install {package}.")
         with quiet():
-            runs = {str(run): scalars(run) for run in options.runs}
+            runs = {str(run): _readable_scalars(run) for run in options.runs}
         names = names_of(runs.values(), options.scalars)
         draw(runs, names, options.output)
     except PlotError as error:

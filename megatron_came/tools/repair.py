@@ -37,9 +37,7 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        for line in repair(options.checkpoint, options.output):
-            print(line)
-        return 0
+        lines = repair(options.checkpoint, options.output)
     except CheckpointError as error:
         problem = str(error)
     except OSError as error:
@@ -47,6 +45,10 @@ def main(argv: list[str]) -> int:
             f"{options.output} cannot be written ({error}): remove it, and name a folder where "
             "there is room."
         )
+    else:
+        for line in lines:
+            print(line)
+        return 0
     print(f"megatron-came repair: {problem}", file=sys.stderr)
     return 1
 

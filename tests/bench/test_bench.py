@@ -1,6 +1,7 @@
 """``megatron-came bench``."""
 
 import json
+import re
 
 import pytest
 
@@ -37,6 +38,26 @@ def test_a_step_is_timed_and_written(tmp_path, capsys, monkeypatch):
 def test_bad_options_are_one_sentence(options, message, capsys):
     assert command.main(["--device", "cpu", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "measure", None)
+    (tmp_path / "file").touch()
+    for file, reason in ((tmp_path, "is a directory"), (tmp_path / "file" / "x", "exists|not a")):
+        assert command.main(["--device", "cpu", "--json", str(file)]) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(
+            rf"megatron-came bench: --json \S+ cannot be written \(.*({reason}).*\n", said
+        )
+
+
+@pytest.mark.parametrize("number", ["abc", "0", "-1", "1e3", "2.5"])
+def test_what_is_no_number_is_said_without_names_of_functions(number, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--steps", number])
+    assert f"argument --steps: '{number}' is no whole number above 0" in capsys.readouterr().err
 
 
 def test_a_whole_iteration_is_timed_in_parts(tmp_path, capsys):

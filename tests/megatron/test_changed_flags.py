@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_came.megatron.checkpoints import flags
+from megatron_came.megatron.checkpoints import flags, loading
 from megatron_came.megatron.checkpoints.flags import said_changes, schedule_refusal
 
 NAMES = [*flags._OF_SCHEDULE, *flags._OTHERS]
@@ -66,6 +66,31 @@ def test_arguments_that_megatron_fills_in_are_not_said_twice():
     assert "--start-weight-decay" not in sentence
 
 
+def test_a_gated_layer_has_another_width_of_its_own():
+    before, now = run(ffn_hidden_size=128, swiglu=False), run(ffn_hidden_size=64, swiglu=False)
+    (sentence,) = said_changes(before, now)
+    assert "--ffn-hidden-size 64 (the checkpoint's run had 128)" in sentence
+    (sentence,) = said_changes(before, run(ffn_hidden_size=64, swiglu=True))
+    assert "--ffn-hidden-size" not in sentence
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *(
+            "dataloader_type",
+            "data_sharding",
+            "data_args_path",
+            "rope_type",
+            "rotary_scaling_factor",
+        ),
+        *("moe_apply_probs_on_input", "moe_mlp_glu_interleave_size", "hybrid_layer_pattern", "sft"),
+    ],
+)
+def test_what_decides_the_order_of_data_and_how_weights_are_read_is_among_them(flag):
+    assert flag in NAMES
+
+
 def test_opposites():
     (sentence,) = said_changes(run(add_bias_linear=True), run(add_bias_linear=False))
     assert "--disable-bias-linear on (the checkpoint's run had it off)" in sentence
@@ -102,3 +127,29 @@ def test_rates_of_groups_count_as_well():
     assert "no rates for some groups" in schedule_refusal(
         run(), keeping, (OWN, OWN), [(more, GROUPS)]
     )
+
+
+@pytest.mark.parametrize(
+    ("message", "run_flags", "words"),
+    [
+        (
+            "Detected load from a distributed checkpoint, but neither --use-dist-ckpt nor ...",
+            {"ckpt_format": "torch"},
+            "is of --ckpt-format torch_dist, this run has --ckpt-format torch: give",
+        ),
+        (
+            "Some keys found in the checkpoint are missing in the provided sharded state dict.",
+            {"dist_ckpt_strictness": "raise_all"},
+            "--dist-ckpt-strictness raise_all refuses the checkpoint in place",
+        ),
+        (
+            "Some keys found in the checkpoint are missing",
+            {"dist_ckpt_strictness": "log_all"},
+            None,
+        ),
+        ("EOF", {"dist_ckpt_strictness": "raise_all"}, None),
+    ],
+)
+def test_a_flag_is_blamed_and_not_the_checkpoint(message, run_flags, words):
+    said = loading._of_flags("place", RuntimeError(message), run(**run_flags))
+    assert (words in said) if words else said is None

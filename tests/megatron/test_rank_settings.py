@@ -48,7 +48,8 @@ def test_few_ranks_are_all_named():
         ("adam_betas", [0.9, 0.95], True),
         ("save_interval", 10, True),
         ("load", None, False),
-        ("load", "checkpoint", False),
+        ("load", "checkpoint", True),  # whether there is one
+        ("load_dir", "checkpoint", False),
         ("data_path", ["a", "b"], False),
         ("data_cache", "/scratch/rank0", False),
         ("tokenizer_model", "bpe", False),
@@ -64,6 +65,20 @@ def test_what_may_differ_is_not_compared(monkeypatch, name, value, compared):
     config = CameOptimizerConfig(lr=1e-3)
     flag = "--" + name.replace("_", "-")
     assert (settings_of(config).get(flag) is not None) == compared
+
+
+@pytest.mark.parametrize("name", ["load", "save", "pretrained_checkpoint"])
+def test_where_checkpoints_are_may_differ_but_not_if_there_are_any(monkeypatch, name):
+    given = {}
+    monkeypatch.setattr(rank_settings, "arguments", lambda: given)
+    seen = []
+    for value in ("/node0/checkpoints", "checkpoints", None):
+        given[name] = value
+        seen.append(settings_of(CameOptimizerConfig(lr=1e-3)))
+    assert difference(dict(enumerate(seen[:2]))) is None
+    flag = "--" + name.replace("_", "-")
+    words = f"rank 2 has no {flag}, rank 0 has {flag} FOLDER"
+    assert difference({0: seen[0], 2: seen[2]}) == words
 
 
 def test_settings_are_those_of_the_command_line_and_what_computes(monkeypatch):

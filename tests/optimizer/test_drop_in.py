@@ -195,6 +195,38 @@ def test_non_contiguous_parameters_and_gradients(kernels):
 
 
 @with_all_kernels
+@pytest.mark.parametrize("shape", [(), (1,), (48, 80)], ids=str)
+@pytest.mark.parametrize("what", ["gradient", "every other gradient", "weight"])
+def test_signs_that_are_not_in_memory_yet(what, shape, kernels):
+    start, history = torch.randn(shape), random_history(shape, steps=4)
+    weight = start.clone().to(DEVICES[kernels])
+    param = torch.nn.Parameter(torch._neg_view(-weight) if what == "weight" else weight)
+    optimizer = CAME([param], kernels=kernels, **SETTINGS)
+    memory = torch.empty_like(weight)
+    for number, gradient in enumerate(history):
+        is_lazy = what == "gradient" or (what == "every other gradient" and number % 2)
+        memory.copy_(-gradient if is_lazy else gradient)  # at one address in all steps
+        param.grad = torch._neg_view(memory) if is_lazy else memory
+        optimizer.step()
+    theirs = oracle_updates(start, history, **SETTINGS)[-1]
+    found = param.detach().cpu().resolve_neg()
+    assert distance(found, theirs, start) <= TOLERANCE[torch.float32]
+
+
+@with_all_kernels
+def test_gradients_of_an_imaginary_part(kernels):
+    """Autograd gives a scalar one whose sign is not in memory."""
+    param = torch.nn.Parameter(torch.tensor(0.5, device=DEVICES[kernels]))
+    one = torch.ones_like(param)
+    (torch.complex(one, param).conj() * one).imag.backward()
+    assert param.grad is not None
+    assert param.grad.is_neg()
+    assert param.grad.item() == -1.0
+    CAME([param], kernels=kernels, lr=1e-2).step()
+    assert param.item() > 0.5
+
+
+@with_all_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_state_dict_round_trip_is_bit_identical(dtype, kernels):
     device = DEVICES[kernels]

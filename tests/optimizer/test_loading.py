@@ -242,3 +242,17 @@ def test_a_step_that_is_a_tensor_counts_as_a_number():
         step(optimizer)
         results.append(torch.cat([param.detach().flatten() for param in params]))
     assert torch.equal(*results)
+
+
+def test_the_same_names_in_another_order_are_refused():
+    named = [(name, torch.nn.Parameter(torch.ones(4, 3))) for name in ("first", "second")]
+    saved = step(CAME(named, lr=1e-2)).state_dict()
+    turned = step(CAME(named[::-1], lr=1e-2))
+    assert_refused(turned, saved, "has 'first' where this optimizer has 'second'.*in the order")
+    two_groups = [{"params": [pair]} for pair in named[::-1]]
+    saved_groups = step(CAME([{"params": [pair]} for pair in named], lr=1e-2)).state_dict()
+    assert_refused(step(CAME(two_groups, lr=1e-2)), saved_groups, "has 'first' where")
+    # Other names may be a wrapper's, around the same parameters.
+    wrapped = CAME([(f"module.{name}", param) for name, param in named], lr=1e-2)
+    wrapped.load_state_dict(saved)
+    CAME([param for _, param in named], lr=1e-2).load_state_dict(saved)

@@ -361,3 +361,20 @@ def test_parameters_left_to_plain_pytorch_are_counted_by_reason(lines):
     assert "for 5 of 6 parameters: 3 with bfloat16 weights, 1 " in line
     assert "not contiguous" in line
     assert "batches of many small matrices" in line
+
+
+def test_parameters_left_on_the_meta_device_are_said_once(lines):
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 2)
+    optimizer = CAME(model.parameters(), lr=1e-2)
+    assert not lines()
+    model.to_empty(device="cpu")
+    model(torch.ones(1, 3)).sum().backward()
+    for _ in range(2):
+        optimizer.step()
+    (line,) = lines()
+    assert "2 of 2 parameters are on the meta device" in line
+    assert "make the optimizer after them" in line
+    made_after = CAME(model.parameters(), lr=1e-2)
+    made_after.step()
+    assert len(lines()) == 1

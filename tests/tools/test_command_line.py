@@ -107,6 +107,59 @@ def run_version():
     return f"megatron-came {megatron_came.__version__}\n"
 
 
+class TestOutput:
+    """Whoever reads may have gone, or there is no room, or nobody ever listened."""
+
+    CODE = "import sys; from megatron_came.tools import cli; sys.argv[1:] = {words}; "
+    CODE += "from megatron_came.terminal import console; {more}; sys.exit(cli.main())"
+
+    def run(self, words, redirection, more="pass", **variables):
+        command = [sys.executable, "-c", self.CODE.format(words=words, more=more)]
+        return subprocess.run(
+            ["bash", "-c", f'"$@" {redirection}', "-", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        )
+
+    @pytest.mark.parametrize("words", [["help"], ["--version"], ["flags", "--replaced"]], ids=str)
+    def test_no_room(self, words):
+        done = self.run(words, "> /dev/full")
+        assert done.returncode == 1
+        assert done.stderr.endswith("megatron-came: nothing more can be printed (no space left).\n")
+        assert "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize("words", [["help"], ["--version"], ["flags", "--replaced"]], ids=str)
+    def test_closed(self, words):
+        done = self.run(words, ">&- 2>&-")
+        assert done.returncode == 0
+
+    @pytest.mark.parametrize("of", ["inspect", "memory.command", "repair", "compare.command"])
+    def test_nobody_reads_on(self, of, tmp_path):
+        """It is not the command's files that are wrong."""
+        module = of if "." in of else f"tools.{of}"
+        where = {
+            "inspect": "find",
+            "repair": "print",
+            "memory.command": "_predict",
+            "compare.command": "_preset",
+        }[of]
+        fails = "(_ for _ in ()).throw(BrokenPipeError(32, 'Broken pipe'))"
+        more = f"from megatron_came.{module} import main; import megatron_came.{module} as one; "
+        more += f"setattr(one, {where!r}, lambda *_: {fails})"
+        if of == "repair":
+            more += "; one.repair = lambda *_: ['what was lost']"
+        words = {
+            "inspect": ["inspect", str(tmp_path)],
+            "repair": ["repair", str(tmp_path), str(tmp_path / "new")],
+            "memory.command": ["memory", "--gpus", "1", "--num-layers", "1"],
+            "compare.command": ["compare", "nano"],
+        }[of]
+        done = self.run(words, "", more)
+        assert (done.returncode, done.stderr) == (141, "")
+
+
 class TestMegatronsHelp:
     """Which ends in a stack trace as Megatron ships it: one text has a bare percent sign."""
 

@@ -301,6 +301,18 @@ class TestPlot:
         assert capsys.readouterr().out == f"3 scalars of 2 runs: {picture}\n"
         assert picture.read_bytes().startswith(b"\x89PNG")
 
+    def test_a_log_that_cannot_be_read_is_not_the_pictures_fault(
+        self, tmp_path, capsys, monkeypatch
+    ):
+        def denied(run):
+            raise PermissionError(13, "Permission denied", str(run / "events"))
+
+        monkeypatch.setattr(plot, "scalars", denied)
+        assert plot.main([str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'events'} cannot be read (permission denied)" in said
+        assert "--output" not in said
+
     def test_what_cannot_be_drawn(self, tmp_path, capsys):
         (tmp_path / "empty").mkdir()
         run = self.run(tmp_path / "many" / "one")

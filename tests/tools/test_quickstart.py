@@ -272,6 +272,9 @@ class TestTrain:
     def test_a_failure_is_told_by_its_cause(self) -> None:
         cause = "  ValueError: hidden size 255 cannot be split over 4 heads"
         assert last_words(FAILED.replace("-9", "1")) == cause
+        refused = "usage: x [--y Y]\n                    [--z]\n"
+        refused += "pretrain_gpt.py: error: argument --y: invalid int value: 'a'\n"
+        assert last_words(refused) == "  error: argument --y: invalid int value: 'a'"
         assert last_words(f"one\n\ntwo\ntwo\n{TORCHRUN}").splitlines() == [
             "  one",
             "  two",

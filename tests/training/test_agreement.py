@@ -32,6 +32,12 @@ FLAGS = {
     "kernels": ("", "--came-kernels plain", "rank 1 has --came-kernels plain, rank 0 auto"),
     "wrapper": ("", DO, "rank 1 has --use-distributed-optimizer True, rank 0 False"),
     "hidden-size": ("", "--hidden-size 64", "rank 1 has --hidden-size 64, rank 0 48"),
+    "load": ("", "--load elsewhere", "rank 1 has --load FOLDER, rank 0 has no --load"),
+    "save": (
+        DO + "--save-interval 5 ",
+        "--save elsewhere",
+        "rank 1 has --save FOLDER, rank 0 has no --save",
+    ),
     "optimizer": ("", "--optimizer adam", "rank 1 has --optimizer adam, rank 0 came"),
 }
 # What else rank 1 may have alone.

@@ -29,7 +29,11 @@ _TRAINING = [f"came_{row.name}" for row in TABLE] + _words("""
     fp32_residual_connection attention_softmax_in_fp32 apply_query_key_layer_scaling fp8 fp8_recipe
     fp8_param_gather fp4 attention_dropout hidden_dropout mup_attn_scale_power mup_embedding_mult
     mup_output_mult freeze_all_layers qk_clip qk_clip_alpha qk_clip_threshold split mock_data
-    data_path train_data_path eod_mask_loss reset_position_ids reset_attention_mask
+    data_path train_data_path data_args_path per_split_data_args_path per_dataset_sequences_path
+    dataloader_type data_sharding dataloader_inter_document_masking sft eod_mask_loss
+    reset_position_ids reset_attention_mask fim_data fim_rate fim_spm_rate mask_prob short_seq_prob
+    phase_transition_iterations logits_load_kd_loss_alpha fp16_lm_cross_entropy head_lr_mult
+    mup_base_head_dim mup_width_mult
 """)
 # What decides how weights are read.
 _MODEL = _words("""
@@ -37,18 +41,27 @@ _MODEL = _words("""
     num_query_groups kv_channels seq_length max_position_embeddings position_embedding_type
     add_position_embedding rotary_base rotary_percent rotary_interleaved
     rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor no_rope_freq
+    rope_type rotary_scaling_factor mscale mscale_all_dim mrope_section
+    yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
+    relative_attention_num_buckets relative_attention_max_distance
     normalization layernorm_epsilon layernorm_zero_centered_gamma
     apply_residual_connection_post_layernorm add_bias_linear add_qkv_bias qk_layernorm qk_l2_norm
     swiglu squared_relu openai_gelu quick_geglu activation_func_clamp_value glu_linear_offset
     untie_embeddings_and_output_weights window_size window_attn_skip_freq softmax_type
     attention_output_gate multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim
-    qk_pos_emb_head_dim v_head_dim mtp_num_layers mtp_loss_scaling_factor
+    qk_pos_emb_head_dim v_head_dim mtp_num_layers mtp_loss_scaling_factor mtp_use_repeated_layer
+    spec hybrid_layer_pattern experimental_attention_variant linear_attention_freq
+    mamba_state_dim mamba_head_dim mamba_num_heads mamba_num_groups
+    heterogeneous_layers_config_path dsa_indexer_topk dsa_indexer_loss_coeff
     num_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
     moe_router_topk moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor
     moe_router_score_function moe_router_pre_softmax moe_router_load_balancing_type
     moe_router_enable_expert_bias moe_router_bias_update_rate moe_router_dtype
     moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_expert_capacity_factor
-    moe_token_drop_policy moe_pad_expert_input_to_capacity
+    moe_token_drop_policy moe_pad_expert_input_to_capacity moe_expert_rank_capacity_factor
+    moe_latent_size moe_shared_expert_gate moe_apply_probs_on_input moe_mlp_glu_interleave_size
+    moe_shared_expert_glu_interleave_size moe_router_force_load_balancing moe_router_force_biased
+    moe_use_upcycling
     make_vocab_size_divisible_by vocab_size tokenizer_type tokenizer_model vocab_file merge_file
 """)
 _OTHERS = _TRAINING + _MODEL
@@ -58,6 +71,7 @@ _FIXED = ("num_layers", "hidden_size", "num_attention_heads")
 _FLAGS = {
     "add_bias_linear": "no --disable-bias-linear",
     "add_position_embedding": "no --no-position-embedding",
+    "data_sharding": "no --no-data-sharding",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "layernorm_epsilon": "--norm-epsilon",
     "fp8": "--fp8-format",
@@ -272,7 +286,8 @@ def _is_filled(name: str, source: str, run: Any) -> bool:
     if origin is None:
         return False
     if name == "ffn_hidden_size":
-        return value in (4 * origin, int(4 * origin * 2 / 3 / 64) * 64)
+        gated = getattr(run, "swiglu", False)
+        return bool(value == (int(4 * origin * 2 / 3 / 64) * 64 if gated else 4 * origin))
     if name == "kv_channels":
         return bool(value == origin // run.num_attention_heads)
     if name == "num_query_groups":

@@ -316,7 +316,24 @@ def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | 
         except (CheckpointError, OSError, TypeError, ValueError):
             pass  # that it is unreadable is said below
     problem = problem or folders.misread(load.folder, args, opening=True)
-    return problem or _unreadable(load.folder, error)
+    return problem or _of_flags(load.folder, error, args) or _unreadable(load.folder, error)
+
+
+def _of_flags(load_dir: Any, error: BaseException, args: Any) -> str | None:
+    """Say in one sentence that a flag, and not the checkpoint, is why Megatron reads it not."""
+    if "load from a distributed checkpoint" in str(error):
+        return (
+            f"the checkpoint in {load_dir} is of --ckpt-format torch_dist, this run has "
+            f"--ckpt-format {args.ckpt_format}: give --ckpt-format torch_dist."
+        )
+    strictness = getattr(args, "dist_ckpt_strictness", "")
+    if "Some keys found in the checkpoint" in str(error) and strictness.startswith("raise"):
+        return (
+            f"--dist-ckpt-strictness {strictness} refuses the checkpoint in {load_dir}, since this "
+            "run does not read all that is in it (Megatron's own loop does not): leave it out, or "
+            "give log_all."
+        )
+    return None
 
 
 def _unreadable(load_dir: Any, error: BaseException) -> str:

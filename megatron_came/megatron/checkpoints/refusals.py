@@ -56,11 +56,11 @@ def _refusals(saved: Any, args: Any, sharding_type: str | None) -> Iterator[str]
         yield _of_another(_of(saved, "optimizer"), "came")
     sharded = bool(_of(saved, "use_distributed_optimizer"))
     if sharded != bool(args.use_distributed_optimizer):
-        verb = "add" if sharded else "leave out"
+        verb = "add it" if sharded else "leave it out"
         yield (
             f"the checkpoint was saved {'with' if sharded else 'without'} "
-            f"--use-distributed-optimizer, whose state Megatron stores in a way of its own: {verb} "
-            f"it, or {AFRESH}."
+            "--use-distributed-optimizer, whose state Megatron stores in a way of its own: "
+            f"{verb}, or {AFRESH}."
         )
     if _experts_apart(saved) != _experts_apart(args):
         yield (
@@ -112,8 +112,8 @@ def _refusals_by_buckets(saved: Any, args: Any, sharding_type: str) -> Iterator[
         yield (
             f"the checkpoint was saved {'with' if before else 'without'} --grad-reduce-in-bf16, "
             "and its format of optimizer state does not allow a change of that: "
-            f"{'add' if before else 'leave out'} it, save so with {_RESHARDABLE} and resume from "
-            f"that, or {AFRESH}."
+            f"{'add it' if before else 'leave it out'}, save so with {_RESHARDABLE} and resume "
+            f"from that, or {AFRESH}."
         )
 
 
