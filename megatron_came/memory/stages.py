@@ -63,9 +63,8 @@ class Buffer:
     @property
     def gradients(self) -> int:
         """Bytes of gradients."""
-        return self.gradient * (
-            self.padded if self.padded_gradients is None else self.padded_gradients
-        )
+        numel = self.padded if self.padded_gradients is None else self.padded_gradients
+        return numel * self.gradient
 
     def away(self, shard: int) -> tuple[int, int]:
         """Elements and blocks of a shard that are offloaded."""
