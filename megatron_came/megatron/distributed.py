@@ -98,8 +98,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         setattr(config, PRECISION_AWARE, config.bf16 or config.optimizer_cpu_offload)
         with precision_aware(config, has_remainders):
             super().__init__(optimizer, config, *args, **kwargs)
-        self._is_loading = False
-        self._pairs = []
+        self._is_loading, self._pairs = False, []
         self._owned: dict[Any, Any] = {}  # tensors, with attributes of Megatron's
         self._whole_grads: list[Tensor] = []
         self._grads: list[Tensor] = []  # slices of them
