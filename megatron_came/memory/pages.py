@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megatron_came.memory import fsdp
 from megatron_came.memory.optimizers import (
     ADAMW,
     HOST,
@@ -99,7 +98,7 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
     weights, gradients = (names[size] for size in element_bytes(launch.args))
     lines = [
         f"{launch.parameters:,} parameters, {weights} weights, {gradients} gradients",
-        *wrapped(_layout(launch.grid, fsdp.name_of(launch.args))),
+        *wrapped(_layout(launch.grid, launch.kind_of_fsdp)),
         "",
         *wrapped(
             f"The fullest rank: pipeline stage {worst.number}, {worst.layers} layers, "
@@ -132,7 +131,7 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
 
 def _made_whole(launch: Launch, stage: Stage) -> list[str]:
     """What FSDP makes for a while, which is not counted."""
-    sizes = fsdp.made_whole(launch.args, launch.chunks[stage.number])
+    sizes = launch.made_whole(stage)
     what = [
         f"{human(size)} of {name}"
         for name, size in zip(("weights", "gradients"), sizes, strict=True)

@@ -111,12 +111,12 @@ def test_no_operation_mixes_the_devices_and_the_numbers_are_the_same(
         came, models = _build(dtype, "plain", apart=True, momentum_dtype=momentum, **more)
         device.down = device.up = 0
         seen = _train(came, models, dtype)
-        figures = came.diagnostics()
+        figures = came.measure().figures()
     assert all(map(torch.equal, seen, expected))
     # Two a step, as without.
     assert doubled.call_count == 2 * count == 4 * STEPS
     assert _doubled.devices == {DEVICE}
-    assert figures == alone.diagnostics()
+    assert figures == alone.measure().figures()
 
 
 def test_each_device_has_its_own_parameters_and_backend(doubled):

@@ -55,7 +55,7 @@ def after(model, optimizer):
     inner = inner_of(optimizer)
     weights = storages(weights_of(model))
     updated = [p for each in inner for group in each.param_groups for p in group["params"]]
-    sizes = {"weights": sum(weights.values()), "momentum": 0, "second_moment": 0}
+    sizes = {"weights": sum(weights.values()), "momentum": 0, "second_moment": 0, "host": 0}
     for states in chain.from_iterable(each.state.values() for each in inner):
         for key, value in states.items():
             if isinstance(value, torch.Tensor) and key != "step":

@@ -79,7 +79,7 @@ def _refusals(saved: Any, args: Any, sharding_type: str | None) -> Iterator[str]
             "flags of its run, save so with --ckpt-format torch_dist --use-distributed-optimizer "
             f"--dist-ckpt-optim-fully-reshardable and resume from that, or {AFRESH}."
         )
-    before, now = _of(saved, "tensor_model_parallel_size"), args.tensor_model_parallel_size
+    before, now = (_of(run, "tensor_model_parallel_size") for run in (saved, args))
     if sharding_type == "fsdp_dtensor" and _of(saved, "quick_geglu") and before != now:
         yield (
             f"the checkpoint was saved at --tensor-model-parallel-size {before} with "
