@@ -157,7 +157,8 @@ def _check_state(
         raise ValueError(
             f"CAME: the state dictionary's state of a parameter of shape {shape} has the keys "
             f"{', '.join(map(repr, saved))} where CAME has {', '.join(map(repr, wanted))}: it "
-            "belongs to another optimizer or another model, or was saved with another factored."
+            "belongs to another optimizer or another model, or was saved with factored set "
+            "otherwise."
         )
     for key, value in saved.items():
         if key not in own or key == SCALE:

@@ -52,15 +52,15 @@ FAULTS = (
     Fault(
         "count what several ranks hold several times",
         "core/diagnostics.py",
-        "samples.append(_addends(slice_, given, divisor, look) / shard.replicas)",
-        "samples.append(_addends(slice_, given, divisor, look))",
+        "weight = look.weight / shard.replicas",
+        "weight = look.weight",
         FIGURES,
     ),
     Fault(
         "figures of elements beside the slice",
         "core/diagnostics.py",
-        "inside = (places >= shard.start) & (places < shard.stop) if is_cut else None",
-        "inside = None",
+        "== first.unsqueeze(1) if is_cut else None",
+        "== first.unsqueeze(1) if False else None",
         FIGURES,
     ),
     Fault(
@@ -101,8 +101,8 @@ FAULTS = (
     Fault(
         "guard a step that is over",
         "optimizer.py",
-        "in_passes=bool(self.spike_guard)",
-        "in_passes=False",
+        "in_passes = bool(self.spike_guard)",
+        "in_passes = False",
         GUARD,
     ),
     Fault(

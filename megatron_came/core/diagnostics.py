@@ -148,7 +148,7 @@ def measure_whole(
     for slice_, given in inputs.items():
         members.setdefault(_over_all_holders(slice_.shard), {})[slice_] = given
     devices = [
-        next(iter(own)).param.device for request, own in members.items() if request.summed_over
+        next(iter(own)).sums_device for request, own in members.items() if request.summed_over
     ]
     sums = SumBuffer([*members], devices[0] if devices else torch.device("cpu"))
     found = [measure(own, totals, kinds) for own in members.values()]

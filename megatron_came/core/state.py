@@ -72,7 +72,8 @@ def new_state(
     ``exp_avg_sq_col``    (..., m)                   c, likewise
     ``exp_avg_res_row``   (..., n)                   R, likewise
     ``exp_avg_res_col``   (..., m)                   C, likewise
-    ``exp_avg_sq``        (n,), vectors alone        v, instead of the four factors; whole
+    ``exp_avg_sq``        (n,), or (..., n, m) of    v, instead of the four factors; whole
+                          what is not factored
     ====================  =========================  ==========================================
 
     Args:

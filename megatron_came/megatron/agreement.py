@@ -66,15 +66,24 @@ def agree(
     Raises:
         UnsupportedError: on all ranks, if they have other settings or parameters.
     """
-    everyone: Groups = [None]
-    if collection is not None:  # groups that together, one after the other, connect all ranks
-        groups = (getattr(collection, "mp", None), _data_parallel(collection))
-        everyone = [group for group in groups if group is not None]
+    everyone = connecting(collection)
     tell_optimizer(config, everyone)
     _refuse_other_settings(settings_of(config), everyone)
     config = _with_common_kernels(config, model_chunks, everyone)
     _refuse_other_parameters(model_chunks, collection, everyone)
     return config
+
+
+def connecting(collection: Any | None) -> Groups:
+    """Return groups that together, one after the other, connect all ranks of a model.
+
+    Args:
+        collection: as for :func:`agree`.
+    """
+    if collection is None:
+        return [None]
+    groups = (getattr(collection, "mp", None), _data_parallel(collection))
+    return [group for group in groups if group is not None]
 
 
 def tell_optimizer(config: Any, everyone: Groups = (None,)) -> None:

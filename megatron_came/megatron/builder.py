@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron import parameter_rules
-from megatron_came.megatron.agreement import agree, tell_optimizer
+from megatron_came.megatron.agreement import agree, connecting, tell_optimizer
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.cpu_offload import OffloadedCAME
 from megatron_came.megatron.distributed import CameDistributedOptimizer
@@ -49,7 +49,7 @@ def with_came(original: Function) -> Function:
             refuse(settings)
             check_gather(model_chunks, gathers_fp8=getattr(settings, "fp8_param_gather", False))
             config = agree(config, model_chunks, collection).as_standard()
-            parameter_rules.note(config.rule, model_chunks)
+            parameter_rules.note(config.rule, model_chunks, connecting(collection))
         elif not is_came and arguments() and collection is None:
             tell_optimizer(config)
         optimizer = original(config, model_chunks, *args, **kwargs)

@@ -23,6 +23,12 @@ def _in_fp8(condition: Callable[[Any], object]) -> Callable[[Any], bool]:
     return lambda settings: _has("fp8_param_gather")(settings) and bool(condition(settings))
 
 
+def _overwrites_gradients(settings: Any) -> bool:
+    """Whether the step writes weights where gradients are."""
+    is_reused = _has("reuse_grad_buf_for_mxfp8_param_ag")(settings)
+    return is_reused and not _has("overlap_param_gather")(settings)
+
+
 RULES = (
     Rule(
         "--optimizer came does not go with {given}, with whose weights neither its step nor its "
@@ -66,13 +72,18 @@ RULES = (
         )
     ),
     Rule(
+        f"{{given}} does not go with {_REUSED} without --overlap-param-gather, whose weights are "
+        "written over the gradients that it looks at: add --overlap-param-gather, or leave one of "
+        "them out.",
+        "--came-log-diagnostics",
+        when=_overwrites_gradients,
+    ),
+    Rule(
         f"--optimizer came does not go with {_REUSED} and experts on Megatron {{release}}, which "
         "overwrites their gradients before their step: use Megatron 0.18, add "
         f"--overlap-param-gather, or leave {_REUSED} out.",
         when=lambda settings: (
-            _has("reuse_grad_buf_for_mxfp8_param_ag")(settings)
-            and _has("num_moe_experts", "num_experts")(settings)
-            and not _has("overlap_param_gather")(settings)
+            _overwrites_gradients(settings) and _has("num_moe_experts", "num_experts")(settings)
         ),
         releases=before("0.18"),
     ),

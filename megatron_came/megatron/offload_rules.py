@@ -35,7 +35,6 @@ OFFLOAD_RULES = (
             ("--log-params-norm", "leave it out"),
             ("--qk-clip", "leave it out"),
             ("--fp8-param-gather", _ONE),
-            ("--fp4-param-gather", _ONE),
             # The process that writes would see tensors of a CPU change: they are not copied.
             ("--async-save", "leave it out"),
         )

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyperparameters
+from megatron_came.core.sums import largest
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import (
     FACTORED,
@@ -17,14 +20,14 @@ from megatron_came.megatron.parameter_names import (
     named_parameters,
     within_wrappers,
 )
-from megatron_came.voice import of_any_rank, say_once
+from megatron_came.voice import say_once
 
 FLAG = "--came-rule"
 
 _KINDS = {row.name: row.type for row in TABLE} | {FACTORED: bool}
 _SWITCHES = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 # Numbers of layers and experts in a name, and how many there may be.
-_NUMBER, _MOST = re.compile(r"\.\d+(?=\.)"), 1024
+_NUMBER, _MOST = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.weight)\d+$|(?<=\.bias)\d+$"), 1024
 _TIED = "embedding.word_embeddings.weight"
 
 
@@ -83,12 +86,17 @@ def _setting(word: str, typed: str) -> tuple[str, Any]:
         raise ValueError(f"{typed}: {name} must be {wanted}, not {value!r}.") from None
 
 
-def note(given: Sequence[Sequence[str] | str] | None, model_chunks: Sequence[Any]) -> None:
-    """Give parameters what the rules say of them, see :func:`give`; a collective.
+def note(
+    given: Sequence[Sequence[str] | str] | None,
+    model_chunks: Sequence[Any],
+    everyone: Sequence[dist.ProcessGroup | None] = (None,),
+) -> None:
+    """Give parameters what the rules say of them, see :func:`give`; a collective if there are any.
 
     Args:
-        given: as for :func:`parsed`.
+        given: as for :func:`parsed`, the same on all ranks.
         model_chunks: what this rank holds of the model.
+        everyone: groups that together, one after the other, connect the ranks of the model.
 
     Raises:
         UnsupportedError: on all ranks, if a rule matches no parameter of any, or would leave
@@ -96,37 +104,46 @@ def note(given: Sequence[Sequence[str] | str] | None, model_chunks: Sequence[Any
     """
     rules = parsed(given)
     named = give(rules, model_chunks)
-    if problem := of_any_rank(_parted(rules, [name for name, _ in named]) if rules else None):
-        raise UnsupportedError(problem)
+    if not rules:
+        return
+    names = [name for name, _ in named]
+    matches = [any(fnmatchcase(name, rule.pattern) for name in names) for rule in rules]
     # A pipeline stage may have none that a rule matches.
-    example = f", as {named[0][0]!r} is" if named else ""
-    for rule in rules:
-        matches = any(fnmatchcase(name, rule.pattern) for name, _ in named)
-        if of_any_rank(rule.typed if matches else None) is None:
+    found = torch.tensor([matches, [_parts(rule, names) for rule in rules]], dtype=torch.float64)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dist.is_initialized():
+        groups = (dist.group.WORLD if group is None else group for group in everyone)
+        largest(found, filter(None, groups), device)
+    example = f", as {names[0]!r} is" if names else ""
+    for rule, is_matched, is_parted in zip(rules, *found.tolist(), strict=True):
+        if is_parted:
+            raise UnsupportedError(
+                f"{rule.typed} matches some layers or experts and not all, and checkpoints hold "
+                f"these in one tensor: put * for their numbers, or leave {FACTORED} out."
+            )
+        if not is_matched:
             raise UnsupportedError(
                 f"{rule.typed} matches no parameter that is trained: patterns are for whole "
                 f"names{example}; begin and end them with * where names have more."
             )
-    if rules:
-        count = sum(bool(getattr(param, OWN_SETTINGS)) for _, param in named)
-        say_once(
-            f"{FLAG}: {count} of {len(named)} parameters of rank 0 have settings of their own."
-        )
+    count = sum(bool(getattr(param, OWN_SETTINGS)) for _, param in named)
+    say_once(f"{FLAG}: {count} of {len(named)} parameters of rank 0 have settings of their own.")
 
 
-def _parted(rules: Sequence[ParameterRule], names: Sequence[str]) -> str | None:
-    """Say in a sentence that a rule for ``factored`` goes by the number of a layer or expert."""
-    unnumbered = dict.fromkeys(_NUMBER.sub("{0}", name) for name in names)
-    for rule in rules:
-        for name in unnumbered if FACTORED in rule.settings else ():
-            numbered = (name.format(f".{number}") for number in range(_MOST))
-            if len({fnmatchcase(each, rule.pattern) for each in numbered}) > 1:
-                return (
-                    f"{rule.typed} matches some of {name.format('.N')} and not all, and "
-                    f"checkpoints hold these in one tensor: put * for the number, or leave "
-                    f"{FACTORED} out."
-                )
-    return None
+def _parts(rule: ParameterRule, names: Sequence[str]) -> bool:
+    """Whether a rule for ``factored`` goes by the number of a layer or expert."""
+    if FACTORED not in rule.settings:
+        return False
+    seen = set()
+    for name in names:
+        for found in _NUMBER.finditer(name):
+            around = name[: found.start()], name[found.end() :]
+            if around not in seen:
+                seen.add(around)
+                numbered = (str(number).join(around) for number in range(_MOST))
+                if len({fnmatchcase(each, rule.pattern) for each in numbered}) > 1:
+                    return True
+    return False
 
 
 def give(rules: Sequence[ParameterRule], model_chunks: Sequence[Any]) -> list[tuple[str, Tensor]]:

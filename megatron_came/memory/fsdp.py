@@ -28,7 +28,6 @@ _CUT = {
 # What changes where something lies, and what there is instead.
 _NOT_PREDICTED = (
     ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", "leave it out"),
-    ("fp8_param_gather", "--fp8-param-gather", "leave it out"),
     ("fsdp_double_buffer", "--fsdp-double-buffer", "leave it out"),
     ("nccl_ub", "--use-nccl-ub", "leave it out"),
 )

@@ -200,7 +200,9 @@ def compared(args: argparse.Namespace) -> list[Optimizer]:
     columns.append(ADAMW)
     if args.bf16 and is_sharded(args):
         columns += [precision_aware(dtype, dtype, "remainder") for dtype in ("bf16", "fp8")]
-    columns += [ADAFACTOR, sgd(args)]
+    if "factored=" not in str(getattr(args, "came_rule", "")):  # the factors counted are CAME's
+        columns.append(ADAFACTOR)
+    columns.append(sgd(args))
     if not args.fp16:  # with which Megatron refuses them
         columns += [by_matrix("Lion"), by_matrix("Muon")]
     return columns

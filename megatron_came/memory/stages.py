@@ -145,7 +145,7 @@ class Stage:
 
     def _host(self, optimizer: Optimizer, copied: bool) -> int:
         """Bytes on the CPU: state, sums, and of weights and gradients the copies that travel."""
-        size = sum(self.offloaded)
+        size = sum(self.offloaded) + (self.offloaded[0] if optimizer.steps_back else 0)
         for buffer in self.buffers:
             elements, blocks = buffer.away(self.shards[buffer.of_experts])
             gradient = 4 if buffer.gradient == 2 and copied else buffer.gradient
@@ -175,7 +175,7 @@ class Stage:
         """
         copies = [0, 0]
         if optimizer.steps_back:
-            return self.factors
+            return self.factors - (self.offloaded[0] if optimizer.offloads else 0)
         for buffer, elements, _, own in self._held(optimizer):
             copies[buffer.of_experts] += elements * own.unpacked(in_step=True)
             if optimizer.rest is not None and len(buffer.elements) > 1:

@@ -289,3 +289,12 @@ def test_an_empty_variable_of_a_shell_is_refused(flag):
     from megatron_came.rules import name_of, refusal
 
     assert "is not allowed: use fp32 or" in refusal(RULES, Namespace(**{name_of(flag): ""}))
+
+
+def test_diagnostics_of_gradients_that_weights_overwrite_are_refused():
+    given = {"fp8_param_gather": True, "bf16": True, "use_distributed_optimizer": True}
+    given |= {"reuse_grad_buf_for_mxfp8_param_ag": True, "came_log_diagnostics": True}
+    given |= {"tensorboard_dir": "logs"}
+    check(arguments(**given, overlap_param_gather=True), [])
+    with pytest.raises(ValueError, match="--came-log-diagnostics does not go with --reuse"):
+        check(arguments(**given), [])

@@ -1,6 +1,5 @@
 """Main weights on the CPU, the model on a device beside it: who computes what, and what travels."""
 
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -15,7 +14,15 @@ from megatron_came.megatron.offload import Offloaded
 from megatron_came.step import Plan
 from tests.support.second_device import DEVICE, DeviceTensor, SecondDevice, on_cpu, on_device
 
-GROUP = SimpleNamespace(size=lambda: 2)
+
+class Pair:
+    """A process group of two."""
+
+    def size(self):
+        return 2
+
+
+GROUP = Pair()
 # Shape of the local tensor, the slice of it, and whether it lies on the CPU.
 SLICES = [
     ((8, 12), (5, 60), True),
@@ -111,12 +118,11 @@ def test_no_operation_mixes_the_devices_and_the_numbers_are_the_same(
         came, models = _build(dtype, "plain", apart=True, momentum_dtype=momentum, **more)
         device.down = device.up = 0
         seen = _train(came, models, dtype)
-        figures = came.measure().figures()
+        assert doubled.call_count == 2 * count == 4 * STEPS  # two a step, as without
+        figures = came.diagnostics()
     assert all(map(torch.equal, seen, expected))
-    # Two a step, as without.
-    assert doubled.call_count == 2 * count == 4 * STEPS
     assert _doubled.devices == {DEVICE}
-    assert figures == alone.measure().figures()
+    assert figures == alone.diagnostics()
 
 
 def test_each_device_has_its_own_parameters_and_backend(doubled):

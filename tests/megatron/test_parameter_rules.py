@@ -88,7 +88,7 @@ def test_a_rule_that_matches_nothing_is_refused(pattern):
 @pytest.mark.parametrize("pattern", ["*layers.1.*", "*.1.weight", "*layers.[0-3].*", "*1?.*"])
 def test_checkpoints_hold_all_layers_alike(pattern):
     chunk = Chunk("decoder.layers.0.weight", "decoder.layers.1.weight")
-    with pytest.raises(UnsupportedError, match=r"some of decoder\.layers\.N\.weight and not all"):
+    with pytest.raises(UnsupportedError, match="some layers or experts and not all"):
         parameter_rules.note([[pattern, "factored=no"]], [chunk])
 
 
@@ -97,3 +97,18 @@ def test_patterns_without_a_layers_number_may_be_unfactored(pattern):
     chunk = Chunk("decoder.layers.0.fc1.weight", "decoder.layers.1.fc1.weight")
     parameter_rules.note([[pattern, "factored=no"], ["*.1.*", "beta1=0.5"]], [chunk])
     assert not any(is_factored(each) for each in chunk.named.values())
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*layers.3.*experts.2.*", "*layers.3.*weight1", "*weight2", "*experts.1*"]
+)
+def test_experts_too(pattern):
+    experts = (f"layers.{n}.mlp.experts.{e}.fc.weight" for n in range(4) for e in range(4))
+    grouped = (f"layers.{n}.fc.weight{e}" for n in range(4) for e in range(4))
+    with pytest.raises(UnsupportedError, match="some layers or experts and not all"):
+        parameter_rules.note([[pattern, "factored=no"]], [Chunk(*experts, *grouped)])
+
+
+def test_without_rules_ranks_do_not_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", pytest.fail)
+    parameter_rules.note(None, [Chunk("a")])

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.check_mutations import FAULTS
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "megatron_came").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -44,6 +46,11 @@ def test_functions_are_short():
 def test_files_are_short():
     lines = {name(path): len(path.read_text().splitlines()) for path in PACKAGE}
     assert {path: count for path, count in lines.items() if count > 400} == {}
+
+
+def test_faults_that_are_put_in_on_purpose_have_their_place():
+    counts = {f.name: (ROOT / "megatron_came" / f.file).read_text().count(f.before) for f in FAULTS}
+    assert {fault: count for fault, count in counts.items() if count != 1} == {}
 
 
 def test_no_test_imports_another():
