@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from megatron_came.patching import put_in_place, table
-from megatron_came.versions import SUPPORTED, MegatronError, since
+from megatron_came.versions import SUPPORTED, MegatronError, before, since
 from megatron_came.voice import say_once
 
 _HELPERS = "megatron_came.versions:with_compiled_helpers"
@@ -38,6 +38,10 @@ REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.core.distributed.param_and_grad_buffer": (
         ("_ParamAndGradBucketGroup.check_grads", "bad_numbers:with_buckets",
          "a bad gradient is named by its parameter"),
+    ),
+    "megatron.core.distributed.data_parallel_base": (
+        ("_BaseDataParallel.finish_grad_sync", "compat.fsdp2:with_all_reduce",
+         "FSDP2 ends in a TypeError otherwise", before("0.19")),
     ),
     "megatron.core.datasets.utils": (
         ("compile_helpers", _HELPERS, "the wheel has compiled helpers and no Makefile"),

@@ -1,0 +1,16 @@
+"""FSDP2 before Megatron 0.19, whose training loop gives it an argument that it does not take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_came.patching import Function
+
+
+def with_all_reduce(original: Function) -> Function:
+    """Let ``finish_grad_sync`` take what 0.19's takes, and does not use either."""
+
+    def finish_grad_sync(self: Any, force_all_reduce: bool = False) -> None:
+        original(self)
+
+    return finish_grad_sync
