@@ -4,9 +4,6 @@ The gradients are made up, so that both runs get the same ones, and no layers ar
 worker of ``tests.training.harness.run``; see ``test_fp8_weights`` for what a case says.
 """
 
-import json
-import os
-import sys
 import traceback
 from pathlib import Path
 
@@ -32,7 +29,7 @@ from megatron_came.core.state import FACTORS  # noqa: E402
 from megatron_came.megatron.checkpoints.digests.saving import record_of  # noqa: E402
 from megatron_came.megatron.config import CameOptimizerConfig  # noqa: E402
 from tests.support import quantized  # noqa: E402
-from tests.training.groups import connect, meet  # noqa: E402
+from tests.training.groups import serve  # noqa: E402
 
 STEPS = 3
 
@@ -306,14 +303,4 @@ def run_case(case):
 
 
 def main():
-    cases_file, results = Path(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    store = meet()
-    for case in json.loads(cases_file.read_text()):
-        print(f"=== case {case['name']}", flush=True)
-        connect(case["name"], store)
-        seen = run_case(case)
-        (results / f"{case['name']}.{os.environ['RANK']}.json").write_text(json.dumps(seen))
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    serve(run_case)

@@ -1,7 +1,13 @@
 """Process groups of one case among many that run in the same processes."""
 
+import json
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo, distributed_c10d
 
@@ -18,6 +24,23 @@ def connect(name: str, store: dist.TCPStore) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     prefix = dist.PrefixStore(name, store)
     dist.init_process_group("gloo", store=prefix, rank=rank, world_size=world_size)
+
+
+def serve(run_case: Callable[[dict[str, Any]], Any]) -> None:
+    """Run the cases of a file, the first argument, and write what this rank saw into a folder."""
+    from megatron.core import parallel_state
+
+    cases_file, results = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    store = meet()
+    for case in json.loads(cases_file.read_text()):
+        print(f"=== case {case['name']}", flush=True)
+        connect(case["name"], store)
+        seen = run_case(case)
+        (results / f"{case['name']}.{os.environ['RANK']}.json").write_text(json.dumps(seen))
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _share_one_device() -> None:
