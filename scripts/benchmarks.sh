@@ -17,7 +17,9 @@ bench() {   # NAME OPTIONS...
     echo
 }
 
-bench peers --model gpt2-small
+for run in 1 2 3; do
+    bench "peers-$run" --model gpt2-small
+done
 # From ten to a thousand million parameters, each for several seconds, in runs that lie minutes apart: of
 # a shared machine the bandwidth changes meanwhile
 for run in 1 2 3 4 5; do

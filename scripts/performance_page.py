@@ -33,17 +33,15 @@ HEAD = """\
 *Written by `scripts/performance_page.py` from the files in `benchmarks/results/`; `make benchmarks` measures again.*
 
 A step of CAME must read the gradient three times, the momentum twice and the weights once, and write momentum and
-weights: 32 bytes a parameter in fp32, or 20 in matrices whose gradient and momentum stay in the last cache from pass to
-pass, which takes one data-parallel rank and, on a GPU, memory slow enough for this to pay (`sets_save_time` in
-`megatron_came/kernels/triton/device.py`); with bf16 momentum 26 or 16, with int8 23 or 14. AdamW's 28 are the
-yardstick. "Floor" is the mean of these over the parameters, "GB/s" its bytes over the median time, "of floor" the same
-over the copy bandwidth measured in the same run: above 100% where a step moves bytes faster than the copy did, which
-also fetches its target before it writes it. "Extra" is the peak of the memory taken during a step beyond what was held
-before it: of tensors, and on a CPU of NumPy's arrays and Python's objects. The optimizers of one run take turns on the
-same parameters, so that they can be compared; from run to run the bandwidth of a shared machine differs, here between
-{slowest:.0f} and {fastest:.0f} GB/s.
+weights: 32 bytes a parameter in fp32, 26 with bf16 momentum, 23 with int8; on a GPU 20, 16 and 14 in matrices whose
+gradient and momentum stay in the last cache from pass to pass, which takes one data-parallel rank and memory slow enough
+for this to pay (`sets_save_time` in `megatron_came/kernels/triton/device.py`). AdamW's 28 are the yardstick. "Floor" is
+the mean of these over the parameters, "GB/s" its bytes over the median time. "Of floor" is the time of bare loops with
+the same traffic, on a GPU of a copy of as many bytes, in the same run, over the step's: above 100% where a step is faster
+than these loops. "Extra" is the peak of the memory taken during a step beyond what was held before it: of tensors, and on
+a CPU of NumPy's arrays and Python's objects. The optimizers of one run take turns on the same parameters, so that they can
+be compared; from run to run the bandwidth of a shared machine differs.
 
-**Measured before the kernels for CPUs became plain loops** (see [speed.md](speed.md)); `make benchmarks` measures again.
 "CAME, fused" runs in kernels: Numba's on CPUs, Triton's on GPUs. **The Triton kernels {gpu}.**
 """
 
@@ -114,9 +112,8 @@ def peers(report: Report) -> str:
     """A table of all contenders of one run."""
     lines = [
         f"## {report['model']}, {report['parameters'] / 1e6:.1f} million parameters\n",
-        f"{setting(report)}; copy bandwidth {report['copy_gigabytes_per_second']:.0f} GB/s; "
-        f"medians, and the fastest, of {report['results'][0]['steps']} steps; the optimizers take "
-        "turns.\n",
+        f"{setting(report)}; medians, and the fastest, of {report['results'][0]['steps']} steps; "
+        "the optimizers take turns.\n",
         "| | ms | fastest | ns / parameter | floor, bytes | GB/s | of floor | extra MiB"
         " | time / ours |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -140,8 +137,7 @@ def peers(report: Report) -> str:
 
 def machines() -> str:
     """Says how far the ratios of one machine hold on others."""
-    files = sorted(RESULTS.glob("*-cpu-peers.json"))
-    reports = [json.loads(file.read_text()) for file in files]
+    reports = latest(lambda n: n.startswith("cpu-peers"))
 
     def ratios(name: str) -> str:
         found = [
@@ -151,10 +147,11 @@ def machines() -> str:
         return f"{min(found):.2f} to {max(found):.2f}"
 
     return (
-        "**This is one machine of several, and ratios differ between them**: over the "
-        f"{len(reports)} CPU runs in `benchmarks/results/` came_pytorch takes "
-        f"{ratios('came_pytorch')} times as long as CAME, and 6.3 times on another machine, whose "
-        f"run is not kept; fused AdamW takes {ratios('torch AdamW, fused')} times as long. Fused "
+        "**This is one machine of several, and ratios differ between them**: over "
+        f"{len(reports)} runs, of which a table on a CPU shows the middle one, came_pytorch takes "
+        f"{ratios('came_pytorch')} times as long as CAME, fused AdamW "
+        f"{ratios('torch AdamW, fused')} times. On other machines came_pytorch took 6.3 to 13.2 "
+        "times as long as the CAME of the day. Fused "
         "AdamW, which moves bytes in kernels as well, is the steadier yardstick: optimizers that "
         "make temporaries depend on how fast a machine allocates. `megatron-came bench` measures "
         "yours."
@@ -207,18 +204,15 @@ def main() -> None:
     layers = sorted(latest(lambda n: n.startswith("cpu-layers")), key=lambda r: r["layers"])
     ranks = sorted(latest(lambda n: n.startswith("cpu-ranks")), key=lambda r: r["ranks"])
     gpu = latest(lambda n: n.startswith("nvidia") or n == "cuda-peers")
-    on_cpu = [*latest(lambda n: n == "cpu-peers"), *runs, *layers, *ranks]
-    bandwidths = [report["copy_gigabytes_per_second"] for report in on_cpu]
     parts = [
         HEAD.format(
-            slowest=min(bandwidths),
-            fastest=max(bandwidths),
             gpu="were timed on the GPU named below"
             if gpu
             else "have not been timed, see [gpu.md](gpu.md)",
         )
     ]
-    parts += [peers(report) for report in (*gpu, *latest(lambda n: n == "cpu-peers"))]
+    of_peers = middle_runs(latest(lambda n: n.startswith("cpu-peers")))
+    parts += [peers(report) for report in (*gpu, *of_peers)]
     chart(
         [
             ("Models", models, lambda r: r["parameters"] / 1e6, "million parameters"),

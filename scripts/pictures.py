@@ -18,7 +18,7 @@ from megatron_came.terminal.quiet import quiet
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-LOSSES = ROOT / "benchmarks" / "results" / "2026-11-22-cpu-gpt2.json"
+LOSSES = ROOT / "benchmarks" / "results" / "2026-11-29-cpu-gpt2.json"
 GPT2_MEDIUM = """
     --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024
     --max-position-embeddings 1024 --tokenizer-type NullTokenizer --vocab-size 50257 --mock-data
