@@ -1,5 +1,7 @@
 """CAME for Megatron-LM: exact under tensor, pipeline, data, context and expert parallelism."""
 
+import importlib
+
 from megatron_came import waiting
 from megatron_came._version import __version__
 
@@ -10,23 +12,14 @@ if TYPE_CHECKING:
     from megatron_came.optimizer import CAME
 
 __all__ = ["CAME", "Shard", "__version__", "use_came"]
+_MODULES = {"CAME": "optimizer", "Shard": "core.shard", "use_came": "megatron.arguments"}
 
 
 def __getattr__(name: str) -> object:
     """Import PyTorch only once an optimizer is wanted: the commands' help needs none."""
-    if name == "CAME":
-        from megatron_came.optimizer import CAME
-
-        return CAME
-    if name == "Shard":
-        from megatron_came.core.shard import Shard
-
-        return Shard
-    if name == "use_came":
-        from megatron_came.megatron.arguments import use_came
-
-        return use_came
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
@@ -140,10 +140,7 @@ def _equal_of(param: DTensor, cuts: list[_Cut]) -> _Cut | None:
 def _ranges(param: DTensor, cuts: Iterable[_Cut], *, of_first: bool = False) -> list[_Range]:
     """Return what cuts leave of each dimension, one after another as ``torch.chunk`` cuts.
 
-    Args:
-        param: the parameter.
-        cuts: of it.
-        of_first: leave it not to this rank but to the first, whose chunks are the longest.
+    With ``of_first`` that is what the first rank has, whose chunks are the longest.
     """
     ranges = [_Range(0, size) for size in param.shape]
     for mesh_dim, dim, chunks in cuts:
@@ -239,11 +236,9 @@ def _cut_of(shard: Shard) -> tuple[object, ...]:
 
 
 def check_ranks(owners: Mapping[Tensor, object], groups: Iterable[Mapping[str, Any]]) -> None:
-    """Compare what the ranks of each mesh were given; a collective.
+    """Compare what the ranks of each mesh were given, parameter groups too; a collective.
 
-    Args:
-        owners: all parameters, each with what must be the same on all ranks that hold some of it.
-        groups: parameter groups.
+    Of each parameter that is what must be the same on all ranks that hold some of it.
 
     Raises:
         ValueError: ranks differ.
@@ -274,9 +269,7 @@ def check_ranks(owners: Mapping[Tensor, object], groups: Iterable[Mapping[str, A
 def agreed(values: Tensor, params: Iterable[Tensor]) -> Tensor:
     """Return what all ranks of the parameters' meshes go on from, the largest; a collective.
 
-    Args:
-        values: equal but for rounding, or where what is no ``DTensor`` differs.
-        params: of which some may be ``DTensor``.
+    The values are equal but for rounding, or where what is no ``DTensor`` differs.
     """
     meshes = {p.device_mesh: local_of(p).device for p in params if is_dtensor(p)}
     for mesh, device in meshes.items():
@@ -319,7 +312,11 @@ def portable(param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
     momentum = saved_momentum(state_here(state))
     if is_dtensor(param):
         momentum = _wrapped(param, MOMENTUM, momentum.to(param.device))
-    return {**{key: value for key, value in state.items() if key != SCALE}, MOMENTUM: momentum}
+    return _in_floats(state, momentum)
+
+
+def _in_floats(state: Mapping[str, Tensor], momentum: Tensor) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key != SCALE} | {MOMENTUM: momentum}
 
 
 def laid_out(param: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -327,11 +324,7 @@ def laid_out(param: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
     if not is_dtensor(param):
         return {key: _whole(value) for key, value in saved.items()}
     if SCALE in saved:  # of other blocks
-        saved = {
-            MOMENTUM: saved_momentum(saved),
-            **{k: v for k, v in saved.items() if k != MOMENTUM},
-        }
-        del saved[SCALE]
+        saved = _in_floats(saved, saved_momentum(saved))
     return {key: _cut(param, key, value) for key, value in saved.items()}
 
 
@@ -355,14 +348,16 @@ def _placements(param: DTensor, key: str) -> list[Any]:
 
 
 def _wrapped(param: DTensor, key: str, value: Tensor) -> Tensor:
+    shape = [param.shape[dim] for dim in _kept(param, key)]
+    return placed(value, param.device_mesh, _placements(param, key), shape)
+
+
+def placed(local: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
+    """Make a ``DTensor`` of what this rank holds of a tensor of this shape."""
     from torch.distributed.tensor import DTensor
 
-    shape = torch.Size(param.shape[dim] for dim in _kept(param, key))
-    stride = torch.empty(shape, device="meta").stride()
-    placements = _placements(param, key)
-    return DTensor.from_local(
-        value, param.device_mesh, placements, run_check=False, shape=shape, stride=stride
-    )
+    size, stride = torch.Size(shape), torch.empty(*shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=stride)
 
 
 def _whole(value: Tensor) -> Tensor:

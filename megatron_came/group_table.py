@@ -20,10 +20,6 @@ Own = Mapping[str, Any]
 class GroupTable:
     """The parameter groups, and behind them each group again for every set of own values in it.
 
-    Args:
-        groups: parameter groups.
-        own: by parameter, of those that have some.
-
     Attributes:
         groups: as they were given.
         number: by parameter, where its settings are in what :meth:`at_step` returns.
@@ -63,13 +59,7 @@ class GroupTable:
 def whole_shard(
     param: Tensor, groups: Sequence[Mapping[str, Any]], flat_convolutions: bool
 ) -> Shard:
-    """Return the shard of a parameter that a rank holds alone.
-
-    Args:
-        param: of one of the groups.
-        groups: parameter groups; with ``factored=False`` theirs are unfactored.
-        flat_convolutions: as of :class:`megatron_came.CAME`.
-    """
+    """Return the shard of a parameter, of one of the groups, that a rank holds alone."""
     shape = tuple(param.shape)
     if flat_convolutions and len(shape) > 2:
         shape = (shape[0], math.prod(shape[1:]))

@@ -38,12 +38,9 @@ def prepare(*, training_loop: bool = False) -> None:
 
     The ``megatron`` package that is to train must be the first on ``sys.path``.
 
-    Args:
-        training_loop: whether it has to have one of its own.
-
     Raises:
-        SystemExit: With status 2, if ``MEGATRON_CAME_CPU`` is set to nonsense or this Megatron is
-            not one that CAME can be added to.
+        SystemExit: With status 2, if ``MEGATRON_CAME_CPU`` is set to nonsense, this Megatron is not
+            one that CAME can be added to, or it lacks a training loop that it is to have.
     """
     waiting.stop()
     try:

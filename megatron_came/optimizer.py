@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from megatron_came import dtensors
+from megatron_came import dtensors, parameter_checks
 from megatron_came.compiling import keep_out_of_compiler
 from megatron_came.core.diagnostics import Sums
 from megatron_came.core.hyperparameters import check_group, with_plain_numbers
@@ -23,13 +23,6 @@ from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
 from megatron_came.group_table import GroupTable, Own, whole_shard
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
-from megatron_came.parameter_checks import (
-    Guard,
-    check_model_weights,
-    check_placement,
-    check_settings,
-    check_trainable,
-)
 from megatron_came.state_dicts import WithStateDicts
 from megatron_came.step import Begun, Plan
 from megatron_came.voice import warn_once
@@ -133,11 +126,11 @@ class CAME(WithStateDicts):
         differentiable: bool = False,
         capturable: bool = False,
     ) -> None:
-        check_settings(momentum_dtype, remainders, flat_convolutions, seed)
+        parameter_checks.check_settings(momentum_dtype, remainders, flat_convolutions, seed)
         self._momentum_dtype, self._seed, self._remainders = momentum_dtype, seed, remainders
         self._flat_convolutions = flat_convolutions
         self.spike_guard = None if spike_guard is None else SpikeGuard(spike_guard, warn_once)
-        self._guard = Guard()
+        self._guard = parameter_checks.Guard()
         self._begun: list[Begun] = []  # of which the guard has yet to decide
         self._shards: dict[Tensor, Shard] = {}
         self._wanted_kernels = kernels
@@ -167,7 +160,7 @@ class CAME(WithStateDicts):
             with_plain_numbers(param_group)
         super().add_param_group(param_group)
         try:
-            check_trainable(self.param_groups[-1]["params"])
+            parameter_checks.check_trainable(self.param_groups[-1]["params"])
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -193,20 +186,21 @@ class CAME(WithStateDicts):
             ValueError: see :func:`megatron_came.parameter_checks.check_placement`.
         """
         known = {param for group in self.param_groups for param in group["params"]}
-        check_placement(shards, names, known, self._momentum_dtype, self._flat_convolutions)
+        parameter_checks.check_placement(
+            shards, names, known, self._momentum_dtype, self._flat_convolutions
+        )
         self._plan = None
         self._shards, self._names, self._own = dict(shards), dict(names or {}), dict(own or {})
 
     def set_model_weights(self, weights: Mapping[Tensor, Tensor]) -> None:
         """Name 16-bit copies of parameters, which every step rewrites, rounded to nearest.
 
-        Args:
-            weights: by parameter, contiguous, with as many elements; those not named have none.
+        They are contiguous, with as many elements as their parameter; those not named have none.
 
         Raises:
             ValueError: one does not fit its parameter.
         """
-        check_model_weights(weights)
+        parameter_checks.check_model_weights(weights)
         self._plan = None
         self._model_weights = dict(weights)
 
@@ -242,14 +236,7 @@ class CAME(WithStateDicts):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one optimizer step.
-
-        Args:
-            closure: reevaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, if one was given.
-        """
+        """Take a step; return the loss of a closure that reevaluates the model, if one is given."""
         return self._step(closure)
 
     @torch.no_grad()
@@ -308,7 +295,7 @@ class CAME(WithStateDicts):
             self.__dict__.setdefault(key, copy.copy(default))
         self.__dict__.setdefault("_shards", {})
         self.__dict__.setdefault("_choices", {})
-        self._guard = Guard(self.param_groups)
+        self._guard = parameter_checks.Guard(self.param_groups)
         self._plan = None
         keep_out_of_compiler(CAME)
 

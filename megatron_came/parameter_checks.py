@@ -13,7 +13,7 @@ from megatron_came import dtensors
 from megatron_came.core.hyperparameters import HyperparameterError
 from megatron_came.core.momentum import check_momentum_dtype
 from megatron_came.core.parameter_slice import ParameterSlice
-from megatron_came.core.shard import Shard, check_shards
+from megatron_came.core.shard import Shard
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.voice import warn_once
 
@@ -53,11 +53,7 @@ _META = (
 
 
 class Guard:
-    """Looks at an optimizer's parameters when it is made, and again where others have changed them.
-
-    Args:
-        groups: parameter groups that there are already.
-    """
+    """Looks at an optimizer's parameters when it is made, and where others have changed them."""
 
     def __init__(self, groups: Iterable[Mapping[str, Any]] = ()) -> None:
         self._has_compared = False
@@ -81,11 +77,8 @@ class Guard:
     ) -> None:
         """Refuse what would be trained wrongly, and say once what may be.
 
-        Args:
-            groups: all parameter groups.
-            shards: where parameters lie in their full tensor, of those that are named.
-            flat_convolutions: as of :class:`megatron_came.CAME`.
-            states: of parameters that have taken a step.
+        Arguments are those of :class:`megatron_came.CAME`, and states of parameters that have taken
+        a step.
 
         Raises:
             ValueError: a DTensor that is not cut in a known way or is to be unfactored, matrices
@@ -208,14 +201,7 @@ def check_placement(
     momentum_dtype: torch.dtype,
     flat_convolutions: bool,
 ) -> None:
-    """Check what CAME is told of its parameters, and what does not go with shards.
-
-    Args:
-        shards: as for :class:`megatron_came.CAME`, as are the others.
-        names: likewise.
-        known: the parameters.
-        momentum_dtype: likewise.
-        flat_convolutions: likewise.
+    """Check what CAME is told of its known parameters, and what does not go with shards.
 
     Raises:
         ValueError: no dictionary by parameter; a shard of none of these, or with another number of
@@ -236,7 +222,18 @@ def check_placement(
             "CAME: flat_convolutions does not go with shards, which have shapes of their own: "
             "give a shard of the shape that its parameter is to be seen in."
         )
-    check_shards({p: s for p, s in shards.items() if not dtensors.is_dtensor(p)}, known)
+    for param, shard in shards.items():
+        if dtensors.is_dtensor(param):
+            continue
+        if param not in known:
+            raise ValueError(
+                f"CAME: a shard of shape {shard.shape} names a tensor in no parameter group."
+            )
+        if param.numel() != shard.numel:
+            raise ValueError(
+                f"CAME: a parameter has {param.numel()} elements, its shard {shard.numel} "
+                f"([{shard.start}, {shard.stop}) of shape {shard.shape})."
+            )
 
 
 def check_model_weights(weights: Mapping[Tensor, Tensor]) -> None:

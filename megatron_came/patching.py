@@ -86,6 +86,19 @@ def table(room: str, rows: Mapping[str, Iterable[tuple[Any, ...]]]) -> tuple[Rep
     )
 
 
+def around(stand_in: Function) -> Callable[[Function], Function]:
+    """Make what a table names of a function whose first argument is the original."""
+
+    def make(original: Function) -> Function:
+        @functools.wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            return stand_in(original, *args, **kwargs)
+
+        return replaced
+
+    return make
+
+
 def put_in_place(rows: Iterable[Replacement]) -> None:
     """Replace what a table names, once: what the same row has replaced already is left alone.
 

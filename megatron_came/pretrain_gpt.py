@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -54,7 +55,7 @@ _SPIKE = 10  # --check-for-spiky-loss reports a loss this many times above the l
 _ELSEWHERE = "-m megatron_came.launch with the script of a Megatron-LM checkout."
 _RULES = (
     *(
-        Rule(f"megatron_came.pretrain_gpt does not support {flag} ({what}): use {_ELSEWHERE}", flag)
+        Rule(f"pretrain_gpt does not support {flag} ({what}): use {_ELSEWHERE}", flag)
         for flag, what in {
             "--sft": "supervised fine-tuning",
             "--fim-data": "fill in the middle",
@@ -68,8 +69,7 @@ _RULES = (
     ),
     *(
         Rule(
-            f"megatron_came.pretrain_gpt supports {flag} from Megatron 0.19 on: use it, or "
-            f"{_ELSEWHERE}",
+            f"pretrain_gpt supports {flag} from Megatron 0.19 on: use it, or {_ELSEWHERE}",
             flag,
             releases=before("0.19"),
         )
@@ -120,11 +120,7 @@ def _check_loss(loss: torch.Tensor) -> None:
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> Loss:
-    """Sum the losses of the tokens that count.
-
-    Args:
-        loss_mask: 1 for each token that counts, 0 for the others.
-        output: Each token's loss, in the same order.
+    """Sum the losses of the tokens that count, for which the mask is 1.
 
     Returns:
         The sum, the number of tokens that count, and both as Megatron logs them.
@@ -163,40 +159,27 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:
             sequences_per_dataset = json.load(file)
-    return GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        fast_cache_load=args.dataloader_fast_cache_load,
-        sequences_per_dataset=sequences_per_dataset,
-        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
-        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
-    )
+    same = {f.name: getattr(args, f.name) for f in fields(GPTDatasetConfig) if f.name in args}
+    other = {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "path_to_cache": args.data_cache_path,
+        "tokenizer": build_tokenizer(args),
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "fast_cache_load": args.dataloader_fast_cache_load,
+        "sequences_per_dataset": sequences_per_dataset,
+        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+    }
+    return GPTDatasetConfig(**same | other)
 
 
 def datasets(samples: list[int], vp_stage: int | None = None) -> list[Any]:
-    """The data sets for training, validation and test; None for each where the rank reads none.
+    """The data sets for training, validation and test, each of so many samples.
 
-    Args:
-        samples: How many samples to draw of each.
-        vp_stage: The model chunk that reads them, with an interleaved pipeline.
+    They are None where the rank, or this model chunk of an interleaved pipeline, reads none.
     """
 
     def reads_data() -> bool:

@@ -7,6 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_came.versions import SUPPORTED, release
+from megatron_came.voice import stop
+
+
+class Settings:
+    """Settings by the names of flags, None for those that there are not."""
+
+    def __init__(self, given: Any) -> None:
+        self._given = given
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._given, name, None)
+
+    def __contains__(self, name: str) -> bool:
+        return hasattr(self._given, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +40,7 @@ class Rule:
     sentence: str
     flag: str = ""
     works: tuple[object, ...] = ()
-    when: Callable[[Any], object] = lambda settings: True
+    when: Callable[[Settings], object] = lambda settings: True
     argument: str = ""
     releases: tuple[str, ...] = SUPPORTED
 
@@ -35,28 +49,37 @@ class Rule:
         """The flag's name among the settings."""
         return self.argument or name_of(self.flag)
 
-    def problem(self, settings: Any) -> str | None:
+    def problem(self, settings: Settings) -> str | None:
         """Return the sentence, if the settings are refused."""
         installed = "" if self.releases == SUPPORTED else "{}.{}".format(*release())
         if installed and installed not in self.releases:
             return None
-        value = getattr(settings, self.destination, None) if self.flag else True
+        value = getattr(settings, self.destination) if self.flag else True
         is_set = bool(value) or value == ""  # such as an empty variable of a shell's
         if not is_set or getattr(value, "name", value) in self.works or not self.when(settings):
             return None
-        typed = getattr(settings, name_of(self.flag), value)  # Megatron may derive one from it
+        typed = value
+        if (name := name_of(self.flag)) in settings:  # Megatron may derive one from it
+            typed = getattr(settings, name)
         given = self.flag if typed is True else f"{self.flag} {_as_typed(typed)}"
         return self.sentence.format(given=given, at=settings, release=installed)
 
 
 def refusal(rules: Iterable[Rule], settings: Any) -> str | None:
     """Return the sentence of the first rule that refuses the settings, or None."""
-    return next(filter(None, (rule.problem(settings) for rule in rules)), None)
+    known = Settings(settings)
+    return next(filter(None, (rule.problem(known) for rule in rules)), None)
 
 
-def value(name: str) -> Callable[[Any], Any]:
-    """Return a function that reads one of the settings, None where there is none."""
-    return lambda settings: getattr(settings, name, None)
+def stop_if_refused(rules: Iterable[Rule], settings: Any) -> None:
+    """End this process with the sentence of the first rule that refuses the settings.
+
+    Raises:
+        SystemExit: there is one.
+    """
+    problem = refusal(rules, settings)
+    if problem is not None:
+        stop(problem)
 
 
 def name_of(flag: str) -> str:

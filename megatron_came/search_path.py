@@ -13,9 +13,6 @@ def use_checkout_of(script: Path) -> Path | None:
     The checkout comes after the script's folder and what PYTHONPATH names, which Python searches
     first, and before all that is installed.
 
-    Args:
-        script: the script, such as ``examples/t5/pretrain_t5.py`` of a Megatron-LM checkout.
-
     Returns:
         The nearest folder above the script that holds ``megatron/core``; None if none does.
     """
@@ -45,11 +42,7 @@ def _holds_megatron(folder: Path) -> bool:
 
 
 def other_megatron(root: Path | None) -> str | None:
-    """Say in one sentence which Megatron is used, if it is not that of the script's checkout.
-
-    Args:
-        root: what :func:`use_checkout_of` returned.
-    """
+    """Say in one sentence which Megatron is used, if not that of :func:`use_checkout_of`."""
     import megatron.core
 
     used = Path(megatron.core.__file__).parents[2].resolve()

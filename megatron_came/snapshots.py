@@ -35,13 +35,7 @@ class Snapshot(NamedTuple):
         states: Mapping[Any, dict[str, Any]],
         weights: Iterable[Tensor],
     ) -> Self | None:
-        """Look at all of them.
-
-        Args:
-            params: the parameters.
-            grads: of them, in the same order.
-            states: of all parameters.
-            weights: 16-bit copies of parameters.
+        """Look at all parameters, their gradients and states, and 16-bit copies.
 
         Returns:
             None where something is no tensor in memory of its own, as it lies there.

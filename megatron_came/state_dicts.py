@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_came import dtensors
-from megatron_came.core.hyperparameters import check_group
+from megatron_came.core.hyperparameters import check_group, check_step
 from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete
 from megatron_came.core.saved import momentum_ranges, set_momentum
 from megatron_came.core.shard import Shard
@@ -78,16 +77,13 @@ def states_in(
     new_state: Callable[[Tensor], dict[str, Tensor]],
     is_partial: bool,
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """Check the state that a state dictionary holds, one of ``came_pytorch.CAME`` too.
+    """Return by parameter the state that a state dictionary holds, checked and as it was saved.
 
     Args:
-        state_dict: what was given to ``load_state_dict``.
-        groups: the optimizer's own parameter groups.
+        state_dict: what was given to ``load_state_dict``, of ``came_pytorch.CAME`` too.
+        groups: the optimizer's own.
         new_state: returns a parameter's state before the first step.
         is_partial: whether Megatron's wrappers load the rest.
-
-    Returns:
-        By parameter, as it was saved; see :func:`as_state`.
 
     Raises:
         ValueError: it is another optimizer's, or another model's.
@@ -170,21 +166,19 @@ def _check_state(
                 f"{tuple(value.shape)} in the state dictionary, not {tuple(own[key].shape)}: it "
                 "belongs to another model, or was saved with another flat_convolutions."
             )
-    _check_dtypes(saved, shape)
-    if not is_partial:
-        _check_values(saved, shape)
+    for key in saved:
+        if flaw := _flaw(key, saved, looks=not is_partial):
+            raise ValueError(
+                f"CAME: {key!r} of a parameter of shape {shape} {flaw} in the state dictionary, "
+                "which CAME does not write: it is damaged, or of a run whose gradients were not "
+                "finite."
+            )
 
 
 def as_state(
     saved: Mapping[str, Tensor], own: dict[str, Tensor], param: Tensor
 ) -> dict[str, Tensor]:
-    """Give loaded state our layout and dtypes.
-
-    Args:
-        saved: of a parameter.
-        own: its state before the first step, which is filled and returned.
-        param: the parameter.
-    """
+    """Fill a parameter's own state, of before the first step, with loaded state of any layout."""
     # The authors' momentum lies as the first gradient did; it is read in the order of elements.
     saved = {key: value.contiguous().resolve_neg() for key, value in saved.items()}
     saved = dtensors.laid_out(param, saved)
@@ -222,9 +216,10 @@ def _check_groups(saved: Any, groups: Sequence[Mapping[str, Any]], is_partial: b
                 f"{' or '.join(map(repr, lacking))} but {has}: it belongs to another optimizer; "
                 "start CAME without it."
             )
+        where = f"parameter group {index} of the state dictionary"
         if not lacking:
-            check_group(group, f"parameter group {index} of the state dictionary")
-        _check_step(group.get("step", 0), index)
+            check_group(group, where)
+        check_step(group.get("step", 0), where)
     _check_order(saved, groups)
     lengths = [len(group["params"]) for group in saved]
     mine = [len(group["params"]) for group in groups]
@@ -250,18 +245,6 @@ def _check_order(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[st
     )
 
 
-def _check_step(step: Any, index: int) -> None:
-    try:
-        is_count = not isinstance(step, bool) and operator.index(step) >= 0
-    except (TypeError, ValueError, RuntimeError):
-        is_count = False
-    if not is_count:
-        raise ValueError(
-            f"CAME: 'step' of parameter group {index} of the state dictionary is {step!r}; it must "
-            "be a whole number, at least 0."
-        )
-
-
 def _check_keys(state: Any, key: Any) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(
@@ -283,41 +266,22 @@ def _check_keys(state: Any, key: Any) -> None:
             )
 
 
-def _check_values(saved: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-    """Refuse numbers that no step leaves behind, and tensors without memory of their own."""
-    for key, value in saved.items():
-        here = dtensors.local_of(value)
-        if here.layout != torch.strided or here.is_meta:
-            wrong = "is a meta tensor, without values," if here.is_meta else f"is {here.layout}"
-        elif not here.numel() or not here.is_floating_point():
-            continue
-        else:
-            low, high = (float(value) for value in torch.aminmax(here))  # both NaN if there is one
-            if not (math.isfinite(low) and math.isfinite(high)):
-                wrong = "holds a NaN or an infinity"
-            elif key in FACTORS and low < 0.0:
-                wrong = "holds a negative number"
-            else:
-                continue
-        raise ValueError(
-            f"CAME: {key!r} of a parameter of shape {shape} {wrong} in the state dictionary, which "
-            "CAME does not write: it is damaged, or of a run whose gradients were not finite."
-        )
-
-
-def _check_dtypes(saved: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-    for key, value in saved.items():
-        if key == REMAINDER:
-            fits = value.dtype == torch.int16
-        elif key == MOMENTUM:
-            fits = is_complete(saved)
-        else:
-            fits = value.is_floating_point()
-        if not fits:
-            raise ValueError(
-                f"CAME: {key!r} of a parameter of shape {shape} is {value.dtype} in the state "
-                "dictionary, which CAME does not write: it is damaged."
-            )
+def _flaw(key: str, saved: Mapping[str, Tensor], *, looks: bool) -> str | None:
+    """Say what of a saved tensor no step leaves behind: its dtype; its numbers, if it looks."""
+    value, here = saved[key], dtensors.local_of(saved[key])
+    fits = is_complete(saved) if key == MOMENTUM else value.is_floating_point()
+    if not (value.dtype == torch.int16 if key == REMAINDER else fits):
+        return f"is {value.dtype}"
+    if not looks:
+        return None
+    if here.layout != torch.strided or here.is_meta:
+        return "is a meta tensor, without values," if here.is_meta else f"is {here.layout}"
+    if not here.numel() or not here.is_floating_point():
+        return None
+    low, high = (float(end) for end in torch.aminmax(here))  # both NaN if there is one
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "holds a NaN or an infinity"
+    return "holds a negative number" if key in FACTORS and low < 0.0 else None
 
 
 def _kind(value: Any) -> str:

@@ -34,12 +34,8 @@ _StateOf = Callable[[Tensor], dict[str, Tensor]]
 class Bundle:
     """Parameters whose sums are reduced on one device, which go through a step together.
 
-    Their sums are reduced after each of the first two passes, unless all are local.
-
-    Args:
-        slices: the parameters.
-        backends: by device, for those that each supports; eager PyTorch takes the others.
-        in_passes: whether it always waits between passes.
+    Their sums are reduced after each of the first two passes, unless all are local. Backends take
+    what they support, eager PyTorch the others.
 
     Attributes:
         left: of each parameter that the backend leaves to eager PyTorch, why.
@@ -198,7 +194,6 @@ class Plan:
 
     Attributes:
         left: why backends leave parameters to eager PyTorch, of each.
-        table: as given.
         settings: of the table in the last step; None if it was not taken to its end.
     """
 
@@ -281,13 +276,7 @@ class Plan:
         state_of: _StateOf,
         weights: Mapping[Tensor, Tensor],
     ) -> dict[ParameterSlice, StepInputs]:
-        """Return what a step brings, of the parameters that take part in it.
-
-        Args:
-            settings: of the table.
-            state_of: returns a parameter's state.
-            weights: 16-bit copies, by parameter.
-        """
+        """Return what a step brings, of the parameters that take part in it."""
         inputs = {}
         found = zip(self.slices, self.params, gradients_of(self.params), strict=True)
         for slice_, param, whole_grad in found:
@@ -360,10 +349,8 @@ class Plan:
     def measure(self, state_of: _StateOf, kinds: Mapping[Tensor, str] | None, whole: bool) -> Sums:
         """Measure the last step, whose gradients and state must still be there.
 
-        Args:
-            state_of: returns a parameter's state.
-            kinds: of layers, by parameter; None finds them by the groups' ``param_names``.
-            whole: whole parameters, not what of them this rank holds; a collective.
+        Without kinds of layers these are found by the groups' ``param_names``. Of whole parameters,
+        not of what this rank holds, it is a collective.
         """
         if kinds is None:
             groups = self.table.groups

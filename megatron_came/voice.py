@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -49,6 +49,17 @@ def stop(problem: str, cause: BaseException | None = None) -> NoReturn:
     raise SystemExit(PREFIX + problem) from cause
 
 
+def some(items: Sequence[str], count: int = 1) -> str:
+    """Name the first of several things, and say how many there are beside."""
+    more = len(items) - count
+    return ", ".join(items[:count]) + (f" and {more} more" if more > 0 else "")
+
+
+def collectives_device() -> str:
+    """Return where the collectives over all ranks of a training take their tensors from."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def of_all_ranks(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return a value of every rank of a group, by default of all; a collective."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
@@ -63,13 +74,11 @@ def of_any_rank(
 ) -> str | None:
     """Return on all ranks the problem that one of them has, None if none has; a collective.
 
-    Args:
-        problem: of this rank.
-        choose: which of several ranks' problems it is; by default the first.
+    Of several ranks' problems it is the one that ``choose`` returns, by default the first.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        any_has = torch.tensor(problem is not None, dtype=torch.int32, device=device)
+        has = problem is not None
+        any_has = torch.tensor(has, dtype=torch.int32, device=collectives_device())
         dist.all_reduce(any_has, op=dist.ReduceOp.MAX)  # sentences are gathered if there are any
         if not any_has.item():
             return None

@@ -59,8 +59,8 @@ FAULTS = (
     Fault(
         "figures of elements beside the slice",
         "core/diagnostics.py",
-        "== first.unsqueeze(1) if is_cut else None",
-        "== first.unsqueeze(1) if False else None",
+        "if known is not None and is_cut:",
+        "if False:",
         FIGURES,
     ),
     Fault(

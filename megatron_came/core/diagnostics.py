@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -97,10 +96,10 @@ def measure(
     totals: Mapping[ParameterSlice, Tensor],
     kinds: Mapping[ParameterSlice, str],
 ) -> Sums:
-    """Measure the last step.
+    """Measure the last step, with the inputs that it was given and the state that it has left.
 
     Args:
-        inputs: as it was given them, with the state that it has left.
+        inputs: of the step.
         totals: its sums of u^2.
         kinds: of the parameters; of others it is "other".
     """
@@ -262,16 +261,15 @@ def _matrix(slice_: ParameterSlice, given: StepInputs) -> _Look | None:
         unbounded = first.unsqueeze(1) + torch.arange(width, device=device)
         return unbounded.clamp_(0, shard.numel - 1)
 
-    take: Callable[[Tensor], Tensor]
+    # Whole rows are copied faster than their elements are looked up.
+    known = places() if shard.start % width or shard.stop % width else None
     inside: Tensor | None = None
-    if shard.start % width or shard.stop % width:
-        known = places()
-        inside = (
-            known - torch.arange(width, device=device) == first.unsqueeze(1) if is_cut else None
-        )
-        take = partial(_take, places=known)
-    else:  # whole rows, which are copied faster than their elements are looked up
-        take = partial(_take_rows, rows=first // width, width=width)
+    if known is not None and is_cut:
+        inside = known - torch.arange(width, device=device) == first.unsqueeze(1)
+
+    def take(flat: Tensor) -> Tensor:
+        return flat.view(-1, width)[first // width] if known is None else flat[known]
+
     r, c, R, C = (given.state[key].view(shard.local_matrix[0], -1) for key in MATRIX_FACTORS)
 
     def scale(row: Tensor, column: Tensor) -> Tensor:
@@ -281,14 +279,6 @@ def _matrix(slice_: ParameterSlice, given: StepInputs) -> _Look | None:
 
     weight = shard.full_numel / (count * shard.full_columns)
     return _Look(take, places, inside, scale(r, c), scale(R, C), weight)
-
-
-def _take(flat: Tensor, places: Tensor) -> Tensor:
-    return flat[places]
-
-
-def _take_rows(flat: Tensor, rows: Tensor, width: int) -> Tensor:
-    return flat.view(-1, width)[rows]
 
 
 def _sampled_rows(shard: Shard) -> tuple[int, list[tuple[int, int]]]:

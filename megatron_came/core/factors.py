@@ -67,7 +67,7 @@ def scales(row: Tensor, column: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 def guessed_divisor(
     moment: Tensor, sums: Tensor, *, count: int, eps: float, clip_threshold: float
 ) -> Tensor:
-    """Guess the clip divisor before u is known, from one whole factor.
+    """Guess the clip divisor before u is known: d0, a scalar in the factor's dtype.
 
     With the other axis averaged out, u^2 of a row is about the row's mean of g^2 over its moving
     average. A good guess matters for the rounding of :func:`true_instability` only, whose error
@@ -79,9 +79,6 @@ def guessed_divisor(
         count: as in :func:`update_moment`.
         eps: eps1.
         clip_threshold: the paper's d.
-
-    Returns:
-        d0, a scalar in the factor's dtype.
     """
     squared_rms = _mean(sums, count, eps, moment).div_(moment).mean()
     return (squared_rms.sqrt_() / clip_threshold).clamp_(min=1.0).to(moment.dtype)
@@ -90,10 +87,7 @@ def guessed_divisor(
 def clip_divisor(total: Tensor, *, numel: int, clip_threshold: float) -> Tensor:
     """Return d = max(1, RMS(u) / threshold), a float64 scalar; NaN for an infinite gradient.
 
-    Args:
-        total: sum of u^2 over the full tensor, a float64 scalar.
-        numel: number of elements of the full tensor.
-        clip_threshold: the paper's d.
+    ``total`` is the sum of u^2 over the full tensor of ``numel`` elements, a float64 scalar.
     """
     divisor = (total / numel).sqrt_().div_(clip_threshold).clamp_(min=1.0)
     return divisor + 0.0 * total

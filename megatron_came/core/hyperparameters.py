@@ -23,6 +23,10 @@ class HyperparameterError(ValueError):
         self.name, self.value, self.allowed = name, value, allowed
         super().__init__(f"CAME: {name} = {value!r} is not allowed; it must be {allowed}.")
 
+    def said_of(self, name: str) -> str:
+        """Return the sentence for who knows the hyperparameter by another name."""
+        return f"{name} {self.value} is not allowed: it must be {self.allowed}."
+
     def within(self, where: str) -> HyperparameterError:
         """Return the same error with a place, in words, in its sentence."""
         return HyperparameterError(f"{self.name} in {where}", self.value, self.allowed)
@@ -73,13 +77,10 @@ _SWITCH = _Range("True or False", lambda value: isinstance(value, bool))
 
 
 def _hyperparameter(default: float, allowed: _Range, help_: str, *, key: str | None = None) -> Any:
-    """Declare one: see :class:`Hyperparameters`.
+    """Declare one: its default, the authors', its range, and the help of its flag.
 
-    Args:
-        default: the authors'.
-        allowed: its range.
-        help_: of its flag.
-        key: in parameter groups, of a tuple of all that have it, in order; None for its own name.
+    ``key`` is that of parameter groups, of a tuple of all that have it, in order; None for its own
+    name.
     """
     return field(default=default, metadata={"allowed": allowed, "help": help_, "key": key})
 
@@ -128,14 +129,11 @@ class Hyperparameters:
                 raise HyperparameterError(row.name, value, row.allowed.words)
 
     def at(self, iteration: int) -> Hyperparameters:
-        """Return what the arithmetic of an iteration takes: its decays carry out two options.
+        """Return what the arithmetic of an iteration, from 1 on, takes: decays carry out options.
 
         An average divided by 1 - b^t is an average with the decay b (1 - b^(t-1)) / (1 - b^t). So
         with bias correction the factors r, c, R, C and v are kept as they are after it. Without
         confidence R and C are one, and a decay of one leaves them so.
-
-        Args:
-            iteration: t, from 1 on.
         """
         if not (self.bias_correction or self.no_confidence):
             return self
@@ -232,12 +230,9 @@ GROUP_KEYS = {row.key: [each.name for each in TABLE if each.key == row.key] for 
 def check_group(group: Mapping[str, Any], where: str = "") -> None:
     """Check a whole ``torch.optim`` parameter group, learning rate and weight decay included.
 
-    Args:
-        group: to be checked.
-        where: what it is, in words, for the error.
-
     Raises:
-        HyperparameterError: a value that is no number, or out of range.
+        HyperparameterError: a value that is no number, or out of range; its sentence says where the
+            group comes from.
     """
     check_switches(group)
     try:
@@ -271,7 +266,7 @@ def check_switches(group: Mapping[str, Any]) -> None:
         )
 
 
-def check_step(value: object) -> int:
+def check_step(value: object, where: str = "") -> int:
     """Return a group's number of steps.
 
     Raises:
@@ -279,7 +274,8 @@ def check_step(value: object) -> int:
     """
     step = _number(value)
     if not step.is_integer() or step < 0:
-        raise HyperparameterError("step", value, "a whole number at least 0")
+        error = HyperparameterError("step", value, "a whole number at least 0")
+        raise error.within(where) if where else error
     return int(step)
 
 

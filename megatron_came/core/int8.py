@@ -49,10 +49,7 @@ def quantize(values: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor
 def dequantize(quantized: Tensor, scale: Tensor, start: int = 0) -> Tensor:
     """Return the fp32 values of int8 ones, of the same shape.
 
-    Args:
-        quantized: elements of a slice, int8.
-        scale: of all blocks of that slice, (blocks,).
-        start: place of the first element in the slice.
+    They begin at ``start`` of a slice, all of whose blocks have these scales, (blocks,).
     """
     places = torch.arange(start, start + quantized.numel(), device=quantized.device)
     values = quantized.reshape(-1).to(torch.float32) * scale[places // BLOCK]

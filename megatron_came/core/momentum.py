@@ -27,24 +27,15 @@ class Codec:
 
     Attributes:
         dtype: of the state ``exp_avg``.
+        exact: a floating dtype that holds the values by itself: that of checkpoints.
+        is_rounded: whether a step reads copies and rounds them back; else it updates what is kept.
+        block: elements that share an fp32 scale, and are written together; 0 without scales.
     """
 
     dtype: torch.dtype
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether a step reads copies and rounds them back; else it updates what is kept."""
-        return False
-
-    @property
-    def exact(self) -> torch.dtype:
-        """A floating dtype that holds the values by itself: that of checkpoints."""
-        return self.dtype
-
-    @property
-    def block(self) -> int:
-        """Elements that share an fp32 scale, and are written together; 0 without scales."""
-        return 0
+    exact: torch.dtype
+    is_rounded: bool = False
+    block: int = 0
 
     def new(self, like: Tensor) -> dict[str, Tensor]:
         """Return the momentum of a parameter before its first step, with what belongs to it."""
@@ -57,21 +48,15 @@ class Codec:
     def at(self, state: State, take: Take, places: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         """Return elements of the flat slice; of rounded ones how far their neighbours in bits are.
 
-        Args:
-            state: of the parameter.
-            take: takes them out of a flat slice.
-            places: returns where in it they are.
+        ``take`` takes them out of a flat slice, ``places`` returns where in it they are.
         """
         return (take(state[MOMENTUM].view(-1)),)
 
     def write(self, state: State, start: int, values: Tensor, bits: Tensor | None = None) -> None:
-        """Round values and keep them.
+        """Round values, flat and floating, and keep them.
 
-        Args:
-            state: of the parameter.
-            start: of the first in the flat slice, at the beginning of a block.
-            values: flat, floating; up to the end of a block, or of the slice.
-            bits: random ones, of each element, for stochastic rounding; None rounds to nearest.
+        They begin at ``start`` of the flat slice, with a block, and end with one or with the slice.
+        ``bits`` are random ones, of each element, for stochastic rounding; None rounds to nearest.
         """
         state[MOMENTUM].view(-1)[start : start + values.numel()] = values
 
@@ -80,10 +65,6 @@ class _BF16(Codec):
     """Momentum in bf16."""
 
     __slots__ = ()
-
-    @property
-    def is_rounded(self) -> bool:
-        return True
 
     def read(self, state: State, start: int, stop: int) -> Tensor:
         return Codec.read(self, state, start, stop).to(torch.float32)
@@ -102,18 +83,6 @@ class _Int8(Codec):
     """Momentum in int8, with scales; see :mod:`megatron_came.core.int8`."""
 
     __slots__ = ()
-
-    @property
-    def is_rounded(self) -> bool:
-        return True
-
-    @property
-    def exact(self) -> torch.dtype:
-        return torch.bfloat16
-
-    @property
-    def block(self) -> int:
-        return int8.BLOCK
 
     def new(self, like: Tensor) -> dict[str, Tensor]:
         scales = torch.zeros(int8.blocks(like.numel()), dtype=torch.float32, device=like.device)
@@ -135,9 +104,9 @@ class _Int8(Codec):
 
 # By the name of the flag's value.
 CODECS: dict[str, Codec] = {
-    "fp32": Codec(torch.float32),
-    "bf16": _BF16(torch.bfloat16),
-    "int8": _Int8(torch.int8),
+    "fp32": Codec(torch.float32, torch.float32),
+    "bf16": _BF16(torch.bfloat16, torch.bfloat16, is_rounded=True),
+    "int8": _Int8(torch.int8, torch.bfloat16, is_rounded=True, block=int8.BLOCK),
 }
 MOMENTUM_DTYPES = {name: codec.dtype for name, codec in CODECS.items()}
 _BY_DTYPE = {codec.dtype: codec for codec in CODECS.values()}
@@ -145,7 +114,7 @@ _BY_DTYPE = {codec.dtype: codec for codec in CODECS.values()}
 
 def codec_of(dtype: torch.dtype) -> Codec:
     """Return the codec of a dtype; of others than those of flags, momentum is kept as it is."""
-    return _BY_DTYPE.get(dtype) or Codec(dtype)
+    return _BY_DTYPE.get(dtype) or Codec(dtype, dtype)
 
 
 def codec_for(param: Tensor, wanted: torch.dtype) -> Codec:
@@ -175,11 +144,7 @@ def is_complete(state: State) -> bool:
 
 
 class RoundedWriter:
-    """Rounds momentum that comes box by box, from the first element to the last.
-
-    Args:
-        state: of the parameter; its codec rounds.
-    """
+    """Rounds momentum that comes box by box, from the first element to the last."""
 
     def __init__(self, state: State) -> None:
         self._state, self._codec = state, codec_of(state[MOMENTUM].dtype)

@@ -29,12 +29,7 @@ def mix[Bits: (int, Tensor)](value: Bits) -> Bits:
 
 
 def parameter_key(seed: int, name: str) -> int:
-    """Return the 32-bit key of a parameter.
-
-    Args:
-        seed: of the run.
-        name: the same in every layout.
-    """
+    """Return the 32-bit key of a parameter, whose name is the same in every layout, in a run."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
@@ -45,24 +40,18 @@ def step_key(key: int, step: int) -> int:
 
 
 def random_bits(offsets: Tensor, key: int) -> Tensor:
-    """Return 16 random bits for each offset: int64, in [0, 65536).
+    """Return 16 random bits for each offset in the flattened full tensor: int64, in [0, 65536).
 
-    Args:
-        offsets: in the flattened full tensor, int64.
-        key: of parameter and step.
+    ``key`` is that of parameter and step.
     """
     high = (offsets >> 32) * HIGH_FACTOR
     return mix(offsets * STEP_FACTOR + high + key) & 0xFFFF
 
 
 def to_bf16(values: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to one of the two bf16 beside it, in expectation to itself.
+    """Round fp32 to one of the two bf16 beside it, in expectation to itself: :func:`random_bits`.
 
     Infinity and NaN stay what they are.
-
-    Args:
-        values: fp32.
-        bits: see :func:`random_bits`.
     """
     whole = values.view(torch.int32).to(torch.int64) & _MASK
     rounded = torch.where(values.isfinite(), whole + bits, whole | (values.isnan() * 0x10000))

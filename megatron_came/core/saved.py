@@ -55,11 +55,7 @@ def pieces(values: Tensor, start: int = 0) -> Ranges:
 
 
 def saved_momentum(state: State, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the momentum in the dtype that a checkpoint has.
-
-    Args:
-        state: of the parameter.
-        dtype: of the checkpoint; by default one that holds the values exactly by itself.
+    """Return the momentum in a checkpoint's dtype, by default one that holds the values exactly.
 
     Returns:
         The state's own tensor, or a copy on the CPU, in its shape.
@@ -91,10 +87,8 @@ def _on_cpu(ranges: Ranges, like: Tensor, dtype: torch.dtype) -> Tensor:
 def set_momentum(state: State, values: Tensor, start: int = 0) -> None:
     """Write momentum, rounded to nearest where its dtype cannot hold the values.
 
-    Args:
-        state: with the momentum in its dtype.
-        values: of any floating dtype and device.
-        start: of the first in the flat slice, at the beginning of a block.
+    These are of any floating dtype and device; ``start`` is where they begin in the flat slice, at
+    the beginning of a block.
     """
     momentum = state[MOMENTUM]
     codec = codec_of(momentum.dtype)

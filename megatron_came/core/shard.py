@@ -7,7 +7,7 @@ rows and columns, the leading ones the batch; a vector of n elements is one (n, 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -196,24 +196,6 @@ class Shard:
     def full_numel(self) -> int:
         """Elements of the full tensor: the divisor of the clipping RMS."""
         return math.prod(self.shape) * self.tp_size
-
-
-def check_shards(shards: Mapping[Tensor, Shard], known: Container[Tensor]) -> None:
-    """Compare shards with the parameters of an optimizer.
-
-    Raises:
-        ValueError: one with another number of elements than its parameter, or of none of these.
-    """
-    for param, shard in shards.items():
-        if param not in known:
-            raise ValueError(
-                f"CAME: a shard of shape {shard.shape} names a tensor in no parameter group."
-            )
-        if param.numel() != shard.numel:
-            raise ValueError(
-                f"CAME: a parameter has {param.numel()} elements, its shard {shard.numel} "
-                f"([{shard.start}, {shard.stop}) of shape {shard.shape})."
-            )
 
 
 class Box(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -105,13 +106,10 @@ class SumBuffer:
             for index, (request, is_on_host) in enumerate(zip(requests, on_host, strict=True))
         ]
         over_dp = _merged((*bounds[index], requests[index].dp_group) for index in bounds)
+        more = zip_longest(*(requests[index].more_groups for index in bounds))
         over_more = [
-            _merged(
-                (*bounds[index], group[0])
-                for index in bounds
-                if (group := requests[index].more_groups[number:])
-            )
-            for number in range(max((len(request.more_groups) for request in requests), default=0))
+            _merged((*at, group) for at, group in zip(bounds.values(), groups, strict=True))
+            for groups in more
         ]
         over_tp = _merged((*bounds[index], requests[index].tp_group) for index in bounds)
         # Not merged, in the order of the requests: the ranks' buffers may differ in all others.
@@ -176,11 +174,9 @@ class SumBuffer:
 def largest(values: Tensor, groups: Iterable[ProcessGroup], device: torch.device) -> Tensor:
     """Return the largest values of ranks that must go on from the same ones, in ``values``.
 
-    Args:
-        values: what should be equal, but may have been added up in another order; NaN counts as
-            infinite, since its maximum is not the same on all ranks.
-        groups: one after another over these.
-        device: where their collectives work.
+    They should be equal, but may have been added up in another order. NaN counts as infinite, since
+    its maximum is not the same on all ranks. Groups follow one another; their collectives work on
+    ``device``.
     """
     for group in filter(_several, groups):
         there = values.nan_to_num(torch.inf, torch.inf).to(device)

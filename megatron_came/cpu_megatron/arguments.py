@@ -13,10 +13,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_came.cpu_megatron.rules import refusal
-from megatron_came.patching import Function
+from megatron_came.cpu_megatron.rules import RULES
+from megatron_came.patching import Function, around
+from megatron_came.rules import stop_if_refused
 from megatron_came.versions import MegatronError, release
-from megatron_came.voice import stop
 
 # What is announced, and what it sets: a destination of Megatron's parser and its value.
 _DEFAULTS: dict[str, tuple[str, object]] = {
@@ -36,12 +36,16 @@ _DEFAULTS: dict[str, tuple[str, object]] = {
 }
 
 
-def set_defaults(parser: ArgumentParser) -> None:
-    """Give Megatron's ``parser`` the defaults of a CPU.
+@around
+def with_defaults(
+    original: Function, parser: ArgumentParser, *args: Any, **kwargs: Any
+) -> ArgumentParser:
+    """Let a function that adds Megatron's flags to a parser set the defaults of a CPU.
 
     Raises:
         MegatronError: this Megatron has no such flag.
     """
+    parser = original(parser, *args, **kwargs)
     known = {action.dest for action in parser._actions}
     for flag, (destination, value) in _DEFAULTS.items():
         if destination in known:
@@ -51,45 +55,31 @@ def set_defaults(parser: ArgumentParser) -> None:
                 f"Training on the CPU sets {flag}, which this version of Megatron-LM does not "
                 f"have: use core_v0.19.0."
             )
+    return parser
 
 
-def with_defaults(original: Function) -> Function:
-    """Let a function that adds Megatron's flags to a parser set those defaults."""
-
-    def add_megatron_arguments(parser: ArgumentParser, *args: Any, **kwargs: Any) -> ArgumentParser:
-        parser = original(parser, *args, **kwargs)
-        set_defaults(parser)
-        return parser
-
-    return add_megatron_arguments
-
-
-def with_check(original: Function) -> Function:
+@around
+def with_check(original: Function, *args: Any, **kwargs: Any) -> Namespace:
     """Let Megatron's parsing refuse what cannot work: the flags of a file are not validated."""
-
-    def parse_args(*args: Any, **kwargs: Any) -> Namespace:
-        arguments: Namespace = original(*args, **kwargs)
-        _check(arguments)
-        return arguments
-
-    return parse_args
+    arguments: Namespace = original(*args, **kwargs)
+    stop_if_refused(RULES, arguments)
+    return arguments
 
 
-def with_check_and_attention(original: Function) -> Function:
+@around
+def with_check_and_attention(
+    original: Function, arguments: Namespace, *args: Any, **kwargs: Any
+) -> Any:
     """Let Megatron's validation refuse what cannot work: a checkpoint's flags come in between."""
+    from megatron.core.transformer.enums import AttnBackend
 
-    def validate_args(arguments: Namespace, *args: Any, **kwargs: Any) -> Any:
-        from megatron.core.transformer.enums import AttnBackend
-
-        _check(arguments)
-        if arguments.attention_backend == AttnBackend.local and not arguments.spec:
-            # Local layers have one attention, whatever its name; Megatron 0.19 wants a --spec for
-            # this name that it cannot build.
-            arguments.attention_backend = AttnBackend.unfused
-        with _connections(arguments):
-            return original(arguments, *args, **kwargs)
-
-    return validate_args
+    stop_if_refused(RULES, arguments)
+    if arguments.attention_backend == AttnBackend.local and not arguments.spec:
+        # Local layers have one attention, whatever its name; Megatron 0.19 wants a --spec for
+        # this name that it cannot build.
+        arguments.attention_backend = AttnBackend.unfused
+    with _connections(arguments):
+        return original(arguments, *args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -106,9 +96,3 @@ def _connections(arguments: Namespace) -> Iterator[None]:
         yield
     finally:
         os.environ[name] = given
-
-
-def _check(arguments: Namespace) -> None:
-    problem = refusal(arguments)
-    if problem is not None:
-        stop(problem)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import os
 import resource
 import sys
@@ -24,6 +23,8 @@ import torch
 import torch.distributed.device_mesh
 import torch.utils.data
 from torch.overrides import TorchFunctionMode
+
+from megatron_came.patching import Function, around
 
 CPU = torch.device("cpu")
 
@@ -196,26 +197,20 @@ def _compile(model: Any = None, **kwargs: object) -> Any:
     return (lambda function: function) if model is None else model
 
 
-def _without_pinned_memory(init: Callable[..., None]) -> Callable[..., None]:
+@around
+def _without_pinned_memory(init: Function, self: Any, *args: Any, **kwargs: Any) -> None:
     """``DataLoader.__init__`` for batches that are not copied to a GPU."""
-
-    @functools.wraps(init)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self.pin_memory = False
-
-    return wrapper
+    init(self, *args, **kwargs)
+    self.pin_memory = False
 
 
-def _mesh_of_cpus(from_group: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def _mesh_of_cpus(
+    from_group: Function, group: Any, device_type: str, *args: Any, **kwargs: Any
+) -> Any:
     """``DeviceMesh.from_group`` for FSDP2, whose mesh Megatron makes of GPUs."""
-
-    @functools.wraps(from_group)
-    def wrapper(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
-        kind = "cpu" if _is_cuda(device_type) else device_type
-        return from_group(group, kind, *args, **kwargs)
-
-    return wrapper
+    kind = "cpu" if _is_cuda(device_type) else device_type
+    return from_group(group, kind, *args, **kwargs)
 
 
 def _answer(value: Any) -> Callable[..., Any]:

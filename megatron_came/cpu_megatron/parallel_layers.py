@@ -13,27 +13,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 
 
-def norms_of_all_kinds(original: Function) -> Function:
+@around
+def norms_of_all_kinds(
+    original: Function, cls: type, config: Any, *args: Any, **kwargs: Any
+) -> torch.nn.Module:
     """Let torch's norms run on a part of the sequence, and with weights around zero.
 
     A norm treats every token alone. All that sequence parallelism asks of it is a mark on its
     weights: their gradients are partial sums, which Megatron adds up over tensor-parallel ranks.
     """
-
-    def build_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        whole = copy.copy(config)
-        whole.sequence_parallel = whole.layernorm_zero_centered_gamma = False
-        norm: torch.nn.Module = original(cls, whole, *args, **kwargs)
-        if config.layernorm_zero_centered_gamma:
-            _center_at_zero(norm)
-        for param in norm.parameters():
-            param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-    return build_marked
+    whole = copy.copy(config)
+    whole.sequence_parallel = whole.layernorm_zero_centered_gamma = False
+    norm: torch.nn.Module = original(cls, whole, *args, **kwargs)
+    if config.layernorm_zero_centered_gamma:
+        _center_at_zero(norm)
+    for param in norm.parameters():
+        param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
 
 
 def _center_at_zero(norm: torch.nn.Module) -> None:
@@ -61,75 +60,74 @@ class _ZeroCenteredRMSNorm(torch.nn.RMSNorm):
         )
 
 
-def starting_alone(original: Function) -> Function:
+@around
+def starting_alone(original: Function, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     """Let the unfused attention be built with context parallelism, which it refuses."""
-
-    def start_alone(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1
-        original(self, alone, *args, **kwargs)
-
-    return start_alone
+    alone = copy.copy(config)
+    alone.context_parallel_size = 1
+    original(self, alone, *args, **kwargs)
 
 
-def attending_to_all(original: Function) -> Function:
+@around
+def attending_to_all(
+    original: Function,
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Let the unfused attention see the keys and values of all context-parallel ranks."""
+    from megatron.core import parallel_state
 
-    def attend_to_all(
-        self: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        from megatron.core import parallel_state
-
-        group = parallel_state.get_context_parallel_group()
-        if group.size() > 1:
-            if attention_mask is None:
-                raise ValueError(
-                    "--context-parallel-size above 1 needs the data loader's attention mask on the "
-                    "CPU: leave out --no-create-attention-mask-in-dataloader."
-                )
-            # The mask has this rank's queries and all keys.
-            key, value = _whole_sequence(key, group), _whole_sequence(value, group)
-        return original(self, query, key, value, attention_mask, *args, **kwargs)
-
-    return attend_to_all
+    group = parallel_state.get_context_parallel_group()
+    if group.size() > 1:
+        if attention_mask is None:
+            raise ValueError(
+                "--context-parallel-size above 1 needs the data loader's attention mask on the "
+                "CPU: leave out --no-create-attention-mask-in-dataloader."
+            )
+        # The mask has this rank's queries and all keys.
+        key, value = _whole_sequence(key, group), _whole_sequence(value, group)
+    return original(self, query, key, value, attention_mask, *args, **kwargs)
 
 
-def gathering_unlike(original: Function) -> Function:
+@around
+def gathering_unlike(
+    original: Function,
+    part: torch.Tensor,
+    group: Any,
+    sizes: list[int] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Gather parts of unlike sizes."""
-
-    def gather_unlike(
-        part: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if sizes is None or group.size() == 1:
-            return original(part, group, sizes, *args, **kwargs)
-        padded = part.new_zeros((max(sizes), *part.shape[1:]))
-        padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=group)
-        return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
-
-    return gather_unlike
+    if sizes is None or group.size() == 1:
+        return original(part, group, sizes, *args, **kwargs)
+    padded = part.new_zeros((max(sizes), *part.shape[1:]))
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
 
 
-def scattering_unlike(original: Function) -> Function:
+@around
+def scattering_unlike(
+    original: Function,
+    whole: torch.Tensor,
+    group: Any,
+    sizes: list[int] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Add up, and scatter parts of unlike sizes."""
-
-    def reduce_scatter_unlike(
-        whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if sizes is None or group.size() == 1:
-            return original(whole, group, sizes, *args, **kwargs)
-        total = whole.clone()
-        dist.all_reduce(total, group=group)
-        return torch.split(total, sizes)[group.rank()].clone()
-
-    return reduce_scatter_unlike
+    if sizes is None or group.size() == 1:
+        return original(whole, group, sizes, *args, **kwargs)
+    total = whole.clone()
+    dist.all_reduce(total, group=group)
+    return torch.split(total, sizes)[group.rank()].clone()
 
 
 def _whole_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -9,14 +9,15 @@ loader.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.utils.data
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from megatron_came.patching import Function, around
 
 _device_generator = torch.default_generator
 _host_generator = torch.Generator()
@@ -68,13 +69,10 @@ def _seed_all(seed: int) -> torch.Generator:
     return _device_generator.manual_seed(int(seed))
 
 
-def _with_host_draws(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with host_draws():
-            return method(*args, **kwargs)
-
-    return wrapper
+@around
+def _with_host_draws(method: Function, *args: Any, **kwargs: Any) -> Any:
+    with host_draws():
+        return method(*args, **kwargs)
 
 
 def install() -> None:

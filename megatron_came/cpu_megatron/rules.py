@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from typing import Any
 
-from megatron_came import rules
 from megatron_came.rules import Rule
 
 _ENGINE = "Transformer Engine, whose kernels run on a GPU"
@@ -45,15 +43,6 @@ def _needs(what: str, instead: str, flag: str = "", given: str = "{given}", **mo
     return Rule(sentence, flag, **more)
 
 
-def _recomputes(module: str) -> Rule:
-    return _needs(
-        _ENGINE,
-        "leave it out",
-        given=f"--recompute-modules {module}",
-        when=lambda settings: module in (getattr(settings, "recompute_modules", None) or ()),
-    )
-
-
 RULES = (
     _needs(_ENGINE, "use --transformer-impl local", flag="--transformer-impl", works=("local",)),
     _needs(_NCCL, "use --distributed-backend gloo", flag="--distributed-backend", works=("gloo",)),
@@ -74,13 +63,13 @@ RULES = (
         "the CUDA profiler",
         "add --use-pytorch-profiler",
         flag="--profile",
-        when=lambda settings: not getattr(settings, "use_pytorch_profiler", None),
+        when=lambda settings: not settings.use_pytorch_profiler,
     ),
     _needs(
         "GPU memory to offload from",
         "leave it out",
         flag="--optimizer-cpu-offload",
-        when=lambda settings: getattr(settings, "optimizer", "adam") in _MEGATRONS,
+        when=lambda settings: settings.optimizer in (None, *_MEGATRONS),
     ),
     _needs(  # the process that writes checkpoints cannot be made to fork
         "a process that uses CUDA afresh",
@@ -93,10 +82,13 @@ RULES = (
         for what, flags in _LEFT_OUT.items()
         for flag, _, argument in (each.partition("=") for each in flags.split())
     ),
-    *map(_recomputes, _RECOMPUTED_BY_ENGINE),
+    *(
+        _needs(
+            _ENGINE,
+            "leave it out",
+            given=f"--recompute-modules {module}",
+            when=lambda settings, module=module: module in (settings.recompute_modules or ()),
+        )
+        for module in _RECOMPUTED_BY_ENGINE
+    ),
 )
-
-
-def refusal(arguments: Namespace) -> str | None:
-    """Return the sentence that refuses ``arguments`` on a CPU, or None if they can work."""
-    return rules.refusal(RULES, arguments)

@@ -87,7 +87,11 @@ def enable() -> bool:
     # Imported here: a machine with a GPU needs none of it.
     from megatron_came.cpu_megatron import devices, randomness
 
-    _set_environment()
+    # What this process, its workers and Megatron's checks read.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with MEGATRON_CAME_CPU=1 a GPU stays unused
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # Megatron insists on it for tensor parallelism on the GPU that the stand-ins describe.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     devices.install()
     randomness.install()
     _enabled = True
@@ -96,16 +100,13 @@ def enable() -> bool:
 
     install()
     atexit.register(_leave_process_groups)
-    say(_announcement())
+    # Two lines of 80 columns at most: Megatron's own list of arguments shows all of them.
+    reason = f"{VARIABLE}=1" if os.environ.get(VARIABLE) == "1" else "no GPU"
+    say(
+        f"training on the CPU over gloo ({reason}), unfused,\n"
+        "by default --transformer-impl local --attention-backend unfused --num-workers 0."
+    )
     return True
-
-
-def _set_environment() -> None:
-    """Set what this process, its workers and Megatron's checks read from the environment."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with MEGATRON_CAME_CPU=1 a GPU stays unused
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # Megatron insists on it for tensor parallelism on the GPU that the stand-ins describe.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _leave_process_groups() -> None:
@@ -120,12 +121,3 @@ def _leave_process_groups() -> None:
         sys.stderr.flush()
         os._exit(1)
     torch.distributed.destroy_process_group()
-
-
-def _announcement() -> str:
-    """Two lines of 80 columns at most: Megatron's own list of arguments shows all of them."""
-    reason = f"{VARIABLE}=1" if os.environ.get(VARIABLE) == "1" else "no GPU"
-    return (
-        f"training on the CPU over gloo ({reason}), unfused,\n"
-        "by default --transformer-impl local --attention-backend unfused --num-workers 0."
-    )

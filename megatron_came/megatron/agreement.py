@@ -17,17 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_came.kernels.dispatch import choose, choose_on_host
+from megatron_came.megatron import rank_settings
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import named_parameters
-from megatron_came.megatron.rank_settings import (
-    Settings,
-    difference,
-    names_of,
-    parameters_of,
-    settings_of,
-)
-from megatron_came.voice import of_all_ranks
+from megatron_came.rules import Settings
+from megatron_came.voice import collectives_device, of_all_ranks
 
 _NO_OPINION = -(2**62)
 
@@ -52,34 +47,24 @@ class Kernels(NamedTuple):
 def agree(
     config: CameOptimizerConfig, model_chunks: list[Any], collection: Any | None
 ) -> CameOptimizerConfig:
-    """Make sure that all ranks train one model alike.
-
-    Args:
-        config: this rank's settings.
-        model_chunks: what it holds of the model.
-        collection: Megatron's ``ProcessGroupCollection`` of the ranks that train the model; None
-            for all.
+    """Make sure that all ranks of a ``ProcessGroupCollection``, or all, train one model alike.
 
     Returns:
-        The settings, with the kernels that all ranks have.
+        This rank's settings, with the kernels that all ranks have.
 
     Raises:
         UnsupportedError: on all ranks, if they have other settings or parameters.
     """
     everyone = connecting(collection)
     tell_optimizer(config, everyone)
-    _refuse_other_settings(settings_of(config), everyone)
+    _refuse_other_settings(rank_settings.settings_of(config), everyone)
     config = _with_common_kernels(config, model_chunks, everyone)
     _refuse_other_parameters(model_chunks, collection, everyone)
     return config
 
 
 def connecting(collection: Any | None) -> Groups:
-    """Return groups that together, one after the other, connect all ranks of a model.
-
-    Args:
-        collection: as for :func:`agree`.
-    """
+    """Return groups that together, one after the other, connect all ranks of a model."""
     if collection is None:
         return [None]
     groups = (getattr(collection, "mp", None), _data_parallel(collection))
@@ -99,7 +84,7 @@ def _data_parallel(collection: Any) -> dist.ProcessGroup | None:
     return getattr(collection, "dp_cp", None) or getattr(collection, "dp", None)
 
 
-def _refuse_other_settings(settings: Settings, everyone: Groups) -> None:
+def _refuse_other_settings(settings: rank_settings.Settings, everyone: Groups) -> None:
     clause = _compare(settings, everyone)
     if clause is not None:
         raise UnsupportedError(f"{clause}: all ranks of a run need the same, so start them alike.")
@@ -117,10 +102,10 @@ def _with_common_kernels(
     missing = [rank for rank, kernels in with_weights.items() if kernels.name is None]
     if missing:
         raise UnsupportedError(
-            f"--came-kernels {config.kernels} cannot be used on {names_of(missing)}: "
+            f"--came-kernels {config.kernels} cannot be used on {rank_settings.names_of(missing)}: "
             f"{with_weights[missing[0]].reason}"
         )
-    clause = difference(
+    clause = rank_settings.difference(
         {rank: {"kernels": str(kernels.name)} for rank, kernels in with_weights.items()}
     )
     if clause is None:
@@ -179,15 +164,16 @@ def _refuse_other_parameters(
         (dense if getattr(param, "allreduce", True) else experts)[name] = param
         if getattr(param, "shared_embedding", False):  # it has other names on the last stage
             tied = {"tied embeddings": param}
+    groups = Settings(collection)
     compared = [
-        (dense, getattr(collection, "tp", None)),
+        (dense, groups.tp),
         (dense, _data_parallel(collection)),
-        (experts, getattr(collection, "expt_tp", None)),
-        (experts, getattr(collection, "expt_dp", None)),
-        *([(tied, getattr(collection, "embd", None))] if tied else []),
+        (experts, groups.expt_tp),
+        (experts, groups.expt_dp),
+        (tied, groups.embd if tied else None),
     ]
     clauses = [
-        _compare(parameters_of(named), [group])
+        _compare(rank_settings.parameters_of(named), [group])
         for named, group in compared
         if group is not None and group.size() > 1
     ]
@@ -202,11 +188,14 @@ def _refuse_other_parameters(
         )
 
 
-def _compare(mine: Settings, groups: Groups) -> str | None:
+def _compare(mine: rank_settings.Settings, groups: Groups) -> str | None:
     """Say in a clause where ranks differ, or return None."""
     if not _differ(repr(list(mine.items())), groups):
         return None
-    return difference(_gather(mine, groups)) or "ranks hold their parameters in another order"
+    return (
+        rank_settings.difference(_gather(mine, groups))
+        or "ranks hold their parameters in another order"
+    )
 
 
 def _differ(text: str | None, groups: Groups) -> bool:
@@ -216,8 +205,7 @@ def _differ(text: str | None, groups: Groups) -> bool:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         number = int.from_bytes(digest, "little") >> 2
         extremes = [number, -number]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    most = torch.tensor(extremes, dtype=torch.int64, device=device)
+    most = torch.tensor(extremes, dtype=torch.int64, device=collectives_device())
     for group in groups:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     greatest, least = most.tolist()

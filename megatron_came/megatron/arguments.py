@@ -11,7 +11,7 @@ from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyper
 from megatron_came.kernels.dispatch import CHOICES as KERNELS
 from megatron_came.megatron import parameter_rules, rules, warmup
 from megatron_came.megatron.checkpoints.refusals import notice
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 from megatron_came.rules import flag_of, name_of
 from megatron_came.voice import say, stop
 
@@ -93,18 +93,11 @@ def hyperparameters(args: argparse.Namespace) -> Hyperparameters:
     try:
         return Hyperparameters(**{row.name: getattr(args, f"came_{row.name}") for row in TABLE})
     except HyperparameterError as error:
-        raise ValueError(
-            f"{flag_of(f'came_{error.name}')} {error.value} is not allowed: it must be "
-            f"{error.allowed}."
-        ) from error
+        raise ValueError(error.said_of(flag_of(f"came_{error.name}"))) from error
 
 
 def check(args: argparse.Namespace, flags: list[str]) -> None:
-    """Refuse what does not go with the chosen optimizer.
-
-    Args:
-        args: Megatron's arguments, before or after its own validation.
-        flags: the flags that were given.
+    """Refuse arguments, validated or not, and given flags that do not go with the optimizer.
 
     Raises:
         ValueError: one sentence with flag, value and remedy.
@@ -123,13 +116,10 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
 
 
 def use_came(args: argparse.Namespace) -> None:
-    """Let a host train with CAME that has read and validated Megatron's arguments by itself.
+    """Let a host train with CAME that has validated Megatron's arguments, for Adam, by itself.
 
     slime calls it for ``--custom-megatron-init-path megatron_came.use_came``. Attributes of
     ``args`` that are named as CAME's flags are its settings.
-
-    Args:
-        args: Megatron's arguments, validated for ``--optimizer adam``.
 
     Raises:
         ValueError: another optimizer, or settings that do not go with CAME.
@@ -147,20 +137,19 @@ def use_came(args: argparse.Namespace) -> None:
     say("--optimizer adam: CAME takes its place, as megatron_came.use_came was called.")
 
 
-def with_flags(original: Function) -> Function:
+@around
+def with_flags(
+    original: Function, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
+) -> Any:
     """Let a function that adds Megatron's flags to a parser add CAME's as well."""
-
-    def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        parser = original(parser, *args, **kwargs)
-        choice = next(action for action in parser._actions if action.dest == "optimizer")
-        choice.choices = [*(choice.choices or ()), "came"]
-        group = parser.add_argument_group(title="CAME")
-        for flag, settings in FLAGS.items():
-            group.add_argument(flag, **settings)
-        _escape_percent_signs(parser)
-        return parser
-
-    return add_megatron_arguments
+    parser = original(parser, *args, **kwargs)
+    choice = next(action for action in parser._actions if action.dest == "optimizer")
+    choice.choices = [*(choice.choices or ()), "came"]
+    group = parser.add_argument_group(title="CAME")
+    for flag, settings in FLAGS.items():
+        group.add_argument(flag, **settings)
+    _escape_percent_signs(parser)
+    return parser
 
 
 def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
@@ -172,34 +161,31 @@ def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
             action.help = str(action.help).replace("%", "%%")
 
 
-def with_checks(original: Function) -> Function:
+@around
+def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """Let Megatron validate CAME as it does Adam, and refuse what does not go with it."""
-
-    def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        flags = given_flags(sys.argv[1:])
-        _stop_if_refused(args, flags)
-        if args.optimizer != "came":
-            return original(args, *rest, **kwargs)
-        ignored = [flag for flag in flags if flag.startswith(_IGNORED)]
-        if ignored:
-            say(f"--optimizer came ignores {', '.join(ignored)}.")
-        # Megatron turns the distributed optimizer into a layer-wise one for every name that it
-        # does not know.
-        args.optimizer = "adam"
-        # It wants Adam's precision-aware form for offload, which CAME does without.
-        offloads = getattr(args, "optimizer_cpu_offload", False)
-        args.optimizer_cpu_offload = False
-        try:
-            result = original(args, *rest, **kwargs)
-        finally:
-            args.optimizer, args.optimizer_cpu_offload = "came", offloads
-        _stop_if_refused(args, flags)
-        for sentence in (warmup.warning(args, hyperparameters(args)), notice(args)):
-            if sentence is not None:
-                say(sentence)
-        return result
-
-    return validate_args
+    flags = given_flags(sys.argv[1:])
+    _stop_if_refused(args, flags)
+    if args.optimizer != "came":
+        return original(args, *rest, **kwargs)
+    ignored = [flag for flag in flags if flag.startswith(_IGNORED)]
+    if ignored:
+        say(f"--optimizer came ignores {', '.join(ignored)}.")
+    # Megatron turns the distributed optimizer into a layer-wise one for every name that it
+    # does not know.
+    args.optimizer = "adam"
+    # It wants Adam's precision-aware form for offload, which CAME does without.
+    offloads = getattr(args, "optimizer_cpu_offload", False)
+    args.optimizer_cpu_offload = False
+    try:
+        result = original(args, *rest, **kwargs)
+    finally:
+        args.optimizer, args.optimizer_cpu_offload = "came", offloads
+    _stop_if_refused(args, flags)
+    for sentence in (warmup.warning(args, hyperparameters(args)), notice(args)):
+        if sentence is not None:
+            say(sentence)
+    return result
 
 
 def _stop_if_refused(args: argparse.Namespace, flags: list[str]) -> None:

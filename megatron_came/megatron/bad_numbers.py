@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_came.dtensors import local_of
 from megatron_came.megatron.parameter_names import named_parameters
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 from megatron_came.voice import of_any_rank, rank, say_once, stop
 
 _LOSS = "the loss is"
@@ -83,107 +83,99 @@ class _Watch:
 _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 
 
-def watched(original: Function) -> Function:
+@around
+def watched(
+    original: Function,
+    forward_step_func: Any,
+    data_iterator: Any,
+    model: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Look for bad numbers in an iteration of CAME's."""
+    from megatron.training import get_args
 
-    def train_step(
-        forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        from megatron.training import get_args
-
-        run = get_args()
-        watch = None
-        if run.optimizer == "came" and run.check_for_nan_in_loss_and_grad:
-            iteration = getattr(run, "curr_iteration", 0) + 1
-            watch = _Watch(model, f"iteration {iteration}, rank {rank()}")
-        token = _watch.set(watch)
-        try:
-            return original(forward_step_func, data_iterator, model, *args, **kwargs)
-        finally:
-            _watch.reset(token)
-
-    return train_step
+    run = get_args()
+    watch = None
+    if run.optimizer == "came" and run.check_for_nan_in_loss_and_grad:
+        iteration = getattr(run, "curr_iteration", 0) + 1
+        watch = _Watch(model, f"iteration {iteration}, rank {rank()}")
+    token = _watch.set(watch)
+    try:
+        return original(forward_step_func, data_iterator, model, *args, **kwargs)
+    finally:
+        _watch.reset(token)
 
 
-def counted(original: Function) -> Function:
+@around
+def counted(original: Function, self: Any, *args: Any, **kwargs: Any) -> bool:
     """Count how often the iteration is computed."""
-
-    def should_run_forward_backward(self: Any, *args: Any, **kwargs: Any) -> bool:
-        will_run = bool(original(self, *args, **kwargs))
-        watch = _watch.get()
-        if watch is not None:
-            watch.turns += will_run
-        return will_run
-
-    return should_run_forward_backward
+    will_run = bool(original(self, *args, **kwargs))
+    watch = _watch.get()
+    if watch is not None:
+        watch.turns += will_run
+    return will_run
 
 
-def with_buckets(original: Function) -> Function:
+@around
+def with_buckets(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Remember whose gradients are being looked at."""
-
-    def check_grads(self: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = _watch.get()
-        if watch is not None:
-            watch.buckets = self
-        return original(self, *args, **kwargs)
-
-    return check_grads
+    watch = _watch.get()
+    if watch is not None:
+        watch.buckets = self
+    return original(self, *args, **kwargs)
 
 
-def noted(original: Function) -> Function:
+@around
+def noted(
+    original: Function,
+    self: Any,
+    result: Any,
+    rejection_func: Any,
+    message: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     """Remember what is wrong instead of ending one rank alone."""
-
-    def validate_result(
-        self: Any, result: Any, rejection_func: Any, message: str, *args: Any, **kwargs: Any
-    ) -> None:
-        watch = _watch.get()
-        if watch is None or rejection_func not in (torch.isnan, torch.isinf):
-            original(self, result, rejection_func, message, *args, **kwargs)
+    watch = _watch.get()
+    if watch is None or rejection_func not in (torch.isnan, torch.isinf):
+        original(self, result, rejection_func, message, *args, **kwargs)
+        return
+    is_bad = bool(rejection_func(result))
+    if is_bad:
+        watch.note(message, result)
+        if self.mode == type(self.mode).DISABLED:
+            with contextlib.suppress(RuntimeError):  # it would end this rank alone
+                original(self, result, lambda _: True, message, *args, **kwargs)
             return
-        is_bad = bool(rejection_func(result))
-        if is_bad:
-            watch.note(message, result)
-            if self.mode == type(self.mode).DISABLED:
-                with contextlib.suppress(RuntimeError):  # it would end this rank alone
-                    original(self, result, lambda _: True, message, *args, **kwargs)
-                return
-        original(self, result, lambda _: is_bad, message, *args, **kwargs)
-
-    return validate_result
+    original(self, result, lambda _: is_bad, message, *args, **kwargs)
 
 
-def ended(original: Function) -> Function:
+@around
+def ended(original: Function, self: Any) -> Any:
     """End all ranks with one sentence before Megatron would save."""
-
-    def should_checkpoint_and_exit(self: Any) -> Any:
-        watch = _watch.get()
-        judges = self.mode == type(self.mode).VALIDATE_RESULTS and self.first_iteration_complete
-        result = original(self)
-        # Had Megatron rejected anything on any rank, all would have computed it again.
-        if watch is None or (judges and watch.turns == 1):
-            return result
-        finding = of_any_rank(watch.finding, _first)
-        if finding is None:
-            return result
-        _, will_exit, _ = result
-        if will_exit and _is_tracked():
-            say_once(f"{finding}; what follows is up to Megatron's rerun machine.")
-            return result
-        stop(
-            f"{finding}; nothing of this iteration was taken or saved: resume from the last "
-            "checkpoint with other data, a lower learning rate or stronger clipping, or give "
-            "--no-check-for-nan-in-loss-and-grad to go on as Megatron then does."
-        )
-
-    return should_checkpoint_and_exit
-
-
-def _is_tracked() -> bool:
-    """Whether someone follows what the rerun machine rejects, and it can save."""
+    watch = _watch.get()
+    judges = self.mode == type(self.mode).VALIDATE_RESULTS and self.first_iteration_complete
+    result = original(self)
+    # Had Megatron rejected anything on any rank, all would have computed it again.
+    if watch is None or (judges and watch.turns == 1):
+        return result
+    finding = of_any_rank(watch.finding, _first)
+    if finding is None:
+        return result
+    _, will_exit, _ = result
     from megatron.training import get_args
 
     args = get_args()
-    return bool(args.save and getattr(args, "result_rejected_tracker_filename", None))
+    # Someone follows what the rerun machine rejects, and it can save.
+    if will_exit and args.save and getattr(args, "result_rejected_tracker_filename", None):
+        say_once(f"{finding}; what follows is up to Megatron's rerun machine.")
+        return result
+    stop(
+        f"{finding}; nothing of this iteration was taken or saved: resume from the last "
+        "checkpoint with other data, a lower learning rate or stronger clipping, or give "
+        "--no-check-for-nan-in-loss-and-grad to go on as Megatron then does."
+    )
 
 
 def _first(problems: list[str]) -> str:
@@ -195,9 +187,7 @@ def _gradient_clause(params: Iterable[Any], names: Mapping[Tensor, str]) -> str:
     grads = {names.get(param, "a parameter"): param.main_grad for param in params}
     bad = _bad(grads)
     if bad:
-        name, what = bad[0]
-        more = f" (as do those of {len(bad) - 1} more parameters)" if len(bad) > 1 else ""
-        return f"the gradient of {name} holds {what}{more}"
+        return f"the gradient of {bad}"
     largest = {name: float(grad.abs().max()) for name, grad in grads.items()}
     name = max(largest, key=lambda name: largest[name])
     return (
@@ -208,19 +198,17 @@ def _gradient_clause(params: Iterable[Any], names: Mapping[Tensor, str]) -> str:
 def _weights_clause(names: Mapping[Tensor, str]) -> str:
     # What this rank holds of them: other ranks do not take part.
     bad = _bad({name: local_of(param).detach() for param, name in names.items()})
-    if not bad:
-        return "though all weights of this rank are finite"
-    name, what = bad[0]
-    more = f" (as do {len(bad) - 1} more weights)" if len(bad) > 1 else ""
-    return f"and the weight {name} holds {what}{more}"
+    return f"and the weight {bad}" if bad else "though all weights of this rank are finite"
 
 
-def _bad(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Count what is not finite in each tensor that has such."""
+def _bad(tensors: Mapping[str, Tensor]) -> str | None:
+    """Say what is not finite in the first tensor that has such, and how many others do."""
     found = []
     for name, tensor in tensors.items():
         counts = {"NaN": int(tensor.isnan().sum()), "Inf": int(tensor.isinf().sum())}
         if any(counts.values()):
             said = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-            found.append((name, f"{said} among {tensor.numel()} elements"))
-    return found
+            found.append(f"{name} holds {said} among {tensor.numel()} elements")
+    if not found:
+        return None
+    return found[0] + (f" (as do {len(found) - 1} more)" if len(found) > 1 else "")

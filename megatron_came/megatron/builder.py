@@ -19,46 +19,39 @@ from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.cpu_offload import OffloadedCAME
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, is_used, local_groups
+from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, local_groups
 from megatron_came.megatron.parameter_names import FACTORED, identities
-from megatron_came.megatron.quantized import check_gather
 from megatron_came.megatron.rank_settings import arguments
 from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, chain_of, check_replicas
 from megatron_came.megatron.spikes import guard_spikes
 from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 from megatron_came.voice import say_once
 
 
-def with_came(original: Function) -> Function:
+@around
+def with_came(
+    original: Function, config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
+) -> Any:
     """Stand in for ``get_megatron_optimizer``."""
-    signature = inspect.signature(original)
-
-    def get_megatron_optimizer(
-        config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        given = signature.bind(config, model_chunks, *args, **kwargs).arguments
-        collection = kwargs.get("pg_collection", given.get("pg_collection"))
-        is_came = isinstance(config, CameOptimizerConfig)
-        if getattr(config, "optimizer", None) == "came" and not is_came:
-            config, is_came = CameOptimizerConfig.from_plain(config, arguments()), True
-        if is_came and not hasattr(config, "as_asked"):  # others' wrappers may lead here twice
-            settings = settings_of_model(config, model_chunks)
-            refuse(settings)
-            check_gather(model_chunks, gathers_fp8=getattr(settings, "fp8_param_gather", False))
-            config = agree(config, model_chunks, collection).as_standard()
-            parameter_rules.note(config.rule, model_chunks, connecting(collection))
-        elif not is_came and arguments() and collection is None:
-            tell_optimizer(config)
-        optimizer = original(config, model_chunks, *args, **kwargs)
-        share_gradient_dtype(chain_of(optimizer))
-        if is_came and config.spike_guard is not None:
-            guard_spikes(chain_of(optimizer), config.spike_guard)
-        return optimizer
-
-    return get_megatron_optimizer
+    given = inspect.signature(original).bind(config, model_chunks, *args, **kwargs).arguments
+    collection = kwargs.get("pg_collection", given.get("pg_collection"))
+    is_came = isinstance(config, CameOptimizerConfig)
+    if getattr(config, "optimizer", None) == "came" and not is_came:
+        config, is_came = CameOptimizerConfig.from_plain(config, arguments()), True
+    if is_came and not hasattr(config, "as_asked"):  # others' wrappers may lead here twice
+        refuse(settings_of_model(config, model_chunks))
+        config = agree(config, model_chunks, collection).as_standard()
+        parameter_rules.note(config.rule, model_chunks, connecting(collection))
+    elif not is_came and arguments() and collection is None:
+        tell_optimizer(config)
+    optimizer = original(config, model_chunks, *args, **kwargs)
+    share_gradient_dtype(chain_of(optimizer))
+    if is_came and config.spike_guard is not None:
+        guard_spikes(chain_of(optimizer), config.spike_guard)
+    return optimizer
 
 
 def share_gradient_dtype(chain: Iterable[Any]) -> None:
@@ -70,60 +63,47 @@ def share_gradient_dtype(chain: Iterable[Any]) -> None:
 
 
 def settings_of_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> SimpleNamespace:
-    """Return what is known where CAME is built, perhaps without a command line.
-
-    Args:
-        config: of the optimizer.
-        model_chunks: the model.
-    """
+    """Return what is known where CAME is built, perhaps without a command line."""
     configs = [getattr(model_chunks[0], name, None) for name in ("config", "ddp_config")]
     settings = {key: value for each in configs if each for key, value in vars(each).items()}
     settings = {**arguments(), **settings, **vars(config.settings)}
     return SimpleNamespace(**settings, model_chunks=model_chunks)
 
 
-def with_came_for_groups(original: Function) -> Function:
+@around
+def with_came_for_groups(original: Function, config: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand in for the builder of one group of optimizers."""
-
-    def _get_megatron_optimizer_based_on_param_groups(
-        config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if hasattr(config, "as_asked"):
-            return build(config.as_asked, *args, **kwargs)
-        if getattr(config, "optimizer", None) == "came":
-            raise UnsupportedError(
-                "--optimizer came is built by get_megatron_optimizer, and another package has "
-                "called what that calls: load megatron_came after that package, so that CAME's "
-                "comes first."
-            )
-        return original(config, *args, **kwargs)
-
-    return _get_megatron_optimizer_based_on_param_groups
+    if hasattr(config, "as_asked"):
+        return build(config.as_asked, *args, **kwargs)
+    if getattr(config, "optimizer", None) == "came":
+        raise UnsupportedError(
+            "--optimizer came is built by get_megatron_optimizer, and another package has "
+            "called what that calls: load megatron_came after that package, so that CAME's "
+            "comes first."
+        )
+    return original(config, *args, **kwargs)
 
 
 def build(
     config: CameOptimizerConfig,
     model_chunks: list[Any],
     param_groups: list[dict[str, Any]],
-    per_model_buffers: dict[int, list[Any]] | None = None,
     model_parallel_group: dist.ProcessGroup | None = None,
-    data_parallel_group: dist.ProcessGroup | None = None,
-    data_parallel_group_gloo: dist.ProcessGroup | None = None,
-    data_parallel_group_idx: int | None = None,
     intra_dist_opt_group: dist.ProcessGroup | None = None,
-    distributed_optimizer_instance_id: int = 0,
     pg_collection: Any | None = None,
+    **of_distributed: Any,
 ) -> MegatronOptimizer:
     """Build CAME in the wrapper that the precision and ``--use-distributed-optimizer`` ask for.
 
-    Takes the arguments of Megatron's ``_get_megatron_optimizer_based_on_param_groups``.
+    Takes the arguments of Megatron's ``_get_megatron_optimizer_based_on_param_groups``; what only
+    its ``DistributedOptimizer`` knows is for that.
 
     Raises:
         UnsupportedError: a weight that does not say how it is cut, or a group with ``factored``.
     """
     model_groups = ModelGroups.of(pg_collection)
     model_params = [list(group["params"]) for group in param_groups]
-    has_fsdp = is_used(model_chunks)
+    has_fsdp = bool(model_chunks[0].ddp_config.use_megatron_fsdp)
     if has_fsdp:  # which makes what it takes for replicas equal
         param_groups = local_groups(param_groups)
     elif model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
@@ -144,12 +124,8 @@ def build(
             _grad_scaler(config),
             _init_state,
             model_chunks=model_chunks,
-            per_model_buffers=per_model_buffers,
-            data_parallel_group=data_parallel_group,
-            data_parallel_group_gloo=data_parallel_group_gloo,
-            data_parallel_group_idx=data_parallel_group_idx,
-            distributed_optimizer_instance_id=distributed_optimizer_instance_id,
             model_groups=model_groups,
+            **{"distributed_optimizer_instance_id": 0, **of_distributed},
         )
         wrapper.grad_stats_parallel_group = intra_dist_opt_group
     else:

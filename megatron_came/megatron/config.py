@@ -11,10 +11,9 @@ from typing import Any, Self
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyperparameters
-from megatron_came.megatron.arguments import hyperparameters
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.rules import refuse
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 from megatron_came.voice import say_once
 
 # What CAME's flags say beyond its hyperparameters: ``--came-`` and the name.
@@ -24,36 +23,30 @@ _PREFIX = "came_"
 _SETTINGS = tuple(_PREFIX + name for name in (*(row.name for row in TABLE), *OWN))
 
 
-def with_came(original: Function) -> Function:
+@around
+def with_came(original: Function, args: Any) -> Any:
     """Let Megatron's reading of the arguments make a configuration of CAME's type."""
-
-    def get_megatron_optimizer_config(args: Any) -> Any:
-        if args.optimizer != "came":
-            return original(args)
-        # Some releases know no other names than those of their own optimizers.
-        standard = copy.copy(args)
-        standard.optimizer = "adam"
-        config, overrides = original(standard)
-        return CameOptimizerConfig.from_megatron(config, args), overrides
-
-    return get_megatron_optimizer_config
+    if args.optimizer != "came":
+        return original(args)
+    # Some releases know no other names than those of their own optimizers.
+    standard = copy.copy(args)
+    standard.optimizer = "adam"
+    config, overrides = original(standard)
+    return CameOptimizerConfig.from_plain(config, vars(args)), overrides
 
 
-def with_settings(original: Function) -> Function:
+@around
+def with_settings(original: Function, self: Any, *args: Any, **kwargs: Any) -> None:
     """Let a plain ``OptimizerConfig`` take CAME's settings: hosts pass on what they are given."""
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_PREFIX)}
-        original(self, *args, **kwargs)
-        if own and self.optimizer != "came":
-            raise UnsupportedError(
-                f"{next(iter(own))} is a setting of CAME, but OptimizerConfig has the optimizer "
-                f"{self.optimizer}: give it optimizer='came', or leave {', '.join(own)} out."
-            )
-        for name, value in own.items():
-            setattr(self, name, value)
-
-    return init
+    own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_PREFIX)}
+    original(self, *args, **kwargs)
+    if own and self.optimizer != "came":
+        raise UnsupportedError(
+            f"{next(iter(own))} is a setting of CAME, but OptimizerConfig has the optimizer "
+            f"{self.optimizer}: give it optimizer='came', or leave {', '.join(own)} out."
+        )
+    for name, value in own.items():
+        setattr(self, name, value)
 
 
 @dataclass
@@ -62,11 +55,10 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
 
     Args:
         came: hyperparameters beyond learning rate and weight decay, which stay Megatron's own.
-        kernels: as in :class:`megatron_came.CAME`.
+        kernels: as in :class:`megatron_came.CAME`, as is ``spike_guard``.
         momentum_dtype: "fp32", "bf16" or "int8".
         main_params: "fp32", or "remainder" for the lower halves alone; see
             :mod:`megatron_came.core.remainders`.
-        spike_guard: as in :class:`megatron_came.CAME`.
         rule: of each ``--came-rule`` its words, see :mod:`megatron_came.megatron.parameter_rules`.
         seed: of the rounding of momentum.
         why_plain: why all ranks compute in plain PyTorch, where some could do otherwise.
@@ -86,22 +78,12 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     why_plain: str | None = field(default=None, repr=False)
 
     @classmethod
-    def from_megatron(cls, config: Any, args: Any) -> Self:
-        """Turn Megatron's own configuration, made from its arguments, into one of this type."""
-        values = {f.name: getattr(config, f.name) for f in fields(OptimizerConfig)}
-        return cls(
-            **{**values, "optimizer": "came"},
-            came=hyperparameters(args),
-            **{name: getattr(args, f"came_{name}") for name in OWN},
-            seed=args.seed,
-        )
-
-    @classmethod
     def from_plain(cls, config: Any, args: Mapping[str, Any]) -> Self:
-        """Turn a host's ``OptimizerConfig(optimizer="came")`` into one of this type.
+        """Turn an ``OptimizerConfig``, Megatron's own or a host's, into one of this type.
 
         Args:
-            config: its ``came_*`` attributes, named as CAME's flags, are CAME's settings.
+            config: its ``came_*`` attributes, named as CAME's flags, are CAME's settings; those of
+                a host, whose optimizer it says is "came", are said.
             args: Megatron's arguments, if it has read any: they say what the attributes do not.
 
         Raises:
@@ -121,11 +103,13 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
             came = Hyperparameters(**own)
         except HyperparameterError as error:
             raise UnsupportedError(
-                f"{_PREFIX}{error.name} {error.value} of OptimizerConfig is not allowed: it must "
-                f"be {error.allowed}."
+                error.said_of(f"OptimizerConfig's {_PREFIX}{error.name}")
             ) from error
         values = {f.name: getattr(config, f.name) for f in fields(OptimizerConfig)}
-        made = cls(**values, came=came, **others, seed=int(args.get("seed") or 0))
+        values |= {"optimizer": "came", "seed": int(args.get("seed") or 0)}
+        made = cls(**values, came=came, **others)
+        if config.optimizer != "came":
+            return made
         usual = {**asdict(Hyperparameters()), **{name: getattr(cls, name) for name in OWN}}
         said = [
             f"{name} {known[name]}"
@@ -159,11 +143,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     ) -> Any:
         """Build the optimizer: Megatron-Bridge's ``setup_optimizer`` calls this, if it is there.
 
-        Args:
-            model_chunks: of the model, or the one that there is.
-            config_overrides: as for Megatron's ``get_megatron_optimizer``.
-            use_gloo_process_groups: likewise.
-            pg_collection: likewise.
+        Arguments are those of Megatron's ``get_megatron_optimizer``; a model may be one chunk.
 
         Raises:
             UnsupportedError: a model or settings that do not go with CAME.

@@ -29,11 +29,7 @@ def chosen(
 ) -> set[Tensor]:
     """Choose the parameters of an optimizer whose main weights are to lie on the CPU.
 
-    Args:
-        config: of Megatron's optimizer.
-        chunks: of the model.
-        params: of the optimizer, those of which this rank owns nothing included.
-        groups: where copies of tied embeddings are.
+    Its parameters are all, those of which this rank owns nothing included.
     """
     if not config.optimizer_cpu_offload:
         return set()
@@ -82,13 +78,7 @@ class HostSlice:
 
     @classmethod
     def move(cls, local: Tensor, weight: Tensor, config: Any) -> HostSlice:
-        """Move main weights to the CPU; they stay the same object.
-
-        Args:
-            local: main weights, which may be the model's own.
-            weight: the model's own.
-            config: of Megatron's optimizer.
-        """
+        """Move main weights, perhaps the model's own, to the CPU; they stay the same object."""
         home, pins = weight.device, config.pin_cpu_params
         kept = new_on_host(local.numel(), local.dtype, home, pins and local.dtype == weight.dtype)
         local.data = kept.copy_(local.detach())

@@ -13,35 +13,36 @@ from megatron_came.core.diagnostics import Sums, kind_of
 from megatron_came.dtensors import is_dtensor
 from megatron_came.megatron.parameter_names import named_parameters
 from megatron_came.megatron.sharding import chain_of
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 
 
-def logged(original: Function) -> Function:
+@around
+def logged(
+    original: Function,
+    forward_step_func: Any,
+    data: Any,
+    model: Any,
+    optimizer: Any,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
     """Write figures of a step that was taken, at the log interval."""
+    from megatron.training import get_args
 
-    def train_step(
-        forward_step_func: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any
-    ) -> Any:
-        from megatron.training import get_args
-
-        result = original(forward_step_func, data, model, optimizer, *rest, **kwargs)
-        args = get_args()
-        iteration = getattr(args, "curr_iteration", 0) + 1
-        is_asked = getattr(args, "came_log_diagnostics", False) and args.optimizer == "came"
-        is_skipped = result[1]
-        if is_asked and not is_skipped and iteration % args.log_interval == 0:
-            _write(figures_of(model, optimizer), iteration)
-        return result
-
-    return train_step
+    result = original(forward_step_func, data, model, optimizer, *rest, **kwargs)
+    args = get_args()
+    iteration = getattr(args, "curr_iteration", 0) + 1
+    is_asked = getattr(args, "came_log_diagnostics", False) and args.optimizer == "came"
+    is_skipped = result[1]
+    if is_asked and not is_skipped and iteration % args.log_interval == 0:
+        _write(figures_of(model, optimizer), iteration)
+    return result
 
 
 def figures_of(model: Sequence[Any], optimizer: Any) -> dict[str, dict[str, float]]:
-    """Return the figures of the whole model; a collective.
+    """Return the figures of the whole model, after a step and before its gradients are gone.
 
-    Args:
-        model: chunks of this rank.
-        optimizer: Megatron's, perhaps a chain, after a step and before its gradients are gone.
+    A collective.
     """
     kinds = {param: kind_of(name) for name, param in named_parameters(model)}
     total = Sums.zero()

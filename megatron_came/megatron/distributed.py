@@ -18,20 +18,12 @@ from megatron_came.core.saved import (
     set_momentum,
     set_weights,
 )
-from megatron_came.core.shard import Shard
 from megatron_came.core.state import FACTORS, REMAINDER
-from megatron_came.megatron.checkpoints.buckets import (
-    arrange,
-    arrangement_problem,
-    cast_momentum,
-    offsets_as_gathered,
-    spans_of,
-    with_padding,
-)
+from megatron_came.megatron.checkpoints import buckets
 from megatron_came.megatron.checkpoints.contents import damaged, factors_problem
 from megatron_came.megatron.checkpoints.digests.verifying import note_slice, watched
 from megatron_came.megatron.checkpoints.factors import FORMAT, load_factors, sharded_factors
-from megatron_came.megatron.checkpoints.groups import own_settings_kept
+from megatron_came.megatron.checkpoints.groups import own_settings_kept, without_params
 from megatron_came.megatron.compat.distributed_optimizer import (
     PRECISION_AWARE,
     DistributedOptimizer,
@@ -40,8 +32,8 @@ from megatron_came.megatron.compat.distributed_optimizer import (
 from megatron_came.megatron.cpu_offload import HostSlice, chosen, on_host_of
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.offload import Offloaded
-from megatron_came.megatron.parameter_names import Identity, identity_of, own_settings
-from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.megatron.parameter_names import Identity
+from megatron_came.megatron.sharding import ModelGroups, adopt
 from megatron_came.megatron.spikes import WithSpikeGuard
 from megatron_came.optimizer import CAME
 from megatron_came.step import are_same
@@ -67,7 +59,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
     Args:
         optimizer: None on a rank without parameter groups.
         config: see :class:`megatron_came.megatron.config.CameOptimizerConfig`.
-        args: further arguments of ``DistributedOptimizer``.
+        args: further arguments of ``DistributedOptimizer``, as ``kwargs`` are.
         model_groups: process groups of the parameters' other shards.
         identities: of the parameters, where the rounding of momentum depends on these.
         kwargs: as ``args``.
@@ -111,53 +103,34 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
             self._owned.update(zip(params, here, strict=True))
         moved = chosen(config, self.model_chunks, chain(*model_params), model_groups)
         on_host: dict[Tensor, HostSlice] = {}
-        shards: dict[Tensor, Shard] = {}
-        names: dict[Tensor, str] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             for param in params:
-                identity = None
-                if identities is not None:
-                    identity = identity_of(param, identities, model_groups.tp_of(param))
-                local, shard = self._local_of(param, model_groups, identity)
-                if identity is not None:
-                    names[local] = identity.name
-                if not shard.numel:
+                start, stop = self._range_of(param)
+                empty = torch.empty(0, dtype=torch.float32, device=param.device)
+                local = self._owned.get(param, empty)
+                if start == stop:
                     group["params"].append(local)
                 if param in moved:
-                    weight = param.detach().view(-1)[shard.start : shard.stop]
+                    weight = param.detach().view(-1)[start:stop]
                     on_host[local] = HostSlice.move(local, weight, config)
-                shards[local] = shard
                 self._pairs.append((param, local))
-        own = {local: own_settings(param) for param, local in self._pairs}
-        self.optimizer.set_shards(shards, None if identities is None else names, own)
         if config.optimizer_cpu_offload:
             self.optimizer.keep_on_host(on_host)
-        self.optimizer.init_state()
+        adopt(self.optimizer, self._pairs, model_groups, identities, self._where)
         if self._in_place and not (has_remainders or self._quantizes):
             weights = chain.from_iterable(self.shard_float16_groups)
             self.optimizer.set_model_weights(
                 dict(zip(chain.from_iterable(mains), weights, strict=True))
             )
 
-    def _local_of(
-        self, param: Tensor, model_groups: ModelGroups, identity: Identity | None
-    ) -> tuple[Tensor, Shard]:
-        """Return what the optimizer updates of a parameter on this rank, and where it lies."""
-        owned = param in self._owned
-        start, stop = self._range_of(param) if owned else (0, 0)
-        shard = shard_of(
-            param,
-            model_groups,
-            start=start,
-            stop=stop,
-            dp_group=self.data_parallel_group,
-            identity=identity,
-        )
-        empty = torch.empty(0, dtype=torch.float32, device=param.device)
-        return self._owned[param] if owned else empty, shard
+    def _where(self, param: Tensor) -> dict[str, Any]:
+        start, stop = self._range_of(param)
+        return {"start": start, "stop": stop, "dp_group": self.data_parallel_group}
 
     def _range_of(self, param: Tensor) -> tuple[int, int]:
         """First and last element + 1 of the slice of a parameter that this rank owns."""
+        if param not in self._owned:
+            return 0, 0
         here = self._get_model_param_range_map(param)["param"]
         return here.start, here.end
 
@@ -262,15 +235,8 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Parameter groups without parameters, and the loss scale."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        state: dict[str, Any] = {
-            "optimizer": {
-                "param_groups": [
-                    {key: value for key, value in group.items() if key != "params"}
-                    for group in groups
-                ]
-            }
-        }
+        groups = without_params(self.optimizer.state_dict()["param_groups"])
+        state: dict[str, Any] = {"optimizer": {"param_groups": groups}}
         if self.grad_scaler:
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
@@ -302,7 +268,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
 
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's, which before 0.20 reads behind padded buckets at the wrong places."""
-        with offsets_as_gathered(self.buffers):
+        with buckets.offsets_as_gathered(self.buffers):
             return super().sharded_param_state_fully_reshardable(*args, **kwargs)
 
     def get_parameter_state_dp_reshardable(self) -> dict[Any, Any]:
@@ -312,10 +278,12 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         dtypes = {"param": torch.float32, "exp_avg": self._saved_dtype}
         for index, ranges in enumerate(self.gbuf_ranges):
             for dtype in ranges:
-                buckets = zip(state[index][dtype], self.buffers[index].buckets, strict=True)
+                found = zip(state[index][dtype], self.buffers[index].buckets, strict=True)
                 state[index][dtype] = [
-                    with_padding(pieces, bucket, (group.rank(), group.size()), dtypes, device)
-                    for pieces, bucket in buckets
+                    buckets.with_padding(
+                        pieces, bucket, (group.rank(), group.size()), dtypes, device
+                    )
+                    for pieces, bucket in found
                 ]
         return state
 
@@ -332,11 +300,11 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         """As Megatron's, with the factors; a chain of optimizers saves what this returns."""
         state = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is not None:
-            cast_momentum(state, self._saved_dtype)
+            buckets.cast_momentum(state, self._saved_dtype)
             state["came"] = {
                 "format": FORMAT,
                 "parameters": self._legacy_factors(),
-                "spans": spans_of(self.buffers),
+                "spans": buckets.spans_of(self.buffers),
             }
         return state
 
@@ -352,8 +320,8 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         if problem[0]:
             stop(problem[0])
         if state_dict is not None:
-            arrange(state_dict, self.buffers)
-            cast_momentum(state_dict, torch.float32)
+            buckets.arrange(state_dict, self.buffers)
+            buckets.cast_momentum(state_dict, torch.float32)
         super().load_parameter_state_from_dp_zero(state_dict, **kwargs)
         for position, factors in enumerate(self._legacy_factors()):
             for key, mine in factors.items():
@@ -392,7 +360,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
             for key, value in factors.items():
                 if value.dtype != torch.float32:
                     return damaged(f"its distrib_optim.pt has {key} in {value.dtype}, not in fp32")
-        return arrangement_problem(state_dict, self.buffers)
+        return buckets.arrangement_problem(state_dict, self.buffers)
 
 
 def _shape_of(value: Any) -> tuple[int, ...] | None:

@@ -18,18 +18,13 @@ from megatron_came.core.shard import Shard
 from megatron_came.megatron.checkpoints.digests.leaves import unwrapped
 from megatron_came.megatron.checkpoints.digests.verifying import watched
 from megatron_came.megatron.checkpoints.factors import FORMAT
-from megatron_came.megatron.checkpoints.groups import own_settings_kept
+from megatron_came.megatron.checkpoints.groups import own_settings_kept, without_params
 from megatron_came.megatron.checkpoints.megatron_fsdp import sharded_state
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.megatron.sharding import ModelGroups, adopt
 from megatron_came.optimizer import CAME
 from megatron_came.voice import of_all_ranks, stop
-
-
-def is_used(model_chunks: Sequence[Any]) -> bool:
-    """Whether Megatron-FSDP holds the model."""
-    return bool(model_chunks[0].ddp_config.use_megatron_fsdp)
 
 
 def local_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -43,11 +38,12 @@ def local_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
     """Megatron's ``DistributedOptimizer`` around :class:`megatron_came.CAME`, for Megatron-FSDP.
 
-    Megatron-FSDP keeps main weights and gradients, and copies the weights to the model.
+    Megatron-FSDP keeps main weights and gradients, and copies the weights to the model. The buffers
+    are cut among the data-parallel group.
 
     Args:
         optimizer: of the groups that :func:`local_groups` returns; None on a rank without any.
-        args: further arguments of ``DistributedOptimizer``.
+        args: further arguments of ``DistributedOptimizer``, as ``kwargs`` are.
         params: the DTensors, by parameter group.
         model_groups: process groups of the parameters' other shards.
         data_parallel_group: ranks among which the buffers are cut.
@@ -70,17 +66,18 @@ class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
         self._pairs: list[tuple[Any, Tensor]] = []
         if optimizer is None:
             return
-        for group, here in zip(optimizer.param_groups, params, strict=True):
-            self._pairs += zip(here, group["params"], strict=True)
+        for own, here in zip(optimizer.param_groups, params, strict=True):
+            self._pairs += zip(here, own["params"], strict=True)
         is_cut = self.ddp_config.data_parallel_sharding_strategy != "no_shard"
-        starts = _starts(self._pairs, data_parallel_group if is_cut else None)
-        optimizer.set_shards(
-            {
-                local: _shard_of(param, local, start, model_groups, data_parallel_group, is_cut)
-                for (param, local), start in zip(self._pairs, starts, strict=True)
-            }
-        )
-        optimizer.init_state()
+        group = data_parallel_group if is_cut else None
+        whole = [(param.orig_param, local) for param, local in self._pairs]
+        at = {
+            param: {"start": start, "stop": start + local.numel(), "dp_group": group}
+            for (param, local), start in zip(whole, _starts(self._pairs, group), strict=True)
+        }
+        adopt(optimizer, whole, model_groups, where=at.__getitem__)
+        for param, local in self._pairs:
+            _check_cut(param, optimizer.shard_of(local))
 
     def get_parameters(self) -> list[Tensor]:
         """The DTensors, which have the gradients that Megatron clips."""
@@ -121,10 +118,7 @@ class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
             "came": {"format": FORMAT, "parameters": {}},
         }
         if not is_loading:  # otherwise there are as many as there are in the checkpoint
-            state["param_groups"] = [
-                {key: value for key, value in group.items() if key != "params"}
-                for group in self.optimizer.param_groups
-            ]
+            state["param_groups"] = without_params(self.optimizer.param_groups)
         return state
 
     def state_dict(self) -> Any:
@@ -169,21 +163,7 @@ def _starts(pairs: Sequence[tuple[Any, Tensor]], group: dist.ProcessGroup | None
     return [sum(before) for before in zip([0] * len(pairs), *counts[: group.rank()], strict=True)]
 
 
-def _shard_of(
-    param: Any,
-    local: Tensor,
-    start: int,
-    model_groups: ModelGroups,
-    group: dist.ProcessGroup,
-    is_cut: bool,
-) -> Shard:
-    shard = shard_of(
-        param.orig_param,
-        model_groups,
-        start=start,
-        stop=start + local.numel(),
-        dp_group=group if is_cut else None,
-    )
+def _check_cut(param: Any, shard: Shard) -> None:
     whole = list(shard.shape)
     if shard.tp_dim is not None:
         whole[shard.tp_dim] *= shard.tp_size
@@ -193,4 +173,3 @@ def _shard_of(
             f"shard of {tuple(param.shape)}, which the weight does not say (tensor_model_parallel, "
             "partition_dim): use layers that do, or --tensor-model-parallel-size 1."
         )
-    return shard

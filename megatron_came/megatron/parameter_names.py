@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
@@ -43,15 +44,9 @@ class Identity:
     is_local: bool = False
 
     def fits(self, shape: tuple[int, ...], tp_dim: int, tp_size: int, tp_rank: int) -> bool:
-        """Whether tensor parallelism cuts the parameter so that it begins there.
+        """Whether tensor parallelism cuts a parameter of this local shape so that it begins there.
 
         It cuts otherwise a Mamba layer's projections, which are stacked and of unlike sizes.
-
-        Args:
-            shape: of the local tensor.
-            tp_dim: dimension along which it is cut.
-            tp_size: into how many local tensors.
-            tp_rank: which of them this is.
         """
         stacked, rows = len(self.offsets), max(len(shape) - 2, 0)
         size, rest = divmod(shape[tp_dim], stacked)
@@ -79,14 +74,22 @@ def within_wrappers(name: str) -> str:
     return re.sub(r"^(module\.)+", "", name)
 
 
+def sharded_entries(state: Mapping[str, Any]) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    """Return what a sharded state dictionary holds of tensors."""
+    return iter(nested_values(extract_sharded_tensors_and_factories(dict(state))[0]))
+
+
+def boxes_in(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """Return the boxes that an entry consists of: SwiGLU's halves, experts, or itself."""
+    return [entry] if isinstance(entry, ShardedTensor) else list(nested_values(entry.build()))
+
+
 def identities(model_chunks: Iterable[Any]) -> dict[Tensor, Identity]:
     """Identify the parameters of a model, given its modules."""
     found: dict[Tensor, Identity] = {}
     for chunk in model_chunks:
-        state = extract_sharded_tensors_and_factories(chunk.sharded_state_dict())[0]
-        for entry in nested_values(state):
-            single = isinstance(entry, ShardedTensor)
-            leaves = [entry] if single else list(nested_values(entry.build()))
+        for entry in sharded_entries(chunk.sharded_state_dict()):
+            leaves = boxes_in(entry)
             axes = leaves[0].prepend_axis_num
             above = "".join(f"[{offset}]" for offset in leaves[0].global_offset[:axes])
             found[entry.data] = Identity(

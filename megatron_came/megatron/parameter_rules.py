@@ -20,7 +20,7 @@ from megatron_came.megatron.parameter_names import (
     named_parameters,
     within_wrappers,
 )
-from megatron_came.voice import say_once
+from megatron_came.voice import collectives_device, say_once
 
 FLAG = "--came-rule"
 
@@ -46,11 +46,7 @@ class ParameterRule(NamedTuple):
 
 
 def parsed(given: Sequence[Sequence[str] | str] | None) -> list[ParameterRule]:
-    """Read the words of all rules.
-
-    Args:
-        given: of each a pattern and ``NAME=VALUE`` words, in a list or one text; a name as in a
-            flag of CAME's.
+    """Read all rules: of each a pattern and ``NAME=VALUE`` words, in a list or one text.
 
     Raises:
         ValueError: no setting, one that is unknown, or a value that is not allowed.
@@ -65,9 +61,7 @@ def parsed(given: Sequence[Sequence[str] | str] | None) -> list[ParameterRule]:
         try:
             Hyperparameters(**{k: v for k, v in settings.items() if k != FACTORED})
         except HyperparameterError as error:
-            raise ValueError(
-                f"{typed}: {error.name} {error.value} is not allowed: it must be {error.allowed}."
-            ) from error
+            raise ValueError(error.said_of(f"{typed}: {error.name}")) from error
         rules.append(ParameterRule(pattern, settings, typed))
     return rules
 
@@ -93,10 +87,8 @@ def note(
 ) -> None:
     """Give parameters what the rules say of them, see :func:`give`; a collective if there are any.
 
-    Args:
-        given: as for :func:`parsed`, the same on all ranks.
-        model_chunks: what this rank holds of the model.
-        everyone: groups that together, one after the other, connect the ranks of the model.
+    The rules are the same on all ranks; ``everyone`` are groups as :func:`.agreement.connecting`
+    returns them.
 
     Raises:
         UnsupportedError: on all ranks, if a rule matches no parameter of any, or would leave
@@ -110,10 +102,9 @@ def note(
     matches = [any(fnmatchcase(name, rule.pattern) for name in names) for rule in rules]
     # A pipeline stage may have none that a rule matches.
     found = torch.tensor([matches, [_parts(rule, names) for rule in rules]], dtype=torch.float64)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dist.is_initialized():
         groups = (dist.group.WORLD if group is None else group for group in everyone)
-        largest(found, filter(None, groups), device)
+        largest(found, filter(None, groups), torch.device(collectives_device()))
     example = f", as {names[0]!r} is" if names else ""
     for rule, is_matched, is_parted in zip(rules, *found.tolist(), strict=True):
         if is_parted:

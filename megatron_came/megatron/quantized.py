@@ -6,13 +6,8 @@ others. What is asked about its layout, or about its values, is asked of a plain
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
-from torch.nn import Module
-
-from megatron_came.megatron.errors import UnsupportedError
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -26,18 +21,3 @@ def plain(tensor: Tensor) -> Tensor:
         return tensor
     values: Tensor = dequantize_fp8_tensor(tensor.detach())
     return values
-
-
-def check_gather(model_chunks: Iterable[Module], *, gathers_fp8: bool) -> None:
-    """Make sure that somebody quantises the weights that are to be updated.
-
-    Raises:
-        UnsupportedError: a weight is in fp8, but not gathered in it.
-    """
-    trained = (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad)
-    found = next(filter(is_quantized, trained), None)
-    if found is not None and not gathers_fp8:
-        raise UnsupportedError(
-            f"--optimizer came: a weight of shape {tuple(found.shape)} is in fp8, which is "
-            "supported with --fp8-param-gather alone: add that, or keep weights in bf16."
-        )

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_came import __version__
 from megatron_came.megatron.config import OWN
 from megatron_came.rules import flag_of
+from megatron_came.voice import some
 
 Settings = dict[str, str]
 
@@ -53,9 +54,7 @@ _ENVIRONMENT = (
 def settings_of(config: Any) -> Settings:
     """Return what decides a run's numbers on this rank: as flags, their values as text.
 
-    Args:
-        config: a ``CameOptimizerConfig``; Megatron's arguments are added where its training loop
-            has read some.
+    To a ``CameOptimizerConfig`` come Megatron's arguments, where its training loop has read some.
     """
     from megatron.core import __version__ as megatron
 
@@ -112,11 +111,7 @@ def parameters_of(named: Mapping[str, Tensor]) -> Settings:
 
 
 def difference(found: Mapping[int, Settings]) -> str | None:
-    """Say in one clause where the ranks' settings differ, or return None.
-
-    Args:
-        found: by rank.
-    """
+    """Say in one clause where the settings of ranks differ, or return None."""
     names = dict.fromkeys(name for settings in found.values() for name in settings)
     clauses = []
     for name in names:
@@ -150,6 +145,6 @@ def names_of(ranks: list[int]) -> str:
     """As ``rank 3`` or ``ranks 0, 1 and 2``; of many, the first few and how many more."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    if len(ranks) > 8:
-        return f"ranks {', '.join(map(str, ranks[:4]))} and {len(ranks) - 4} more"
-    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+    numbers = [*map(str, ranks)]
+    shown = some(numbers, 4) if len(ranks) > 8 else f"{', '.join(numbers[:-1])} and {numbers[-1]}"
+    return f"ranks {shown}"

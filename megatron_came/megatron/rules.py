@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megatron_came.core.momentum import MOMENTUM_DTYPES
-from megatron_came.dtensors import is_dtensor
+from megatron_came.megatron import rule_conditions as conditions
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.fp8_rules import RULES as FP8_RULES
-from megatron_came.megatron.fsdp_rules import MEGATRON_FSDP_RULES, SHARDING, has_checkpoints
-from megatron_came.megatron.offload_rules import OFFLOAD_RULES
-from megatron_came.rules import Rule, refusal, value
-from megatron_came.versions import before
+from megatron_came.rules import Rule, Settings, name_of, refusal
+from megatron_came.versions import SUPPORTED, before
 
 # Values of CAME's flags that are looked at here: argparse would print all of Megatron's flags
 # before its sentence.
@@ -22,231 +21,288 @@ CHOICES = {
     "--came-main-params": ("fp32", "remainder"),
 }
 
-_REMAINDER = "--came-main-params remainder"
-_LEAVE_OUT = "leave it out, or use --optimizer adam"
-_SEPARATE = "leave it out: CAME has statistics of its own for each expert"
-_SHARDS = "leave it out and use --tensor-model-parallel-size"
-_EXPERT_SHARDS = "leave it out and use --expert-tensor-parallel-size"
+_REMAINDER, _OFFLOAD = "--came-main-params remainder", "--optimizer-cpu-offload"
+_FP8, _REUSED = "--fp8-param-gather", "--reuse-grad-buf-for-mxfp8-param-ag"
+_FSDP, _FSDP2 = "--use-megatron-fsdp", "--use-torch-fsdp2"
+_SHARDING = "use --use-distributed-optimizer, which shards CAME's momentum and main weights"
+_DISTRIBUTED = "the distributed optimizer: add --use-distributed-optimizer"
+_ONE, _OUT = "leave one of them out", "leave it out"
+_OTHER_OPTIMIZER = "leave it out, or use --optimizer adam"
+_OLDER = before("0.19")
 
 
 def _not_with(flag: str, remedy: str, what: str = "{given}", **more: Any) -> Rule:
     return Rule(f"--optimizer came does not go with {what}: {remedy}.", flag, **more)
 
 
-def _has_remainders(settings: Any) -> bool:
-    return bool(settings.came_main_params == "remainder")
+def _beside(
+    other: str, *rows: tuple[Any, ...], when: Callable[[Settings], object] | None = None
+) -> tuple[Rule, ...]:
+    """Refuse flags beside another one.
 
-
-def _has(weights: str) -> Callable[[Any], bool]:
-    """Return a condition: remainders, and weights of a dtype that they cannot complete."""
-    return lambda settings: (
-        _has_remainders(settings)
-        and not settings.bf16
-        and bool(settings.fp16) == (weights == "fp16")
-    )
-
-
-def _cut_offsets(settings: Any) -> bool:
-    """Whether attention learns offsets, which tensor parallelism cuts without saying so."""
-    learns = value("softmax_type")(settings) == "learnable"
-    return learns and bool(settings.tensor_model_parallel_size > 1)
-
-
-def _is_mimo(settings: Any) -> bool:
-    model = next(iter(getattr(settings, "model_chunks", ())), None)
-    if model is None:
-        return False  # on the command line
-    from megatron.core.models.mimo.model.base import MimoModel
-
-    while not isinstance(model, MimoModel) and hasattr(model, "module"):
-        model = model.module  # out of its wrappers
-    return isinstance(model, MimoModel)
-
-
-# Experts whose layout a release before 0.19 does not say.
-
-
-def _experts(settings: Any) -> Iterator[Any]:
-    """All modules that hold the experts of a layer."""
-    from megatron.core.transformer.moe.moe_layer import BaseMoELayer
-
-    if value("num_moe_experts")(settings):
-        for chunk in getattr(settings, "model_chunks", ()):
-            for module in chunk.modules():
-                if isinstance(module, BaseMoELayer):
-                    yield module.experts
-
-
-def _reduces_experts_wrongly(settings: Any) -> bool:
-    return bool(
-        value("num_moe_experts")(settings)
-        and settings.expert_model_parallel_size == 1
-        and settings.expert_tensor_parallel_size != settings.tensor_model_parallel_size
-    )
-
-
-def _packs_experts(settings: Any) -> bool:
-    return any(type(experts).__name__ == "GroupedMLP" for experts in _experts(settings))
-
-
-def _cuts_experts_in_silence(settings: Any) -> bool:
-    return any(
-        base.__module__.split(".")[0] == "transformer_engine"
-        for experts in _experts(settings)
-        for module in experts.modules()
-        for base in type(module).__mro__
-    )
-
-
-# FSDP2: what Megatron asserts in many words, and what has no place in its checkpoints.
-_FSDP2 = "--use-torch-fsdp2"
-
-
-def _beside_fsdp2(flag: str, remedy: str, **more: Any) -> Rule:
-    sentence = f"{{given}} does not go with {_FSDP2}: {remedy}."
-    return Rule(sentence, flag, when=value("use_torch_fsdp2"), **more)
-
-
-def _fsdp2_saves_unlike_rows(settings: Any) -> bool:
-    """Whether FSDP2 cuts weights so that Megatron cannot save them.
-
-    That is into unlike numbers of rows, or with rows of both of SwiGLU's projections on a rank.
+    Args:
+        other: the other one.
+        rows: of each flag what to do, perhaps values that are not refused, and the flag's name
+            among the settings where it is another.
+        when: what says that the other is given, where that is not its value.
     """
-    needs_names = value("came_momentum_dtype")(settings) != "fp32"
-    if not (value("use_torch_fsdp2")(settings) and (has_checkpoints(settings) or needs_names)):
-        return False
-    params = (p for chunk in getattr(settings, "model_chunks", ()) for p in chunk.parameters())
-    cuts = {(len(p), p.device_mesh.size()) for p in params if is_dtensor(p) and p.dim()}
-    halves = 2 if value("gated_linear_unit")(settings) else 1
-    return any(rows % size or (size > 1 and size % halves) for rows, size in cuts)
+    return tuple(
+        Rule(
+            f"--optimizer came: {{given}} does not go with {other}: {remedy}.",
+            flag,
+            when=when or (lambda s: getattr(s, name_of(other))),
+            **dict(zip(("works", "argument"), more, strict=False)),
+        )
+        for flag, remedy, *more in rows
+    )
 
 
-_OLDER = {"releases": before("0.19")}
+def _needs(what: str, needed: str, when: Callable[[Settings], object]) -> Rule:
+    return Rule(f"--optimizer came: {what} needs {needed}, or leave {what} out.", when=when)
+
+
+def _has_remainders(s: Settings) -> bool:
+    return bool(s.came_main_params == "remainder")
+
+
+def _overwrites_gradients(s: Settings) -> bool:
+    """Whether the step writes weights where gradients are."""
+    return bool(s.reuse_grad_buf_for_mxfp8_param_ag and not s.overlap_param_gather)
+
+
+def _has_other_main_weights(s: Settings) -> bool:
+    """Whether Megatron-FSDP is to keep main weights in another dtype; None is the model's."""
+    name = "megatron_fsdp_main_params_dtype"
+    return s.use_megatron_fsdp and name in s and getattr(s, name) not in ("fp32", torch.float32)
+
 
 RULES = (
     *(
         Rule("{given} is not allowed: use " + " or ".join(values) + ".", flag, works=values)
         for flag, values in CHOICES.items()
     ),
-    *OFFLOAD_RULES,
-    _not_with("--use-precision-aware-optimizer", _LEAVE_OUT),
-    *MEGATRON_FSDP_RULES,
-    _not_with("--optimizer-cuda-graph", _LEAVE_OUT),
-    *FP8_RULES,
+    *_beside(
+        _OFFLOAD,
+        (_FSDP, _ONE),
+        (_FSDP2, _ONE),
+        ("--rl-offload-optimizer-during-inference", _ONE),
+        # They look at main weights, and expect them on a GPU.
+        ("--log-params-norm", _OUT),
+        ("--qk-clip", _OUT),
+        (_FP8, _ONE),
+        # The process that writes would see tensors of a CPU change: they are not copied.
+        ("--async-save", _OUT),
+    ),
+    _needs(
+        _OFFLOAD,
+        _DISTRIBUTED,
+        lambda s: s.optimizer_cpu_offload and not s.use_distributed_optimizer,
+    ),
+    Rule(
+        "--optimizer-offload-fraction {at.optimizer_offload_fraction} is not allowed: it must be "
+        "from 0 to 1.",
+        when=lambda s: (
+            s.optimizer_cpu_offload and not 0 <= (s.optimizer_offload_fraction or 0) <= 1
+        ),
+    ),
+    _not_with("--use-precision-aware-optimizer", _OTHER_OPTIMIZER),
+    # What has not been shown to be exact, or does not work, with Megatron-FSDP.
+    _not_with(
+        _FSDP,
+        f"{_SHARDING}, or Megatron 0.19",
+        "{given} on Megatron {release}",
+        releases=tuple(each for each in SUPPORTED if each != "0.19"),
+    ),
+    Rule(
+        "{given} needs --ckpt-format fsdp_dtensor, also where nothing is saved: add it.",
+        _FSDP,
+        when=lambda s: s.ckpt_format not in (None, "fsdp_dtensor"),
+    ),
+    *_beside(
+        _FSDP,
+        ("--num-distributed-optimizer-instances", "use 1", (1,)),
+        ("--pipeline-model-parallel-size", _SHARDING, (1,)),
+        ("--num-experts", _SHARDING, (), "num_moe_experts"),
+        ("--fp16", "use --bf16"),
+        ("--loss-scale", _OUT),
+        ("--fp8-format", _OUT, (), "fp8"),
+        ("--fp4-format", _OUT, (), "fp4"),
+        ("--cuda-graph-impl", "use none", ("none",)),
+        ("--init-model-with-meta-device", _OUT),
+        ("--use-nccl-ub", _OUT, (), "nccl_ub"),
+        ("--qk-clip", _OUT),
+        ("--rl-offload-optimizer-during-inference", _OUT),
+        ("--came-momentum-dtype", "use fp32", ("fp32",)),
+        ("--came-main-params", "use fp32", ("fp32",)),
+        ("--non-persistent-ckpt-type", _OUT),
+        ("--async-save", _OUT),
+        ("--came-rule", _OUT),
+    ),
+    Rule(
+        "--optimizer came does not go with --use-megatron-fsdp and another "
+        "--megatron-fsdp-main-params-dtype than fp32: use that.",
+        when=_has_other_main_weights,
+    ),
+    Rule(
+        "Megatron cannot save the two projections of {given} with --use-megatron-fsdp at "
+        "--data-parallel-sharding-strategy no_shard: use optim, or leave --save and --load out.",
+        "--swiglu",
+        when=lambda s: (
+            s.use_megatron_fsdp
+            and s.data_parallel_sharding_strategy == "no_shard"
+            and conditions.has_checkpoints(s)
+        ),
+    ),
+    _not_with("--optimizer-cuda-graph", _OTHER_OPTIMIZER),
+    # Weights in fp8, which Megatron quantises from fp32 main weights.
+    Rule(
+        "--optimizer came does not go with {given}, with whose weights neither its step nor its "
+        "checkpoints have been tested: leave it out, and weights are gathered in bf16.",
+        "--fp4-param-gather",
+    ),
+    _needs(
+        _FP8,
+        "the distributed optimizer, without FSDP: add --use-distributed-optimizer",
+        lambda s: (
+            s.fp8_param_gather
+            and (not s.use_distributed_optimizer or s.use_megatron_fsdp or s.use_torch_fsdp2)
+        ),
+    ),
+    _needs(
+        _FP8, "--bf16, for what is not in fp8: add it", lambda s: s.fp8_param_gather and not s.bf16
+    ),
+    Rule(
+        f"{_REMAINDER} completes bf16 weights, and {_FP8} keeps fp8 ones: leave one of them out.",
+        when=lambda s: s.fp8_param_gather and _has_remainders(s),
+    ),
+    Rule(
+        f"{{given}} does not go with {_FP8}, whose weights it saves as Transformer Engine's own "
+        "objects, which are not read here: use torch_dist.",
+        "--ckpt-format",
+        works=("torch_dist",),
+        when=lambda s: s.fp8_param_gather and conditions.has_checkpoints(s),
+    ),
+    *_beside(
+        _FP8,
+        ("--came-report-memory", f"it does not measure such weights, so {_ONE}"),
+        ("--qk-clip", f"it writes weights, which has not been tested with such, so {_ONE}"),
+    ),
+    Rule(
+        f"{{given}} does not go with {_REUSED} without --overlap-param-gather, whose weights are "
+        "written over the gradients that it looks at: add --overlap-param-gather, or leave one of "
+        "them out.",
+        "--came-log-diagnostics",
+        when=_overwrites_gradients,
+    ),
+    Rule(
+        f"--optimizer came does not go with {_REUSED} and experts on Megatron {{release}}, which "
+        "overwrites their gradients before their step: use Megatron 0.18, add "
+        f"--overlap-param-gather, or leave {_REUSED} out.",
+        when=lambda s: _overwrites_gradients(s) and (s.num_moe_experts or s.num_experts),
+        releases=before("0.18"),
+    ),
     # Megatron's validation derives these two from the flags.
     _not_with(
         "--tensor-parallel-num-weight-shards",
-        _SHARDS,
+        f"{_OUT} and use --tensor-model-parallel-size",
         argument="gtp_weight_remat_size",
         works=(1,),
     ),
     _not_with(
         "--expert-tensor-parallel-num-weight-shards",
-        _EXPERT_SHARDS,
+        f"{_OUT} and use --expert-tensor-parallel-size",
         argument="expert_gtp_weight_remat_size",
         works=(1,),
     ),
-    _not_with("--moe-single-grouped-weight", _SEPARATE),
-    _not_with("--moe-single-grouped-bias", _SEPARATE),
-    _not_with("--use-layer-wise-distributed-optimizer", SHARDING, "a layer-wise optimizer"),
-    _not_with("--use-legacy-models", "leave it out"),
+    *(
+        _not_with(flag, f"{_OUT}: CAME has statistics of its own for each expert")
+        for flag in ("--moe-single-grouped-weight", "--moe-single-grouped-bias")
+    ),
+    _not_with("--use-layer-wise-distributed-optimizer", _SHARDING, "a layer-wise optimizer"),
+    _not_with("--use-legacy-models", _OUT),
     _not_with("--yaml-cfg", "give the settings as flags"),
     Rule(
         "{given} does not go with --dist-ckpt-optim-fully-reshardable, whose optimizer state "
         "Megatron cannot save locally: leave that out, or use --non-persistent-ckpt-type global.",
         "--non-persistent-ckpt-type",
         works=("global",),
-        when=lambda settings: (
-            value("dist_ckpt_optim_fully_reshardable")(settings)
-            and value("use_distributed_optimizer")(settings)
-        ),
+        when=lambda s: s.dist_ckpt_optim_fully_reshardable and s.use_distributed_optimizer,
     ),
     Rule(
         "{given} and --use-checkpoint-opt_param-scheduler ask for the schedule of the flags and of "
         "the checkpoint: leave one of them out.",
         "--override-opt_param-scheduler",
-        when=value("use_checkpoint_opt_param_scheduler"),
+        when=lambda s: s.use_checkpoint_opt_param_scheduler,
     ),
     Rule(
         "{given} asks Megatron to hand back what a checkpoint lacks, which its training loop does "
         "not take: leave it out.",
         "--dist-ckpt-strictness",
-        when=lambda settings: settings.dist_ckpt_strictness.startswith("return_"),
+        when=lambda s: s.dist_ckpt_strictness.startswith("return_"),
     ),
-    _not_with(
+    _not_with(  # attention learns offsets, which tensor parallelism cuts without saying so
         "",
         "use another --softmax-type, or size 1",
         "--softmax-type learnable at --tensor-model-parallel-size above 1",
-        when=_cut_offsets,
-    ),
-    *(
-        Rule(
-            f"{_REMAINDER} completes bf16 weights, and the model's are {weights}: add --bf16, or "
-            f"leave {_REMAINDER} out.",
-            when=_has(weights),
-        )
-        for weights in ("fp16", "fp32")
+        when=lambda s: s.softmax_type == "learnable" and s.tensor_model_parallel_size > 1,
     ),
     Rule(
-        f"{_REMAINDER} needs the distributed optimizer: add --use-distributed-optimizer, or leave "
+        f"{_REMAINDER} completes bf16 weights, and the model's are fp16: add --bf16, or leave "
         f"{_REMAINDER} out.",
-        when=lambda settings: _has_remainders(settings) and not settings.use_distributed_optimizer,
+        when=lambda s: _has_remainders(s) and not s.bf16 and s.fp16,
     ),
-    *(  # they ask for main weights in fp32
-        Rule(
-            f"{_REMAINDER} does not go with {flag}: leave one of them out.",
-            flag,
-            when=_has_remainders,
-        )
-        for flag in ("--load-main-params-from-ckpt", "--log-params-norm", "--qk-clip")
+    Rule(
+        f"{_REMAINDER} completes bf16 weights, and the model's are fp32: add --bf16, or leave "
+        f"{_REMAINDER} out.",
+        when=lambda s: _has_remainders(s) and not s.bf16,
+    ),
+    _needs(
+        _REMAINDER,
+        _DISTRIBUTED,
+        lambda s: _has_remainders(s) and not s.use_distributed_optimizer,
+    ),
+    *_beside(  # they ask for main weights in fp32
+        _REMAINDER,
+        ("--load-main-params-from-ckpt", _ONE),
+        ("--log-params-norm", _ONE),
+        ("--qk-clip", _ONE),
+        when=_has_remainders,
     ),
     Rule(
         "--came-spike-guard {at.came_spike_guard} is not allowed: it must be a finite number above "
         "1.",
-        when=lambda settings: (
-            (factor := value("came_spike_guard")(settings)) is not None
-            and not 1.0 < factor < math.inf
-        ),
+        when=lambda s: s.came_spike_guard is not None and not 1.0 < s.came_spike_guard < math.inf,
     ),
     Rule(
         "--came-log-diagnostics writes to TensorBoard and W&B: add --tensorboard-dir or "
         "--wandb-project, or leave it out.",
         "--came-log-diagnostics",
-        when=lambda settings: (
-            not (value("tensorboard_dir")(settings) or value("wandb_project")(settings))
-        ),
+        when=lambda s: not (s.tensorboard_dir or s.wandb_project),
     ),
-    *(
-        _beside_fsdp2(flag, remedy, works=works)
-        for flag, remedy, works in (
-            ("--pipeline-model-parallel-size", "use 1", (1,)),
-            ("--expert-model-parallel-size", "use 1", (1,)),
-            ("--use-distributed-optimizer", "leave one of them out", ()),
-            ("--came-rule", "leave it out", ()),
-            ("--fp16", "use --bf16", ()),
-            ("--ckpt-format", "use torch_dist", ("torch_dist",)),
-            ("--non-persistent-ckpt-type", "use global", ("global",)),
-            ("--rl-offload-optimizer-during-inference", "leave it out", ()),
-            ("--came-report-memory", "leave it out", ()),
-        )
+    # FSDP2: what Megatron asserts in many words, and what has no place in its checkpoints.
+    *_beside(
+        _FSDP2,
+        ("--pipeline-model-parallel-size", "use 1", (1,)),
+        ("--expert-model-parallel-size", "use 1", (1,)),
+        ("--use-distributed-optimizer", _ONE),
+        ("--came-rule", _OUT),
+        ("--fp16", "use --bf16"),
+        ("--ckpt-format", "use torch_dist", ("torch_dist",)),
+        ("--non-persistent-ckpt-type", "use global", ("global",)),
+        ("--rl-offload-optimizer-during-inference", _OUT),
+        ("--came-report-memory", _OUT),
     ),
     Rule(
         f"{_FSDP2} needs weights of their own for embeddings and output: add "
         "--untie-embeddings-and-output-weights.",
-        when=lambda settings: (
-            value("use_torch_fsdp2")(settings)
-            and not getattr(settings, "untie_embeddings_and_output_weights", True)
-        ),
+        when=lambda s: s.use_torch_fsdp2 and s.untie_embeddings_and_output_weights is False,
     ),
     Rule(
-        "{given} is not supported with "
-        f"{_FSDP2} at --tensor-model-parallel-size above 1, where its random bits would depend on "
-        "the layout: leave it out, or use size 1.",
+        f"{{given}} is not supported with {_FSDP2} at --tensor-model-parallel-size above 1, where "
+        "its random bits would depend on the layout: leave it out, or use size 1.",
         "--came-momentum-dtype",
         works=("fp32",),
-        when=lambda settings: (
-            value("use_torch_fsdp2")(settings) and settings.tensor_model_parallel_size > 1
-        ),
+        when=lambda s: s.use_torch_fsdp2 and s.tensor_model_parallel_size > 1,
     ),
     # Where it is built.
     Rule(
@@ -254,26 +310,22 @@ RULES = (
         "the two projections of SwiGLU, and for that Megatron's checkpoints have no place: use a "
         "size that divides the rows of every weight and with SwiGLU is even, or leave --save and "
         "--load out and --came-momentum-dtype at fp32.",
-        when=_fsdp2_saves_unlike_rows,
+        when=conditions.fsdp2_saves_unlike_rows,
     ),
     Rule(
         f"{_FSDP2} on Megatron {{release}} saves the two projections of SwiGLU in the wrong order: "
         "leave it out, leave --save and --load out, or use Megatron 0.19.",
-        when=lambda settings: (
-            value("use_torch_fsdp2")(settings)
-            and value("gated_linear_unit")(settings)
-            and has_checkpoints(settings)
-        ),
-        releases=_OLDER["releases"],
+        when=lambda s: s.use_torch_fsdp2 and s.gated_linear_unit and conditions.has_checkpoints(s),
+        releases=_OLDER,
     ),
     Rule(
         "--optimizer came does not support MiMo models, which build their own optimizers: use "
         "--optimizer adam.",
-        when=_is_mimo,
+        when=conditions.is_mimo,
     ),
     Rule(
         "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on.",
-        when=lambda settings: not getattr(settings, "decoupled_weight_decay", True),
+        when=lambda s: s.decoupled_weight_decay is False,
     ),
     _not_with(
         "--expert-tensor-parallel-size",
@@ -281,8 +333,8 @@ RULES = (
         "{given} at --tensor-model-parallel-size {at.tensor_model_parallel_size} and "
         "--expert-model-parallel-size 1 on Megatron {release}, which reduces the gradients of such "
         "experts over the wrong ranks",
-        when=_reduces_experts_wrongly,
-        **_OLDER,
+        when=conditions.reduces_experts_wrongly,
+        releases=_OLDER,
     ),
     _not_with(
         "",
@@ -290,8 +342,8 @@ RULES = (
         "--moe-grouped-gemm out, or Megatron 0.19",
         "--moe-grouped-gemm where Megatron {release} packs all experts of a rank into one weight "
         "(its legacy GroupedMLP)",
-        when=_packs_experts,
-        **_OLDER,
+        when=conditions.packs_experts,
+        releases=_OLDER,
     ),
     _not_with(
         "--expert-tensor-parallel-size",
@@ -300,8 +352,13 @@ RULES = (
         "{given} and --transformer-impl transformer_engine on Megatron {release}, whose expert "
         "layers do not say how they are cut",
         works=(1,),
-        when=_cuts_experts_in_silence,
-        **_OLDER,
+        when=conditions.cuts_experts_in_silence,
+        releases=_OLDER,
+    ),
+    Rule(
+        "--optimizer came: weights are in fp8, which is supported with --fp8-param-gather alone: "
+        "add that, or keep weights in bf16.",
+        when=conditions.is_quantized_alone,
     ),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,13 @@ from torch import Tensor
 from megatron_came import dtensors
 from megatron_came.core.shard import ProcessGroup, Shard
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.parameter_names import Identity, is_factored
+from megatron_came.megatron.parameter_names import (
+    Identity,
+    identity_of,
+    is_factored,
+    own_settings,
+)
+from megatron_came.optimizer import CAME
 
 
 def chain_of(optimizer: Any) -> list[Any]:
@@ -118,6 +124,36 @@ def shard_of(
         copies_group=groups.embedding if getattr(param, "shared_embedding", False) else None,
         factored=is_factored(param),
     )
+
+
+def adopt(
+    came: CAME,
+    pairs: Collection[tuple[Tensor, Tensor]],
+    groups: ModelGroups,
+    identities: dict[Tensor, Identity] | None = None,
+    where: Callable[[Tensor], Mapping[str, Any]] = lambda param: {},
+) -> None:
+    """Tell an optimizer where what it updates lies and what settings it has; create its state.
+
+    Args:
+        came: the optimizer.
+        pairs: the model's parameters, each with what the optimizer updates of it.
+        groups: where their other shards and copies are.
+        identities: of the parameters, where the rounding of momentum depends on these.
+        where: returns of a parameter what :func:`shard_of` takes to describe the slice.
+    """
+    at = {}
+    if identities is not None:
+        at = {param: identity_of(param, identities, groups.tp_of(param)) for param, _ in pairs}
+    came.set_shards(
+        {
+            local: shard_of(param, groups, identity=at.get(param), **where(param))
+            for param, local in pairs
+        },
+        {local: at[param].name for param, local in pairs} if at else None,
+        {local: own_settings(param) for param, local in pairs},
+    )
+    came.init_state()
 
 
 @torch.no_grad()

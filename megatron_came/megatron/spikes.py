@@ -44,10 +44,7 @@ def guard_spikes(chain: Sequence[Any], factor: float) -> None:
         return sum(map(reduced, sums, chain), start=torch.zeros(2, dtype=torch.float64))
 
     guard.members = [each.optimizer or each for each in chain]
-    guard.add_up, guard.name_step = add_up, _iteration
+    guard.add_up = add_up
+    guard.name_step = lambda: f"iteration {arguments().get('curr_iteration', 0) + 1}"
     for each in (*chain, *guard.members):
         each.spike_guard = guard
-
-
-def _iteration() -> str:
-    return f"iteration {arguments().get('curr_iteration', 0) + 1}"

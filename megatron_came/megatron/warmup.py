@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 from megatron_came.core.hyperparameters import Hyperparameters
+from megatron_came.rules import Settings
 
 # Largest root mean square of an update that is no cause for a warning, in units of the learning
 # rate. AdamW's first update is 1, its later ones on noise 0.23, CAME's later ones 0.25.
@@ -53,10 +53,8 @@ def update_sizes(settings: Hyperparameters) -> Iterator[float]:
 def largest_update(settings: Hyperparameters, warmup: float) -> float:
     """The largest of the updates while the rate rises, in units of the peak rate.
 
-    Args:
-        settings: CAME's.
-        warmup: iterations over which the rate rises from 0, as Megatron counts them: the first
-            iteration of a run with a warm-up has the rate 0.
+    It rises from 0 over the warm-up's iterations, as Megatron counts them: the first iteration of a
+    run with a warm-up has the rate 0.
     """
     shown = islice(update_sizes(settings), min(int(warmup), _FARTHEST) + 1)
     return max(
@@ -75,16 +73,12 @@ def sufficient_warmup(settings: Hyperparameters) -> int | None:
 
 
 def warning(args: argparse.Namespace, settings: Hyperparameters) -> str | None:
-    """One sentence, if the first updates of the run are too large for its rate.
-
-    Args:
-        args: Megatron's arguments, validated.
-        settings: CAME's.
-    """
-    iterations = _iterations(args)
-    if iterations <= _TRY or _resumes(args) or settings.bias_correction:
+    """One sentence, if a run's first updates are too large for its rate; of validated arguments."""
+    run = Settings(args)
+    iterations = _iterations(run)
+    if iterations <= _TRY or _resumes(run) or settings.bias_correction:
         return None
-    warmup = _warmup(args, iterations)
+    warmup = _warmup(run, iterations)
     largest = largest_update(settings, warmup)
     if largest <= LIMIT:
         return None
@@ -98,12 +92,7 @@ def warning(args: argparse.Namespace, settings: Hyperparameters) -> str | None:
 
 
 def _remedy(settings: Hyperparameters, room: int) -> str:
-    """What to do.
-
-    Args:
-        settings: CAME's.
-        room: iterations of warm-up that the run has time for.
-    """
+    """What to do in a run that has room for so many iterations of warm-up."""
     enough = sufficient_warmup(settings)
     if enough is None:
         return "use a smaller --came-beta3 or a larger --came-beta1"
@@ -117,39 +106,29 @@ def _remedy(settings: Hyperparameters, room: int) -> str:
     return said
 
 
-def _given(args: argparse.Namespace, name: str, otherwise: Any = 0) -> Any:
-    """One of Megatron's arguments, or what stands for one that was not given."""
-    value = getattr(args, name, None)
-    return otherwise if value is None else value
-
-
-def _batch(args: argparse.Namespace) -> int:
+def _batch(run: Settings) -> int:
     """Samples of an iteration at the start, where the batch may still grow."""
-    grows = _given(args, "rampup_batch_size")
-    return int(grows[0] if grows else _given(args, "global_batch_size") or 1)
+    return int(run.rampup_batch_size[0] if run.rampup_batch_size else run.global_batch_size or 1)
 
 
-def _iterations(args: argparse.Namespace) -> int:
+def _iterations(run: Settings) -> int:
     """How many iterations the run has at most."""
-    total = int(_given(args, "train_iters") or _given(args, "train_samples") // _batch(args))
-    return min(total, int(_given(args, "exit_interval") or total))
+    total = int(run.train_iters or (run.train_samples or 0) // _batch(run))
+    return min(total, int(run.exit_interval or total))
 
 
-def _warmup(args: argparse.Namespace, iterations: int) -> float:
+def _warmup(run: Settings, iterations: int) -> float:
     """Iterations over which the rate rises from 0 to its peak; less if it starts higher."""
-    batch = _batch(args)
-    fraction = _given(args, "lr_warmup_fraction", None)
-    if fraction is not None:
-        decay = _given(args, "lr_decay_iters", _given(args, "lr_decay_samples") / batch)
-        return float(fraction * (decay or iterations))
-    if _given(args, "train_samples"):
-        return float(_given(args, "lr_warmup_samples") / batch)
-    grown = _given(args, "global_batch_size") or 1
-    return float(_given(args, "lr_warmup_iters") * grown / batch)
+    batch = _batch(run)
+    if run.lr_warmup_fraction is not None:
+        decay = run.lr_decay_iters or (run.lr_decay_samples or 0) / batch
+        return float(run.lr_warmup_fraction * (decay or iterations))
+    if run.train_samples:
+        return float((run.lr_warmup_samples or 0) / batch)
+    return float((run.lr_warmup_iters or 0) * (run.global_batch_size or 1) / batch)
 
 
-def _resumes(args: argparse.Namespace) -> bool:
+def _resumes(run: Settings) -> bool:
     """Whether the run goes on from an optimizer's state, whose statistics are no longer young."""
-    folder = _given(args, "load")
-    anew = _given(args, "finetune") or _given(args, "no_load_optim")
-    return bool(folder and not anew and Path(folder, "latest_checkpointed_iteration.txt").exists())
+    anew = not run.load or run.finetune or run.no_load_optim
+    return not anew and Path(run.load, "latest_checkpointed_iteration.txt").exists()

@@ -19,8 +19,8 @@ from megatron_came.megatron.checkpoints.digests.verifying import watched
 from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
 from megatron_came.megatron.offload import Offloaded
-from megatron_came.megatron.parameter_names import Identity, identity_of, own_settings
-from megatron_came.megatron.sharding import ModelGroups, shard_of
+from megatron_came.megatron.parameter_names import Identity
+from megatron_came.megatron.sharding import ModelGroups, adopt
 from megatron_came.megatron.spikes import WithSpikeGuard
 from megatron_came.optimizer import CAME
 
@@ -44,34 +44,16 @@ class _WholeTensors(WithSpikeGuard, Offloaded):
         model_groups: ModelGroups,
         identities: dict[Tensor, Identity] | None = None,
     ) -> None:
-        """Tell the optimizer how tensor parallelism cuts its parameters, and create its state.
+        """Tell the optimizer of the model's parameters, by parameter group: see :func:`.adopt`.
 
-        Args:
-            model_params: the model's parameters, by parameter group; the wrapper may have put
-                fp32 copies in their place.
-            model_groups: where their other shards are.
-            identities: of them, where the rounding of momentum depends on these.
+        The wrapper may have put fp32 copies in their place.
         """
         self._pairs = []
         if self.optimizer is None:
             return
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             self._pairs += zip(params, group["params"], strict=True)
-        at = {}
-        if identities is not None:
-            at = {
-                param: identity_of(param, identities, model_groups.tp_of(param))
-                for param, _ in self._pairs
-            }
-        self.optimizer.set_shards(
-            {
-                local: shard_of(param, model_groups, identity=at.get(param))
-                for param, local in self._pairs
-            },
-            {local: at[param].name for param, local in self._pairs} if at else None,
-            {local: own_settings(param) for param, local in self._pairs},
-        )
-        self.optimizer.init_state()
+        adopt(self.optimizer, self._pairs, model_groups, identities)
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any

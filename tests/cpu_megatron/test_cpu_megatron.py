@@ -14,8 +14,9 @@ import torch
 
 from megatron_came import cpu_megatron, launch
 from megatron_came.cpu_megatron import switch
-from megatron_came.cpu_megatron.rules import refusal
+from megatron_came.cpu_megatron.rules import RULES
 from megatron_came.quickstart import command
+from megatron_came.rules import refusal
 from tests.support.running import run_python
 from tests.training import harness
 
@@ -143,7 +144,7 @@ def test_a_flag_of_another_script_stops_before_training() -> None:
     ],
 )
 def test_refused(arguments: dict[str, object], sentence: str) -> None:
-    message = refusal(argparse.Namespace(**arguments))
+    message = refusal(RULES, argparse.Namespace(**arguments))
     assert message is not None
     assert sentence in message
     assert message.endswith(".")
@@ -161,7 +162,7 @@ def test_refused(arguments: dict[str, object], sentence: str) -> None:
     ],
 )
 def test_not_refused(arguments: dict[str, object]) -> None:
-    assert refusal(argparse.Namespace(**arguments)) is None
+    assert refusal(RULES, argparse.Namespace(**arguments)) is None
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_came.cpu_megatron import devices, rules
+from megatron_came.cpu_megatron import devices
 from megatron_came.cpu_megatron.parallel_layers import _center_at_zero
+from megatron_came.cpu_megatron.rules import RULES
+from megatron_came.rules import refusal
 
 
 @pytest.mark.parametrize("name", ["stream", "device"])
@@ -44,6 +46,6 @@ def test_norms_without_weights_stay_what_they_are():
 
 @pytest.mark.parametrize("module", ["layernorm", "moe_act"])
 def test_what_transformer_engine_recomputes_is_refused(module):
-    message = rules.refusal(Namespace(recompute_modules=["core_attn", module]))
+    message = refusal(RULES, Namespace(recompute_modules=["core_attn", module]))
     assert message.startswith(f"--recompute-modules {module} needs Transformer Engine")
-    assert rules.refusal(Namespace(recompute_modules=["core_attn", "mlp", "moe"])) is None
+    assert refusal(RULES, Namespace(recompute_modules=["core_attn", "mlp", "moe"])) is None

@@ -61,8 +61,8 @@ def test_every_flag_of_cames_is_a_setting():
     ("settings", "sentence"),
     [
         ({"came_beta": 0.9}, "has came_beta, which is no setting of CAME: these are came_beta1,"),
-        ({"came_beta2": 1.5}, r"came_beta2 1.5 of OptimizerConfig is not allowed: it must be in"),
-        ({"came_beta2": "0.9"}, r"came_beta2 0.9 of OptimizerConfig is not allowed"),
+        ({"came_beta2": 1.5}, r"OptimizerConfig's came_beta2 1.5 is not allowed: it must be in"),
+        ({"came_beta2": "0.9"}, r"OptimizerConfig's came_beta2 0.9 is not allowed"),
         ({"came_momentum_dtype": "fp8"}, "--came-momentum-dtype fp8 is not allowed: use fp32 or"),
         ({"decoupled_weight_decay": False}, "has decoupled weight decay only"),
         (

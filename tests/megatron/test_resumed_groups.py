@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from megatron_came.megatron.checkpoints import groups
 from megatron_came.megatron.checkpoints.groups import matching, same_order, settings_to_load
+from megatron_came.megatron.checkpoints.under_way import Load, current
 
 
 def group(name, **settings):
@@ -76,11 +76,11 @@ def test_hyperparameters_are_the_own_and_steps_the_saved():
 
 
 def test_rates_are_the_own_where_that_is_asked_for():
-    token = groups.own_rates.set(True)
+    token = current.set(Load([], None, None, own_rates=True))
     try:
         loaded = settings_to_load(faster(DECOUPLED), DECOUPLED)
     finally:
-        groups.own_rates.reset(token)
+        current.reset(token)
     assert [settings["max_lr"] for settings in loaded] == [2e-3, 2e-3, 1e-2]
     assert {settings["step"] for settings in loaded} == {8}
 

@@ -10,9 +10,10 @@ from megatron_came.megatron.builder import settings_of_model
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import Identity, identity_of
-from megatron_came.megatron.quantized import check_gather
+from megatron_came.megatron.rule_conditions import is_quantized_alone
 from megatron_came.megatron.rules import refuse
 from megatron_came.megatron.sharding import ModelGroups, check_replicas, shard_of
+from megatron_came.rules import Settings
 from megatron_came.voice import say_once
 from scripts.cases.simulated_ranks import SimulatedGroup, run_ranks
 from tests.support import quantized
@@ -120,7 +121,7 @@ def test_a_weight_that_is_cut_without_saying_so_is_refused():
         (
             {"main_params": "remainder", "bf16": True},
             True,
-            "--use-megatron-fsdp and --came-main-par",
+            "--came-main-params remainder does not go with --use-megatron-fsdp",
         ),
     ],
     ids=str,
@@ -139,9 +140,10 @@ def test_weights_in_fp8_that_nobody_quantises_are_refused():
     plain, model = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     model.weight = quantized.parameter(torch.ones(4, 4), "tensorwise")
     with quantized.plugged_in():
-        check_gather([plain, model], gathers_fp8=True)
-        check_gather([plain], gathers_fp8=False)
-        with pytest.raises(UnsupportedError, match=r"shape \(4, 4\) is in fp8, .*: add that, or"):
-            check_gather([plain, model], gathers_fp8=False)
+        assert not is_quantized_alone(Settings(Namespace(model_chunks=[plain])))
+        alone = Settings(Namespace(model_chunks=[plain, model]))
+        gathered = Settings(Namespace(model_chunks=[plain, model], fp8_param_gather=True))
+        assert is_quantized_alone(alone)
+        assert not is_quantized_alone(gathered)
         model.weight.requires_grad = False
-        check_gather([plain, model], gathers_fp8=False)
+        assert not is_quantized_alone(alone)

@@ -111,7 +111,8 @@ def parser() -> dict[str, Any]:
     """What Megatron's parser makes of no flags and of all those that are refused."""
     from megatron.training import arguments as megatron_arguments
 
-    from megatron_came.cpu_megatron.rules import RULES, refusal
+    from megatron_came.cpu_megatron.rules import RULES
+    from megatron_came.rules import refusal
 
     flags = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     known = {flag: action.dest for action in flags._actions for flag in action.option_strings}
@@ -123,9 +124,9 @@ def parser() -> dict[str, Any]:
             for rule in RULES
             if rule.flag and "0.19" in rule.releases and known.get(rule.flag) != rule.destination
         ],
-        "defaults_refused": refusal(defaults),
+        "defaults_refused": refusal(RULES, defaults),
         "defaults": [defaults.transformer_impl, defaults.attention_backend.name],
-        "given": [given.num_workers, given.attention_backend.name, refusal(given)],
+        "given": [given.num_workers, given.attention_backend.name, refusal(RULES, given)],
     }
 
 

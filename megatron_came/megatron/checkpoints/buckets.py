@@ -114,12 +114,10 @@ def spans_of(buffers: Iterable[Any]) -> list[Spans]:
 
 
 def arrangement_problem(gathered: dict[Any, Any], buffers: Sequence[Any]) -> str | None:
-    """Say in one sentence why a legacy file cannot be brought into these buffers, or None.
+    """Say in one sentence why a legacy file cannot be brought into a run's buffers, or None.
 
-    Args:
-        gathered: what the file holds, by index of the buffer; where each parameter lies in it
-            stands under ``came``, except in files of 0.1.0.
-        buffers: of this run.
+    It holds by index of the buffer what was gathered of it; where each parameter lies in that
+    stands under ``came``, except in files of 0.1.0.
     """
     spans = gathered["came"].get("spans")
     if spans is None:

@@ -55,6 +55,11 @@ def progress_problem(state: Mapping[str, Any]) -> str | None:
     return None
 
 
+def sharding_of(state: Mapping[str, Any]) -> Any:
+    """The format of the distributed optimizer's state in a checkpoint, None if it has none."""
+    return (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+
+
 def schedule_of(state: Mapping[str, Any]) -> Any:
     """The scheduler's state among what a checkpoint holds."""
     return state.get("lr_scheduler", state.get("opt_param_scheduler"))
@@ -100,11 +105,7 @@ def groups_of(optimizer: Any) -> Any:
 
 
 def optimizer_problem(saved: Any) -> str | None:
-    """Say what is wrong with what a checkpoint holds of an optimizer beside tensors, or None.
-
-    Args:
-        saved: what stands under "optimizer", loaded.
-    """
+    """Say what is wrong with a checkpoint's "optimizer" beside tensors, or None."""
     for optimizer in optimizers_of(saved):
         if not isinstance(optimizer, Mapping):
             return f"its optimizer is {_shown(optimizer)}, and not a dictionary"

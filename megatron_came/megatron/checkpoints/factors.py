@@ -14,14 +14,13 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensorFactory
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
 from megatron_came.core.state import AVERAGED_AXIS, FACTORS, without_averaged_axis
 from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
+from megatron_came.megatron.parameter_names import boxes_in, sharded_entries
 from megatron_came.megatron.quantized import is_quantized, plain
 from megatron_came.optimizer import CAME
 
@@ -52,10 +51,7 @@ def sharded_factors(
         ValueError: a parameter is not in the model's state, or stored in a way that its factors
             cannot follow.
     """
-    entries = {
-        id(entry.data): entry
-        for entry in nested_values(extract_sharded_tensors_and_factories(model_state)[0])
-    }
+    entries = {id(entry.data): entry for entry in sharded_entries(model_state)}
     parameters: dict[str, Any] = {}
     for position, (param, local) in enumerate(pairs):
         if id(local_of(param)) not in entries:
@@ -86,12 +82,7 @@ def sharded_factors(
 
 
 def load_factors(came: CAME, pairs: Iterable[Pair], loaded: Mapping[str, Any]) -> None:
-    """Copy loaded factors into the optimizer's state.
-
-    Args:
-        came: the optimizer, with its state.
-        pairs: as given to :func:`sharded_factors`.
-        loaded: what ``dist_checkpointing.load`` has made of its result.
+    """Copy into an optimizer's state what was loaded of :func:`sharded_factors` of the same pairs.
 
     Raises:
         ValueError: written in a format that this version does not know.
@@ -130,9 +121,7 @@ def cuts_of(entry: ShardedTensor | ShardedTensorFactory, values: Tensor) -> list
     """Return the boxes that an entry consists of: of these values, where its own are quantised."""
     if is_quantized(entry.data):
         entry = replace(entry, data=values)
-    if isinstance(entry, ShardedTensor):
-        return [entry]
-    return list(nested_values(entry.build()))
+    return boxes_in(entry)
 
 
 def boxes_of(

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_came.core.hyperparameters import TABLE
 from megatron_came.megatron.checkpoints.contents import SCHEDULE, first_of
 from megatron_came.megatron.checkpoints.groups import RATES, Groups, matching
+from megatron_came.rules import flag_of
 
 _words = str.split
 
@@ -108,12 +109,9 @@ _LAYOUT = _words("""
 
 
 def said_changes(saved: Any, args: Any, *, has_schedule: bool = True) -> list[str]:
-    """Say in sentences what of a checkpoint's flags a resumed run has otherwise.
+    """Say in sentences what of a saved run's flags a resumed run has otherwise.
 
-    Args:
-        saved: Megatron's arguments of the run that saved it.
-        args: Megatron's arguments of this run.
-        has_schedule: whether the run takes the checkpoint's schedule.
+    ``has_schedule`` says whether it takes the checkpoint's schedule.
     """
     keeps = has_schedule and bool(args.use_checkpoint_opt_param_scheduler)
     length, schedule = _OF_SCHEDULE[:3], _OF_SCHEDULE[3:]
@@ -190,7 +188,7 @@ def schedule_refusal(
 
     Args:
         saved: Megatron's arguments of the run that saved the checkpoint.
-        args: Megatron's arguments of this run.
+        args: those of this run.
         schedules: states of the checkpoint's and of this run's scheduler.
         groups: of each optimizer, the parameter groups of this run and of the checkpoint.
     """
@@ -247,11 +245,6 @@ def _changes(
             continue
         changes.append(_change(_FLAGS.get(name, flag_of(name)), was, value, whose))
     return changes
-
-
-def flag_of(name: str) -> str:
-    """The flag of one of Megatron's arguments, as most are called."""
-    return "--" + name.replace("_", "-")
 
 
 def _change(flag: str, was: Any, value: Any, whose: str) -> str:

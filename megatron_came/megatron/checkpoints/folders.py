@@ -32,14 +32,10 @@ _REMOVE = "or remove the folder's contents to start from scratch"
 
 
 def folder_problem(load_dir: Any, args: Any) -> str | None:
-    """Say in one sentence why a run cannot resume from a folder, or None.
+    """Say in one sentence why a run cannot resume from the folder of ``--load``, or None.
 
     None also where there is nothing to resume from, which is how every first start looks: launch
     scripts give the same folder to ``--load`` and ``--save``.
-
-    Args:
-        load_dir: what ``--load`` names.
-        args: Megatron's arguments of this run.
     """
     if load_dir is None or "://" in str(load_dir) or args.non_persistent_ckpt_type is not None:
         return None
@@ -145,19 +141,20 @@ def layout_of(folder: str) -> Layout:
     return read_layout(path) if path.is_dir() else Layout({}, {})
 
 
+def shapes_in(folder: str) -> dict[str, tuple[int, ...]]:
+    """Return their shapes by name."""
+    return {each.name: each.shape for each in tensors_in(folder)}
+
+
 def tensors_in(folder: str) -> list[CheckpointTensor]:
     """Return what a distributed checkpoint says of its tensors; see above."""
     return list(layout_of(folder).tensors.values())
 
 
 def misread(load_dir: Any, args: Any, *, opening: bool = False) -> str | None:
-    """Say in one sentence what this rank cannot read of a checkpoint, or None.
+    """Say in one sentence what this rank cannot read of the checkpoint of ``--load``, or None.
 
-    Args:
-        load_dir: what ``--load`` names.
-        args: Megatron's arguments of this run.
-        opening: whether to open what it holds, and not its metadata alone; elements of tensors are
-            not read.
+    ``opening`` opens what it holds, and not its metadata alone; elements of tensors are not read.
     """
     if load_dir is None or args.non_persistent_ckpt_type is not None:
         return None
@@ -251,11 +248,9 @@ def name_of(load_dir: Any, args: Any, *, return_base_dir: bool = False) -> str:
 
 
 def legacy_problem(load_dir: Any, files: list[str]) -> str | None:
-    """Say in one sentence which file of a ``torch`` checkpoint is gone or cut short, or None.
+    """Say in one sentence which of the files that this rank is going to read is gone or cut short.
 
-    Args:
-        load_dir: what ``--load`` names.
-        files: what this rank is going to read.
+    They are of a ``torch`` checkpoint of ``--load``; None if none is.
     """
     folder = Path(str(load_dir))
     for file in map(Path, files):

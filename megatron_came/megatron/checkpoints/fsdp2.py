@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_came.core.momentum import MOMENTUM
 from megatron_came.dtensors import is_dtensor, local_of, shard_of, state_like
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 
 # Whether it is CAME whose parameters Megatron looks for.
 _is_came: ContextVar[bool] = ContextVar("is_came", default=False)
@@ -39,14 +39,11 @@ def parameters_found() -> Iterator[None]:
         _is_came.reset(token)
 
 
-def by_local_tensor(original: Function) -> Function:
+@around
+def by_local_tensor(original: Function, optim_params_iter: Iterable[Tensor]) -> Any:
     """Stand in for what numbers an optimizer's parameters: see :func:`parameters_found`."""
-
-    def get_optim_param_to_id_map(optim_params_iter: Iterable[Tensor]) -> Any:
-        params = map(local_of, optim_params_iter) if _is_came.get() else optim_params_iter
-        return original(params)
-
-    return get_optim_param_to_id_map
+    params = map(local_of, optim_params_iter) if _is_came.get() else optim_params_iter
+    return original(params)
 
 
 def like(param: Tensor, rows: Tensor) -> Tensor:

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 
+from megatron_came.megatron.checkpoints.under_way import current
 from megatron_came.optimizer import CAME
 
 Group = dict[str, Any]
 Groups = Sequence[Mapping[str, Any]]
-
-# Whether rates are this run's: --override-opt_param-scheduler.
-own_rates: ContextVar[bool] = ContextVar("own_rates", default=False)
 
 RATES = ("max_lr", "min_lr")
 # What goes on as it was, unless rates are this run's; the last two are set before each step.
@@ -32,11 +29,7 @@ _IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "def
 
 @contextlib.contextmanager
 def own_settings_kept(came: CAME, saved: list[Group]) -> Iterator[list[Group]]:
-    """Keep hyperparameters over the loading of a state dictionary.
-
-    Args:
-        came: the optimizer.
-        saved: the parameter groups of the state dictionary.
+    """Keep hyperparameters over the loading of a state dictionary with these parameter groups.
 
     Yields:
         Groups to load in place of those that were saved.
@@ -52,23 +45,26 @@ def own_settings_kept(came: CAME, saved: list[Group]) -> Iterator[list[Group]]:
         group.update(settings)
 
 
-def settings_to_load(own: Sequence[Group], saved: Groups) -> list[Group]:
-    """Return what each group goes on with, without its parameters.
+def without_params(groups: Groups) -> list[Group]:
+    """Return parameter groups without their parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
-    Args:
-        own: this run's groups.
-        saved: the checkpoint's, in any order, all with the same number of steps.
+
+def settings_to_load(own: Sequence[Group], saved: Groups) -> list[Group]:
+    """Return what each of this run's groups goes on with, without its parameters.
+
+    Saved groups are in any order, all with the same number of steps.
     """
-    settings = []
-    for group, match in zip(own, matching(own, saved), strict=True):
-        mine = {key: value for key, value in group.items() if key != "params"}
+    settings, load = [], current.get()
+    takes_rates = load is None or not load.own_rates
+    for mine, match in zip(without_params(own), matching(own, saved), strict=True):
         if saved:
             mine["step"] = saved[0]["step"]
-        if match is not None and not own_rates.get():
+        if match is not None and takes_rates:
             mine |= {
                 key: match[key]
                 for key in _SCHEDULED
-                if key in group and key in match and not isinstance(group[key], Tensor)
+                if key in mine and key in match and not isinstance(mine[key], Tensor)
             }
         settings.append(mine)
     return settings

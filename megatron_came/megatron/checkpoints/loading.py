@@ -7,7 +7,7 @@ ranks agree whether one of them has found a problem, so that they end together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,72 +26,76 @@ from megatron_came.megatron.checkpoints import (
 )
 from megatron_came.megatron.checkpoints.contents import AFRESH
 from megatron_came.megatron.checkpoints.digests.verifying import note_files, verified
-from megatron_came.megatron.checkpoints.groups import Groups, own_rates, same_order
+from megatron_came.megatron.checkpoints.groups import Groups, same_order
 from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
 from megatron_came.megatron.checkpoints.under_way import Load, current
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.sharding import chain_of
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 from megatron_came.voice import end_if, rank, say_once, stop
 
 # What gloo says of a rank that has ended.
 _LOST = "Connection closed by peer"
 
 
-def with_sentences(original: Function) -> Function:
+@around
+def with_sentences(
+    original: Function, ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Verify what is loaded, and end all ranks with one sentence where a load fails."""
+    from megatron.training import get_args
 
-    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
+    run = get_args()
+    try:
+        with verified(ddp_model, optimizer, run):
+            if optimizer is None:
+                return original(ddp_model, optimizer, *args, **kwargs)
+            return _checked(original, run, ddp_model, optimizer, *args, **kwargs)
+    except RuntimeError as error:
+        if run.optimizer != "came" or _LOST not in str(error):
+            raise
+        stop("another rank ended while the checkpoint was loaded, and says why.", error)
+    finally:
+        folders.layout_of.cache_clear()
 
-        try:
-            with verified(ddp_model, optimizer, get_args()):
-                load = original if optimizer is None else checked
-                return load(ddp_model, optimizer, *args, **kwargs)
-        except RuntimeError as error:
-            if get_args().optimizer != "came" or _LOST not in str(error):
-                raise
-            stop("another rank ended while the checkpoint was loaded, and says why.", error)
-        finally:
-            folders.layout_of.cache_clear()
 
-    def checked(
-        ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        from megatron.training import get_args
-
-        run = get_args()
-        load = Load(ddp_model, optimizer, opt_param_scheduler)
-        if run.optimizer == "came" and kwargs.get("skip_load_to_model_and_opt"):
-            # Of FSDP2's checkpoints Megatron fills the tensors in place and leaves it at that: the
-            # steps of groups are none, nor is momentum in the dtype of a checkpoint.
-            kwargs["skip_load_to_model_and_opt"] = False
-        tokens = current.set(load), own_rates.set(bool(run.override_opt_param_scheduler))
-        try:
-            result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
-        except (UnsupportedError, torch.OutOfMemoryError, dist.DistError):
-            raise  # the checkpoint is not to blame
-        except SystemExit as end:
-            if run.optimizer != "came" or end.code or load.is_finished:
-                raise
-            stop(
-                f"the checkpoint in {load.folder or run.load} lacks what Megatron needs to resume "
-                "(see the line above): without random states give --no-load-rng, otherwise resume "
-                f"from another one with --ckpt-step ITERATION, or {AFRESH}."
-            )
-        except Exception as error:
-            if run.optimizer != "came" or _LOST in str(error):
-                raise
-            folder = load.folder or run.load
-            stop(folders.misread(folder, run, opening=True) or _unreadable(folder, error), error)
-        finally:
-            current.reset(tokens[0])
-            own_rates.reset(tokens[1])
-        if run.optimizer == "came":
-            _after(opt_param_scheduler, result[0], run)
-        return result
-
-    return load_checkpoint
+def _checked(
+    original: Function,
+    run: Any,
+    ddp_model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    load = Load(ddp_model, optimizer, scheduler, bool(run.override_opt_param_scheduler))
+    if run.optimizer == "came" and kwargs.get("skip_load_to_model_and_opt"):
+        # Of FSDP2's checkpoints Megatron fills the tensors in place and leaves it at that: the
+        # steps of groups are none, nor is momentum in the dtype of a checkpoint.
+        kwargs["skip_load_to_model_and_opt"] = False
+    token = current.set(load)
+    try:
+        result = original(ddp_model, optimizer, scheduler, *args, **kwargs)
+    except (UnsupportedError, torch.OutOfMemoryError, dist.DistError):
+        raise  # the checkpoint is not to blame
+    except SystemExit as end:
+        if run.optimizer != "came" or end.code or load.is_finished:
+            raise
+        stop(
+            f"the checkpoint in {load.folder or run.load} lacks what Megatron needs to resume "
+            "(see the line above): without random states give --no-load-rng, otherwise resume "
+            f"from another one with --ckpt-step ITERATION, or {AFRESH}."
+        )
+    except Exception as error:
+        if run.optimizer != "came" or _LOST in str(error):
+            raise
+        folder = load.folder or run.load
+        stop(folders.misread(folder, run, opening=True) or _unreadable(folder, error), error)
+    finally:
+        current.reset(token)
+    if run.optimizer == "came":
+        _after(scheduler, result[0], run)
+    return result
 
 
 def _after(scheduler: Any, iteration: int, args: Any) -> None:
@@ -105,54 +109,57 @@ def _after(scheduler: Any, iteration: int, args: Any) -> None:
         )
 
 
-def with_checks(original: Function) -> Function:
+@around
+def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Check what Megatron is going to read, and what it has read."""
+    of_rank_0 = bool(kwargs.get("rank0", rest and rest[0]))
+    sharded_state = kwargs.get("sharded_state_dict")
 
-    def _load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        of_rank_0 = bool(kwargs.get("rank0", rest and rest[0]))
-        result = checked(load_dir, args, *rest, of_rank_0=of_rank_0, **kwargs)
-        note_files(result, str(load_dir), first_look=of_rank_0)
+    def read() -> Any:
+        result = original(load_dir, args, *rest, **kwargs)
+        if args.optimizer == "came" and _kind_of(result) == "FSDP_DTENSOR":
+            layout = folders.layout_of(str(result[1]))
+            megatron_fsdp.complete(result[0], layout, sharded_state)
         return result
 
-    def checked(load_dir: Any, args: Any, *rest: Any, of_rank_0: bool, **kwargs: Any) -> Any:
-        load, sharded_state = current.get(), kwargs.get("sharded_state_dict")
-        if args.optimizer != "came":
-            result = original(load_dir, args, *rest, **kwargs)
-            if load is not None:
-                _check_for_others(load_dir, result, args)
-            return result
-        if load is None and dist.is_initialized():
-            return completed(original(load_dir, args, *rest, **kwargs), sharded_state)
-        problem = folders.folder_problem(load_dir, args) or folders.missing_files(load_dir, args)
-        if problem is None and rank() == 0:  # before Megatron runs what stands in it
-            problem = folders.misread(load_dir, args)
-        end_if(problem)
-        load = load or Load([], None, None)
-        load.folder = load_dir
+    load = current.get()
+    if args.optimizer != "came":
+        result = read()
+        if load is not None:
+            _check_for_others(load_dir, result, args)
+    elif load is None and dist.is_initialized():
+        result = read()
+    else:
         asked = None if sharded_state is None else tensors.asked_for(sharded_state)
-        try:
-            result = completed(original(load_dir, args, *rest, **kwargs), sharded_state)
-        except SystemExit as end:
-            nothing_there = not args.ckpt_step and folders.tracked(load_dir) is None
-            if end.code or (args.exit_on_missing_checkpoint and nothing_there):
-                load.is_finished = True
-                raise
-            problem = folders.misread(load_dir, args, opening=True)
-            stop(problem or _unreadable(load_dir, OSError("Megatron could not load its file")))
-        except (Exception, CheckpointException) as error:
-            stop(_reason(load, error, args, asked), error)
-        if current.get() is not None and result[0] is None:
+        result = _read(read, load or Load([], None, None), load_dir, args, asked)
+        if load is not None and result[0] is None:
             _say_if_elsewhere(load_dir, args)
-        elif current.get() is not None:
+        elif load is not None:
             _check(load, result, asked, args, of_rank_0)
-        return result
+    note_files(result, str(load_dir), first_look=of_rank_0)
+    return result
 
-    def completed(result: Any, asked: Any) -> Any:
-        if _kind_of(result) == "FSDP_DTENSOR":
-            megatron_fsdp.complete(result[0], folders.layout_of(str(result[1])), asked)
-        return result
 
-    return _load_base_checkpoint
+def _read(
+    read: Callable[[], Any], load: Load, load_dir: Any, args: Any, asked: tensors.Asked | None
+) -> Any:
+    """Let Megatron read a checkpoint, and stop with a sentence where it cannot."""
+    problem = folders.folder_problem(load_dir, args) or folders.missing_files(load_dir, args)
+    if problem is None and rank() == 0:  # before Megatron runs what stands in it
+        problem = folders.misread(load_dir, args)
+    end_if(problem)
+    load.folder = load_dir
+    try:
+        return read()
+    except SystemExit as end:
+        nothing_there = not args.ckpt_step and folders.tracked(load_dir) is None
+        if end.code or (args.exit_on_missing_checkpoint and nothing_there):
+            load.is_finished = True
+            raise
+        problem = folders.misread(load_dir, args, opening=True)
+        stop(problem or _unreadable(load_dir, OSError("Megatron could not load its file")))
+    except (Exception, CheckpointException) as error:
+        stop(_reason(load, error, args, asked), error)
 
 
 def _kind_of(result: Any) -> str | None:
@@ -202,9 +209,7 @@ def _check(
     load.differing = "" if saved is None else flags.differences(saved, args)
     problem = _problem(load, state, args, legacy, resumes, with_optimizer)
     if problem is None and legacy and not of_rank_0:
-        problem, notices = tensors.of_legacy(
-            load.model_chunks, state, load.differing, resumes=with_optimizer
-        )
+        problem, notices = tensors.of_legacy(load, state, resumes=with_optimizer)
     if problem is None and with_optimizer and not (legacy and of_rank_0):
         problem = _settings_problem(load, state, args, legacy)
         if problem is None and legacy:
@@ -212,14 +217,7 @@ def _check(
     end_if(problem)
     # Of LOCAL each rank has its own file, of FSDP_DTENSOR they were compared before.
     if asked is not None and _kind_of(result) not in ("LOCAL", "FSDP_DTENSOR"):
-        try:
-            found = shapes.saved_shapes(path)
-        except CheckpointError as error:
-            stop(str(error))
-        problem, notices = tensors.of_distributed(
-            asked, found, (saved, args), load.differing, resumes=with_optimizer
-        )
-        end_if(problem)
+        notices = shapes.stop_if_misfit(load, asked, path, resumes=with_optimizer)
     if saved is not None and not of_rank_0:
         notices += _said(state, args, resumes=resumes, with_optimizer=with_optimizer)
     for notice in notices:
@@ -255,7 +253,7 @@ def _problem(
     damage = contents.progress_problem(state)
     if damage is None:
         saved = state["args"]
-        sharding = "legacy" if legacy else _sharding(state)
+        sharding = "legacy" if legacy else contents.sharding_of(state)
         problem = flags.model_refusal(saved, args) or refusal(saved, args, sharding)
         if problem:
             return problem
@@ -268,11 +266,6 @@ def _problem(
         if damage is None and is_whole:
             damage = contents.optimizer_problem(state.get("optimizer"))
     return None if damage is None else contents.damaged(damage, load.folder)
-
-
-def _sharding(state: Mapping[str, Any]) -> str | None:
-    """The format of the distributed optimizer's state."""
-    return (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
 
 
 def _settings_problem(load: Load, state: Mapping[str, Any], args: Any, legacy: bool) -> str | None:
@@ -311,8 +304,7 @@ def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | 
     if asked is not None:
         try:
             folder = folders.name_of(load.folder, args, return_base_dir=True)
-            saved = {each.name: each.shape for each in folders.tensors_in(folder)}
-            problem = tensors.misfit(asked, saved, load.differing)
+            problem = tensors.misfit(asked, folders.shapes_in(folder), load.differing)
         except (CheckpointError, OSError, TypeError, ValueError):
             pass  # that it is unreadable is said below
     problem = problem or folders.misread(load.folder, args, opening=True)

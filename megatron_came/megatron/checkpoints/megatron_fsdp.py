@@ -8,7 +8,7 @@ by tensor parallelism. Names are those of ``torch_dist``, ``optimizer.state.<key
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_came.checkpoint_files.torch_dist import Layout
-from megatron_came.core.digests import KEY, PlacedBox
+from megatron_came.core.digests import KEY
 from megatron_came.core.momentum import MOMENTUM
 from megatron_came.core.state import FACTORS, without_averaged_axis
-from megatron_came.dtensors import local_of
+from megatron_came.dtensors import local_of, placed
 from megatron_came.megatron.checkpoints.factors import Pair
 from megatron_came.megatron.rank_settings import arguments
 from megatron_came.optimizer import CAME
@@ -38,26 +38,6 @@ def named_parameters(chunk: torch.nn.Module) -> dict[str, Any]:
     return {name: each for name, each in state.items() if isinstance(each, DTensor)}
 
 
-class Slice(NamedTuple):
-    """What a rank holds of a parameter.
-
-    Attributes:
-        param: the DTensor.
-        start: its first element in what this tensor-parallel rank has; None if it is all of that.
-        shape: of what this tensor-parallel rank has.
-        boxes: of that, by name in the checkpoint.
-        is_first: whether its tensor-parallel rank stands for all that hold the same.
-        is_main: whether the rank does so among data-parallel ranks, too.
-    """
-
-    param: Any
-    start: int | None
-    shape: tuple[int, ...]
-    boxes: dict[str, PlacedBox]
-    is_first: bool
-    is_main: bool
-
-
 def holds(chunk: torch.nn.Module) -> bool:
     """Whether Megatron-FSDP holds a model; if so, DTensors take the place of its parameters."""
     if not any(hasattr(param, "__fsdp_param__") for param in chunk.parameters()):
@@ -66,33 +46,14 @@ def holds(chunk: torch.nn.Module) -> bool:
     return True
 
 
-def slices_of(chunk: torch.nn.Module) -> Iterator[Slice]:
-    """Say where what this rank holds of a model lies; a collective."""
-    params = named_parameters(chunk)
-    for name, parts in _parted(chunk, params).items():
-        param = params[name]
-        index, cut = param.megatron_fsdp_dist_index, _cut_of(param)
-        tp_rank = index.get_submesh([index.tp_dim]).get_local_rank()
-        shape = tuple(param.orig_param.shape)
-        size = (shape[0] // len(parts), *shape[1:])
-        offset = [0] * len(shape)
-        if cut is not None:
-            offset[cut.dim] = tp_rank * size[cut.dim]
-        boxes = {
-            part: PlacedBox(
-                (number * size[0], *(0 for _ in shape[1:])),
-                size,
-                tuple(offset),
-                tuple(tensor.shape),
-            )
-            for number, (part, tensor) in enumerate(parts.items())
-        }
-        is_first = cut is not None or tp_rank == 0
-        is_main = is_first and param.device_mesh.get_local_rank(0) == 0
-        yield Slice(param, _start(param, cut, tp_rank), shape, boxes, is_first, is_main)
+class Cut(NamedTuple):
+    """Along which dimension of its mesh tensor parallelism cuts which of a parameter's."""
+
+    mesh_dim: int
+    dim: int
 
 
-def _start(param: Any, cut: _Cut | None, tp_rank: int) -> int | None:
+def start_of(param: Any, cut: Cut | None, tp_rank: int) -> int | None:
     """The first element that this rank holds; None if it holds all. A collective."""
     cuts = [at for at, each in enumerate(param.placements) if isinstance(each, Shard)]
     if cuts == ([] if cut is None else [cut.mesh_dim]):
@@ -102,24 +63,16 @@ def _start(param: Any, cut: _Cut | None, tp_rank: int) -> int | None:
     return int((row - above) * math.prod(param.orig_param.shape[1:]))
 
 
-class _Cut(NamedTuple):
-    """Along which dimension of its mesh tensor parallelism cuts which of a parameter's."""
-
-    mesh_dim: int
-    dim: int
-
-
-def _cut_of(param: Any) -> _Cut | None:
+def cut_of(param: Any) -> Cut | None:
+    """Return how tensor parallelism cuts a DTensor; None if it does not."""
     names, tp = param.device_mesh.mesh_dim_names, param.megatron_fsdp_dist_index.tp_dim
     for mesh_dim, (name, each) in enumerate(zip(names, param.placements, strict=True)):
         if name == tp and isinstance(each, Shard):
-            return _Cut(mesh_dim, each.dim)
+            return Cut(mesh_dim, each.dim)
     return None
 
 
-def _parted(
-    chunk: torch.nn.Module, tensors: Mapping[str, DTensor]
-) -> dict[str, dict[str, DTensor]]:
+def parted(chunk: torch.nn.Module, tensors: Mapping[str, DTensor]) -> dict[str, dict[str, DTensor]]:
     """Take SwiGLU's projections apart, by name of the parameter; on the same memory."""
     if not arguments().get("swiglu"):  # as Megatron does, whatever other activation has a gate
         return {name: {name: tensor} for name, tensor in tensors.items()}
@@ -137,19 +90,20 @@ def _parted(
 def sharded_state(came: CAME, pairs: Iterable[Pair], chunk: torch.nn.Module) -> dict[str, Any]:
     """Describe momentum and factors for ``torch.distributed.checkpoint``, which fills these.
 
-    Args:
-        came: the optimizer, with its state.
-        pairs: the model's DTensors, and what the optimizer updates of them.
-        chunk: the model, without its wrappers.
+    Pairs are the DTensors of a model without its wrappers, and what the optimizer updates of them.
     """
     params = named_parameters(chunk)
     local = {id(param): own for param, own in pairs}
     states = {
         name: came.state[local[id(param)]] for name, param in params.items() if id(param) in local
     }
-    momentum = {name: _like(params[name], state[MOMENTUM]) for name, state in states.items()}
+    momentum = {
+        name: placed(state[MOMENTUM].view(local_of(p).shape), p.device_mesh, p.placements, p.shape)
+        for name, state in states.items()
+        for p in [params[name]]
+    }
     found: dict[str, dict[str, DTensor]] = {key: {} for key in (MOMENTUM, *FACTORS)}
-    for name, parts in _parted(chunk, momentum).items():
+    for name, parts in parted(chunk, momentum).items():
         found[MOMENTUM] |= parts
         for key in FACTORS:
             if key in states[name]:
@@ -160,10 +114,7 @@ def sharded_state(came: CAME, pairs: Iterable[Pair], chunk: torch.nn.Module) -> 
 def complete(state: Any, layout: Layout, asked: Mapping[str, Any] | None) -> None:
     """Add to what Megatron has read of a checkpoint what it does not ask for.
 
-    Args:
-        state: what it has read; all that it holds beside tensors if nothing was asked for.
-        layout: of the checkpoint.
-        asked: for what.
+    If nothing was asked for, that is all that the checkpoint holds beside tensors.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -182,21 +133,10 @@ def complete(state: Any, layout: Layout, asked: Mapping[str, Any] | None) -> Non
         state.setdefault("rng_state", asked["rng_state"])
 
 
-def _like(param: Any, values: Tensor) -> DTensor:
-    return DTensor.from_local(
-        values.view(local_of(param).shape),
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
-
-
 def _factors(key: str, factor: Tensor, param: Any, names: list[str]) -> dict[str, DTensor]:
     """A factor, or those of SwiGLU's two projections, which share what is averaged over rows."""
     kept = without_averaged_axis(key, tuple(range(param.dim())))
-    mesh, cut = param.device_mesh, _cut_of(param)
+    mesh, cut = param.device_mesh, cut_of(param)
     placements: list[Any] = [Replicate()] * mesh.ndim
     if cut is not None and cut.dim in kept:
         placements[cut.mesh_dim] = Shard(kept.index(cut.dim))
@@ -207,12 +147,5 @@ def _factors(key: str, factor: Tensor, param: Any, names: list[str]) -> dict[str
         for mesh_dim, each in enumerate(placements):
             if isinstance(each, Shard):
                 shape[each.dim] *= mesh.size(mesh_dim)
-        named[name] = DTensor.from_local(
-            half,
-            mesh,
-            placements,
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
-        )
+        named[name] = placed(half, mesh, placements, shape)
     return named

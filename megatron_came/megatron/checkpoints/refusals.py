@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_came.checkpoint_files.folder import TRACKER
 from megatron_came.megatron.checkpoints.contents import AFRESH
-from megatron_came.megatron.checkpoints.flags import flag_of
 from megatron_came.megatron.checkpoints.folders import tracked
+from megatron_came.rules import Settings, flag_of
 
 _RESHARDABLE = "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable"
 # Sizes that formats of the optimizer's state by buckets are bound to.
@@ -28,17 +28,17 @@ def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
 
     Args:
         saved: Megatron's arguments of the run that saved it.
-        args: Megatron's arguments of this run.
+        args: those of this run.
         sharding_type: format of the distributed optimizer's state in it; "legacy" for the
             ``torch`` format, None if not known.
     """
     if args.finetune or args.no_load_optim:
         return None
-    before, now = _of(saved, "optimizer"), args.optimizer
-    if now == "came":
-        return next(_refusals(saved, args, sharding_type), None)
-    if before == "came" and not _of(saved, "no_save_optim"):
-        return _of_another(before, now)
+    before, run = Settings(saved), Settings(args)
+    if run.optimizer == "came":
+        return next(_refusals(before, run, sharding_type), None)
+    if before.optimizer == "came" and not before.no_save_optim:
+        return _of_another(before.optimizer, run.optimizer)
     return None
 
 
@@ -49,12 +49,12 @@ def _of_another(before: Any, now: Any) -> str:
     )
 
 
-def _refusals(saved: Any, args: Any, sharding_type: str | None) -> Iterator[str]:
-    if _of(saved, "no_save_optim"):
+def _refusals(saved: Settings, args: Settings, sharding_type: str | None) -> Iterator[str]:
+    if saved.no_save_optim:
         yield f"the checkpoint was saved with --no-save-optim and holds no optimizer: {AFRESH}."
-    if _of(saved, "optimizer") != "came":
-        yield _of_another(_of(saved, "optimizer"), "came")
-    sharded = bool(_of(saved, "use_distributed_optimizer"))
+    if saved.optimizer != "came":
+        yield _of_another(saved.optimizer, "came")
+    sharded = bool(saved.use_distributed_optimizer)
     if sharded != bool(args.use_distributed_optimizer):
         verb = "add it" if sharded else "leave it out"
         yield (
@@ -79,8 +79,8 @@ def _refusals(saved: Any, args: Any, sharding_type: str | None) -> Iterator[str]
             "flags of its run, save so with --ckpt-format torch_dist --use-distributed-optimizer "
             f"--dist-ckpt-optim-fully-reshardable and resume from that, or {AFRESH}."
         )
-    before, now = (_of(run, "tensor_model_parallel_size") for run in (saved, args))
-    if sharding_type == "fsdp_dtensor" and _of(saved, "quick_geglu") and before != now:
+    before, now = (run.tensor_model_parallel_size for run in (saved, args))
+    if sharding_type == "fsdp_dtensor" and saved.quick_geglu and before != now:
         yield (
             f"the checkpoint was saved at --tensor-model-parallel-size {before} with "
             "--quick-geglu, whose two projections Megatron does not take apart with "
@@ -90,9 +90,9 @@ def _refusals(saved: Any, args: Any, sharding_type: str | None) -> Iterator[str]
         yield from _refusals_by_buckets(saved, args, sharding_type)
 
 
-def _refusals_by_buckets(saved: Any, args: Any, sharding_type: str) -> Iterator[str]:
+def _refusals_by_buckets(saved: Settings, args: Settings, sharding_type: str) -> Iterator[str]:
     """Say what formats that store the optimizer's state by buckets do not allow."""
-    step = _of(args, "ckpt_step")
+    step = args.ckpt_step
     if sharding_type == "legacy" and step and tracked(args.load) != str(step):
         yield (
             f"--ckpt-step {step} is not the latest checkpoint, of which Megatron would take the "
@@ -100,14 +100,14 @@ def _refusals_by_buckets(saved: Any, args: Any, sharding_type: str) -> Iterator[
             f"{step} to {TRACKER} in {args.load} and leave --ckpt-step out, or {AFRESH}."
         )
     for name in _SIZES:
-        was, size = _of(saved, name) or 1, _of(args, name) or 1
+        was, size = getattr(saved, name) or 1, getattr(args, name) or 1
         if was != size:
             yield (
                 f"the checkpoint was saved at {flag_of(name)} {was}, this run has {size}, and its "
                 "format of optimizer state allows a change of the data-parallel size alone: resume "
                 f"at {was}, save there with {_RESHARDABLE} and resume from that, or {AFRESH}."
             )
-    before, now = (bool(_of(each, "grad_reduce_in_bf16")) for each in (saved, args))
+    before, now = (bool(each.grad_reduce_in_bf16) for each in (saved, args))
     if before != now:
         yield (
             f"the checkpoint was saved {'with' if before else 'without'} --grad-reduce-in-bf16, "
@@ -131,18 +131,19 @@ def bucket_refusal(load_dir: Any, saved: Any, args: Any) -> str | None:
 
 def bucket_changes(saved: Any, args: Any) -> str:
     """Say which flags that decide on buckets the run that saved had otherwise; empty if none."""
+    saved, args = Settings(saved), Settings(args)
     found = []
-    before, now = (bool(_of(each, "overlap_grad_reduce")) for each in (saved, args))
+    before, now = (bool(each.overlap_grad_reduce) for each in (saved, args))
     if before != now:
         found.append(f"{'with' if before else 'without'} --overlap-grad-reduce")
     for name in ("ddp_bucket_size", "ddp_num_buckets"):
-        was, size = _of(saved, name), _of(args, name)
+        was, size = getattr(saved, name), getattr(args, name)
         if was != size:
             found.append(
                 f"without {flag_of(name)}" if was is None else f"with {flag_of(name)} {was}"
             )
     # The size of buckets grows with the number of ranks unless one is given.
-    was, size = (getattr(each, "data_parallel_size", 1) for each in (saved, args))
+    was, size = (each.data_parallel_size or 1 for each in (saved, args))
     if before and now and was != size and max(was, size) > _RANKS_OF_LEAST and not found:
         elements = max(_RANKS_OF_LEAST, was) * _ELEMENTS_OF_RANK
         found.append(
@@ -151,16 +152,16 @@ def bucket_changes(saved: Any, args: Any) -> str:
     return ", ".join(found)
 
 
-def _precision(args: Any) -> str:
-    return next((name for name in ("bf16", "fp16") if _of(args, name)), "fp32")
+def _precision(args: Settings) -> str:
+    return next((name for name in ("bf16", "fp16") if getattr(args, name)), "fp32")
 
 
-def _experts_apart(args: Any) -> bool:
+def _experts_apart(args: Settings) -> bool:
     """Whether expert parameters have an optimizer of their own."""
-    dense = getattr(args, "tensor_model_parallel_size", 1)
-    cut = (_of(args, "expert_model_parallel_size") or 1) > 1
-    cut |= (_of(args, "expert_tensor_parallel_size") or dense) != dense
-    return bool(_of(args, "num_experts")) and cut
+    dense = args.tensor_model_parallel_size or 1
+    cut = (args.expert_model_parallel_size or 1) > 1
+    cut |= (args.expert_tensor_parallel_size or dense) != dense
+    return bool(args.num_experts) and cut
 
 
 def notice(args: Any) -> str | None:
@@ -172,7 +173,3 @@ def notice(args: Any) -> str | None:
         "checkpoints of this run can be resumed at another data-parallel size, but not at other "
         "tensor- or pipeline-parallel sizes; --dist-ckpt-optim-fully-reshardable allows these."
     )
-
-
-def _of(run: Any, name: str) -> Any:
-    return getattr(run, name, None)

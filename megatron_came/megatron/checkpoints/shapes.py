@@ -16,9 +16,9 @@ from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.torch_dist import MODEL
 from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints import folders, tensors
-from megatron_came.megatron.checkpoints.under_way import current
+from megatron_came.megatron.checkpoints.under_way import Load, current
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 from megatron_came.voice import end_if, of_all_ranks, say_once, stop
 
 
@@ -32,7 +32,7 @@ def saved_shapes(path: str, group: dist.ProcessGroup | None = None) -> tensors.S
     found: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank(group) == 0:
         try:
-            found[0] = {each.name: each.shape for each in folders.tensors_in(folder)}
+            found[0] = folders.shapes_in(folder)
         except (CheckpointError, OSError) as error:  # all ranks are to hear of it
             found[1] = str(error)
     if dist.is_initialized():
@@ -43,58 +43,59 @@ def saved_shapes(path: str, group: dist.ProcessGroup | None = None) -> tensors.S
     return shapes
 
 
-def with_shapes(original: Function) -> Function:
+def stop_if_misfit(
+    load: Load, asked: tensors.Asked, path: str, *, resumes: bool, trained: bool = False
+) -> list[str]:
+    """Stop on all ranks where a distributed checkpoint's tensors do not fit; a collective.
+
+    ``trained`` compares those of weights and of the optimizer's state alone.
+
+    Returns:
+        Sentences on what is taken otherwise.
+    """
+    try:
+        found = saved_shapes(path)
+    except CheckpointError as error:
+        stop(str(error))
+    saved = _trained(found) if trained else found
+    problem, notices = tensors.of_distributed(load, asked, saved, resumes=resumes)
+    end_if(problem)
+    return notices
+
+
+@around
+def with_shapes(
+    original: Function, sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Refuse a checkpoint without what CAME asks for, where Megatron's training loop is not."""
-
-    def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        if current.get() is None:
-            asked = tensors.asked_for(sharded_state_dict)
-            if any(f".{key}." in name for name in asked.shapes for key in FACTORS):
-                group = kwargs.get("process_group")
-                misfit = tensors.misfit(asked, saved_shapes(str(checkpoint_dir), group))
-                problem = next(filter(None, of_all_ranks(misfit, group)), None)
-                if problem:
-                    raise UnsupportedError(f"{checkpoint_dir}: {problem}")
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-
-    return load
+    if current.get() is None:
+        asked = tensors.asked_for(sharded_state_dict)
+        if any(f".{key}." in name for name in asked.shapes for key in FACTORS):
+            group = kwargs.get("process_group")
+            misfit = tensors.misfit(asked, saved_shapes(str(checkpoint_dir), group))
+            problem = next(filter(None, of_all_ranks(misfit, group)), None)
+            if problem:
+                raise UnsupportedError(f"{checkpoint_dir}: {problem}")
+    return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
 
-def with_names(original: Function) -> Function:
+@around
+def with_names(original: Function, args: Any, raw_state_dict: Any, model: Any) -> Any:
     """Compare what a run with Megatron-FSDP asks of a checkpoint with what it has."""
-
-    def preprocess_fsdp_dtensor_state_dict(args: Any, raw_state_dict: Any, model: Any) -> Any:
-        if args.optimizer == "came" and not (args.bf16 or args.fp16):
-            # Megatron looks for SwiGLU's weights in a wrapper that fp32 models do not have.
-            model = torch.nn.ModuleDict({"module": model})
-        state = original(args, raw_state_dict, model)
-        load = current.get()
-        if load is None or args.optimizer != "came":
-            return state
-        _drop_random_states(state, load.saved, args)
-        folder = folders.name_of(load.folder, args, return_base_dir=True)
-        try:
-            found = _trained(saved_shapes(folder))
-        except CheckpointError as error:
-            stop(str(error))
-        runs, resumes = (load.saved, args), "optimizer" in state
-        asked = tensors.Asked(_trained(tensors.flat(state)), set())
-        problem, notices = tensors.of_distributed(
-            asked, found, runs, load.differing, resumes=resumes
-        )
-        there = (
-            asked
-            if resumes
-            else asked._replace(
-                shapes={name: shape for name, shape in asked.shapes.items() if name in found}
-            )
-        )
-        end_if(problem or tensors.misfit(there, found, load.differing))
-        for notice in notices:
-            say_once(notice)
+    if args.optimizer == "came" and not (args.bf16 or args.fp16):
+        # Megatron looks for SwiGLU's weights in a wrapper that fp32 models do not have.
+        model = torch.nn.ModuleDict({"module": model})
+    state = original(args, raw_state_dict, model)
+    load = current.get()
+    if load is None or args.optimizer != "came":
         return state
-
-    return preprocess_fsdp_dtensor_state_dict
+    _drop_random_states(state, load.saved, args)
+    folder = folders.name_of(load.folder, args, return_base_dir=True)
+    asked = tensors.Asked(_trained(tensors.flat(state)), set())
+    resumes = "optimizer" in state
+    for notice in stop_if_misfit(load, asked, folder, resumes=resumes, trained=True):
+        say_once(notice)
+    return state
 
 
 def _trained(shapes: tensors.Shapes) -> tensors.Shapes:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_came.megatron.checkpoints.buckets import mended
-from megatron_came.patching import Function
+from megatron_came.megatron.checkpoints.contents import sharding_of
+from megatron_came.patching import Function, around
 from megatron_came.versions import check_version
 from megatron_came.voice import say
 
@@ -22,28 +23,24 @@ from megatron_came.voice import say
 _suspects: list[str] = []
 
 
-def with_warning(original: Function) -> Function:
+@around
+def with_warning(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Look, when model and optimizer stand, whether this run's checkpoints get shifted."""
+    from megatron.training.global_vars import get_args
 
-    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training.global_vars import get_args
-
-        _suspects.clear()
-        result = original(*args, **kwargs)
-        settings = get_args()
-        shifts = writes(settings) and not mended() and padded_anywhere(result[0])
-        warning = _warning(settings, shifts)
-        if warning:
-            say(warning)
-        return result
-
-    return setup_model_and_optimizer
+    _suspects.clear()
+    result = original(*args, **kwargs)
+    settings = get_args()
+    shifts = writes(settings) and not mended() and padded_anywhere(result[0])
+    warning = _warning(settings, shifts)
+    if warning:
+        say(warning)
+    return result
 
 
 def note(load_dir: Any, state: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Remember a checkpoint of another optimizer that was read and may be shifted."""
-    sharding = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-    if sharding == "fully_reshardable" and _may_shift(state.get("args"), args):
+    if sharding_of(state) == "fully_reshardable" and _may_shift(state.get("args"), args):
         _suspects.append(str(load_dir))
 
 

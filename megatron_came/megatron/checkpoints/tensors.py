@@ -7,16 +7,20 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+from megatron_came.megatron.checkpoints.under_way import Load
+from megatron_came.megatron.parameter_names import boxes_in, sharded_entries
+from megatron_came.voice import collectives_device, some
 
 _OPTIMIZER, _STATE = "optimizer.", "optimizer.state."
+_LEFT = "the checkpoint holds {}, which the model lacks: left out."
+_NEW = "the model has {}, which the checkpoint lacks: new."
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -48,8 +52,8 @@ def asked_for(sharded_state: Mapping[str, Any]) -> Asked:
     """List what a sharded state dictionary asks a distributed checkpoint for."""
     leaves = [
         leaf
-        for entry in nested_values(extract_sharded_tensors_and_factories(dict(sharded_state))[0])
-        for leaf in ([entry] if isinstance(entry, ShardedTensor) else nested_values(entry.build()))
+        for entry in sharded_entries(sharded_state)
+        for leaf in boxes_in(entry)
         if isinstance(leaf, ShardedTensor)
     ]
     return Asked(
@@ -59,23 +63,20 @@ def asked_for(sharded_state: Mapping[str, Any]) -> Asked:
 
 
 def misfit(asked: Asked, saved: Shapes, differing: str = "") -> str | None:
-    """Say in one sentence which tensor a model does not find as it needs it, or None.
+    """Say in one sentence which tensor that a model asks for is not as it needs it, or None.
 
-    Args:
-        asked: for what.
-        saved: what there is.
-        differing: what differs between the flags of the two runs, in brackets.
+    ``differing`` is what differs between the flags of the two runs, in brackets.
     """
     afresh = f"of its run{differing}, or --no-load-optim to start CAME afresh from its weights."
     missing = [key for key in asked.shapes if key not in saved]
     if weights := _weights(missing):
         return (
-            f"the model has {_named(weights)}, which the checkpoint lacks: give it the flags of "
+            f"the model has {some(weights)}, which the checkpoint lacks: give it the flags of "
             f"the checkpoint's run{differing}."
         )
     if missing:
         return (
-            f"the checkpoint lacks {_named(missing)} of the optimizer's state: give the flags "
+            f"the checkpoint lacks {some(missing)} of the optimizer's state: give the flags "
             f"{afresh}"
         )
     others = [
@@ -96,16 +97,13 @@ def misfit(asked: Asked, saved: Shapes, differing: str = "") -> str | None:
     return None
 
 
-def of_distributed(
-    asked: Asked, saved: Shapes, runs: tuple[Any, Any], differing: str, *, resumes: bool
-) -> Verdict:
+def of_distributed(load: Load, asked: Asked, saved: Shapes, *, resumes: bool) -> Verdict:
     """Say what a run takes otherwise of a distributed checkpoint's tensors; a collective.
 
     Args:
+        load: the load under way.
         asked: what this rank asks for.
         saved: what there is.
-        runs: Megatron's arguments of the run that saved it, and of this one.
-        differing: what differs between them, in brackets.
         resumes: whether everything is to be taken.
     """
     left, untrained = left_over(asked, saved)
@@ -116,44 +114,37 @@ def of_distributed(
             [],
         )
     missing = [name for name in asked.shapes if name not in saved]  # as some --dist-ckpt-strictness
-    notices = [] if resumes else _new(missing)
-    problem = misfit(asked, saved, differing) if missing and resumes else None
-    problem = problem or (_leftover_refusal(left, differing) if resumes else None)
+    notices = [] if resumes else _said(missing, _NEW)
+    there = {name: shape for name, shape in asked.shapes.items() if resumes or name in saved}
+    problem = misfit(asked._replace(shapes=there), saved, load.differing)
+    problem = problem or (_leftover_refusal(left, load.differing) if resumes else None)
     if rows := _rows(asked, saved):
-        sentence, is_refused = _vocabulary(*rows, getattr(runs[0], "vocab_size", None))
+        sentence, is_refused = _vocabulary(*rows, getattr(load.saved, "vocab_size", None))
         problem = problem or (sentence if is_refused else None)
         notices.append(sentence)
     if untrained:
         notices.append(
-            f"this run does not train all parameters of the checkpoint's: {_named(untrained)} "
+            f"this run does not train all parameters of the checkpoint's: {some(untrained)} "
             "is not taken."
         )
-    return Verdict(problem, notices + _left_out([] if resumes else left))
+    return Verdict(problem, notices + _said([] if resumes else left, _LEFT))
 
 
-def of_legacy(
-    model_chunks: Iterable[Any], state: Mapping[str, Any], differing: str, *, resumes: bool
-) -> Verdict:
-    """Say what a rank takes otherwise of its file of a ``torch`` checkpoint; see above.
-
-    Args:
-        model_chunks: of this rank.
-        state: what the file holds.
-        differing: what differs between the flags of the two runs, in brackets.
-        resumes: whether everything is to be taken.
-    """
-    chunks = list(model_chunks)
+def of_legacy(load: Load, state: Mapping[str, Any], *, resumes: bool) -> Verdict:
+    """Say what a rank's model takes otherwise of its ``torch`` checkpoint's file; see above."""
     mine: dict[str, tuple[int, ...]] = {}
     its: dict[str, tuple[int, ...]] = {}
-    for index, chunk in enumerate(chunks):
-        key, prefix = ("model", "") if len(chunks) == 1 else (f"model{index}", f"chunk {index}: ")
+    for index, chunk in enumerate(load.model_chunks):
+        is_one = len(load.model_chunks) == 1
+        key, prefix = ("model", "") if is_one else (f"model{index}", f"chunk {index}: ")
         mine |= flat(chunk.state_dict_for_save_checkpoint(), prefix)
         its |= flat(state.get(key), prefix)
     left = [name for name in its if name not in mine]
     if resumes:
-        problem = misfit(Asked(mine, set()), its, differing) or _leftover_refusal(left, differing)
-        return Verdict(problem, [])
-    return Verdict(None, _left_out(left) + _new([name for name in mine if name not in its]))
+        problem = misfit(Asked(mine, set()), its, load.differing)
+        return Verdict(problem or _leftover_refusal(left, load.differing), [])
+    new = [name for name in mine if name not in its]
+    return Verdict(None, _said(left, _LEFT) + _said(new, _NEW))
 
 
 def left_over(asked: Asked, saved: Shapes) -> tuple[list[str], list[str]]:
@@ -165,7 +156,7 @@ def left_over(asked: Asked, saved: Shapes) -> tuple[list[str], list[str]]:
     names = sorted(saved)
     taken = torch.tensor([name in asked.shapes for name in names], dtype=torch.int32)
     if dist.is_initialized():
-        taken = taken.to("cuda" if torch.cuda.is_available() else "cpu")
+        taken = taken.to(collectives_device())
         dist.all_reduce(taken, op=dist.ReduceOp.MAX)
     is_taken = dict(zip(names, map(bool, taken.tolist()), strict=True))
     left = [name for name, value in is_taken.items() if not value]
@@ -188,28 +179,20 @@ def _parameter(name: str) -> str | None:
 def _leftover_refusal(names: list[str], differing: str) -> str | None:
     if weights := _weights(names):
         return (
-            f"the checkpoint holds {_named(weights)}, which the model lacks: give it the flags of "
+            f"the checkpoint holds {some(weights)}, which the model lacks: give it the flags of "
             f"the checkpoint's run{differing}, or --no-load-optim or --finetune to train it on "
             "from those weights that fit."
         )
     if not names:
         return None
     return (
-        f"the checkpoint holds {_named(names)}, which this run would leave behind: give the flags "
+        f"the checkpoint holds {some(names)}, which this run would leave behind: give the flags "
         f"of its run{differing}, or --no-load-optim to start CAME afresh from its weights."
     )
 
 
-def _left_out(names: list[str]) -> list[str]:
-    if not names:
-        return []
-    return [f"the checkpoint holds {_named(names)}, which the model lacks: left out."]
-
-
-def _new(names: list[str]) -> list[str]:
-    if not names:
-        return []
-    return [f"the model has {_named(names)}, which the checkpoint lacks: new."]
+def _said(names: list[str], sentence: str) -> list[str]:
+    return [sentence.format(some(names))] if names else []
 
 
 def _rows(asked: Asked, saved: Shapes) -> tuple[int, int] | None:
@@ -255,11 +238,6 @@ def flat(state: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
 
 def _weights(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.startswith(_OPTIMIZER)]
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return names[0] + more
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ class Load:
         model_chunks: what is filled.
         optimizer: likewise.
         scheduler: likewise.
+        own_rates: whether rates are this run's: ``--override-opt_param-scheduler``.
         folder: where Megatron found the checkpoint.
         saved: Megatron's arguments of the run that saved it.
         differing: flags that it was saved with otherwise.
@@ -25,6 +26,7 @@ class Load:
     model_chunks: list[Any]
     optimizer: Any
     scheduler: Any
+    own_rates: bool = False
     folder: Any = None
     saved: Any = None
     differing: str = ""

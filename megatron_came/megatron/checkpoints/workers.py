@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 from megatron_came.terminal.children import end_with_parent
 
 # A process that is no fork has no replacements: there this is Megatron's own.
@@ -35,23 +35,20 @@ def loop(*args: Any, **kwargs: Any) -> None:
     _loop(*args, **kwargs)
 
 
-def with_queue(original: Function) -> Function:
+@around
+def with_queue(original: Function, mp_mode: str = "spawn") -> Any:
     """Have the process of the queue of results end with the one that starts it.
 
     It runs nothing of the script, which would import Megatron once more, for seconds, and without
     what is replaced of it.
     """
-
-    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-        if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            script = sys.modules["__main__"]
-            sys.modules["__main__"] = ModuleType("__main__")  # a fresh process would import it
-            try:
-                manager.start(end_with_parent, (os.getpid(),))
-            finally:
-                sys.modules["__main__"] = script
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
-
-    return get_write_results_queue
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # a fresh process would import it
+        try:
+            manager.start(end_with_parent, (os.getpid(),))
+        finally:
+            sys.modules["__main__"] = script
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 
 
-def with_all_reduce(original: Function) -> Function:
+@around
+def with_all_reduce(original: Function, self: Any, force_all_reduce: bool = False) -> None:
     """Let ``finish_grad_sync`` take what 0.19's takes, and does not use either."""
-
-    def finish_grad_sync(self: Any, force_all_reduce: bool = False) -> None:
-        original(self)
-
-    return finish_grad_sync
+    original(self)

@@ -17,7 +17,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer import multi_token_prediction
 from megatron.training import get_args, inprocess_restart, pretrain, print_rank_0
 
-from megatron_came.rules import Rule, refusal
+from megatron_came.rules import Rule, stop_if_refused
 from megatron_came.versions import release
 
 Batch = dict[str, Any]  # tensors, or None for what the rank has no use of
@@ -54,10 +54,8 @@ def share_batch(
 ) -> Batch:
     """Take the next micro-batch and hand it out to tensor- and context-parallel ranks.
 
-    Args:
-        data: on tensor-parallel rank 0, the micro-batches.
-        keys: what is taken of them.
-        predicts_further: whether this rank's chunk needs all of it for multi-token prediction.
+    Tensor-parallel rank 0 has the data. ``predicts_further`` says whether this rank's chunk needs
+    all of a batch for multi-token prediction.
     """
     from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -114,13 +112,7 @@ def train(
     embedding_ranks: Callable[[list[int]], list[int]],
     rules: Iterable[Rule],
 ) -> None:
-    """Read the flags and train as they say.
-
-    Args:
-        datasets: builds the data sets.
-        forward_step: runs the model on a micro-batch.
-        embedding_ranks: which ranks of a pipeline hold the word embeddings.
-        rules: what of the flags is refused.
+    """Read the flags and train as they say, with what builds data sets and runs the model.
 
     Raises:
         SystemExit: a rule refuses the flags.
@@ -131,14 +123,14 @@ def train(
     if release() < (0, 18):
         from megatron.training.arguments import parse_args
 
-        _stop_if_refused(rules, parse_args())
+        stop_if_refused(rules, parse_args())
         run(datasets, build_gpt, kind, forward_step, args_defaults=_DEFAULTS, **more)
         return
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(args_defaults=_DEFAULTS)
-    _stop_if_refused(rules, args)
+    stop_if_refused(rules, args)
     if release() < (0, 19):
         settings = pretrain_cfg_container_from_args(args)
         run(settings, datasets, build_gpt, kind, forward_step, **more)
@@ -147,12 +139,6 @@ def train(
 
     settings = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     run(settings, datasets, kind, forward_step, **more)
-
-
-def _stop_if_refused(rules: Iterable[Rule], args: Namespace) -> None:
-    problem = refusal(rules, args)
-    if problem is not None:
-        raise SystemExit(problem)
 
 
 def build_gpt(

@@ -26,6 +26,7 @@ from megatron_came.core.digests import (
 from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints.digests.sums import KINDS, Totals
 from megatron_came.megatron.checkpoints.folders import rewritten, tensors_in
+from megatron_came.voice import some
 
 # Kind and name of a tensor in a record.
 Named = tuple[str, str]
@@ -107,10 +108,8 @@ class Source:
     def problem(self, *, finetune: bool, reads_metadata: bool, with_optimizer: bool) -> str | None:
         """Say what contradicts itself, if anything does, or None.
 
-        Args:
-            finetune: the iteration does not matter.
-            reads_metadata: look at the tensors' shapes and dtypes, too.
-            with_optimizer: at those of the optimizer's state as well.
+        With ``finetune`` the iteration does not matter; ``reads_metadata`` looks at the tensors'
+        shapes and dtypes, too, and ``with_optimizer`` at those of the optimizer's state as well.
         """
         what = self.error or self._iterations(finetune)
         if what is None and self.record is not None and self.record.optimizer != self.optimizer:
@@ -182,7 +181,7 @@ def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
     """
     record, remarks = source.record, []
     if found.cast:
-        return source.damaged(f"{_some(found.cast)}, not in fp32"), []
+        return source.damaged(f"{some(found.cast)}, not in fp32"), []
     if record is None:
         remarks.append(
             f"the checkpoint in {source.folder} was saved without digests, so that it cannot be "
@@ -191,7 +190,7 @@ def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
     else:
         damaged, unlike = _compared(record, found)
         if unlike:
-            remarks.append(f"not verified: {_some(unlike)}.")
+            remarks.append(f"not verified: {some(unlike)}.")
         if damaged:
             return _refusal(damaged, source, found), remarks
         if found.has_optimizer and record.step is not None and found.steps - {record.step}:
@@ -256,7 +255,7 @@ def _where(damaged: Sequence[Named], source: Source, found: Found) -> str:
         tensors = tensors_in(source.file)
         held = [files_of(source.record, tensors, kind, name) for kind, name in damaged]
     common = set.intersection(*held) or held[0]
-    return f" in {_some(sorted(common), 4)}" if common else ""
+    return f" in {some(sorted(common), 4)}" if common else ""
 
 
 def _legacy_file(kind: str, model: Path) -> str:
@@ -270,16 +269,10 @@ def _differing(source: Source, found: Found) -> str:
     differing = found.totals.differing
     name = next(iter(differing))
     return (
-        f"in the checkpoint in {source.path} the main weights of {_some(list(differing))} "
+        f"in the checkpoint in {source.path} the main weights of {some(list(differing))} "
         f"are not the model's weights ({differing[name]} elements of {name} differ): either "
         "is damaged, or it was saved with --dist-ckpt-optim-fully-reshardable and several buckets, "
         "where Megatron 0.16 to 0.19 shifts the optimizer's state (Megatron-LM#5077): rebuild it "
         f"with megatron-came repair {source.folder} OUT, start the optimizer afresh with "
         "--no-load-optim, or load it all the same with --came-no-verify."
     )
-
-
-def _some(items: Sequence[str], count: int = 1) -> str:
-    """Name the first ones, and say how many there are beside."""
-    more = len(items) - count
-    return ", ".join(items[:count]) + (f" and {more} more" if more > 0 else "")

@@ -8,9 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
 from megatron_came.core.digests import PlacedBox, name_of
@@ -19,6 +17,7 @@ from megatron_came.dtensors import local_of
 from megatron_came.megatron.checkpoints import megatron_fsdp
 from megatron_came.megatron.checkpoints.factors import cuts_of, place_in
 from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
+from megatron_came.megatron.parameter_names import sharded_entries
 from megatron_came.megatron.quantized import plain
 
 
@@ -102,11 +101,7 @@ def unwrapped(model: Any) -> list[Any]:
 
 
 def entries_of(model_chunks: Iterable[Any]) -> dict[int, Entry]:
-    """Return the tensors of a model, by ``id`` of the parameter or buffer.
-
-    Args:
-        model_chunks: modules of Megatron, without their wrappers.
-    """
+    """Return the tensors of a model without wrappers, by ``id`` of the parameter or buffer."""
     found: dict[int, Entry] = {}
     for chunk in model_chunks:
         has_fsdp = megatron_fsdp.holds(chunk)  # if so, its DTensors are in place from here on
@@ -136,8 +131,7 @@ def _read(chunk: Any) -> dict[int, Entry]:
     entries = {}
     # Of FSDP2's parameters the sharded state has the local tensors.
     owners = {id(local_of(param)): param for param in chunk.parameters()}
-    state = extract_sharded_tensors_and_factories(chunk.sharded_state_dict())[0]
-    for entry in nested_values(state):
+    for entry in sharded_entries(chunk.sharded_state_dict()):
         single, owner = isinstance(entry, ShardedTensor), owners.get(id(entry.data), entry.data)
         values = plain(entry.data)
         leaves = cuts_of(entry, values)
@@ -151,18 +145,28 @@ def _read(chunk: Any) -> dict[int, Entry]:
 
 
 def _read_fsdp(chunk: Any) -> dict[int, Entry]:
-    return {
-        id(each.param): Entry(
-            local_of(each.param),
-            tuple(
-                Leaf(name, box, each.is_main, each.is_first, None)
-                for name, box in each.boxes.items()
-            ),
-            start=each.start,
-            shape=each.shape,
-        )
-        for each in megatron_fsdp.slices_of(chunk)
-    }
+    """Say where what this rank holds of Megatron-FSDP's DTensors lies; a collective."""
+    entries = {}
+    params = megatron_fsdp.named_parameters(chunk)
+    for name, parts in megatron_fsdp.parted(chunk, params).items():
+        param, index = params[name], params[name].megatron_fsdp_dist_index
+        cut = megatron_fsdp.cut_of(param)
+        tp_rank = index.get_submesh([index.tp_dim]).get_local_rank()
+        shape = tuple(param.orig_param.shape)
+        size = (shape[0] // len(parts), *shape[1:])
+        offset = [0] * len(shape)
+        if cut is not None:
+            offset[cut.dim] = tp_rank * size[cut.dim]
+        is_first = cut is not None or tp_rank == 0
+        is_main = is_first and param.device_mesh.get_local_rank(0) == 0
+        leaves = []
+        for number, (part, tensor) in enumerate(parts.items()):
+            place = (number * size[0], *(0 for _ in shape[1:]))
+            box = PlacedBox(place, size, tuple(offset), tuple(tensor.shape))
+            leaves.append(Leaf(part, box, is_main, is_first, None))
+        start = megatron_fsdp.start_of(param, cut, tp_rank)
+        entries[id(param)] = Entry(local_of(param), tuple(leaves), start=start, shape=shape)
+    return entries
 
 
 def _leaf(leaf: ShardedTensor, whole: Tensor) -> Leaf:

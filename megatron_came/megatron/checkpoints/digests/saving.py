@@ -24,45 +24,39 @@ from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
 from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
 from megatron_came.megatron.sharding import chain_of
-from megatron_came.patching import Function
+from megatron_came.patching import Function, around
 
 # What goes into the checkpoint that is being saved.
 _record: ContextVar[str | None] = ContextVar("record", default=None)
 
 
-def with_digests(original: Function) -> Function:
+@around
+def with_digests(
+    original: Function, iteration: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Compute the digests of what is about to be saved."""
+    from megatron.training.global_vars import get_args
 
-    def save_checkpoint(
-        iteration: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        from megatron.training.global_vars import get_args
-
-        settings = get_args()
-        if settings.optimizer != "came":
-            return original(iteration, model, optimizer, *args, **kwargs)
-        saved = None if settings.no_save_optim else optimizer
-        record = record_of(iteration, unwrapped(model), saved, buckets=_has_buckets(settings))
-        token = _record.set(pack(record))
-        try:
-            return original(iteration, model, optimizer, *args, **kwargs)
-        finally:
-            _record.reset(token)
-
-    return save_checkpoint
+    settings = get_args()
+    if settings.optimizer != "came":
+        return original(iteration, model, optimizer, *args, **kwargs)
+    saved = None if settings.no_save_optim else optimizer
+    record = record_of(iteration, unwrapped(model), saved, buckets=_has_buckets(settings))
+    token = _record.set(pack(record))
+    try:
+        return original(iteration, model, optimizer, *args, **kwargs)
+    finally:
+        _record.reset(token)
 
 
-def with_record(original: Function) -> Function:
+@around
+def with_record(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Add them to what is saved."""
-
-    def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
-        state = original(*args, **kwargs)
-        record = _record.get()
-        if record is not None:
-            state[KEY] = record
-        return state
-
-    return generate_state_dict
+    state = original(*args, **kwargs)
+    record = _record.get()
+    if record is not None:
+        state[KEY] = record
+    return state
 
 
 def _has_buckets(settings: Any) -> bool:

@@ -28,6 +28,7 @@ from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.kernels.digests import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
 from megatron_came.megatron.quantized import is_quantized, plain
+from megatron_came.voice import collectives_device
 
 KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
 # Elements that wait to be added up; those that were converted need memory.
@@ -55,12 +56,10 @@ class Totals:
 class Sums:
     """Digests in the making, by kind and name.
 
+    It also notes, if it ``looks``, values that no state of CAME's has.
+
     Attributes:
         names: with shape and dtype, of all tensors that any rank may hold of these entries.
-
-    Args:
-        entries: of the model.
-        looks: whether values that no state of CAME's has are to be noted, too.
     """
 
     def __init__(self, entries: Mapping[int, Entry], *, looks: bool = False) -> None:
@@ -98,10 +97,10 @@ class Sums:
                 self._add((WEIGHTS,), leaf.copy, [alone])
 
     def add_slice(self, kinds: Kinds, entry: Entry, ranges: Ranges, start: int | None) -> None:
-        """Add a slice of main weights or momentum.
+        """Add a slice of main weights or momentum: of all kinds that have these values.
 
         Args:
-            kinds: all that have these values.
+            kinds: of the values.
             entry: of the parameter.
             ranges: of the slice: where they begin in it, and their values in fp32 or bf16, flat.
             start: where the slice begins in the parameter; None for all of the parameter, of which
@@ -168,10 +167,9 @@ class Sums:
         self._waiting, self._extremes, self._size = [], [], 0
 
     def over_all_ranks(self, names: Names) -> Totals:
-        """Add up over all ranks; what they exchange does not grow with their number.
+        """Add up over all ranks, which give the names of all ranks' sums.
 
-        Args:
-            names: of all ranks' sums, the same on every rank.
+        What they exchange does not grow with their number.
         """
         self.flush()
         known: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -188,7 +186,7 @@ class Sums:
             table[4, 0, order[name]] = count
         summed = torch.from_numpy(table)
         if dist.is_initialized():
-            summed = summed.to(_device())
+            summed = summed.to(collectives_device())
             dist.all_reduce(summed)  # of integers, modulo 2^64
         tensors: dict[str, dict[str, Saved]] = {}
         flaws = []
@@ -228,13 +226,13 @@ def _dtype_of(entry: Entry, leaf: Leaf, *, is_loaded: bool) -> str:
 def distinct[T](value: T) -> list[T]:
     """Return the values that ranks have, each once, in the order of the first ranks with them.
 
-    Args:
-        value: of which ``repr`` says all.
+    ``repr`` must say all of a value.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
-    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_device())
+    number = int.from_bytes(digest, "little", signed=True)
+    mine = torch.tensor([number], device=collectives_device())
     marks = mine.new_empty(dist.get_world_size())
     dist.all_gather_into_tensor(marks, mine)
     owners = {mark: owner for owner, mark in reversed(list(enumerate(marks.tolist())))}
@@ -244,10 +242,6 @@ def distinct[T](value: T) -> list[T]:
         dist.broadcast_object_list(found, owner)
         values += found
     return values or [value]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def in_one_range(values: Tensor) -> Ranges:

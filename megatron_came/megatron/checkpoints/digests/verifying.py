@@ -43,11 +43,6 @@ _current: ContextVar[Verification | None] = ContextVar("verification", default=N
 def verified(model: Any, optimizer: Any, args: Any) -> Iterator[None]:
     """Compare what is loaded meanwhile with the digests that were saved with it.
 
-    Args:
-        model: that is loaded.
-        optimizer: Megatron's, or None.
-        args: Megatron's arguments.
-
     Raises:
         SystemExit: on all ranks, where something differs.
     """
@@ -64,12 +59,9 @@ def verified(model: Any, optimizer: Any, args: Any) -> Iterator[None]:
 
 
 def note_files(loaded: Sequence[Any], folder: str, *, first_look: bool) -> None:
-    """Tell the verification under way, if any, what Megatron has read.
+    """Tell the verification under way, if any, what ``_load_base_checkpoint`` has read of a folder.
 
-    Args:
-        loaded: what ``_load_base_checkpoint`` has returned.
-        folder: what ``--load`` names.
-        first_look: whether it has read the settings alone.
+    The first look is at the settings alone.
     """
     verification = _current.get()
     if verification is not None and loaded[0] is not None:
@@ -84,11 +76,6 @@ class Verification:
 
     Attributes:
         has_begun: whether the files have been read.
-
-    Args:
-        model_chunks: without their wrappers.
-        optimizer: Megatron's, or None.
-        settings: Megatron's arguments.
     """
 
     def __init__(self, model_chunks: Sequence[Any], optimizer: Any, settings: Any) -> None:

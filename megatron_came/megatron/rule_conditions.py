@@ -1,0 +1,88 @@
+"""Conditions of rules that look at the model, which settings have where it has been built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_came.dtensors import is_dtensor
+from megatron_came.rules import Settings
+
+
+def has_checkpoints(s: Settings) -> bool:
+    """Whether a run saves or loads."""
+    return bool(s.save or s.load)
+
+
+def is_mimo(s: Settings) -> bool:
+    """Whether the model is one of several modalities."""
+    model = next(iter(s.model_chunks or ()), None)
+    if model is None:
+        return False  # on the command line
+    from megatron.core.models.mimo.model.base import MimoModel
+
+    while not isinstance(model, MimoModel) and hasattr(model, "module"):
+        model = model.module  # out of its wrappers
+    return isinstance(model, MimoModel)
+
+
+def is_quantized_alone(s: Settings) -> bool:
+    """Whether a weight that is trained is in fp8, and nobody quantises it after a step."""
+    if s.fp8_param_gather or not s.model_chunks:
+        return False
+    from megatron_came.megatron.quantized import is_quantized
+
+    params = (p for chunk in s.model_chunks for p in chunk.parameters() if p.requires_grad)
+    return any(map(is_quantized, params))
+
+
+def fsdp2_saves_unlike_rows(s: Settings) -> bool:
+    """Whether FSDP2 cuts weights so that Megatron cannot save them.
+
+    That is into unlike numbers of rows, or with rows of both of SwiGLU's projections on a rank.
+    """
+    needs_names = s.came_momentum_dtype != "fp32"
+    if not (s.use_torch_fsdp2 and (has_checkpoints(s) or needs_names)):
+        return False
+    params = (p for chunk in s.model_chunks or () for p in chunk.parameters())
+    cuts = {(len(p), p.device_mesh.size()) for p in params if is_dtensor(p) and p.dim()}
+    halves = 2 if s.gated_linear_unit else 1
+    return any(rows % size or (size > 1 and size % halves) for rows, size in cuts)
+
+
+# Experts whose layout a release before 0.19 does not say.
+
+
+def _experts(s: Settings) -> Iterator[Any]:
+    """All modules that hold the experts of a layer."""
+    from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+
+    if s.num_moe_experts:
+        for chunk in s.model_chunks or ():
+            for module in chunk.modules():
+                if isinstance(module, BaseMoELayer):
+                    yield module.experts
+
+
+def reduces_experts_wrongly(s: Settings) -> bool:
+    """Whether experts are cut unlike dense layers and not over ranks."""
+    return bool(
+        s.num_moe_experts
+        and s.expert_model_parallel_size == 1
+        and s.expert_tensor_parallel_size != s.tensor_model_parallel_size
+    )
+
+
+def packs_experts(s: Settings) -> bool:
+    """Whether a rank's experts are one weight."""
+    return any(type(experts).__name__ == "GroupedMLP" for experts in _experts(s))
+
+
+def cuts_experts_in_silence(s: Settings) -> bool:
+    """Whether experts are Transformer Engine's."""
+    return any(
+        base.__module__.split(".")[0] == "transformer_engine"
+        for experts in _experts(s)
+        for module in experts.modules()
+        for base in type(module).__mro__
+    )
