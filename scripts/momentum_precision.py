@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from megatron_came.bench.machine import describe
-from megatron_came.data.errors import DataError
 from megatron_came.quickstart.prepare import prepare
-from megatron_came.quickstart.settings import OPTIMIZERS, QuickstartError, Settings
+from megatron_came.quickstart.settings import OPTIMIZERS, Settings
 from megatron_came.quickstart.steps import Steps
 from megatron_came.quickstart.train import Result, train
+from megatron_came.terminal.sentences import CommandError
 
 _CAME = next(optimizer for optimizer in OPTIMIZERS if optimizer.key == "came")
 _LAST = 20  # iterations whose mean is the final loss
@@ -80,7 +80,7 @@ def main() -> None:
         runs = {
             mode: {seed: losses(settings, mode, seed) for seed in options.seeds} for mode in MODES
         }
-    except (DataError, QuickstartError) as error:
+    except CommandError as error:
         raise SystemExit(str(error)) from error
     finals = {
         mode: [statistics.mean(by_seed[seed][-_LAST:]) for seed in options.seeds]

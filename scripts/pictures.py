@@ -10,10 +10,9 @@ from pathlib import Path
 from megatron_came import megatron, memory
 from megatron_came.memory.megatron_flags import parse
 from megatron_came.memory.optimizers import ADAMW, LABELS, Optimizer, came, precision_aware
-from megatron_came.memory.plot import draw_bars
 from megatron_came.memory.prediction import Launch
-from megatron_came.quickstart.report import plot_losses
 from megatron_came.quickstart.settings import OPTIMIZERS
+from megatron_came.terminal.pictures import draw_bars, draw_losses
 from megatron_came.terminal.quiet import quiet
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +63,7 @@ def main() -> None:
     draw_bars(bars, "bytes a parameter, bf16 weights", DOCS / "bytes_per_parameter.png")
     names = {optimizer.key: optimizer.name for optimizer in OPTIMIZERS}
     runs = json.loads(LOSSES.read_text())["runs"]
-    plot_losses({names[run["optimizer"]]: run["losses"] for run in runs}, DOCS / "gpt2.png")
+    draw_losses({names[run["optimizer"]]: run["losses"] for run in runs}, DOCS / "gpt2.png")
 
 
 if __name__ == "__main__":

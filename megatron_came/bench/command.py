@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +19,7 @@ from megatron_came.bench.measure import Result, copy_bandwidth, measure, paramet
 from megatron_came.bench.shapes import MODELS, shapes_of
 from megatron_came.terminal.console import show, table, wrapped
 from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.sentences import CommandError, status_of, writing
 
 # Of a result: heads of the columns, attributes and how they are written; None is a dash.
 _COLUMNS = {
@@ -81,51 +78,36 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the benchmark; return the exit status."""
     options = _parser().parse_args(argv)
+    return status_of(lambda: _run(options), "megatron-came bench: ", ValueError, RuntimeError)
+
+
+def _run(options: argparse.Namespace) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        if options.flags and not options.iteration:
-            raise ValueError("flags after -- are for --iteration alone.")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but there is no GPU: use cpu.")
-        if options.json:
-            with _told_of_json(options.json):
-                is_new = not options.json.exists()
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.open("a").close()  # that it can be, before anything is timed
-                if is_new:
-                    options.json.unlink()
-        report: dict[str, Any] = {
-            "model": options.model,
-            "layers": options.layers,
-            "ranks": options.ranks,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": describe(device),
-        }
-        if options.iteration:
-            report |= _iterations(options, device)
-        else:
-            report |= _steps(options, device, report)
-        if options.json:
-            with _told_of_json(options.json):
-                options.json.write_text(json.dumps(report, indent=1) + "\n")
-    except (ValueError, RuntimeError) as error:
-        print(f"megatron-came bench: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-@contextlib.contextmanager
-def _told_of_json(file: Path) -> Iterator[None]:
-    """Turn an error of the file of results into a sentence.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or "unknown error").lower()
-        raise ValueError(f"--json {file} cannot be written ({reason}): name another.") from error
+    if options.flags and not options.iteration:
+        raise CommandError("flags after -- are for --iteration alone.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda, but there is no GPU: use cpu.")
+    if options.json:
+        with writing(options.json, "--json"):
+            is_new = not options.json.exists()
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.open("a").close()  # that it can be, before anything is timed
+            if is_new:
+                options.json.unlink()
+    report: dict[str, Any] = {
+        "model": options.model,
+        "layers": options.layers,
+        "ranks": options.ranks,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe(device),
+    }
+    if options.iteration:
+        report |= _iterations(options, device)
+    else:
+        report |= _steps(options, device, report)
+    if options.json:
+        with writing(options.json, "--json"):
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _iterations(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -153,7 +135,7 @@ def _steps(
     """Time steps; print and return the results.
 
     Raises:
-        ValueError: --only names nobody.
+        CommandError: --only names nobody.
     """
     entrants = [
         one
@@ -163,7 +145,7 @@ def _steps(
     ]
     if not entrants:
         names = ", ".join(repr(one.name) for one in contenders(device))
-        raise ValueError(f"--only matches none of {names}.")
+        raise CommandError(f"--only matches none of {names}.")
     if options.ranks > 1:
         rank = options.ranks // 2
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=options.ranks)

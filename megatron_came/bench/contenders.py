@@ -43,26 +43,17 @@ class Contender:
 
 
 def _came(
-    kernels: str, momentum: torch.dtype = torch.float32
-) -> Callable[..., torch.optim.Optimizer]:
-    return lambda params, shards: CAME(
-        params,
-        lr=_LR,
-        shards=shards,
-        kernels=kernels,
-        momentum_dtype=momentum,
-        names={param: str(index) for index, param in enumerate(params)},
-    )
-
-
-def _of_came(
     name: str,
     kernels: str,
     floor: int,
     cached_floor: int | None,
     momentum: torch.dtype = torch.float32,
 ) -> Contender:
-    build = _came(kernels, momentum)
+    def build(params: list[Tensor], shards: Mapping[Tensor, Shard]) -> torch.optim.Optimizer:
+        names = {param: str(index) for index, param in enumerate(params)}
+        own: dict[str, Any] = {"kernels": kernels, "momentum_dtype": momentum, "names": names}
+        return CAME(params, lr=_LR, shards=shards, **own)
+
     return Contender(f"CAME, {name}", build, floor, cached_floor, "came", momentum, sharded=True)
 
 
@@ -74,10 +65,10 @@ def contenders(device: torch.device) -> list[Contender]:
     """Return those that are installed and run on the device."""
     fused = "triton" if device.type == "cuda" else "numba"
     found = [
-        _of_came("fused", fused, 32, 20),
-        _of_came("bf16 momentum", fused, 26, 16, torch.bfloat16),
-        _of_came("int8 momentum", fused, 23, 14, torch.int8),
-        _of_came("plain", "plain", 32, None),
+        _came("fused", fused, 32, 20),
+        _came("bf16 momentum", fused, 26, 16, torch.bfloat16),
+        _came("int8 momentum", fused, 23, 14, torch.int8),
+        _came("plain", "plain", 32, None),
         Contender("torch AdamW, fused", _other(partial(torch.optim.AdamW, fused=True)), 28),
         Contender("torch AdamW, foreach", _other(partial(torch.optim.AdamW, foreach=True)), 28),
         Contender("torch Adafactor", _other(torch.optim.Adafactor)),

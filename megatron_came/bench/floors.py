@@ -20,74 +20,58 @@ from megatron_came.kernels.cpu import threads
 
 _ELEMENTS = 32 * 1024 * 1024  # far beyond any cache
 _TURNS = 5
-_inline = njit(fastmath=True, forceinline=True)
-_parallel = njit(fastmath=True, parallel=True)
 
 
 # The loops are functions of their own: one that does not begin at 0 is not vectorised.
 
 
-@_inline
-def _read_some(a):
+def _on_threads(some):
+    """Compile a loop to run on so many threads, each of which has its part of the arrays."""
+    inline = njit(fastmath=True, forceinline=True)(some)
+
+    @njit(fastmath=True, parallel=True)
+    def all_of_them(p, m, v, g, count):
+        total = np.float32(0)
+        for t in prange(count):
+            low, high = g.size * t // count, g.size * (t + 1) // count
+            total += inline(p[low:high], m[low:high], v[low:high], g[low:high])
+        return total
+
+    return all_of_them
+
+
+@_on_threads
+def _read(p, m, v, g):
     total = np.float32(0)
-    for i in range(a.size):
-        total += a[i]
+    for i in range(g.size):
+        total += g[i]
     return total
 
 
-@_inline
-def _read_two_some(a, b):
+@_on_threads
+def _read_two(p, m, v, g):
     total = np.float32(0)
-    for i in range(a.size):
-        total += a[i] * np.float32(b[i])
+    for i in range(g.size):
+        total += g[i] * np.float32(m[i])
     return total
 
 
-@_inline
-def _update_some(p, m, g):
+@_on_threads
+def _update(p, m, v, g):
     for i in range(p.size):
         momentum = np.float32(0.5) * np.float32(m[i]) + g[i]
         m[i] = momentum
         p[i] -= np.float32(1e-5) * momentum
+    return np.float32(0)
 
 
-@_inline
-def _adam_some(p, m, v, g):
+@_on_threads
+def _adam(p, m, v, g):
     for i in range(p.size):
         momentum, square = m[i] + g[i], v[i] + g[i] * g[i]
         m[i], v[i] = momentum * np.float32(0.5), square * np.float32(0.5)
         p[i] -= np.float32(1e-5) * momentum * square
-
-
-@_parallel
-def _read(p, m, v, g, count):
-    total = np.float32(0)
-    for t in prange(count):
-        total += _read_some(g[g.size * t // count : g.size * (t + 1) // count])
-    return total
-
-
-@_parallel
-def _read_two(p, m, v, g, count):
-    total = np.float32(0)
-    for t in prange(count):
-        low, high = g.size * t // count, g.size * (t + 1) // count
-        total += _read_two_some(g[low:high], m[low:high])
-    return total
-
-
-@_parallel
-def _update(p, m, v, g, count):
-    for t in prange(count):
-        low, high = g.size * t // count, g.size * (t + 1) // count
-        _update_some(p[low:high], m[low:high], g[low:high])
-
-
-@_parallel
-def _adam(p, m, v, g, count):
-    for t in prange(count):
-        low, high = g.size * t // count, g.size * (t + 1) // count
-        _adam_some(p[low:high], m[low:high], v[low:high], g[low:high])
+    return np.float32(0)
 
 
 _PASSES: dict[str, Sequence[Callable[..., Any]]] = {

@@ -14,6 +14,7 @@ import torch
 from megatron_came.bench.shapes import GPT2, MODELS
 from megatron_came.cpu_megatron.switch import VARIABLE
 from megatron_came.terminal.progress import Progress
+from megatron_came.terminal.sentences import CommandError
 from megatron_came.training_log import TrainingError, follow
 
 _WARM_UP = 3
@@ -52,22 +53,15 @@ def measure_iterations(
     iterations: int,
     flags: Sequence[str],
 ) -> list[Iteration]:
-    """Train on made-up data with CAME and with Adam.
+    """Train one of ``GPT2``, or with other layers, on made-up data, with CAME and with Adam.
 
-    Args:
-        model: one of ``GPT2``.
-        device: a GPU, whose every rank has one, or the CPU.
-        layers: instead of the model's own number.
-        ranks: processes, as data-parallel ranks.
-        iterations: to time.
-        flags: more of Megatron's.
+    Each GPU, or process on the CPU, is a data-parallel rank; more flags of Megatron's come last.
 
     Raises:
-        ValueError: the model is not a whole one.
-        RuntimeError: a training failed.
+        CommandError: the model is not a whole one, or a training failed.
     """
     if model not in GPT2:
-        raise ValueError(
+        raise CommandError(
             f"--iteration needs a whole model: --model {model} is not one of {', '.join(GPT2)} "
             f"(without --iteration: {', '.join(MODELS)})."
         )
@@ -94,7 +88,7 @@ def measure_iterations(
                         advance=lambda _: progress.advance(1),
                     )
             except TrainingError as error:
-                raise RuntimeError(f"--optimizer {optimizer} failed:\n{error}") from error
+                raise CommandError(f"--optimizer {optimizer} failed:\n{error}") from error
             timers = ("forward-compute", "backward-compute", "optimizer-inner-step")
             times = [found.milliseconds, *(found.timers[timer] for timer in timers)]
             whole, forward, backward, step = (statistics.median(each[_WARM_UP:]) for each in times)

@@ -158,14 +158,7 @@ def measure(
     """Time the contenders' steps, after warm-up, and count what else they cost.
 
     They take turns, on the same parameters and gradients: what else goes on in the machine slows
-    all of them.
-
-    Args:
-        contenders: the optimizers.
-        params: with gradients.
-        shards: where each lies in its full tensor.
-        steps: timed ones of each.
-        bandwidth: of copies on the device, in bytes a second; 0 on a CPU.
+    all of them. The bandwidth is that of copies on the device, in bytes a second; 0 on a CPU.
     """
     device = params[0].device
     optimizers = [contender.build(params, shards) for contender in contenders]

@@ -7,6 +7,7 @@ import stat
 import struct
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
@@ -127,14 +128,11 @@ class Archive:
             raise ValueError("it refers to what is no storage")
         if type(numel) is not int or numel < 0:
             raise ValueError("a storage in it has no number of elements")
-        member = self.members.get(f"data/{key}")
-        if member is None or numel * kind.dtype.itemsize > member.file_size:
+        member = f"data/{key}"
+        info = self.members.get(member)
+        if info is None or numel * kind.dtype.itemsize > info.file_size:
             raise ValueError(f"storage {key!r:.40} is not in it, or shorter than it should be")
-        return Storage(self, key, kind.dtype, numel)
-
-    def read(self, key: str, start: int, count: int) -> bytearray:
-        """Bytes of a storage; see :class:`~megatron_came.checkpoint_files.tensors.Source`."""
-        return self._read(f"data/{key}", start, count)
+        return Storage(self.name, member, partial(self._read, member), kind.dtype, numel)
 
     def whole(self, member: str) -> bytearray:
         """All bytes of a member."""

@@ -13,11 +13,7 @@ from megatron_came.checkpoint_files.tensors import Storage, StoredTensor
 
 
 class Maker:
-    """What stands for a class or a function that a pickle names.
-
-    Args:
-        make: makes what stands for an instance or a result.
-    """
+    """What stands for a class or function that a pickle names; it makes stand-ins for results."""
 
     __slots__ = ("make",)
 
@@ -40,14 +36,13 @@ class StandIn:
 
     Attributes:
         kind: full name of its class.
-        arguments: what the class was called with.
         fields: its attributes, by name.
     """
 
-    __slots__ = ("arguments", "fields", "kind")
+    __slots__ = ("fields", "kind")
 
-    def __init__(self, kind: str, arguments: tuple[Any, ...] = ()) -> None:
-        self.kind, self.arguments = kind, arguments
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.fields: dict[str, Any] = {}
 
     def set_state(self, state: Any) -> None:
@@ -116,7 +111,7 @@ def stand_in(module: str, name: str) -> Maker | torch.dtype | None:
     if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
         return StorageKind(_STORAGES[name])
     if full in _CLASSES.split() or ("." not in name and _ROOMS.fullmatch(full)):
-        return Maker(lambda *arguments, **_: StandIn(full, arguments))
+        return Maker(lambda *_, **__: StandIn(full))
     return None
 
 
@@ -154,7 +149,7 @@ def _member(kind: Maker, name: str) -> StandIn:
         raise ValueError("it asks for an attribute of what is no enumeration")
     if name.startswith("_"):
         raise ValueError(f"it asks for the attribute {name}")
-    return StandIn(owner.kind, (name,))
+    return StandIn(owner.kind)
 
 
 def _instance(kind: Maker, *_: Any) -> Any:
@@ -167,7 +162,7 @@ def _instance(kind: Maker, *_: Any) -> Any:
 _TENSOR, _PARAMETER, _BYTES = Maker(_tensor), Maker(_parameter), Maker(_encode)
 _DICTIONARY, _LIST, _TUPLE = Maker(Dictionary), Maker(list), Maker(tuple)
 _ARRAY = Maker(lambda *_: StandIn("numpy.ndarray"))
-_NUMBER = Maker(lambda *arguments: StandIn("numpy.number", arguments))
+_NUMBER = Maker(lambda *_: StandIn("numpy.number"))
 _MAKERS = {
     "torch._utils._rebuild_tensor": _TENSOR,
     "torch._utils._rebuild_tensor_v2": _TENSOR,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,11 +71,9 @@ class Chunk:
     opened: tuple[Archive, StoredTensor] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ReadBox:
-    """A box of a tensor that has been read, and the name of its file."""
+class ReadBox(NamedTuple):
+    """A box of a tensor that has been read."""
 
-    file: str
     offsets: Shape
     values: Tensor
 
@@ -154,7 +152,7 @@ class CheckpointTensor:
         wrong = set()
         for chunk in self.chunks:
             with self.opened(chunk) as (archive, stored):
-                own = [f"data/{stored.storage.key}"]
+                own = [stored.storage.member]
                 if any(map(archive.is_wrong, own if chunk.opened else archive.members)):
                     wrong.add(chunk.item.name)
         return sorted(wrong)
@@ -171,7 +169,7 @@ class CheckpointTensor:
                     offsets = chunk.offsets
                     if offsets:
                         offsets = (offsets[0] + first, *offsets[1:])
-                    yield ReadBox(chunk.item.name, offsets, values)
+                    yield ReadBox(offsets, values)
 
     def box(self, offsets: Shape, sizes: Shape) -> Tensor:
         """Read a box, from all chunks that have some of it.

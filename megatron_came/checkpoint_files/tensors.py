@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,25 +15,22 @@ from megatron_came.checkpoint_files.errors import CheckpointError
 READ_BYTES = 64 << 20
 
 
-class Source(Protocol):
-    """Where the bytes of storages lie."""
-
-    name: str
-
-    def read(self, key: str, start: int, count: int) -> bytearray:
-        """Bytes of a storage.
-
-        Raises:
-            CheckpointError: they are not there.
-        """
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """Elements one after the other, in an archive, by the storage's name there."""
+    """Elements one after the other, in an archive.
 
-    source: Source
-    key: str
+    Attributes:
+        file: of the archive, for messages.
+        member: of the archive.
+        read: reads so many of its bytes, from one on; raises a CheckpointError if they are not
+            there.
+        dtype: of the elements.
+        numel: how many.
+    """
+
+    file: str
+    member: str
+    read: Callable[[int, int], bytearray]
     dtype: torch.dtype
     numel: int
 
@@ -126,11 +122,11 @@ class StoredTensor:
 
     def _elements(self, start: int, count: int) -> Tensor:
         size = self.dtype.itemsize
-        data = self.storage.source.read(self.storage.key, start * size, count * size)
+        data = self.storage.read(start * size, count * size)
         try:
             return torch.frombuffer(data, dtype=self.dtype)
         except (TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"{self.storage.source.name} has a tensor of {self.dtype}, which cannot be read "
+                f"{self.storage.file} has a tensor of {self.dtype}, which cannot be read "
                 "here and which CAME does not write: take the file from a copy."
             ) from error

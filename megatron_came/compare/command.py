@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
-import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,79 +13,65 @@ import torch
 from megatron_came.bench.machine import describe
 from megatron_came.compare import report
 from megatron_came.compare.optimizers import Contender, parse
-from megatron_came.compare.presets import PRESETS, CompareError, Preset
+from megatron_came.compare.presets import PRESETS, Preset
 from megatron_came.compare.runs import Key, Results, train
 from megatron_came.compare.tasks import TASKS
-from megatron_came.data.errors import DataError
 from megatron_came.data.locks import locked
 from megatron_came.terminal.console import show, table
 from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.progress import Progress
+from megatron_came.terminal.sentences import CommandError, require, status_of
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
     options = _parser().parse_args(argv)
     folder = options.output or Path("compare") / options.preset
-    try:
-        preset = _preset(options)
-        contenders = _contenders(preset, required=options.optimizers is not None)
-        task = TASKS[preset.task](preset, options.text)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Those left out may differ from call to call: they only say which runs there are.
-        shared = {key: value for key, value in asdict(preset).items() if key not in _MORE_RUNS}
-        device = torch.device("cuda" if preset.gpu else "cpu")
-        with locked(folder / "runs.jsonl"):
-            results = Results(folder, {**shared, "data": task.data, **describe(device)})
-            keys = _keys(preset, contenders)
-            left = [key for key in keys if key not in results.runs]
-            amount = sum(_cost(preset, key) for key in left)
-            by_name = {each.name: each for each in contenders}
-            for each in {key.optimizer: key for key in left}.values():  # compilers run in no run
-                train(task, replace(preset, iterations=2), by_name[each.optimizer], each)
-            with Progress("Training", amount) as progress:
-                for number, key in enumerate(left, start=1):
-                    note = f"  {number}/{len(left)}: {key.optimizer}, {key.rate:g}"
-                    told = _Told(progress, _cost(preset, key) / preset.iterations, note)
-                    results.add(train(task, preset, by_name[key.optimizer], key, told))
-                    told.finish(_cost(preset, key))
-            runs = [results.runs[key] for key in keys]
-            about = f"{preset.task}, {runs[0].weights} weights, {preset.iterations} iterations"
-            report.write(folder, runs, [each.name for each in contenders], about)
-    except (CompareError, DataError) as error:
-        print(f"megatron-came compare: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # of who reads what is said
-        raise
-    except OSError as error:
-        reason = (error.strerror or "unknown error").lower()
-        print(
-            f"megatron-came compare: {error.filename or folder} cannot be used ({reason}): name"
-            " another --output.",
-            file=sys.stderr,
-        )
-        return 2
+    return status_of(
+        lambda: _compare(options, folder),
+        "megatron-came compare: ",
+        remedy="name another --output",
+        place=folder,
+    )
+
+
+def _compare(options: argparse.Namespace, folder: Path) -> None:
+    preset = _preset(options)
+    contenders = _contenders(preset, required=options.optimizers is not None)
+    task = TASKS[preset.task](preset, options.text)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Those left out may differ from call to call: they only say which runs there are.
+    shared = {key: value for key, value in asdict(preset).items() if key not in _MORE_RUNS}
+    device = torch.device("cuda" if preset.gpu else "cpu")
+    with locked(folder / "runs.jsonl"):
+        results = Results(folder, {**shared, "data": task.data, **describe(device)})
+        keys = _keys(preset, contenders)
+        left = [key for key in keys if key not in results.runs]
+        amount = sum(_cost(preset, key) for key in left)
+        by_name = {each.name: each for each in contenders}
+        for each in {key.optimizer: key for key in left}.values():  # compilers run in no run
+            train(task, replace(preset, iterations=2), by_name[each.optimizer], each)
+        done = 0.0
+        with Progress("Training", amount) as progress:
+            for number, key in enumerate(left, start=1):
+                note = f"  {number}/{len(left)}: {key.optimizer}, {key.rate:g}"
+                told = partial(_tell, progress, done, _cost(preset, key), note)
+                results.add(train(task, preset, by_name[key.optimizer], key, told))
+                done += _cost(preset, key)
+                progress.reach(done, note)  # what a run that diverged leaves, too
+        runs = [results.runs[key] for key in keys]
+        about = f"{preset.task}, {runs[0].weights} weights, {preset.iterations} iterations"
+        report.write(folder, runs, [each.name for each in contenders], about)
     rows = report.summary(report.cells(runs), [each.name for each in contenders])
     show([*table(rows), "", f"Tables, pictures and runs: {folder.resolve()}"])
-    return 0
 
 
 _MORE_RUNS = ("about", "optimizers", "rates", "seeds", "batches")
 
 
-class _Told:
-    """Moves the progress on by an iteration; what a run that diverged leaves, at its end."""
-
-    def __init__(self, progress: Progress, weight: float, note: str) -> None:
-        self._progress, self._weight, self._note, self._done = progress, weight, note, 0.0
-
-    def __call__(self, loss: float) -> None:
-        self._done += self._weight
-        self._progress.advance(self._weight, f"{self._note}, loss {loss:.3f}")
-
-    def finish(self, cost: float) -> None:
-        """Count the whole run as done."""
-        self._progress.advance(cost - self._done, self._note)
+def _tell(bar: Progress, done: float, cost: float, note: str, share: float, loss: float) -> None:
+    """Move the bar on to a share of a run that costs so much and began at ``done``."""
+    bar.reach(done + share * cost, f"{note}, loss {loss:.3f}")
 
 
 def _cost(preset: Preset, key: Key) -> float:
@@ -110,7 +95,7 @@ def _preset(options: argparse.Namespace) -> Preset:
     """The preset as the flags change it.
 
     Raises:
-        CompareError: what is refused before anything is trained.
+        CommandError: what is refused before anything is trained.
     """
     changes = {name: getattr(options, name) for name in ("optimizers", "rates", "batches")}
     changes = {name: tuple(dict.fromkeys(value)) for name, value in changes.items() if value}
@@ -124,15 +109,14 @@ def _preset(options: argparse.Namespace) -> Preset:
         value = getattr(preset, name)
         for each in value if isinstance(value, tuple) else (value,):
             if each is not None and not 0 < each < math.inf:
-                raise CompareError(f"--{name} {each} is not allowed: give what is above 0.")
+                raise CommandError(f"--{name} {each} is not allowed: give what is above 0.")
     if preset.gpu and not torch.cuda.is_available():
-        raise CompareError(
+        raise CommandError(
             f"The preset {options.preset} needs a GPU, and PyTorch sees none here: take nano."
         )
     if options.text and preset.task not in ("gpt", "bert"):
-        raise CompareError(f"The preset {options.preset} reads no text: leave out --text.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CompareError("The pictures need matplotlib: pip install matplotlib.")
+        raise CommandError(f"The preset {options.preset} reads no text: leave out --text.")
+    require("matplotlib", "megatron-came compare")
     return preset
 
 
@@ -140,7 +124,7 @@ def _contenders(preset: Preset, *, required: bool) -> list[Contender]:
     found = []
     for each in map(parse, preset.optimizers):
         if each.missing and required:
-            raise CompareError(f"{each.missing}.")
+            raise CommandError(f"{each.missing}.")
         if each.missing:
             print(f"Left out: {each.missing}.")
         else:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from megatron_came.compare.presets import CompareError
 from megatron_came.core.hyperparameters import HyperparameterError, Hyperparameters
 from megatron_came.optimizer import CAME
+from megatron_came.terminal.sentences import CommandError
 
 type Betas = tuple[float, float, float]
 type Built = list[torch.optim.Optimizer]
@@ -131,25 +132,25 @@ def parse(name: str) -> Contender:
     """Read ``FAMILY[+OPTION[=VALUE]]...``, such as ``came+cautious+beta3=0.999``.
 
     Raises:
-        CompareError: an unknown optimizer or option, or options that contradict each other.
+        CommandError: an unknown optimizer or option, or options that contradict each other.
     """
     family, *words = name.split("+")
     if family not in _FAMILIES:
-        raise CompareError(f"{family} is no optimizer here: take one of {', '.join(_FAMILIES)}.")
+        raise CommandError(f"{family} is no optimizer here: take one of {', '.join(_FAMILIES)}.")
     options: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
         if key not in _FAMILIES[family].options:
             known = ", ".join(_FAMILIES[family].options) or "none"
-            raise CompareError(f"{name}: {family} has no option {word}; it has {known}.")
+            raise CommandError(f"{name}: {family} has no option {word}; it has {known}.")
         if key in options:
-            raise CompareError(f"{name} says {key} twice: leave one out.")
+            raise CommandError(f"{name} says {key} twice: leave one out.")
         options[key] = _decay(name, word) if key.startswith("beta") else not value
         if options[key] is False:
-            raise CompareError(f"{name}: {key} takes no value: leave out ={value}.")
+            raise CommandError(f"{name}: {key} takes no value: leave out ={value}.")
     for one, other in _CONTRADICTIONS:
         if one in options and other in options:
-            raise CompareError(f"{name}: {one} and {other} contradict each other: leave one out.")
+            raise CommandError(f"{name}: {one} and {other} contradict each other: leave one out.")
     return Contender(name, family, options)
 
 
@@ -159,19 +160,12 @@ def _decay(name: str, word: str) -> float:
         given: dict[str, Any] = {key: float(value)}
         Hyperparameters(**given)
     except (HyperparameterError, ValueError):
-        raise CompareError(f"{name}: {word} is not allowed: give {key} in [0, 1).") from None
+        raise CommandError(f"{name}: {word} is not allowed: give {key} in [0, 1).") from None
     return float(value)
 
 
 def state_bytes(optimizers: Built) -> int:
     """Return the bytes of all tensors that the optimizers keep of their parameters."""
-
-    def tensors(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            for each in value.values():
-                yield from tensors(each)
-
-    kept = [one for each in optimizers for state in each.state.values() for one in tensors(state)]
-    return sum(one.untyped_storage().nbytes() for one in {id(one): one for one in kept}.values())
+    kept = tree_leaves([list(each.state.values()) for each in optimizers])
+    tensors = {id(one): one for one in kept if isinstance(one, Tensor)}
+    return sum(one.untyped_storage().nbytes() for one in tensors.values())

@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-class CompareError(Exception):
-    """Why a comparison cannot go on; the message is one sentence with the remedy."""
-
-
 @dataclass(frozen=True)
 class Preset:
     """One experiment. Every optimizer of it starts from the same weights and sees the same data.

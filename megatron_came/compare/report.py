@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_came.compare.runs import Run
+from megatron_came.terminal.pictures import Line, draw_lines
 
 # Student's t at 97.5%, by degrees of freedom; of more the normal distribution's, corrected.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -151,41 +152,25 @@ def write(folder: Path, runs: Iterable[Run], optimizers: Sequence[str], about: s
 
 def _draw(folder: Path, every: Sequence[Cell], optimizers: Sequence[str]) -> None:
     """Draw, of each batch, held-out loss by iteration and by time, and final loss by rate."""
-    best = chosen(every, optimizers)
-    batches = sorted({cell.batch for cell in every})
+    titles = {batch: f"batch of {batch}" for batch in sorted({cell.batch for cell in every})}
     pictures = {"loss-by-step": (0, "iteration"), "loss-by-time": (1, "seconds of training")}
+    shape: dict[str, Any] = {"y": "held-out loss", "size": (5, 4.5), "beside": True}
     for name, (column, label) in pictures.items():
-        figure, panels = _figure(batches)
-        for cell, axes in ((cell, panels[cell.batch]) for cell in best):
+        panels: dict[str, dict[str, Line]] = {title: {} for title in titles.values()}
+        for cell in chosen(every, optimizers):
             points = list(zip(*(run.curve for run in cell.runs.values())))  # noqa: B905
             means = [[statistics.mean(each) for each in zip(*at)] for at in points]  # noqa: B905
-            label_of = f"{cell.optimizer}, {cell.rate:g}"
-            axes.plot([at[column] for at in means], [at[3] for at in means], label=label_of)
-        _finish(figure, panels, label, folder / f"{name}.png")
-    figure, panels = _figure(batches)
-    for batch, axes in panels.items():
+            line = Line([at[column] for at in means], [at[3] for at in means])
+            panels[titles[cell.batch]][f"{cell.optimizer}, {cell.rate:g}"] = line
+        draw_lines(panels, folder / f"{name}.png", x=label, **shape)
+    by_rate: dict[str, dict[str, Line]] = {title: {} for title in titles.values()}
+    for batch, title in titles.items():
         for optimizer in optimizers:
             mine = [cell for cell in every if (cell.optimizer, cell.batch) == (optimizer, batch)]
             mine = [cell for cell in mine if math.isfinite(cell.final)]
             error = [interval(cell.values(lambda run: run.final)) for cell in mine]
             error = [0.0 if math.isnan(half) else half for half in error]
             rates, finals = [cell.rate for cell in mine], [cell.final for cell in mine]
-            axes.errorbar(rates, finals, error, label=optimizer, marker="o", capsize=2)
-        axes.set_xscale("log")
-    _finish(figure, panels, "highest learning rate", folder / "loss-by-rate.png")
-
-
-def _figure(batches: Sequence[int]) -> tuple[Any, dict[int, Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2 + 5 * len(batches), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(batches), squeeze=False)[0]
-    return figure, dict(zip(batches, panels, strict=True))
-
-
-def _finish(figure: Any, panels: dict[int, Any], label: str, file: Path) -> None:
-    for batch, axes in panels.items():
-        axes.set(xlabel=label, ylabel="held-out loss", title=f"batch of {batch}")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, dpi=100)
+            by_rate[title][optimizer] = Line(rates, finals, error)
+    file = folder / "loss-by-rate.png"
+    draw_lines(by_rate, file, x="highest learning rate", log=True, **shape)

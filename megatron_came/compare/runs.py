@@ -8,20 +8,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megatron_came.compare.optimizers import Contender, state_bytes
-from megatron_came.compare.presets import CompareError, Preset
+from megatron_came.compare.presets import Preset
 from megatron_came.compare.tasks import Task
+from megatron_came.terminal.sentences import CommandError
 
 _POINTS = 20  # of a curve
 
 
-class Key(NamedTuple):
-    """What tells a run from the others of a comparison."""
+@dataclass(frozen=True)
+class Key:
+    """What tells a run from the others of a comparison.
+
+    Attributes:
+        optimizer: its name.
+        rate: the highest of the schedule.
+        seed: of weights and batches.
+        batch: samples a step.
+    """
 
     optimizer: str
     rate: float
@@ -30,14 +38,10 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Key):
     """What a run measured.
 
     Attributes:
-        optimizer: its name.
-        rate: the highest of the schedule.
-        seed: of weights and batches.
-        batch: samples a step.
         curve: iteration, seconds of training so far, mean training loss since the point before,
             and held-out loss.
         seconds: of training, held-out losses left out.
@@ -47,10 +51,6 @@ class Run:
         diverged: whether a loss was not finite, which ended it.
     """
 
-    optimizer: str
-    rate: float
-    seed: int
-    batch: int
     curve: list[tuple[int, float, float, float]]
     seconds: float
     step_seconds: float
@@ -82,14 +82,14 @@ class Results:
         settings = json.loads(json.dumps(settings))
         text = self._file.read_text() if self._file.exists() else ""
         if not about.exists() and text:
-            raise CompareError(
+            raise CommandError(
                 f"{folder} holds runs of unknown settings, since {about.name} is gone: name another"
                 " folder with --output."
             )
         if about.exists() and (found := _settings(about)) != settings:
             every = {**settings, **found}
             changed = next(key for key in every if settings.get(key) != found.get(key))
-            raise CompareError(
+            raise CommandError(
                 f"{folder} holds runs with another {changed} ({found.get(changed)}, not"
                 f" {settings.get(changed)}): name another folder with --output."
             )
@@ -125,8 +125,8 @@ def _run(line: str, place: str) -> Run:
     return run
 
 
-def _damaged(place: str) -> CompareError:
-    return CompareError(
+def _damaged(place: str) -> CommandError:
+    return CommandError(
         f"{place} is not what a comparison writes: name another folder with --output."
     )
 
@@ -136,9 +136,9 @@ def train(
     preset: Preset,
     contender: Contender,
     key: Key,
-    told: Callable[[float], None] = lambda loss: None,
+    told: Callable[[float, float], None] = lambda share, loss: None,
 ) -> Run:
-    """Train once; ``told`` gets the loss of every iteration."""
+    """Train once; ``told`` gets the share that is done, and the loss, after every iteration."""
     device = torch.device("cuda" if preset.gpu else "cpu")
     torch.manual_seed(key.seed)
     model = task.build().to(device)
@@ -160,7 +160,7 @@ def train(
                 for optimizer in optimizers:
                     optimizer.step()
             since.append(loss.item())
-        told(since[-1])
+        told((done + 1) / preset.iterations, since[-1])
         if not math.isfinite(since[-1]):
             break
         if (done + 1) % every == 0 or done + 1 == preset.iterations:
@@ -172,7 +172,7 @@ def train(
             if not math.isfinite(held):
                 break
     return Run(
-        *key,
+        **asdict(key),
         curve=[point for point in curve if math.isfinite(point[3])],
         seconds=round(clock.seconds, 4),
         step_seconds=round(stepping.seconds, 4),

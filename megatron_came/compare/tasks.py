@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_came.compare.presets import CompareError, Preset
+from megatron_came.compare.presets import Preset
 from megatron_came.data.corpus import Corpus
+from megatron_came.terminal.sentences import CommandError
 
 type Batch = tuple[Tensor, Tensor]
 _BLOCK = 4096  # bytes of text; one block of twenty is held out
@@ -81,11 +82,11 @@ class Transformer(nn.Module):
 
 def _text(preset: Preset, paths: Sequence[Path], *, masked: bool) -> Task:
     corpus = Corpus.from_paths(paths) if paths else Corpus.python_library()
-    data = b"\n".join(document.text.encode() for document in corpus)
+    data = b"\n".join(text.encode() for text in corpus)
     blocks = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     blocks = blocks[: len(blocks) // _BLOCK * _BLOCK].view(-1, _BLOCK)
     if len(blocks) < 20 or preset.length >= _BLOCK:
-        raise CompareError(
+        raise CommandError(
             f"There are {len(data)} bytes of text, and {20 * _BLOCK} are needed: name more files."
         )
     held = torch.arange(len(blocks)) % 20 == 19
@@ -143,7 +144,7 @@ def _image(preset: Preset, paths: Sequence[Path]) -> Task:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise CompareError(
+        raise CommandError(
             "The preset image takes its pictures from scikit-learn, which is not installed:"
             " pip install scikit-learn."
         ) from None

@@ -6,10 +6,10 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from megatron_came.data.errors import DataError, UnusableError
-from megatron_came.data.folders import is_folder
+from megatron_came.data.folders import UnusableError, is_folder
 from megatron_came.data.tokenizer import Gpt2Bpe, HuggingFace, SentencePiece, TokenizerFiles
 from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.sentences import CommandError
 
 # Flags of Megatron's tools/preprocess_data.py that have no meaning here, or another.
 _MEGATRONS = {
@@ -139,31 +139,31 @@ def named_tokenizer(options: argparse.Namespace) -> TokenizerFiles | None:
     """Tell from the flags which tokenizer is meant; None if one is to be trained.
 
     Raises:
-        DataError: They name none, or more than one.
+        CommandError: They name none, or more than one.
     """
     gpt2 = options.vocab_file or options.merge_file
     if sum(map(bool, (gpt2, options.tokenizer_model, options.train_tokenizer))) != 1:
-        raise DataError(
+        raise CommandError(
             "Name one tokenizer: --train-tokenizer SIZE, --tokenizer-model FILE_OR_FOLDER, or"
             " --vocab-file FILE with --merge-file FILE."
         )
     tokenizer: TokenizerFiles | None = None
     if gpt2:
         if not (options.vocab_file and options.merge_file):
-            raise DataError("GPT-2's BPE has two files: give both --vocab-file and --merge-file.")
+            raise CommandError("GPT-2's BPE is two files: give both --vocab-file and --merge-file.")
         tokenizer = Gpt2Bpe(options.vocab_file.absolute(), options.merge_file.absolute())
     elif options.tokenizer_model:
         try:
             kind = HuggingFace if is_folder(options.tokenizer_model) else SentencePiece
         except UnusableError as error:
-            raise DataError(
+            raise CommandError(
                 f"--tokenizer-model {options.tokenizer_model} {error.reason}: name a SentencePiece"
                 " model, or a folder with a Hugging Face tokenizer."
             ) from error
         tokenizer = kind(options.tokenizer_model.absolute())
     implied = (tokenizer or SentencePiece).megatron_type
     if options.tokenizer_type not in (None, implied):
-        raise DataError(
+        raise CommandError(
             f"--tokenizer-type {options.tokenizer_type} does not fit the other flags, which say"
             f" {implied}: leave it out, or change the others."
         )

@@ -14,7 +14,6 @@ from pathlib import Path
 from megatron_came.data.arguments import named_tokenizer, read
 from megatron_came.data.corpus import Corpus
 from megatron_came.data.encoding import Encoder
-from megatron_came.data.errors import DataError
 from megatron_came.data.files import LateInterrupt, whole_files
 from megatron_came.data.launch_flags import launch_flags
 from megatron_came.data.records import Layout
@@ -22,25 +21,30 @@ from megatron_came.data.tokenizer import SentencePiece
 from megatron_came.data.tokenizer_training import train_tokenizer
 from megatron_came.terminal.progress import Progress
 from megatron_came.terminal.quiet import quiet
+from megatron_came.terminal.sentences import CommandError, reason_of, status_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BYTES_PER_WORKER = 4_000_000  # of text, below which another process is not worth its start
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace, corpus: Corpus | None = None) -> str:
     """Make the datasets.
+
+    Args:
+        options: see ``arguments``.
+        corpus: their text; None for that of the files that the options name.
 
     Returns:
         What was made and how to train with it.
 
     Raises:
-        DataError: The input cannot be used, or the output is there already.
+        CommandError: The input cannot be used, or the output is there already.
         OSError: The output cannot be written.
     """
     given = named_tokenizer(options)
     settings = options.append_eod, options.validation
     encoder = Encoder(given, *settings) if given else None  # its faults are to be said first
-    corpus = _corpus(options)
+    corpus = corpus or _corpus(options)
     with quiet():
         from megatron_came.data.indexed import dataset_files, write_datasets
     prefix = options.output_prefix
@@ -86,7 +90,7 @@ def _corpus(options: argparse.Namespace) -> Corpus:
     layout = Layout(options.format, options.json_key, options.separator)
     corpus = Corpus.from_paths(options.inputs, layout, tolerant=options.skip_faulty)
     if corpus.pipes and options.train_tokenizer:
-        raise DataError(
+        raise CommandError(
             f"{corpus.pipes[0]} is no regular file and can be read only once, which is not enough"
             " to train a tokenizer: write it to a file first, or give --tokenizer-model."
         )
@@ -96,7 +100,7 @@ def _corpus(options: argparse.Namespace) -> Corpus:
 def _refuse_existing(outputs: Sequence[Path]) -> None:
     for path in outputs:
         if path.exists():
-            raise DataError(
+            raise CommandError(
                 f"{path} is there already: give another --output-prefix, or --overwrite to replace"
                 " it."
             )
@@ -106,7 +110,7 @@ def _refuse_inputs(outputs: Sequence[Path], corpus: Corpus) -> None:
     inputs = {os.path.realpath(path) for path in corpus.files}
     for path in outputs:
         if os.path.realpath(path) in inputs:
-            raise DataError(
+            raise CommandError(
                 f"{path} is among the input and would be replaced: give another --output-prefix,"
                 " or move it."
             )
@@ -114,8 +118,8 @@ def _refuse_inputs(outputs: Sequence[Path], corpus: Corpus) -> None:
 
 def _texts(corpus: Corpus, size: int) -> Iterator[str]:
     with Progress("Reading for the tokenizer", corpus.size, sys.stderr) as progress:
-        for document in corpus:
-            yield document.text
+        for text in corpus:
+            yield text
             progress.reach(corpus.position)
         progress.reach(corpus.size)
     _say(f"Training a tokenizer of {size} tokens, which may take a minute.")
@@ -135,35 +139,26 @@ def main(argv: list[str]) -> int:
     # A batch system's signal ends it as Ctrl-C does: without files left behind.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _main(argv)
+        return status_of(lambda: _main(argv), "megatron-came data: ", status=1)
     except KeyboardInterrupt as interrupt:
-        late = isinstance(interrupt, LateInterrupt)
-        return _fail(f"Interrupted: {'everything' if late else 'nothing'} was written.", 130)
+        written = "everything" if isinstance(interrupt, LateInterrupt) else "nothing"
+        _say(f"megatron-came data: Interrupted: {written} was written.")
+        return 130
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str]) -> None:
     options = read(argv)
     try:
         report = run(options)
-    except DataError as error:
-        return _fail(str(error), 1)
     except BrokenPipeError:  # of who reads what is said
         raise
     except OSError as error:
         path = str(error.filename or f"{options.output_prefix}.bin").removesuffix(".partial")
-        reason = (error.strerror or "unknown error").lower()
         remedy = "make room, or give" if error.errno in _FULL else "give"
-        return _fail(
-            f"{path} cannot be written ({reason}): {remedy} another --output-prefix; nothing was"
-            " written.",
-            1,
-        )
+        raise CommandError(
+            f"{path} cannot be written ({reason_of(error)}): {remedy} another --output-prefix; "
+            "nothing was written."
+        ) from error
     print(report, flush=True)
-    return 0
-
-
-def _fail(message: str, status: int) -> int:
-    _say(f"megatron-came data: {message}")
-    return status

@@ -1,16 +1,21 @@
 """Documents of text, from text files, folders and JSON Lines."""
 
-import json
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_came.data.errors import DataError, UnusableError
-from megatron_came.data.files import whole_files
-from megatron_came.data.folders import Skipped, cannot_be_read, file_size, is_folder, walk
-from megatron_came.data.records import Document, Layout, Record, read_records
+from megatron_came.data.folders import (
+    Skipped,
+    UnusableError,
+    cannot_be_read,
+    file_size,
+    is_folder,
+    walk,
+)
+from megatron_came.data.records import Layout, Record, read_records
+from megatron_came.terminal.sentences import CommandError
 
 _LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
 _LIBRARY_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "encodings"}
@@ -48,7 +53,7 @@ class Corpus:
         """Take files as they are, and folders with everything below them; see :func:`walk`.
 
         Raises:
-            DataError: If a path cannot be read, or there is no file at all.
+            CommandError: If a path cannot be read, or there is no file at all.
         """
         files: list[Path] = []
         named: set[Path] = set()
@@ -64,7 +69,7 @@ class Corpus:
                 left_out.add(str(path), error, required=not tolerant)
         if not files:
             said = "".join(f" {line}" for line in left_out.lines())
-            raise DataError(f"There is no file in what was named: name some that hold text.{said}")
+            raise CommandError(f"There is no file in what was named: name some with text.{said}")
         return cls(files, frozenset(named), layout or Layout(), tolerant, left_out)
 
     @classmethod
@@ -74,7 +79,7 @@ class Corpus:
         below = walk(root, Skipped(), ignored=_LIBRARY_SKIPPED)
         files = [path for path in below if path.suffix in _LIBRARY_SUFFIXES]
         if not files:
-            raise DataError(f"{root} holds no Python sources: name files of your own instead.")
+            raise CommandError(f"{root} holds no Python sources: name files of your own instead.")
         return cls(files)
 
     @property
@@ -95,7 +100,7 @@ class Corpus:
         return self._bytes_before + (file.tell() if file is not None and readable else 0)
 
     def records(self) -> Iterator[Record]:
-        """Yield the documents in order, undecoded; a DataError for a file that must be usable."""
+        """Yield the documents in order, not decoded; a CommandError if one must be usable."""
         self.skipped = Skipped()
         self.skipped.update(self.left_out)
         self._bytes_before = 0
@@ -121,22 +126,10 @@ class Corpus:
                 wanted = path in self.named or record.json_key is not None
                 yield replace(record, required=wanted and not self.tolerant)
 
-    def __iter__(self) -> Iterator[Document]:
-        """Yield the documents in order; a DataError for one that must be usable and is not."""
+    def __iter__(self) -> Iterator[str]:
+        """Yield the texts in order; a CommandError for one that must be usable and is not."""
         for record in self.records():
             try:
-                yield record.document()
+                yield record.text()
             except UnusableError as error:
                 self.skipped.add(record.where, error, required=record.required)
-
-
-def write_json_lines(documents: Iterable[Document], path: Path) -> int:
-    """Write documents as JSON Lines, all or none, and return how many; a DataError for none."""
-    count = 0
-    with whole_files(path) as (partial,), partial.open("w", encoding="utf-8") as file:
-        for count, document in enumerate(documents, start=1):  # noqa: B007
-            json.dump({"source": document.source, "text": document.text}, file, ensure_ascii=False)
-            file.write("\n")
-        if not count:
-            raise DataError("None of the files holds text: name some that do.")
-    return count

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_came.data.corpus import Corpus
-from megatron_came.data.errors import DataError, UnusableError
-from megatron_came.data.folders import Skipped
+from megatron_came.data.folders import Skipped, UnusableError
 from megatron_came.data.records import Record
 from megatron_came.data.tokenizer import TokenizerFiles
 from megatron_came.data.workers import ordered_map
+from megatron_came.terminal.sentences import CommandError
 
 _BATCH_BYTES = 1 << 20  # of text, worth sending to another process
 _SMALL = 1 << 22  # bytes of text that are encoded in a moment
@@ -52,14 +52,14 @@ class Encoder:
         tokenizer: The tokenizer, loaded.
 
     Raises:
-        DataError: If the tokenizer cannot be loaded or cannot end a document.
+        CommandError: If the tokenizer cannot be loaded or cannot end a document.
     """
 
     def __init__(self, files: TokenizerFiles, append_eod: bool, validation: float = 0.0) -> None:
         self._files, self._append_eod, self.validation = files, append_eod, validation
         self.tokenizer = files.load()
         if append_eod and self.tokenizer.eod is None:
-            raise DataError(
+            raise CommandError(
                 f"The tokenizer ({' '.join(path for _, path in files.flags())}) has no"
                 " end-of-document token: leave out --append-eod, or take one that has."
             )
@@ -69,12 +69,12 @@ class Encoder:
         return type(self), (self._files, self._append_eod, self.validation)
 
     def encode(self, batch: tuple[list[Record], int]) -> Encoded:
-        """Encode documents, given with the position behind them; a DataError for a faulty one."""
+        """Encode documents, given with the position behind; a CommandError if one is faulty."""
         records, position = batch
         encoded = Encoded(position)
         for record in records:
             try:
-                text = record.document().text
+                text = record.text()
             except UnusableError as error:
                 encoded.skipped.add(record.where, error, required=record.required)
             else:
@@ -89,7 +89,7 @@ class Encoder:
         document = np.array(tokens, dtype=np.int32)
         if tokens and document.max() >= self.tokenizer.vocab_size:
             # The embedding has no such row, and two bytes may not hold the number.
-            raise DataError(
+            raise CommandError(
                 f"The tokenizer made token {document.max()} of {record.where} and says that it has"
                 f" {self.tokenizer.vocab_size} tokens: mend its files."
             )

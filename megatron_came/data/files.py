@@ -23,7 +23,7 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     new one appears. No other process can write any of them meanwhile.
 
     Raises:
-        DataError: If another process is writing one of them.
+        CommandError: If another process is writing one of them.
         LateInterrupt: If a signal came while the files got their names.
         OSError: If a file cannot be made, its folder included, or the disk is full.
     """

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_came.data.errors import DataError, UnusableError
+from megatron_came.terminal.sentences import CommandError, reason_of
 
 _NOT_READ = {
     stat.S_IFIFO: "is a pipe",
@@ -18,6 +18,18 @@ _NOT_READ = {
 _ANOTHER = "name a text file or a folder of them"
 
 
+class UnusableError(Exception):
+    """Why a file or a document cannot be used ("is empty"), and what to do about it.
+
+    Whether that is an error, or the document is left out and counted, is for others to decide.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason, remedy)  # both, so that workers can send it to their parent
+        self.reason = reason
+        self.remedy = remedy
+
+
 @dataclass
 class Skipped:
     """How many files, folders and lines were left out, and the first of them, by reason."""
@@ -26,9 +38,9 @@ class Skipped:
     examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, where: str, error: UnusableError, *, required: bool = False) -> None:
-        """Count a file, a folder or a line that cannot be used; a DataError if it is required."""
+        """Count a file, folder or line that cannot be used; a CommandError if it is required."""
         if required:
-            raise DataError(f"{where} {error.reason}: {error.remedy}.") from error
+            raise CommandError(f"{where} {error.reason}: {error.remedy}.") from error
         self.counts[error.reason] += 1
         self.examples.setdefault(error.reason, where.rstrip(","))
 
@@ -49,9 +61,8 @@ class Skipped:
 
 def cannot_be_read(error: OSError) -> UnusableError:
     """Turn what the system says of a file or a folder into a reason."""
-    reason = (error.strerror or "unknown error").lower()
     return UnusableError(
-        f"cannot be read ({reason})", "make it one that you may read, or name another one"
+        f"cannot be read ({reason_of(error)})", "make it one that you may read, or name another one"
     )
 
 
@@ -70,33 +81,30 @@ def walk(
         ignored: Names to leave out as well.
 
     Raises:
-        DataError: If a required folder cannot be read.
+        CommandError: If a required folder cannot be read.
     """
+
+    def fail(error: OSError) -> None:
+        is_root = error.filename == str(root)
+        left_out.add(error.filename, cannot_be_read(error), required=required and is_root)
+
     seen: set[tuple[int, int]] = set()
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            status = folder.stat()
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            left_out.add(str(folder), cannot_be_read(error), required=required and folder is root)
-            continue
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(folder)
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
-            left_out.add(str(folder), UnusableError("is a folder read under another name", ""))
+            left_out.add(folder, UnusableError("is a folder read under another name", ""))
+            folders.clear()
             continue
         seen.add(identity)
-        folders = []
-        for path in (folder / name for name in names if name[0] != "." and name not in ignored):
+        for names in (folders, files):  # in place: it decides what is walked, and in which order
+            names[:] = sorted(name for name in names if name[0] != "." and name not in ignored)
+        for path in (Path(folder, name) for name in files):
             try:
-                if is_folder(path):
-                    folders.append(path)
-                else:
+                if not is_folder(path):
                     yield path
             except UnusableError as error:
                 left_out.add(str(path), error)
-        waiting.extend(reversed(folders))
 
 
 def is_folder(path: Path, *, pipes: bool = False) -> bool:

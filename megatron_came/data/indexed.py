@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from megatron_came.data.corpus import Corpus
 from megatron_came.data.encoding import Encoder, encode
-from megatron_came.data.errors import DataError
 from megatron_came.terminal.progress import Progress
+from megatron_came.terminal.sentences import CommandError
 
 
 def dataset_files(prefixes: Sequence[Path]) -> tuple[Path, ...]:
@@ -79,7 +79,7 @@ def write_datasets(
         What was written, in the order of the prefixes.
 
     Raises:
-        DataError: If a dataset would be empty, or a document that must be usable is not.
+        CommandError: If a dataset would be empty, or a document that must be usable is not.
         OSError: If the files cannot be written.
     """
     half = len(files) // 2
@@ -103,11 +103,11 @@ def write_datasets(
 
 def _check_filled(writers: Sequence[DatasetWriter], share: float) -> None:
     if not any(writer.tokens for writer in writers):
-        raise DataError("There is no text in what was named: name files that hold some.")
+        raise CommandError("There is no text in what was named: name files that hold some.")
     documents = sum(writer.documents for writer in writers)
     for writer, name in zip(writers, ("training", "validation"), strict=False):
         if not writer.tokens:
-            raise DataError(
+            raise CommandError(
                 f"Of {documents} documents, a share of {share:g} for validation leaves none for"
                 f" {name}: choose another --validation, or smaller documents with --separator."
             )

@@ -16,10 +16,7 @@ _SIZES = (1, 2, 4, 8)  # of tensor parallelism
 def launch_flags(files: TokenizerFiles, tokenizer: Tokenizer, prefixes: Sequence[Path]) -> str:
     """Name the flags, ready to be pasted into a launch script, and say what they are for.
 
-    Args:
-        files: The tokenizer that the datasets were made with.
-        tokenizer: The same, loaded.
-        prefixes: Of one dataset, or of one for training and one for validation.
+    Of one dataset, or of one for training and one for validation, and their tokenizer.
     """
     if len(prefixes) > 1:
         train, valid = map(str, prefixes)

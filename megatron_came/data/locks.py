@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_came.data.errors import DataError
 from megatron_came.terminal.children import signals_held_back
+from megatron_came.terminal.sentences import CommandError
 
 # What a file system says that has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -24,7 +24,7 @@ def locked(path: Path) -> Iterator[None]:
     has locks; if it has none, or none between machines, what is written in the lock decides.
 
     Raises:
-        DataError: If another process holds it.
+        CommandError: If another process holds it.
         OSError: If it cannot be made.
     """
     lock = path.with_name(f".{path.name}.lock")
@@ -47,7 +47,7 @@ def _acquire(lock: Path, path: Path) -> int | None:
         holder = os.pread(file, 200, 0).decode(errors="replace").split()
         if free is False or _is_at_work(holder, died=free is True):
             pid, machine = holder if len(holder) == 2 else ("unknown", "unknown")
-            raise DataError(
+            raise CommandError(
                 f"{path} is being written by process {pid} on {machine}: wait until it ends, or"
                 f" give another name; if there is no such process, remove {lock}."
             )

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from megatron_came.data.errors import UnusableError
-from megatron_came.data.folders import cannot_be_read
+from megatron_came.data.folders import UnusableError, cannot_be_read
 
 _READ_BYTES = 1 << 24  # bytes read at a time where a separator is looked for
 _LONGEST_PROBE = 1 << 26  # bytes of a first line that decides what a .json file is
@@ -40,14 +39,6 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """One text and the file it came from."""
-
-    source: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Record:
     """A document as its file has it: not decoded yet, as decoding is work for several processes."""
 
@@ -62,16 +53,16 @@ class Record:
         """File and line, for messages."""
         return f"{self.path}, line {self.line}," if self.line else self.path
 
-    def document(self) -> Document:
+    def text(self) -> str:
         """Decode it; raise an UnusableError if it is no text."""
         if self.json_key is not None:
-            return _from_json(self.path, _decode(self.raw), self.json_key)
+            return _from_json(_decode(self.raw), self.json_key)
         if b"\0" in self.raw:
             raise UnusableError("is not text", "name a text file")
         text = _decode(self.raw)
         if not text.strip():
             raise _empty()
-        return Document(self.path, text)
+        return text
 
 
 def _empty() -> UnusableError:
@@ -85,15 +76,14 @@ def _decode(raw: bytes) -> str:
         raise UnusableError("is not UTF-8 text", "convert it to UTF-8") from error
 
 
-def _from_json(path: str, line: str, key: str) -> Document:
+def _from_json(line: str, key: str) -> str:
     try:
-        record = json.loads(line)
-        text = record[key]
+        text = json.loads(line)[key]
         if not isinstance(text, str):
             raise TypeError(key)
         if "\\u" in line:
             text.encode()  # an escape may have given half a surrogate pair, which is no text
-        return Document(str(record.get("source", path)), text)
+        return text
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UnusableError(
             f'has no JSON object with a text under "{key}"',
@@ -134,7 +124,7 @@ def _holds_json_lines(path: Path, file: BinaryIO, layout: Layout) -> bool:
     file.seek(0)
     if first.strip():
         try:
-            Record(str(path), first, json_key=layout.json_key).document()
+            Record(str(path), first, json_key=layout.json_key).text()
         except UnusableError as error:
             raise UnusableError(
                 f"{error.reason} in its first line",

@@ -5,7 +5,6 @@ flags is given. Its GPT2BPETokenizer takes a GPT-2 from Hugging Face's hub and p
 into it; ``tokenizers`` alone does the same without the hub. Its HuggingFaceTokenizer is used as is.
 """
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_came.data.errors import DataError
 from megatron_came.terminal.quiet import quiet
+from megatron_came.terminal.sentences import CommandError, reason_of, require
 
 GPT2_END = "<|endoftext|>"
 
@@ -38,7 +37,7 @@ class SentencePiece:
     megatron_type = "GPTSentencePieceTokenizer"
 
     def load(self) -> Tokenizer:
-        """Load it; raise a DataError if the file is no model."""
+        """Load it; raise a CommandError if the file is no model."""
         try:
             if not self.model.read_bytes():
                 raise RuntimeError("empty")  # which SentencePiece would take for a model
@@ -46,7 +45,7 @@ class SentencePiece:
         except OSError as error:
             raise _unreadable(self.model, error, "a SentencePiece model that can") from error
         except RuntimeError as error:
-            raise DataError(
+            raise CommandError(
                 f"{self.model} is not a SentencePiece model: name one that is."
             ) from error
         eod = processor.eos_id()
@@ -66,8 +65,8 @@ class Gpt2Bpe:
     megatron_type = "GPT2BPETokenizer"
 
     def load(self) -> Tokenizer:
-        """Load it; raise a DataError if the files are no such vocabulary and merges."""
-        _require("tokenizers", "GPT-2's BPE")
+        """Load it; raise a CommandError if the files are no such vocabulary and merges."""
+        require("tokenizers", "GPT-2's BPE")
         from tokenizers import Tokenizer as HuggingFaceFast
         from tokenizers.models import BPE
         from tokenizers.pre_tokenizers import ByteLevel
@@ -75,14 +74,14 @@ class Gpt2Bpe:
         missing = set(ByteLevel.alphabet()) - _read_vocabulary(self.vocab_file).keys()
         if missing:
             # A text's bytes that have no token would vanish without a word.
-            raise DataError(
+            raise CommandError(
                 f"{self.vocab_file} has no token for {len(missing)} of the 256 bytes, so it is no"
                 " vocabulary of GPT-2: name its vocab.json, or use another kind of tokenizer."
             )
         try:
             bpe = BPE.from_file(str(self.vocab_file), str(self.merge_file))
         except Exception as error:  # of Rust, which has no types of its own
-            raise DataError(
+            raise CommandError(
                 f"{self.merge_file} cannot be used with {self.vocab_file} ({error}): name the"
                 " merges.txt that belongs to it."
             ) from error
@@ -108,8 +107,8 @@ class HuggingFace:
     megatron_type = "HuggingFaceTokenizer"
 
     def load(self) -> Tokenizer:
-        """Load it; raise a DataError if the folder holds no tokenizer."""
-        _require("transformers", "a Hugging Face tokenizer")
+        """Load it; raise a CommandError if the folder holds no tokenizer."""
+        require("transformers", "a Hugging Face tokenizer")
         # It is a folder: nothing need be asked of the hub. And no advice on models not built here.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -122,7 +121,7 @@ class HuggingFace:
                 )
             except Exception as error:  # of any of the many kinds of tokenizer there are
                 reason = str(error.__context__ or error).strip().splitlines()[0].rstrip(".")
-                raise DataError(
+                raise CommandError(
                     f"{self.folder} holds no tokenizer that transformers can load ({reason}): name"
                     " a folder with tokenizer.json and tokenizer_config.json."
                 ) from error
@@ -136,17 +135,8 @@ class HuggingFace:
 TokenizerFiles = SentencePiece | Gpt2Bpe | HuggingFace
 
 
-def _require(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise DataError(
-            f"The package {package}, which {what} needs, is not installed: run"
-            f" pip install {package}."
-        )
-
-
-def _unreadable(path: Path, error: OSError, instead: str) -> DataError:
-    reason = (error.strerror or str(error)).lower()
-    return DataError(f"{path} cannot be read ({reason}): name {instead}.")
+def _unreadable(path: Path, error: OSError, instead: str) -> CommandError:
+    return CommandError(f"{path} cannot be read ({reason_of(error)}): name {instead}.")
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
@@ -155,7 +145,7 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     except OSError as error:
         raise _unreadable(path, error, "GPT-2's vocab.json") from error
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: name GPT-2's vocab.json.") from error
+        raise CommandError(f"{path} is not JSON: name GPT-2's vocab.json.") from error
     if not isinstance(vocabulary, dict):
-        raise DataError(f"{path} is no table of tokens: name GPT-2's vocab.json.")
+        raise CommandError(f"{path} is no table of tokens: name GPT-2's vocab.json.")
     return vocabulary

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_came.data.errors import DataError
 from megatron_came.data.files import whole_files
 from megatron_came.data.workers import ordered_map
+from megatron_came.terminal.sentences import CommandError
 
 _SAMPLED_LINES = 100_000
 _THREADS = 2  # fixed, as the result depends on it
@@ -31,7 +31,7 @@ def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> No
             end of document 2, padding 3) included.
 
     Raises:
-        DataError: If so many tokens are too many for the texts, or too few.
+        CommandError: If so many tokens are too many for the texts, or too few.
     """
     # SentencePiece hears no signal while it trains; another process can be killed.
     train = partial(_train, _sample(_lines(texts)))
@@ -61,7 +61,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise DataError(_explain(str(error), vocab_size)) from error
+        raise CommandError(_explain(str(error), vocab_size)) from error
     return trained.getvalue()
 
 

@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from megatron_came.data.errors import DataError
 from megatron_came.terminal.children import end_with_parent, signals_held_back
+from megatron_came.terminal.sentences import CommandError
 
 _REMEDY = "give fewer --workers, or cut the text into smaller documents"
 
@@ -34,7 +34,7 @@ def ordered_map[Item, Result](
     """Yield ``function(item)`` for each item, in order.
 
     Args:
-        function: What to do; only its DataErrors come through.
+        function: What to do; only its CommandErrors come through.
         items: Taken in this process, and no further ahead than the workers can use.
         workers: How many processes; 0 is this one, which no signal can interrupt while the
             function is busy in a library.
@@ -43,7 +43,7 @@ def ordered_map[Item, Result](
             a process that has used it.
 
     Raises:
-        DataError: If the function does, or a process dies.
+        CommandError: If the function does, or a process dies.
     """
     if workers == 0:
         yield from map(function, items)
@@ -100,12 +100,12 @@ def _ask[Item](idle: "queue.SimpleQueue[Connection]", item: Item, remedy: str) -
         _send(connection, item)
         result = connection.recv()
     except (EOFError, OSError) as error:
-        raise DataError(
+        raise CommandError(
             f"A worker was killed, most likely because memory ran out: {remedy}."
         ) from error
     finally:
         idle.put(connection)
-    if isinstance(result, DataError):
+    if isinstance(result, CommandError):
         raise result
     return result
 
@@ -129,7 +129,7 @@ def _work(
             return
         try:
             result = function(item)
-        except DataError as error:
+        except CommandError as error:
             result = error
         with suppress(ConnectionError):
             _send(connection, result)

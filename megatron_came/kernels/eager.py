@@ -71,26 +71,17 @@ class EagerStep:
         raise NotImplementedError
 
     def add_square_sums(self) -> None:
-        """Pass 1."""
-        self._go_on()
+        """Go on from pass to pass, as do the next two."""
+        for update in self._updates:
+            next(update, None)
 
-    def add_instability_sums(self) -> None:
-        """Second moments and pass 2."""
-        self._go_on()
-
-    def apply(self) -> None:
-        """Instabilities and pass 3."""
-        self._go_on()
+    add_instability_sums = apply = add_square_sums
 
     def run(self) -> None:
         """All passes, parameter by parameter."""
         for update in self._updates:
             for _ in update:
                 pass
-
-    def _go_on(self) -> None:
-        for update in self._updates:
-            next(update, None)
 
 
 # An update goes on from yield to yield: there it waits for the sums that all ranks complete.

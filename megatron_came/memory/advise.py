@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory import fit, megatron_flags
 from megatron_came.memory.changes import ADAM, CAME, OPTIMIZERS, Change, changes
-from megatron_came.memory.launch_command import LaunchCommand, LaunchError
+from megatron_came.memory.launch_command import LaunchCommand
 from megatron_came.memory.optimizers import Optimizer, of_launch
 from megatron_came.memory.pages import human
 from megatron_came.memory.prediction import Launch
 from megatron_came.terminal.console import wrapped
+from megatron_came.terminal.sentences import CommandError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,30 +25,27 @@ class Option:
     needs: int
 
 
-@dataclass(slots=True)
-class _Trials:
-    """What a launch needs after changes, each combination tried once."""
+# Bytes of the fullest GPU after changes; None for what is no launch.
+Needs = Callable[[tuple[Change, ...]], int | None]
 
-    command: LaunchCommand
-    seen: dict[tuple[Change, ...], int | None] = field(default_factory=dict)
 
-    def needs(self, tried: tuple[Change, ...]) -> int | None:
-        """Bytes of the fullest GPU; None for what is no launch."""
-        if tried not in self.seen:
-            self.seen[tried] = self._needs(tried)
-        return self.seen[tried]
+def _needs_of(command: LaunchCommand) -> Needs:
+    """Return what says what a launch needs; each combination of changes is tried once."""
 
-    def _needs(self, tried: tuple[Change, ...]) -> int | None:
-        flags, ranks = self.command.flags, self.command.ranks or 1
+    @functools.cache
+    def needs(tried: tuple[Change, ...]) -> int | None:
+        flags, ranks = command.flags, command.ranks or 1
         for change in tried:
             flags, ranks = change.applied(flags), change.ranks or ranks
         try:
-            launch = Launch(megatron_flags.parse(flags, ranks, self.command.script))
+            launch = Launch(megatron_flags.parse(flags, ranks, command.script))
             optimizer = of_launch(launch.args)
             assert optimizer is not None  # others are refused
             return launch.peak(optimizer)
-        except (LaunchError, UnsupportedError, ValueError):
+        except (CommandError, UnsupportedError, ValueError):
             return None
+
+    return needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +69,11 @@ class Advice:
 
 
 def advise(command: LaunchCommand, launch: Launch, trained: Optimizer, budget: int) -> Advice:
-    """Find what makes a launch fit into so many bytes of each GPU.
-
-    Args:
-        command: its flags and ranks.
-        launch: the same, read.
-        trained: its optimizer.
-        budget: bytes of a GPU.
-    """
-    trials, needs = _Trials(command), launch.peak(trained)
+    """Find what makes a command's launch, of its optimizer, fit into so many bytes of each GPU."""
+    needs_after, needs = _needs_of(command), launch.peak(trained)
     if needs <= budget:
         adams = [change for change in changes(launch, None, None) if change.kind == ADAM]
-        found = {change.name: trials.needs((change,)) for change in adams if trained.is_came}
+        found = {change.name: needs_after((change,)) for change in adams if trained.is_came}
         return Advice(budget, needs, [], others={k: v for k, v in found.items() if v is not None})
     largest = fit.fit(launch, trained, budget)
     candidates = changes(launch, largest.micro_batch, largest.gpus)
@@ -89,28 +81,28 @@ def advise(command: LaunchCommand, launch: Launch, trained: Optimizer, budget: i
     for change in candidates:
         # Of a kind the cheapest one is enough.
         if all(option.changes[0].kind != change.kind for option in singles):
-            size = trials.needs((change,))
+            size = needs_after((change,))
             if size is not None and size <= budget:
                 singles.append(Option((change,), size))
-    together = None if singles else _together(trials, candidates, needs, budget)
+    together = None if singles else _together(needs_after, candidates, needs, budget)
     return Advice(budget, needs, singles, together)
 
 
-def _together(trials: _Trials, candidates: Sequence[Change], needs: int, budget: int) -> Option:
+def _together(needs_after: Needs, candidates: Sequence[Change], needs: int, budget: int) -> Option:
     """Add changes that help, the cheapest first, until it fits; then leave out what it can."""
     kept: dict[str, Change] = {}
     for change in candidates:
         # One optimizer at a time.
         kind = "optimizer" if change.kind in OPTIMIZERS else change.kind
         tried = {**kept, kind: change}
-        size = trials.needs(tuple(tried.values()))
+        size = needs_after(tuple(tried.values()))
         if size is not None and size < needs:
             kept, needs = tried, size
         if needs <= budget:
             break
     for kind in reversed([*kept]):
         fewer = tuple(change for other, change in kept.items() if other != kind)
-        size = trials.needs(fewer)
+        size = needs_after(fewer)
         if size is not None and size <= max(budget, needs):
             del kept[kind]
             needs = size

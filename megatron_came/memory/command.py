@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_came.memory.launch_command import LaunchCommand, LaunchError, from_script, from_words
+from megatron_came.memory.launch_command import LaunchCommand, from_script, from_words
 from megatron_came.terminal.console import show
 from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.pictures import draw_bars
 from megatron_came.terminal.quiet import quiet
+from megatron_came.terminal.sentences import CommandError, require, status_of, writing
 
 _STDOUT = "-"
 
@@ -29,24 +30,14 @@ def main(argv: list[str]) -> int:
         from megatron_came.megatron.errors import UnsupportedError
         from megatron_came.versions import MegatronError
 
-        try:
-            if options.compare:
-                _compare(options.compare, words)
-            else:
-                _predict(options, words)
-        except BrokenPipeError:  # of who reads what is printed
-            raise
-        except (MegatronError, LaunchError, OSError, UnsupportedError, ValueError) as error:
-            print(f"megatron-came memory: {_sentence(error)}", file=sys.stderr)
-            return 2
-    return 0
-
-
-def _sentence(error: Exception) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
-    reason = (error.strerror or "unknown error").lower()
-    return f"{error.filename or 'a file'} cannot be used ({reason}): name another file."
+        return status_of(
+            lambda: (
+                _compare(options.compare, words) if options.compare else _predict(options, words)
+            ),
+            "megatron-came memory: ",
+            *(MegatronError, UnsupportedError, ValueError),
+            remedy="name another file",
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,17 +93,17 @@ def _launch_command(options: argparse.Namespace, words: list[str]) -> LaunchComm
     command = from_script(options.script, words) if options.script else from_words(words)
     ranks = options.gpus if options.gpus is not None else command.ranks
     if not command.flags:
-        raise LaunchError("name the flags of a launch, or --script SCRIPT.")
+        raise CommandError("name the flags of a launch, or --script SCRIPT.")
     if ranks is None:
-        raise LaunchError("the flags do not say how many GPUs there are: add --gpus N.")
+        raise CommandError("the flags do not say how many GPUs there are: add --gpus N.")
     if ranks < 1:
-        raise LaunchError(f"--gpus {ranks} is not allowed: give at least 1.")
+        raise CommandError(f"--gpus {ranks} is not allowed: give at least 1.")
     return LaunchCommand(command.flags, ranks, command.script)
 
 
 def _predict(options: argparse.Namespace, words: list[str]) -> None:
     from megatron_came import megatron, memory
-    from megatron_came.memory import advise, fit, megatron_flags, pages, plot
+    from megatron_came.memory import advise, fit, megatron_flags, pages
     from megatron_came.memory.optimizers import compared, of_launch
     from megatron_came.memory.prediction import Launch
 
@@ -122,7 +113,7 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
     budget = fit.parse_size(options.fit) if options.fit else None
     room = fit.parse_size(options.advise, "--advise") if options.advise else None
     if options.plot:
-        plot.check_installed()
+        require("matplotlib", "--plot")
     launch = Launch(megatron_flags.parse(command.flags, command.ranks or 1, command.script))
     optimizers = compared(launch.args)
     trained = of_launch(launch.args) or optimizers[0]
@@ -139,13 +130,16 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
         result["advice"] = asdict(advice)
         lines += ["", *advise.text(advice, command, trained)]
     if options.plot:
-        plot.draw(launch.fullest(trained), optimizers, options.plot)
+        bars = pages.bars(launch.fullest(trained), optimizers)
+        with writing(options.plot, "--plot"):
+            draw_bars(*bars, options.plot)
         lines += ["", f"Plot: {options.plot}"]
     if options.json == _STDOUT:
         print(json.dumps(result, indent=2))
         return
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        with writing(file := Path(options.json), "--json"):
+            file.write_text(json.dumps(result, indent=2) + "\n")
         lines += ["", f"JSON: {options.json}"]
     show(lines)
 
@@ -154,6 +148,6 @@ def _compare(paths: list[Path], words: list[str]) -> None:
     from megatron_came.memory.report import Report, fullest
 
     if words:
-        raise LaunchError(f"--compare takes files alone, not {words[0]}: leave it out.")
+        raise CommandError(f"--compare takes files alone, not {words[0]}: leave it out.")
     reports = sorted((Report.read(path) for path in paths), key=lambda report: report.rank)
     show([*fullest(reports).table(), "", *(report.line() for report in reports)])

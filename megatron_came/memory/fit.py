@@ -89,14 +89,7 @@ def _first(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 
 def text(launch: Launch, fits: Sequence[Fit], budget: int, trained: Optimizer) -> list[str]:
-    """Describe what fits, a line for each optimizer.
-
-    Args:
-        launch: the run.
-        fits: what fits, of each optimizer.
-        budget: bytes of a GPU.
-        trained: the optimizer of the launch; its line is marked.
-    """
+    """Describe what fits into so many bytes, a line for each optimizer; the trained is marked."""
     size, grid = launch.args.micro_batch_size, launch.grid
     rows = [["", "it needs", "left", "micro-batch", "GPUs"]]
     for each in fits:

@@ -25,8 +25,8 @@ def for_came(original: Any) -> Any:
         sharded = (total - parameters * _REPLICATED) / (_ALL - _REPLICATED)
         weight, gradient = element_bytes(args)
         optimizer = came(args, args.came_momentum_dtype, args.came_main_params)
-        state = sum(optimizer.per_element(weight, gradient).values()) - weight - gradient
         # Factors are about a thousandth of a second moment.
+        state = optimizer.state_per_element(weight)
         return parameters * (weight + gradient) + sharded * state
 
     return compute_weight_and_optimizer_memory

@@ -13,7 +13,6 @@ import torch
 
 from megatron_came.memory import stages
 from megatron_came.memory.grid import Grid
-from megatron_came.memory.launch_command import LaunchError
 from megatron_came.memory.meta_model import Chunk
 from megatron_came.memory.stages import Buffer, Stage
 
@@ -25,46 +24,6 @@ _CUT = {
     "optim_grads": (False, True, True),
     _SCATTERED: (True, True, True),
 }
-# What changes where something lies, and what there is instead.
-_NOT_PREDICTED = (
-    ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", "leave it out"),
-    ("fsdp_double_buffer", "--fsdp-double-buffer", "leave it out"),
-    ("nccl_ub", "--use-nccl-ub", "leave it out"),
-)
-
-
-def name_of(args: argparse.Namespace) -> str:
-    """The kind of FSDP that a launch has, in words; nothing if it has none."""
-    if getattr(args, "use_torch_fsdp2", False):
-        return "FSDP2"
-    is_megatrons = getattr(args, "use_megatron_fsdp", False)
-    return f"Megatron-FSDP, {args.data_parallel_sharding_strategy}" if is_megatrons else ""
-
-
-def refuse(args: argparse.Namespace) -> None:
-    """Refuse what is laid out otherwise.
-
-    Args:
-        args: Megatron's, validated.
-
-    Raises:
-        LaunchError: there is some of it.
-    """
-    flag = "--use-torch-fsdp2" if getattr(args, "use_torch_fsdp2", False) else "--use-megatron-fsdp"
-    for name, other, instead in _NOT_PREDICTED:
-        if getattr(args, name, None):
-            raise LaunchError(f"memory cannot be predicted with {flag} and {other}: {instead}.")
-    if args.num_distributed_optimizer_instances > 1:
-        raise LaunchError(
-            f"memory cannot be predicted with {flag} and --num-distributed-optimizer-instances "
-            f"{args.num_distributed_optimizer_instances}: use 1."
-        )
-    has_main = getattr(args, "megatron_fsdp_main_params_dtype", None) == torch.float32
-    if getattr(args, "use_megatron_fsdp", False) and not has_main:
-        raise LaunchError(
-            "memory cannot be predicted with another --megatron-fsdp-main-params-dtype than fp32: "
-            "use that."
-        )
 
 
 def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[Chunk]) -> Stage:
@@ -88,16 +47,16 @@ def _by_rows(chunk: Chunk, ranks: int) -> Iterable[Buffer]:
     """Cut every parameter by rows, as ``fully_shard`` does, which pads what a rank lacks."""
     place = torch.arange(ranks, device="cpu")
     for dtype in dict.fromkeys(param.dtype for param in chunk.params):
-        padded, elements, blocks = 0, torch.zeros_like(place), torch.zeros_like(place)
+        padded, sizes = 0, torch.zeros(2, ranks, dtype=torch.int64, device="cpu")
         for param in chunk.params:
             if param.dtype != dtype or not param.requires_grad:
                 continue
             rows, of_row = len(param), param[0].numel()
             most = -(-rows // ranks)
-            held = (rows - place * most).clamp(0, most) * of_row
             padded += most * of_row
-            elements, blocks = elements + held, blocks + stages.blocks_of(held)
-        yield Buffer(padded, elements, blocks, dtype.itemsize, dtype.itemsize, of_experts=False)
+            sizes += stages.counts((rows - place * most).clamp(0, most) * of_row)
+        key = SimpleNamespace(param_dtype=dtype, grad_dtype=dtype, is_expert_parallel=False)
+        yield stages.buffer_of(key, padded, sizes)
 
 
 def _by_bucket(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> Iterable[Buffer]:
@@ -107,7 +66,6 @@ def _by_bucket(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> Iterable[B
     )
 
     strategy = args.data_parallel_sharding_strategy
-    of_weights, of_gradients, of_main = _CUT[strategy]
     settings: Any = SimpleNamespace(data_parallel_sharding_strategy=strategy)
     for group in _buckets(args, grid, chunk):
         shards = grid.shards[group.is_expert_param]
@@ -131,16 +89,16 @@ def _by_bucket(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> Iterable[B
             grad_dtype=args.megatron_fsdp_main_grads_dtype or group.dtype,
             is_expert_parallel=group.is_expert_param,
         )
-        kept = [
-            bucket.size // (shards if is_cut else 1)
-            for is_cut in (of_weights, of_gradients, of_main)
-        ]
-        yield replace(
-            stages.cut(key, layout, shards),
-            padded=kept[0],
-            padded_gradients=kept[1],
-            main_weights=kept[2],
+        weights, gradients, main_weights = (
+            bucket.size // (shards if is_cut else 1) * size
+            for is_cut, size in zip(
+                _CUT[strategy],
+                (group.dtype.itemsize, key.grad_dtype.itemsize, 4),
+                strict=True,
+            )
         )
+        buffer = stages.cut(key, layout, shards)
+        yield replace(buffer, weights=weights, gradients=gradients, main_weights=main_weights)
 
 
 def _buckets(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> list[Any]:
@@ -149,17 +107,8 @@ def _buckets(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> list[Any]:
         _get_parameter_groups,
     )
     from megatron.core.transformer.transformer_layer import TransformerLayer
-    from megatron.training.training import get_megatron_ddp_config, resolve_ddp_bucket_size
 
-    from megatron_came.memory.stand_ins import SizedGroup
-
-    ddp_config = get_megatron_ddp_config(args)
-    size = resolve_ddp_bucket_size(
-        ddp_config,
-        SizedGroup(grid.data * grid.context),
-        ddp_config.overlap_grad_reduce,
-        sum(param.numel() for param in chunk.params),
-    )
+    _, size = stages.bucketing(args, grid, chunk.params)
     strategy = args.data_parallel_sharding_strategy
     policy = BucketingPolicy(
         suggested_bucket_size=None if args.overlap_param_gather_with_optimizer_step else size,

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_came.terminal.children import run_alone
+from megatron_came.terminal.sentences import CommandError
 
 _MODULES = ("torch.distributed.run", "torch.distributed.launch")
 _SECONDS = 60
-
-
-class LaunchError(Exception):
-    """No launch of Megatron; the message is a sentence for the user."""
 
 
 def words_of(error: BaseException) -> str:
@@ -51,31 +48,31 @@ def from_script(script: Path, words: list[str]) -> LaunchCommand:
         words: its arguments.
 
     Raises:
-        LaunchError: it is missing, fails, or prints no torchrun command.
+        CommandError: it is missing, fails, or prints no torchrun command.
     """
     said = f"--script {script}"
     if script.is_dir():
-        raise LaunchError(f"{said} is a folder: name the launch script in it.")
+        raise CommandError(f"{said} is a folder: name the launch script in it.")
     if not script.exists():
-        raise LaunchError(f"{said} does not exist: name a launch script.")
+        raise CommandError(f"{said} does not exist: name a launch script.")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     environment = {**os.environ, "DRY_RUN": "1", "PATH": path}
     try:
         result = run_alone(["bash", str(script), *words], environment=environment, seconds=_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise LaunchError(
+        raise CommandError(
             f"{said} did not end within {_SECONDS} s: with DRY_RUN=1 it must print its torchrun "
             "command and start nothing."
         ) from error
     if result.returncode:
         last = (result.stderr.strip() or "no message").splitlines()[-1]
-        raise LaunchError(f"{said} ended with status {result.returncode}: {last}")
+        raise CommandError(f"{said} ended with status {result.returncode}: {last}")
     for line in result.stdout.replace("\\\n", " ").splitlines():
         with contextlib.suppress(ValueError):  # a quotation that does not end is no command
             command = from_words(shlex.split(line))
             if command.ranks is not None:
                 return command
-    raise LaunchError(
+    raise CommandError(
         f"{said} printed no torchrun command: with DRY_RUN=1 it must print the command that it "
         "would run."
     )
@@ -85,7 +82,7 @@ def from_words(words: list[str]) -> LaunchCommand:
     """Read Megatron's flags, behind a torchrun command or alone.
 
     Raises:
-        LaunchError: a torchrun command without a script or with a number of ranks that only the
+        CommandError: a torchrun command without a script or with a number of ranks that only the
             machine knows.
     """
     for index, word in enumerate(words, 1):
@@ -107,7 +104,7 @@ def _behind_torchrun(words: list[str]) -> LaunchCommand:
         with contextlib.redirect_stderr(io.StringIO()):
             options = get_args_parser().parse_args(words)
     except SystemExit as error:
-        raise LaunchError(
+        raise CommandError(
             "the torchrun command cannot be read: name its options before the script, and the "
             "script before Megatron's flags."
         ) from error
@@ -116,7 +113,7 @@ def _behind_torchrun(words: list[str]) -> LaunchCommand:
         options.nnodes.rpartition(":")[2],
     )  # of a range the most
     if not (per_node.isdecimal() and nodes.isdecimal()):
-        raise LaunchError(
+        raise CommandError(
             f"torchrun --nproc-per-node {per_node} --nnodes {nodes} does not say how many ranks "
             "there are: add --gpus N."
         )

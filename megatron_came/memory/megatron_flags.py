@@ -10,21 +10,98 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from megatron_came.memory import fsdp
-from megatron_came.memory.launch_command import LaunchError, words_of
+import torch
+
+from megatron_came.memory.launch_command import words_of
 from megatron_came.memory.model_kinds import BERT, GPT, T5, kind_of
 from megatron_came.memory.optimizers import has_fsdp
 from megatron_came.memory.stand_ins import hopper, replaced
+from megatron_came.rules import Rule, name_of, refusal, value
+from megatron_came.terminal.sentences import CommandError
 from megatron_came.voice import PREFIX
 
 # What Megatron's scripts of these models set.
 _DEFAULTS = {kind: {"tokenizer_type": "BertWordPieceLowerCase"} for kind in (BERT, T5)}
-_TENSOR = "use --tensor-model-parallel-size"
 _OPTIMIZERS = ("came", "adam", "sgd", "lion", "muon", "dist_muon")
+
+
+def _not_predicted(flag: str, instead: str, **more: Any) -> Rule:
+    return Rule(f"memory cannot be predicted with {{given}}: {instead}.", flag, **more)
+
+
+def _not_with_fsdp(flag: str, instead: str, **more: Any) -> Iterator[Rule]:
+    for kind in ("--use-torch-fsdp2", "--use-megatron-fsdp"):
+        sentence = f"memory cannot be predicted with {kind} and {{given}}: {instead}."
+        yield Rule(sentence, flag, when=value(name_of(kind)), **more)
+
+
+def _is_by_matrix(args: argparse.Namespace) -> bool:
+    return args.optimizer in _OPTIMIZERS[3:]
+
+
+# What is laid out otherwise, or refused by Megatron: of arguments as they were typed ...
+_TYPED = (
+    _not_predicted("--yaml-cfg", "give the settings as flags"),
+    _not_predicted("--use-checkpoint-args", "give the model's flags"),
+    _not_predicted("--tensor-parallel-num-weight-shards", "use --tensor-model-parallel-size"),
+    _not_predicted("--moe-single-grouped-weight", "leave it out"),
+    _not_predicted("--fp8-param-gather", "leave it out, and weights are bf16"),
+    _not_predicted("--optimizer", f"give one of {', '.join(_OPTIMIZERS)}", works=_OPTIMIZERS),
+    Rule(
+        "memory of {given} is predicted with --optimizer came alone, not with {at.optimizer}: "
+        "leave it out.",
+        "--optimizer-cpu-offload",
+        when=lambda args: args.optimizer != "came",
+    ),
+    Rule(
+        "{given} does not go with T5, which Megatron does not cut into pipeline stages: leave it "
+        "out.",
+        "--pipeline-model-parallel-size",
+        works=(1,),
+        when=lambda args: args.model_kind == T5,
+    ),
+    Rule(
+        "Megatron refuses {given} with --optimizer {at.optimizer}: use --bf16.",
+        "--fp16",
+        when=_is_by_matrix,
+    ),
+    Rule(
+        "how Megatron shards {given} with this script is not predicted: add "
+        "--no-use-layer-wise-param-layout.",
+        "--optimizer",
+        when=lambda args: (
+            _is_by_matrix(args)
+            and args.model_kind != GPT
+            and args.use_distributed_optimizer
+            and getattr(args, "use_layer_wise_param_layout", True)
+        ),
+    ),
+    Rule(
+        "{given} is predicted with --bf16 or --fp16 and --use-distributed-optimizer, which "
+        "Megatron wants: add them.",
+        "--use-precision-aware-optimizer",
+        when=lambda args: not (args.use_distributed_optimizer and (args.bf16 or args.fp16)),
+    ),
+)
+# ... and of those that Megatron has validated.
+_VALIDATED = (
+    *_not_with_fsdp("--use-precision-aware-optimizer", "leave it out"),
+    *_not_with_fsdp("--fsdp-double-buffer", "leave it out"),
+    *_not_with_fsdp("--use-nccl-ub", "leave it out", argument="nccl_ub"),
+    *_not_with_fsdp("--num-distributed-optimizer-instances", "use 1", works=(1,)),
+    Rule(
+        "memory cannot be predicted with another --megatron-fsdp-main-params-dtype than fp32: use "
+        "that.",
+        when=lambda args: (
+            getattr(args, "use_megatron_fsdp", False)
+            and getattr(args, "megatron_fsdp_main_params_dtype", None) != torch.float32
+        ),
+    ),
+)
 
 
 def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
@@ -39,7 +116,7 @@ def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
         Megatron's arguments, with ``padded_vocab_size`` and ``model_kind``.
 
     Raises:
-        LaunchError: Megatron, or megatron_came, refuses them.
+        CommandError: Megatron, or megatron_came, refuses them.
     """
     with _alone():
         try:
@@ -47,17 +124,16 @@ def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
 
             args = _parsed(flags, ranks)
             args.model_kind = kind_of(script)
-            _refuse(args)
+            _refuse(args, _TYPED)
             if has_fsdp(args):  # with which Megatron insists that it is not 1
                 os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
             validate_args(args, _DEFAULTS.get(args.model_kind, {}))
-            if has_fsdp(args):
-                fsdp.refuse(args)
+            _refuse(args, _VALIDATED)
             _pad_vocabulary(args)
-        except LaunchError:
+        except CommandError:
             raise
         except (Exception, SystemExit) as error:
-            raise LaunchError(_sentence(error)) from error
+            raise CommandError(_sentence(error)) from error
     return args
 
 
@@ -76,7 +152,7 @@ def _sentence(error: BaseException) -> str:
 
 def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:
     def stop(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-        raise LaunchError(_sentence(ValueError(message)))
+        raise CommandError(_sentence(ValueError(message)))
 
     with (
         replaced(sys, {"argv": ["megatron-came memory", *flags]}),
@@ -89,49 +165,9 @@ def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:
     return args
 
 
-def _refuse(args: argparse.Namespace) -> None:
-    """Refuse what is not laid out as this package lays it out."""
-    for name, flag, instead in (
-        ("yaml_cfg", "--yaml-cfg", "give the settings as flags"),
-        ("use_checkpoint_args", "--use-checkpoint-args", "give the model's flags"),
-        ("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", _TENSOR),
-        ("moe_single_grouped_weight", "--moe-single-grouped-weight", "leave it out"),
-        ("fp8_param_gather", "--fp8-param-gather", "leave it out, and weights are bf16"),
-    ):
-        if getattr(args, name, None):
-            raise LaunchError(f"memory cannot be predicted with {flag}: {instead}.")
-    if args.optimizer_cpu_offload and args.optimizer != "came":
-        raise LaunchError(
-            f"memory of --optimizer-cpu-offload is predicted with --optimizer came alone, not with "
-            f"{args.optimizer}: leave it out."
-        )
-    if args.model_kind == T5 and args.pipeline_model_parallel_size > 1:
-        raise LaunchError(
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} does not go with "
-            "T5, which Megatron does not cut into pipeline stages: leave it out."
-        )
-    if args.optimizer not in _OPTIMIZERS:
-        raise LaunchError(
-            f"memory cannot be predicted with --optimizer {args.optimizer}: give one of "
-            f"{', '.join(_OPTIMIZERS)}."
-        )
-    if args.optimizer in _OPTIMIZERS[3:]:
-        if args.fp16:
-            raise LaunchError(
-                f"Megatron refuses --fp16 with --optimizer {args.optimizer}: use --bf16."
-            )
-        has_layout = getattr(args, "use_layer_wise_param_layout", True)
-        if args.model_kind != GPT and args.use_distributed_optimizer and has_layout:
-            raise LaunchError(
-                f"how Megatron shards --optimizer {args.optimizer} with this script is not "
-                "predicted: add --no-use-layer-wise-param-layout."
-            )
-    precise = getattr(args, "use_precision_aware_optimizer", False)
-    if precise and not (args.use_distributed_optimizer and (args.bf16 or args.fp16)):
-        raise LaunchError(
-            "--use-precision-aware-optimizer is predicted with --bf16 or --fp16 and "
-            "--use-distributed-optimizer, which Megatron wants: add them."
-        )
+def _refuse(args: argparse.Namespace, rules: Sequence[Rule]) -> None:
+    if problem := refusal(rules, args):
+        raise CommandError(problem)
 
 
 def _pad_vocabulary(args: argparse.Namespace) -> None:
@@ -151,14 +187,14 @@ def _pad_vocabulary(args: argparse.Namespace) -> None:
             build_tokenizer(args)
         except Exception as error:
             kind = f"--tokenizer-type {args.tokenizer_type}"
-            raise LaunchError(
+            raise CommandError(
                 f"{named or kind} cannot be loaded as a tokenizer of {kind}: "
                 "name another, or give --tokenizer-type NullTokenizer --vocab-size N."
             ) from error
     if args.padded_vocab_size is None and args.vocab_size:
         args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args)
     if args.padded_vocab_size is None:
-        raise LaunchError(
+        raise CommandError(
             "the size of the vocabulary is not known, since the tokenizer "
             f"{named or f'of --tokenizer-type {args.tokenizer_type}'} is not on this machine: add "
             "--vocab-size N."
@@ -168,8 +204,6 @@ def _pad_vocabulary(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Let Megatron think that it is rank 0 of a run on GPUs, and keep what it says to itself."""
-    import torch
-
     # Megatron insists on the first for tensor parallelism.
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, "RANK": "0"}
     with (

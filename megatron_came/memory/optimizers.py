@@ -133,20 +133,10 @@ class Optimizer:
         """Bytes of main weights beside a weight of so many bytes."""
         return MAIN_WEIGHTS[self.main_weights] if weight == 2 else 0
 
-    def per_element(self, weight: int, gradient: int) -> dict[str, float]:
-        """Bytes of an element by component, where padding and CAME's factors are nothing.
-
-        Args:
-            weight: bytes of a weight.
-            gradient: bytes of a gradient.
-        """
-        return {
-            "weights": weight,
-            "gradients": gradient,
-            "main_weights": self.main_weights_bytes(weight),
-            "momentum": self.momentum_bytes(1, 1 / BLOCK),
-            "second_moment": self.moment_bytes,
-        }
+    def state_per_element(self, weight: int) -> float:
+        """Bytes that it keeps of an element beside a weight of so many; no factors."""
+        kept = self.main_weights_bytes(weight) + self.moment_bytes
+        return kept + self.momentum_bytes(1, 1 / BLOCK)
 
 
 def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "fp32") -> Optimizer:
@@ -250,6 +240,13 @@ def is_sharded(args: argparse.Namespace) -> bool:
 def has_fsdp(args: argparse.Namespace) -> bool:
     """Whether data-parallel ranks hold parts of weights or gradients, too."""
     return any(getattr(args, name, False) for name in ("use_torch_fsdp2", "use_megatron_fsdp"))
+
+
+def name_of_fsdp(args: argparse.Namespace) -> str:
+    """The kind of FSDP that a launch with one has, in words."""
+    if getattr(args, "use_torch_fsdp2", False):
+        return "FSDP2"
+    return f"Megatron-FSDP, {args.data_parallel_sharding_strategy}"
 
 
 def is_cut(args: argparse.Namespace) -> bool:

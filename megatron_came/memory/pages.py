@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_came.memory.optimizers import (
     ADAMW,
     HOST,
+    LABELS,
     ROWS,
     Optimizer,
     element_bytes,
     has_fsdp,
     is_sharded,
+    name_of_fsdp,
 )
 from megatron_came.terminal.console import table, wrapped
 
@@ -86,19 +88,13 @@ def bytes_table(
 
 
 def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) -> list[str]:
-    """Describe a launch.
-
-    Args:
-        launch: with all its stages.
-        optimizers: the columns.
-        trained: the optimizer of the stages' table.
-    """
+    """Describe a launch, with a column for each optimizer; stages with the trained one alone."""
     worst = launch.fullest(trained)
     names = {2: "bf16" if launch.args.bf16 else "fp16", 4: "fp32"}
     weights, gradients = (names[size] for size in element_bytes(launch.args))
     lines = [
         f"{launch.parameters:,} parameters, {weights} weights, {gradients} gradients",
-        *wrapped(_layout(launch.grid, launch.kind_of_fsdp)),
+        *wrapped(_layout(launch)),
         "",
         *wrapped(
             f"The fullest rank: pipeline stage {worst.number}, {worst.layers} layers, "
@@ -112,8 +108,7 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
         lines += [f"The fullest rank of each pipeline stage, {trained.name}:", ""]
         lines += [*_stages(launch.stages, trained), ""]
     notes = [*_NOTES]
-    if has_fsdp(launch.args):
-        notes += _made_whole(launch, worst)
+    notes += _made_whole(launch, worst)
     copying = [optimizer for optimizer in optimizers if worst.step(optimizer)]
     if not all(optimizer.steps_back for optimizer in copying):
         notes.append(_NOTE_ON_COPIES)
@@ -131,7 +126,11 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
 
 def _made_whole(launch: Launch, stage: Stage) -> list[str]:
     """What FSDP makes for a while, which is not counted."""
-    sizes = launch.made_whole(stage)
+    if not has_fsdp(launch.args):
+        return []
+    from megatron_came.memory import fsdp  # imports Megatron, as only a prediction need
+
+    sizes = fsdp.made_whole(launch.args, launch.chunks[stage.number])
     what = [
         f"{human(size)} of {name}"
         for name, size in zip(("weights", "gradients"), sizes, strict=True)
@@ -145,7 +144,8 @@ def _made_whole(launch: Launch, stage: Stage) -> list[str]:
     ]
 
 
-def _layout(grid: Grid, kind_of_fsdp: str) -> str:
+def _layout(launch: Launch) -> str:
+    grid = launch.grid
     sizes = sizes_of(grid)
     said = gpus(grid.world) + (f": {sizes} parallel" if sizes else "")
     if grid.virtual:
@@ -153,8 +153,8 @@ def _layout(grid: Grid, kind_of_fsdp: str) -> str:
     if grid.expert > 1 or grid.expert_tensor != grid.tensor:
         said += f"; experts: tensor {grid.expert_tensor} x expert {grid.expert} x data "
         said += str(grid.expert_data)
-    if kind_of_fsdp:
-        said += f"; {kind_of_fsdp}"
+    if has_fsdp(launch.args):
+        said += f"; {name_of_fsdp(launch.args)}"
     elif grid.sharded:
         said += "; distributed optimizer"
         said += f" in {grid.instances} instances" if grid.instances > 1 else ""
@@ -194,6 +194,21 @@ def _stages(stages: Sequence[Stage], optimizer: Optimizer) -> list[str]:
         rows.append([str(stage.number), str(stage.layers), f"{stage.parameters:,}"])
         rows[-1] += [f"{size / unit:.3f}" for size in sizes]
     return table(rows)
+
+
+def bars(stage: Stage, optimizers: Sequence[Optimizer]) -> tuple[dict[str, dict[str, float]], str]:
+    """What a rank holds, as a stacked bar for each optimizer, and the unit of the bars."""
+    name, unit = unit_of(max(stage.total(optimizer) for optimizer in optimizers))
+    more = {each.name: stage.working(each) - stage.activations for each in optimizers}
+    found = {}
+    for optimizer in optimizers:
+        components = stage.components(optimizer)
+        heights = {label: getattr(components, key) / unit for key, label in LABELS.items()}
+        heights[ACTIVATIONS] = stage.activations / unit
+        if any(more.values()):
+            heights["what a step's copies take more"] = more[optimizer.name] / unit
+        found[optimizer.name.replace(" ", "\n", 1)] = heights
+    return found, f"{name} on the fullest rank"
 
 
 def as_json(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) -> dict[str, Any]:

@@ -53,15 +53,6 @@ class Launch:
         return sum(full_parameters(chunk, self.grid) for chunks in self.chunks for chunk in chunks)
 
     @property
-    def kind_of_fsdp(self) -> str:
-        """In words; empty without it."""
-        return fsdp.name_of(self.args)
-
-    def made_whole(self, stage: Stage) -> tuple[int, int]:
-        """Bytes of weights and gradients of the largest layer, which FSDP makes whole."""
-        return fsdp.made_whole(self.args, self.chunks[stage.number])
-
-    @property
     def has_global_batch(self) -> bool:
         """Whether the global batch size was given."""
         return bool(getattr(self.args, "_is_global_batch_size_explicitly_specified", True))

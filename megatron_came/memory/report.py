@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch.distributed as dist
-
+from megatron_came import voice
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.measurement import measure, watch_step
 from megatron_came.memory.model_kinds import kind_of
@@ -192,8 +191,7 @@ def _report(
     folder = folder_of(args)
     if folder is not None:
         report.write(folder)
-    reports = [report] * dist.get_world_size()
-    dist.all_gather_object(reports, report)
+    reports = voice.of_all_ranks(report)
     print_rank_0("\n".join(_text(reports, folder)))
     _write_to_tensorboard(args, fullest(reports))
 
@@ -237,7 +235,7 @@ def _report_of(
     except UnsupportedError as error:
         problem = str(error)
     return Report(
-        rank=dist.get_rank(),
+        rank=voice.rank(),
         stage=stage,
         optimizer=args.optimizer if kind is None else kind.name,
         parameters=parameters,

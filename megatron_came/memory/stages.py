@@ -32,45 +32,35 @@ class Buffer:
     """One of Megatron's buffers of weights and gradients, and what each shard of it holds.
 
     Attributes:
-        padded: number of elements of weights and gradients, padding included.
-        elements: number of elements without it, by shard.
-        blocks: number of the blocks that share a scale of int8, by shard.
+        weights: bytes of weights, padding included.
+        gradients: bytes of gradients, likewise.
         weight: bytes of a weight.
         gradient: bytes of a gradient.
         of_experts: cut over the experts' data-parallel ranks.
-        by_matrix: it is of what Lion and Muon take, and not of what they leave to another.
+        held: (2, shards), number of elements without padding, and of the blocks that share a scale
+            of int8.
+        away: those that CAME keeps on the CPU.
         bucket: number of elements of the largest bucket; 0 where nothing is cut.
-        padded_gradients: number of elements of gradients, where that is another.
-        main_weights: number of elements of fp32 main weights that the buffer has, padding
-            included; None where the optimizer has those of what it updates.
-        offloaded: those of the elements that CAME keeps on the CPU; None for none.
-        offloaded_blocks: likewise.
+        by_matrix: it is of what Lion and Muon take, and not of what they leave to another.
+        main_weights: bytes of fp32 main weights that the buffer has, padding included; None where
+            the optimizer has those of what it updates.
     """
 
-    padded: int
-    elements: Tensor
-    blocks: Tensor
+    weights: int
+    gradients: int
     weight: int
     gradient: int
     of_experts: bool
+    held: Tensor
+    away: Tensor
     bucket: int = 0
     by_matrix: bool = False
-    padded_gradients: int | None = None
     main_weights: int | None = None
-    offloaded: Tensor | None = None
-    offloaded_blocks: Tensor | None = None
 
     @property
-    def gradients(self) -> int:
-        """Bytes of gradients."""
-        numel = self.padded if self.padded_gradients is None else self.padded_gradients
-        return numel * self.gradient
-
-    def away(self, shard: int) -> tuple[int, int]:
-        """Elements and blocks of a shard that are offloaded."""
-        if self.offloaded is None or self.offloaded_blocks is None:
-            return 0, 0
-        return int(self.offloaded[shard]), int(self.offloaded_blocks[shard])
+    def elements(self) -> Tensor:
+        """Number of elements without padding, by shard."""
+        return self.held[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +112,7 @@ class Stage:
             if buffer.main_weights is None:
                 main_weights += elements * of_buffer.main_weights_bytes(buffer.weight)
             else:
-                main_weights += buffer.main_weights * 4
+                main_weights += buffer.main_weights
             second_moment += elements * of_buffer.moment_bytes
             if buffer.gradient == 2 and copied:
                 copies += elements * 4
@@ -134,7 +124,7 @@ class Stage:
         if optimizer.offloads:
             second_moment -= sum(self.offloaded[:2])
         return Components(
-            weights=self.frozen + sum(buffer.padded * buffer.weight for buffer in buffers),
+            weights=self.frozen + sum(buffer.weights for buffer in buffers),
             gradients=sum(buffer.gradients for buffer in buffers),
             main_weights=main_weights,
             momentum=momentum,
@@ -147,7 +137,7 @@ class Stage:
         """Bytes on the CPU: state, sums, and of weights and gradients the copies that travel."""
         size = sum(self.offloaded) + (self.offloaded[0] if optimizer.steps_back else 0)
         for buffer in self.buffers:
-            elements, blocks = buffer.away(self.shards[buffer.of_experts])
+            elements, blocks = buffer.away[:, self.shards[buffer.of_experts]].tolist()
             gradient = 4 if buffer.gradient == 2 and copied else buffer.gradient
             main_weights = optimizer.main_weights_bytes(buffer.weight)
             size += elements * (main_weights + buffer.weight + gradient)
@@ -161,11 +151,10 @@ class Stage:
         """Elements and blocks that the rank updates of each buffer, and with which optimizer."""
         shards = self.shards if optimizer.rest is None else self.whole_shards
         for buffer in self._buffers(optimizer):
-            shard = shards[buffer.of_experts]
             own = optimizer if buffer.by_matrix else optimizer.rest or optimizer
-            away, away_blocks = buffer.away(shard) if own.offloads else (0, 0)
-            elements, blocks = int(buffer.elements[shard]), int(buffer.blocks[shard])
-            yield buffer, elements - away, blocks - away_blocks, own
+            kept = buffer.held - buffer.away if own.offloads else buffer.held
+            elements, blocks = kept[:, shards[buffer.of_experts]].tolist()
+            yield buffer, elements, blocks, own
 
     def step(self, optimizer: Optimizer) -> int:
         """Most bytes that a step takes beside what is kept: of dense or of experts' parameters.
@@ -178,8 +167,8 @@ class Stage:
             return self.factors - (self.offloaded[0] if optimizer.offloads else 0)
         for buffer, elements, _, own in self._held(optimizer):
             copies[buffer.of_experts] += elements * own.unpacked(in_step=True)
-            if optimizer.rest is not None and len(buffer.elements) > 1:
-                copies[buffer.of_experts] += buffer.padded * buffer.weight
+            if optimizer.rest is not None and buffer.held.shape[1] > 1:
+                copies[buffer.of_experts] += buffer.weights
         return max(copies)
 
     def working(self, optimizer: Optimizer) -> int:
@@ -203,7 +192,7 @@ class Stage:
             for _, elements, _, each in self._held(optimizer)
         )
         gathered = [
-            4 * (each.bucket + each.bucket // len(each.elements))
+            4 * (each.bucket + each.bucket // each.held.shape[1])
             for each in self._buffers(optimizer)
             if self.gathers and not each.by_matrix
         ]
@@ -226,27 +215,15 @@ class Stage:
 def _fullest(buffers: Iterable[Buffer], grid: Grid) -> tuple[int, int]:
     """The shards, dense and of experts, of the rank that holds most elements."""
     shards = grid.shards_of_ranks()
-    kept = (
-        (each, each.elements if each.offloaded is None else each.elements - each.offloaded)
-        for each in buffers
-    )
-    held = sum(elements[shards[buffer.of_experts]] for buffer, elements in kept)
+    held = sum((each.held - each.away)[0, shards[each.of_experts]] for each in buffers)
     rank = int(torch.as_tensor(held).argmax())
     return int(shards[0][rank]), int(shards[1][rank])
 
 
 def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[Chunk]) -> Stage:
     """Lay out a stage as Megatron's ``DistributedDataParallel`` and its optimizers do."""
-    from megatron.training.training import get_megatron_ddp_config, resolve_ddp_bucket_size
-
     params = [param for chunk in chunks for param in chunk.params]
-    ddp_config = get_megatron_ddp_config(args)
-    bucket_size = resolve_ddp_bucket_size(
-        ddp_config,
-        SizedGroup(grid.data * grid.context),
-        ddp_config.overlap_grad_reduce,
-        sum(param.numel() for param in params),
-    )
+    ddp_config, bucket_size = bucketing(args, grid, params)
     away = _offloaded(args, grid, chunks)
     buffers: list[Buffer] = []
     for index, chunk in enumerate(chunks):
@@ -274,6 +251,18 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
     )
 
 
+def bucketing(
+    args: argparse.Namespace, grid: Grid, params: Iterable[Tensor]
+) -> tuple[Any, int | None]:
+    """Return Megatron's settings of buffers, and the size of their buckets."""
+    from megatron.training.training import get_megatron_ddp_config, resolve_ddp_bucket_size
+
+    config = get_megatron_ddp_config(args)
+    ranks: Any = SizedGroup(grid.data * grid.context)
+    numel = sum(param.numel() for param in params)
+    return config, resolve_ddp_bucket_size(config, ranks, config.overlap_grad_reduce, numel)
+
+
 def _whole_buffers(params: Sequence[Tensor], ddp_config: Any, grid: Grid) -> Iterable[Buffer]:
     """Give whole tensors to ranks in turn, as Megatron's layer-wise optimizer does."""
     trained = [param for param in params if param.requires_grad]
@@ -289,10 +278,8 @@ def _whole_buffers(params: Sequence[Tensor], ddp_config: Any, grid: Grid) -> Ite
             some = [p for p in members if is_managed_by_layer_wise_optimizer(p) == by_matrix]
             sizes = torch.tensor([p.numel() for p in some], dtype=torch.int64, device="cpu")
             places = torch.tensor([owners[p] for p in some], dtype=torch.int64, device="cpu")
-            none = torch.zeros(grid.shards[key.is_expert_parallel], dtype=sizes.dtype, device="cpu")
-            elements, blocks = (none.index_add(0, places, n) for n in (sizes, blocks_of(sizes)))
-            whole = _buffer(key, int(sizes.sum()), elements, blocks)
-            yield replace(whole, by_matrix=by_matrix)
+            held = _none(grid.shards[key.is_expert_parallel]).index_add(1, places, counts(sizes))
+            yield replace(buffer_of(key, int(sizes.sum()), held), by_matrix=by_matrix)
 
 
 def _buffers(
@@ -303,8 +290,7 @@ def _buffers(
         groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)
         for key, (params, _) in groups.items():
             sizes = torch.tensor([param.numel() for param in params], device="cpu")
-            numel, blocks = sizes.sum(), blocks_of(sizes).sum()
-            yield _buffer(key, int(numel), numel.view(1), blocks.view(1))
+            yield buffer_of(key, int(sizes.sum()), counts(sizes).sum(1, keepdim=True))
         return
     dense, experts = grid.shards
     layout = DistributedOptimizer.compute_full_param_layout(
@@ -314,14 +300,23 @@ def _buffers(
         yield cut(key, buffer, experts if key.is_expert_parallel else dense, away)
 
 
-def blocks_of(sizes: Tensor) -> Tensor:
-    """Return how many blocks of int8 so many elements have."""
-    return -(-sizes // BLOCK)
+def counts(sizes: Tensor) -> Tensor:
+    """Return what a :class:`Buffer` counts of so many elements: themselves, and blocks of int8."""
+    return torch.stack([sizes, -(-sizes // BLOCK)])
 
 
-def _buffer(key: Any, padded: int, elements: Tensor, blocks: Tensor, bucket: int = 0) -> Buffer:
+def _none(shards: int) -> Tensor:
+    return torch.zeros(2, shards, dtype=torch.int64, device="cpu")
+
+
+def buffer_of(
+    key: Any, padded: int, held: Tensor, away: Tensor | None = None, bucket: int = 0
+) -> Buffer:
+    """Make a buffer of one of Megatron's keys, so many elements and what its shards hold."""
     weight, gradient = key.param_dtype.itemsize, key.grad_dtype.itemsize
-    return Buffer(padded, elements, blocks, weight, gradient, key.is_expert_parallel, bucket)
+    away = torch.zeros_like(held) if away is None else away
+    sizes = padded * weight, padded * gradient, weight, gradient
+    return Buffer(*sizes, key.is_expert_parallel, held, away, bucket)
 
 
 def cut(key: Any, buffer: Any, shards: int, away: Container[Tensor] = ()) -> Buffer:
@@ -329,19 +324,16 @@ def cut(key: Any, buffer: Any, shards: int, away: Container[Tensor] = ()) -> Buf
 
     As ``DistributedOptimizer._build_model_gbuf_range`` does.
     """
-    # Elements and blocks, of all parameters and of those that are offloaded.
-    held = torch.zeros(2, 2, shards, dtype=torch.int64, device="cpu")
+    held = _none(shards), _none(shards)  # of all parameters, and of those that are offloaded
     for param, (start, stop, bucket) in buffer.param_index_map.items():
         bucket_start, bucket_stop = buffer.bucket_indices[bucket]
         size = (bucket_stop - bucket_start) // shards
         first, last = (start - bucket_start) // size, (stop - 1 - bucket_start) // size
         bounds = bucket_start + size * torch.arange(first, last + 2, device="cpu")
-        sizes = bounds.clamp(start, stop).diff()
-        held[: 1 + (param in away), :, first : last + 1] += torch.stack([sizes, blocks_of(sizes)])
+        for each in held[: 1 + (param in away)]:
+            each[:, first : last + 1] += counts(bounds.clamp(start, stop).diff())
     largest = max(stop - start for start, stop in buffer.bucket_indices)
-    elements, blocks = held[0]
-    whole = _buffer(key, buffer.bucket_indices[-1][1], elements, blocks, largest)
-    return replace(whole, offloaded=held[1, 0], offloaded_blocks=held[1, 1]) if away else whole
+    return buffer_of(key, buffer.bucket_indices[-1][1], *held, largest)
 
 
 def _offloaded(args: argparse.Namespace, grid: Grid, chunks: Iterable[Chunk]) -> set[Tensor]:

@@ -7,26 +7,22 @@ from functools import partial
 
 import megatron_came
 from megatron_came import cpu_megatron
-from megatron_came.data.errors import DataError
 from megatron_came.quickstart.prepare import prepare
-from megatron_came.quickstart.report import check_same_start, plot_losses, summary
-from megatron_came.quickstart.settings import OPTIMIZERS, QuickstartError, Settings
+from megatron_came.quickstart.report import check_same_start, summary
+from megatron_came.quickstart.settings import OPTIMIZERS, Settings
 from megatron_came.quickstart.steps import Steps
 from megatron_came.quickstart.train import Result, train
 from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.pictures import draw_losses
+from megatron_came.terminal.sentences import CommandError, status_of
 from megatron_came.training_log import TrainingError, choose_port
 
 
 def run(settings: Settings, device: str) -> None:
-    """Make what is missing, train with every optimizer and print the summary.
-
-    Args:
-        settings: what to train.
-        device: where, as in "on the CPU".
+    """Make what is missing, train with every optimizer "on the CPU", say, and print the summary.
 
     Raises:
-        DataError: the text cannot be used.
-        QuickstartError: a training failed, or differs in what it started from.
+        CommandError: the text cannot be used; a training failed, or began with something else.
         TrainingError: the port is in use.
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +42,7 @@ def run(settings: Settings, device: str) -> None:
     results = {each.name: Result.load(settings.result(each)) for each in OPTIMIZERS}
     check_same_start(results)
     picture = settings.folder / "loss.png"
-    plot_losses({name: result.losses for name, result in results.items()}, picture)
+    draw_losses({name: result.losses for name, result in results.items()}, picture)
     print(f"\n{summary(settings, results, device)}\n\nLoss curves: {picture.resolve()}")
 
 
@@ -55,12 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     options = _parser().parse_args(arguments)
-    try:
-        gpus = 0 if cpu_megatron.wanted() else torch.cuda.device_count()
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    try:
+
+    def work() -> None:
+        try:
+            gpus = 0 if cpu_megatron.wanted() else torch.cuda.device_count()
+        except ValueError as error:
+            raise CommandError(str(error)) from error
         if gpus and options.ranks > gpus:
             print(f"{options.ranks} ranks need as many GPUs: training on the {gpus} here.")
         settings = Settings(
@@ -72,21 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
             iterations=options.iterations,
         )
         run(settings, "on GPUs" if gpus else "on the CPU")
-    except (DataError, QuickstartError, TrainingError) as error:
-        print(error, file=sys.stderr)
-        return 1
+
+    remedy = "put that right, or choose another folder with --folder"
+    try:
+        return status_of(work, "", TrainingError, status=1, remedy=remedy, place=options.folder)
     except BrokenPipeError:  # nobody reads on, as in "make quickstart | head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        fault = (error.strerror or "unknown error").lower()
-        print(
-            f"{error.filename or options.folder} cannot be used ({fault}): put that right, or"
-            " choose another folder with --folder.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

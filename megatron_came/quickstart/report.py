@@ -1,14 +1,13 @@
-"""The summary of both runs, as text and as a picture of their losses."""
+"""The summary of both runs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from megatron_came.data.files import whole_files
-from megatron_came.quickstart.settings import QuickstartError, Settings
+from megatron_came.quickstart.settings import Settings
 from megatron_came.quickstart.train import Result
+from megatron_came.terminal.sentences import CommandError
 
 LAST = 10  # iterations averaged for the loss at the end
 _WARM_UP = 2  # iterations that are slower than the rest
@@ -19,26 +18,20 @@ def check_same_start(results: Mapping[str, Result]) -> None:
     """Check that all runs began with the same weights and data.
 
     Raises:
-        QuickstartError: their first losses differ.
+        CommandError: their first losses differ.
     """
     firsts = {name: result.losses[0] for name, result in results.items()}
     smallest, largest = min(firsts.values()), max(firsts.values())
     if largest - smallest > _SAME * largest:
         shown = ", ".join(f"{name} {loss:.6f}" for name, loss in firsts.items())
-        raise QuickstartError(
+        raise CommandError(
             f"The runs did not start from the same weights and data (first losses: {shown}):"
             " run make clean-quickstart and start again."
         )
 
 
 def summary(settings: Settings, results: Mapping[str, Result], device: str) -> str:
-    """Return the table of what the runs measured.
-
-    Args:
-        settings: what was trained.
-        results: by name of the optimizer.
-        device: where, as in "on the CPU".
-    """
+    """Return the table of what the runs measured, by optimizer, "on the CPU" or elsewhere."""
     runs = list(results.values())
     last = min(LAST, settings.iterations)
 
@@ -76,19 +69,3 @@ def summary(settings: Settings, results: Mapping[str, Result], device: str) -> s
 
 def _median(times: Sequence[float]) -> float:
     return statistics.median(times[_WARM_UP:] or times)
-
-
-def plot_losses(losses: Mapping[str, Sequence[float]], picture: Path) -> None:
-    """Draw each optimizer's loss over the iterations into a PNG file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in losses.items():
-        axes.plot(range(1, len(values) + 1), values, label=name)
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("training loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with whole_files(picture) as (partial,):
-        figure.savefig(partial, format="png", dpi=150)

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class QuickstartError(Exception):
-    """Why the quick start cannot go on; the message is one sentence with the remedy."""
+from megatron_came.terminal.sentences import CommandError
 
 
 @dataclass(frozen=True)
@@ -58,25 +56,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
-            raise QuickstartError(f"{self.iterations} iterations are none: ask for 1 or more.")
+            raise CommandError(f"{self.iterations} iterations are none: ask for 1 or more.")
         if self.ranks < 1 or self.global_batch % self.ranks:
             allowed = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
-            raise QuickstartError(
+            raise CommandError(
                 f"The batch of {self.global_batch} cannot be split over {self.ranks} ranks:"
                 f" take one of {', '.join(map(str, allowed))}."
             )
         if self.port is not None and not 0 < self.port < 65536:
-            raise QuickstartError(f"{self.port} is no port: name one from 1 to 65535.")
-
-    @property
-    def corpus(self) -> Path:
-        """The text, as JSON Lines."""
-        return self.folder / "corpus.jsonl"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The SentencePiece model."""
-        return self.folder / "tokenizer.model"
+            raise CommandError(f"{self.port} is no port: name one from 1 to 65535.")
 
     @property
     def dataset(self) -> Path:
@@ -84,9 +72,9 @@ class Settings:
         return self.folder / "dataset" / "text"
 
     @property
-    def dataset_cache(self) -> Path:
-        """Megatron's index of samples, which knows the dataset by its name only."""
-        return self.folder / "dataset" / "cache"
+    def tokenizer(self) -> Path:
+        """The SentencePiece model."""
+        return self.dataset.with_suffix(".model")
 
     def result(self, optimizer: Optimizer) -> Path:
         """The file of what a run measured."""
@@ -120,11 +108,6 @@ class Settings:
             --no-masked-softmax-fusion --no-persist-layer-norm --no-bias-gelu-fusion
             --no-bias-dropout-fusion
         """
-        paths = {
-            "--data-path": self.dataset,
-            "--data-cache-path": self.dataset_cache,
-            "--tokenizer-model": self.tokenizer,
-        }
-        named = [str(word) for flag in paths.items() for word in flag]
+        named = ["--data-path", str(self.dataset), "--tokenizer-model", str(self.tokenizer)]
         words = f"{model} {training} {plain} --optimizer {optimizer.key}".split()
         return [*named, *words, *optimizer.flags]

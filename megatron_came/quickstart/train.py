@@ -14,8 +14,9 @@ from typing import Self
 from megatron_came.data.files import whole_files
 from megatron_came.memory.optimizers import Components
 from megatron_came.memory.report import Report
-from megatron_came.quickstart.settings import Optimizer, QuickstartError, Settings
+from megatron_came.quickstart.settings import Optimizer, Settings
 from megatron_came.terminal.progress import Progress
+from megatron_came.terminal.sentences import CommandError
 from megatron_came.training_log import TrainingError, follow
 
 
@@ -53,7 +54,7 @@ def train(settings: Settings, optimizer: Optimizer) -> None:
     """Train with one optimizer and save the result.
 
     Raises:
-        QuickstartError: the run failed; the message ends with the log's last words.
+        CommandError: the run failed; the message ends with the log's last words.
     """
     folder = settings.run_folder(optimizer)
     shutil.rmtree(folder, ignore_errors=True)
@@ -75,11 +76,9 @@ def train(settings: Settings, optimizer: Optimizer) -> None:
                 ),
             )
         except TrainingError as error:
-            raise QuickstartError(
-                f"{name} failed (the whole log is {log.name}):\n{error}"
-            ) from error
+            raise CommandError(f"{name} failed (the whole log is {log.name}):\n{error}") from error
     if not all(math.isfinite(loss) for loss in found.losses):
-        raise QuickstartError(f"{name} gave a loss of NaN: see {log.name}.")
+        raise CommandError(f"{name} gave a loss of NaN: see {log.name}.")
     reports = [Report.read(path) for path in folder.glob("rank-*.json")]
     fullest = max(reports, key=lambda report: report.measured.state)
     Result(

@@ -98,16 +98,15 @@ def wrapped(text: str, columns: int | None = None) -> list[str]:
     return wrapper.wrap(text) or [""]
 
 
-def show(lines: Iterable[str], stream: TextIO | None = None) -> None:
+def show(lines: Iterable[str]) -> None:
     """Print lines as they are; a :class:`Head` is bold where that can be seen."""
-    stream = stream or sys.stdout
-    if not is_styled(stream):
-        stream.writelines(f"{line}\n" for line in lines)
-        stream.flush()
+    if not is_styled(sys.stdout):
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.flush()
         return
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=stream, highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
     for line in lines:
         console.print(Text(line, style="bold" if isinstance(line, Head) else ""))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.sentences import CommandError, status_of
 
 PATCHES = Path(str(resources.files("megatron_came"))) / "patches"
 
@@ -24,32 +24,28 @@ exit status: 0 if done, or with --check if the patch is applied; 1 if with
 --check it is not, but could be; 2 if the tree is refused"""
 
 
-class RefusedError(Exception):
-    """The tree cannot be patched; the message is a sentence for the user."""
-
-
 def find_patch(tree: Path, patches: Path = PATCHES) -> Path:
     """Return the patch for the release of a Megatron-LM checkout.
 
     Raises:
-        RefusedError: the folder is no checkout, or there is no patch for it.
+        CommandError: the folder is no checkout, or there is no patch for it.
     """
     known = {path.stem[6:].rpartition(".")[0]: path for path in sorted(patches.glob("core_v*"))}
     if not known:
-        raise RefusedError(f"the patches are missing from {patches}: install megatron-came again.")
+        raise CommandError(f"the patches are missing from {patches}: install megatron-came again.")
     try:
         text = (tree / _VERSION).read_text()
     except OSError as error:
-        raise RefusedError(
+        raise CommandError(
             f"{tree} is no Megatron-LM checkout, for {_VERSION} cannot be read: name the folder "
             "that holds pretrain_gpt.py and megatron/."
         ) from error
     numbers = dict(re.findall(r"^(MAJOR|MINOR) *= *(\d+)$", text, re.MULTILINE))
     if len(numbers) < 2:
-        raise RefusedError(f"{tree / _VERSION} does not say which release it is.")
+        raise CommandError(f"{tree / _VERSION} does not say which release it is.")
     found = f"{numbers['MAJOR']}.{numbers['MINOR']}"
     if found not in known:
-        raise RefusedError(
+        raise CommandError(
             f"{tree} is Megatron-LM {found}, and there are patches for {', '.join(known)}: check "
             "one of these out, or start the script with python -m megatron_came.launch."
         )
@@ -63,7 +59,7 @@ def switched(content: bytes, patch: Path) -> tuple[bool, bytes | None]:
     """
     hunk = re.search(rb"^\+(import .*)\n (.*)$", patch.read_bytes(), re.MULTILINE)
     if hunk is None:
-        raise RefusedError(f"{patch} is damaged: install megatron-came again.")
+        raise CommandError(f"{patch} is damaged: install megatron-came again.")
     added, below = hunk.groups()
     lines = content.splitlines(keepends=True)
     bare = [line.rstrip(b"\r\n") for line in lines]
@@ -83,13 +79,13 @@ def run(tree: Path, *, check: bool, undo: bool, patches: Path = PATCHES) -> tupl
         Exit status and a sentence.
 
     Raises:
-        RefusedError: the tree is not one that can be patched.
+        CommandError: the tree is not one that can be patched.
         OSError: the script cannot be read or written.
     """
     patch, script = find_patch(tree, patches), tree / _SCRIPT
     applied, other = switched(script.read_bytes(), patch)
     if other is None:
-        raise RefusedError(
+        raise CommandError(
             f"{_SCRIPT} of {tree} is not as {patch.stem} has it where {patch.name} changes it: put "
             "its added line into the file by hand, above the first import of Megatron."
         )
@@ -118,10 +114,11 @@ def main(arguments: Sequence[str]) -> int:
     action.add_argument("--check", action="store_true", help="say whether the patch is applied")
     action.add_argument("--undo", action="store_true", help="take the patch back")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         status, sentence = run(given.tree, check=given.check, undo=given.undo)
-    except (RefusedError, OSError) as error:
-        print(f"megatron-came patch: {error}", file=sys.stderr)
-        return 2
-    print(f"megatron-came patch: {sentence}")
-    return status
+        print(f"megatron-came patch: {sentence}")
+        return status
+
+    remedy = "name the folder of a checkout whose files you may change"
+    return status_of(work, "megatron-came patch: ", remedy=remedy)

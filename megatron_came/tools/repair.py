@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import stat
-import sys
 from pathlib import Path
 
 from megatron_came.checkpoint_files.errors import CheckpointError, printable
 from megatron_came.checkpoint_files.folder import TRACKER, Checkpoint, Folder, find, opened
 from megatron_came.core import digests
 from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.sentences import status_of
 from megatron_came.tools.checkpoints import repairing
 from megatron_came.tools.checkpoints.listing import progress
 from megatron_came.tools.checkpoints.main_weights import pairs
@@ -36,21 +36,18 @@ def main(argv: list[str]) -> int:
         "output", type=named_path, help="folder to write, for --load; must not be there"
     )
     options = parser.parse_args(argv)
-    try:
-        lines = repair(options.checkpoint, options.output)
-    except CheckpointError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = (
-            f"{options.output} cannot be written ({error}): remove it, and name a folder where "
-            "there is room."
-        )
-    else:
-        for line in lines:
-            print(line)
-        return 0
-    print(f"megatron-came repair: {problem}", file=sys.stderr)
-    return 1
+    lines: list[str] = []
+    status = status_of(
+        lambda: lines.extend(repair(options.checkpoint, options.output)),
+        "megatron-came repair: ",
+        CheckpointError,
+        status=1,
+        remedy="remove what was written, and name a folder where there is room",
+        place=options.output,
+    )
+    for line in lines:
+        print(line)
+    return status
 
 
 def repair(source: Path, output: Path) -> list[str]:

@@ -11,8 +11,8 @@ import sentencepiece
 
 from megatron_came.data.corpus import Corpus
 from megatron_came.data.encoding import is_for_validation
-from megatron_came.data.errors import DataError
 from megatron_came.data.tokenizer import SentencePiece
+from megatron_came.terminal.sentences import CommandError
 from tests.support.datasets import documents, fails, files, run, texts_and_lines, write_json
 
 
@@ -216,7 +216,7 @@ class TestNames:
         (tmp_path / name).write_bytes(pack(b'{"text": "one"}\n{"text": "two"}\n'))
         assert texts_and_lines(tmp_path) == (["one", "two"], [])
         (tmp_path / name).write_bytes(pack(b'{"text": "one"}\n{"text": "two"}\n')[:-9] + b"x")
-        with pytest.raises(DataError, match=r"is no whole \w+ file|has no JSON object"):
+        with pytest.raises(CommandError, match=r"is no whole \w+ file|has no JSON object"):
             list(Corpus.from_paths([tmp_path / name]))
 
     @pytest.mark.parametrize("name", ["a.Txt", "a.TXT.XZ", "A", "a.txt.GZ"])
@@ -234,5 +234,5 @@ class TestNames:
         assert (
             line == f"Left out {tmp_path / name}, which is packed in a way that is not read here."
         )
-        with pytest.raises(DataError, match=": unpack it first"):
+        with pytest.raises(CommandError, match=": unpack it first"):
             list(Corpus.from_paths([tmp_path / name]))

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_came.data import files as data_files
 from megatron_came.data import locks
-from megatron_came.data.errors import DataError
 from megatron_came.data.locks import locked
+from megatron_came.terminal.sentences import CommandError
 from tests.support.datasets import TEXTS, run
 
 
@@ -67,7 +67,7 @@ class TestLocks:
         children = [os.fork() for _ in range(2)]
         got, until = 0, time.monotonic() + 1
         while time.monotonic() < until:
-            with suppress(DataError), locked(tmp_path / "file"):
+            with suppress(CommandError), locked(tmp_path / "file"):
                 (tmp_path / "mark").touch(exist_ok=False)  # fails if another one is in here
                 (tmp_path / "mark").unlink()
                 got += 1
@@ -103,7 +103,7 @@ class TestLocks:
                 assert said == f"{os.getpid()} {socket.gethostname()}\n"
             assert not (tmp_path / ".file.lock").exists()
         else:
-            with pytest.raises(DataError, match="is being written by process 1 on"):
+            with pytest.raises(CommandError, match="is being written by process 1 on"):
                 locked(tmp_path / "file").__enter__()
             assert (tmp_path / ".file.lock").exists()
 

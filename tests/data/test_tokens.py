@@ -12,9 +12,9 @@ from megatron.core.tokenizers import MegatronTokenizer
 from sentencepiece import SentencePieceProcessor
 
 from megatron_came.data import tokenizer_training
-from megatron_came.data.errors import DataError
 from megatron_came.data.tokenizer import GPT2_END, Gpt2Bpe, HuggingFace, SentencePiece
 from megatron_came.data.tokenizer_training import train_tokenizer
+from megatron_came.terminal.sentences import CommandError
 from tests.support.datasets import (
     AWKWARD,
     SOURCES,
@@ -127,15 +127,15 @@ class TestTokenizer:
         assert models[0].read_bytes() == models[1].read_bytes()
 
     def test_too_little_text(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"too uniform for 4096 tokens: .* at most \d+\.$"):
+        with pytest.raises(CommandError, match=r"too uniform for 4096 tokens: .* at most \d+\.$"):
             train_tokenizer([words(300)], tmp_path / "model", vocab_size=4096)
-        with pytest.raises(DataError, match="There is no text to train a tokenizer on: "):
+        with pytest.raises(CommandError, match="There is no text to train a tokenizer on: "):
             train_tokenizer([], tmp_path / "model", vocab_size=4096)
         assert not list(tmp_path.iterdir())
 
     def test_no_model(self, tmp_path: Path) -> None:
         (tmp_path / "model").write_text("no model")
-        with pytest.raises(DataError, match="not a SentencePiece model"):
+        with pytest.raises(CommandError, match="not a SentencePiece model"):
             SentencePiece(tmp_path / "model").load()
 
 

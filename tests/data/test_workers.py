@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_came.data import encoding, workers
-from megatron_came.data.errors import DataError
+from megatron_came.terminal.sentences import CommandError
 from tests.support.datasets import AWKWARD, SOURCES, TEXTS, fails, files, run, write_json
 
 
@@ -72,7 +72,7 @@ class TestWorkers:
             send(connection, thing)
 
         monkeypatch.setattr(workers, "_send", send_some)
-        with pytest.raises(DataError, match="most likely because memory ran out: buy more"):
+        with pytest.raises(CommandError, match="most likely because memory ran out: buy more"):
             list(workers.ordered_map(abs, range(9), workers=2, remedy="buy more"))
 
     def test_no_more_is_read_than_they_can_use(self) -> None:

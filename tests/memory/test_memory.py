@@ -15,8 +15,8 @@ from megatron_came.core.saved import MOST_BYTES
 from megatron_came.memory import fit, stages
 from megatron_came.memory.activations import activation_bytes, micro_batches_in_flight
 from megatron_came.memory.grid import Grid
-from megatron_came.memory.launch_command import LaunchError
 from megatron_came.memory.optimizers import ADAMW, came, compared, of_launch
+from megatron_came.terminal.sentences import CommandError
 from tests.support.memory_flags import BF16, DATA, DO, EXPERTS, MEDIUM, SMALL, launch, pp, tp
 
 
@@ -103,15 +103,15 @@ def test_every_rank_has_some_of_what_is_offloaded():
     flags = MEDIUM + DO + BF16 + "--optimizer came --optimizer-cpu-offload "
     (stage,) = launch(flags + "--optimizer-offload-fraction 0.5 ", 8).stages
     (buffer,) = stage.buffers
-    shares = buffer.offloaded / buffer.elements
+    shares = buffer.away[0] / buffer.elements
     # The last rank holds words alone, which go as one; the others make up for it.
-    assert buffer.offloaded.sum() / buffer.elements.sum() == pytest.approx(0.5, abs=0.01)
+    assert buffer.away[0].sum() / buffer.elements.sum() == pytest.approx(0.5, abs=0.01)
     assert shares.min() > 0.1
     assert shares[:5] == pytest.approx(0.5, abs=0.03)
 
 
 def test_offload_of_another_optimizer_is_refused():
-    with pytest.raises(LaunchError, match="with --optimizer came alone, not with adam"):
+    with pytest.raises(CommandError, match="with --optimizer came alone, not with adam"):
         launch(MEDIUM + DO + BF16 + "--use-precision-aware-optimizer --optimizer-cpu-offload ")
 
 
@@ -131,7 +131,8 @@ def test_a_checkpoint_takes_what_is_said(ranks):
     # Without --overlap-grad-reduce there is one bucket.
     (stage,) = launches[1].stages
     (buffer,) = stage.buffers
-    assert gathered == 4 * (buffer.padded + buffer.padded // ranks)
+    padded = buffer.weights // buffer.weight
+    assert gathered == 4 * (padded + padded // ranks)
     int8 = came(launches[0].args, "int8")
     assert stage.checkpoint(int8) == MOST_BYTES + gathered
     assert stage.peak(int8) == stage.components(int8).total + stage.checkpoint(int8)
@@ -231,7 +232,7 @@ def test_blocks_that_share_a_scale_end_with_a_slice():
     buffer = stages.cut(key, layout, 2)
     # Of a 300, of b 192 and 388, of c 512 and 512.
     assert buffer.elements.tolist() == [300 + 192 + 512, 388 + 512]
-    assert buffer.blocks.tolist() == [2 + 1 + 2, 2 + 2]
+    assert buffer.held[1].tolist() == [2 + 1 + 2, 2 + 2]
 
 
 @pytest.mark.parametrize("instances", [1, 2])

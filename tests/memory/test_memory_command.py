@@ -1,5 +1,6 @@
 """``megatron-came memory`` as a command, and reports of ``--came-report-memory``."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import new_state
-from megatron_came.memory import command, measurement, plot, report
-from megatron_came.memory.launch_command import LaunchError, from_script, from_words
+from megatron_came.memory import command, measurement, report
+from megatron_came.memory.launch_command import from_script, from_words
 from megatron_came.memory.optimizers import Components
 from megatron_came.memory.report import Report
+from megatron_came.terminal.sentences import CommandError, require
 from tests.support.memory_flags import BF16, DO, EXPERTS, SMALL, pp, tp
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +120,7 @@ FAILING = {
     "report is a folder": (f"--compare {ROOT}", f"{ROOT} cannot be used (is a directory): name"),
     "json nowhere": (
         SMALL + "--gpus 1 --json /nowhere/x.json",
-        "/nowhere/x.json cannot be used (no such file or directory): name another file.",
+        "--json /nowhere/x.json cannot be written (no such file or directory): name another file.",
     ),
     "missing report": (
         "--compare nowhere.json",
@@ -146,7 +148,7 @@ def test_bad_input_is_one_sentence(name, capsys):
 def test_scripts_that_print_no_command(text, expected, tmp_path):
     script = tmp_path / "x.sh"
     script.write_text(text)
-    with pytest.raises(LaunchError, match=expected):
+    with pytest.raises(CommandError, match=expected):
         from_script(script, [])
 
 
@@ -214,9 +216,9 @@ def test_json_alone_goes_to_stdout(capsys):
 
 
 def test_a_plot_without_matplotlib(monkeypatch):
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LaunchError, match="pip install matplotlib"):
-        plot.check_installed()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match="pip install matplotlib"):
+        require("matplotlib", "--plot")
 
 
 # Reports.

@@ -93,4 +93,4 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def texts_and_lines(folder: Path, **options: bool) -> tuple[list[str], list[str]]:
     corpus = Corpus.from_paths([folder], **options)
-    return [document.text for document in corpus], corpus.skipped.lines()
+    return list(corpus), corpus.skipped.lines()

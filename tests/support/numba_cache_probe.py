@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, njit, prange, types
+from numba import config, njit, prange
 
 from megatron_came.kernels.cpu import keeping
 
@@ -32,23 +32,15 @@ def fill(numbers):  # type: ignore[no-untyped-def]
         numbers[index] = index / 3
 
 
-def fill_one(number):  # type: ignore[no-untyped-def]
-    return number + 1
-
-
-def compiled(is_dispatcher: bool = True) -> Made:
+def compiled() -> Made:
     """Compiles, or loads; the function must give the same whatever happened."""
     notes: list[str] = []
     keeping.warn_once = notes.append  # type: ignore[assignment]
-    if is_dispatcher:
-        function: Any = keeping.keep(njit(fill))
-        numbers = np.empty(4)
-        function(numbers)
-        assert numbers.tolist() == [0.0, 1 / 3, 2 / 3, 1.0]
-        return Made(sum(function.stats.cache_hits.values()), " ".join(notes))
-    made = keeping.compile_and_keep(fill_one, types.int64(types.int64))
-    assert made.ctypes(4) == 5
-    return Made(made.cache_hits, " ".join(notes))
+    function: Any = keeping.keep(njit(fill))
+    numbers = np.empty(4)
+    function(numbers)
+    assert numbers.tolist() == [0.0, 1 / 3, 2 / 3, 1.0]
+    return Made(sum(function.stats.cache_hits.values()), " ".join(notes))
 
 
 def is_loaded(made: Made) -> bool:
@@ -61,16 +53,6 @@ def variants(folder: Path) -> None:
     for function in results:
         function(np.empty(4))
     assert [sum(function.stats.cache_hits.values()) for function in results] == [0, 0, 1, 1]
-
-
-def for_c(folder: Path) -> None:
-    """A function that C calls is kept likewise."""
-    assert compiled(is_dispatcher=False) == (0, "")
-    assert is_loaded(compiled(is_dispatcher=False))
-    for file in folder.rglob("*fill_one*.nbc"):
-        file.write_bytes(b"garbage")
-    assert "was damaged" in compiled(is_dispatcher=False).note
-    assert is_loaded(compiled(is_dispatcher=False))
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -160,6 +142,6 @@ def at_once(folder: Path) -> None:
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     config.CACHE_DIR = str(where)
-    for test in (damage, no_room, no_folder, at_once, for_c, variants):
+    for test in (damage, no_room, no_folder, at_once, variants):
         test(where)
     print("fine")

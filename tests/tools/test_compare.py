@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ import torch
 
 from megatron_came.compare import command, runs, tasks
 from megatron_came.compare.optimizers import parse, state_bytes
-from megatron_came.compare.presets import PRESETS, CompareError
+from megatron_came.compare.presets import PRESETS
+from megatron_came.terminal.sentences import CommandError
 from megatron_came.tools import plot
 
 QUICK = ["betas", "--optimizers", "adamw", "came+bias-correction", "--iterations", "20"]
@@ -47,6 +48,12 @@ def text(tmp_path):
     return file
 
 
+def losses_of(*run):
+    losses = []
+    runs.train(*run, lambda _, loss: losses.append(loss))
+    return losses
+
+
 class TestRuns:
     @pytest.mark.parametrize("task", ["gpt", "bert", "regression"])
     def test_all_of_a_seed_start_alike(self, task, text):
@@ -56,9 +63,8 @@ class TestRuns:
         firsts = {}
         for seed in (1, 2):
             for name in names:
-                losses = []
                 key = runs.Key(name, 1e-3, seed, 4)
-                runs.train(made, replace(preset, iterations=2), parse(name), key, losses.append)
+                losses = losses_of(made, replace(preset, iterations=2), parse(name), key)
                 firsts.setdefault(seed, []).append(losses)
         for mine in firsts.values():
             assert len({losses[0] for losses in mine}) == 1
@@ -163,7 +169,8 @@ class TestFolder:
         file.write_text(file.read_text()[:-30])
         assert compare(folder, "--rates", 1e-3, 1e-2) == 0
         last = before[-1]
-        assert trained == [(last["optimizer"], last["rate"], last["seed"], last["batch"])]
+        (key,) = trained
+        assert asdict(key).items() <= last.items()
         after = kept(folder)
         assert [run["curve"][-1][3] for run in after] == [run["curve"][-1][3] for run in before]
 
@@ -259,7 +266,7 @@ def test_a_package_that_is_missing(tmp_path, capsys, monkeypatch):
     assert parse("lion").missing
     assert compare(tmp_path / "runs", "--optimizers", "lion") == 2
     assert "lion is in none of the installed packages: pip install" in capsys.readouterr().err
-    with pytest.raises(CompareError, match=r"scikit-learn, which is not installed: pip install"):
+    with pytest.raises(CommandError, match=r"scikit-learn, which is not installed: pip install"):
         tasks.TASKS["image"](PRESETS["image"], [])
 
 
@@ -293,7 +300,7 @@ class TestPlot:
     def test_scalars_are_drawn(self, tmp_path, capsys, monkeypatch):
         one, two = self.run(tmp_path / "one"), self.run(tmp_path / "two", 1.0)
         found = plot.scalars(two)
-        assert found["lm loss"] == ([1, 2, 3, 4], [5.0, 4.0, 3.0, 2.0])
+        assert found["lm loss"][:2] == ([1, 2, 3, 4], [5.0, 4.0, 3.0, 2.0])
         assert plot.names_of([found], []) == ["lm loss", "learning-rate", "params-norm"]
         assert plot.names_of([found], ["norm", "rate"]) == ["learning-rate", "params-norm"]
         picture = tmp_path / "runs.png"

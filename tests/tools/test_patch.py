@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from megatron_came.terminal.sentences import CommandError
 from megatron_came.tools import patch
-from megatron_came.tools.patch import PATCHES, RefusedError, run
+from megatron_came.tools.patch import PATCHES, run
 from megatron_came.versions import SUPPORTED
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
@@ -84,7 +85,7 @@ def test_a_line_put_in_by_hand_is_known(tree):
     assert status(tree, check=True) == status(tree) == 0
     assert status(tree, undo=True) == 0
     assert contents(tree) == "import torch\n"
-    with pytest.raises(RefusedError, match="by hand"):
+    with pytest.raises(CommandError, match="by hand"):
         status(tree, check=True)
 
 
@@ -115,7 +116,7 @@ def test_git_applies_a_patch_to_the_same_bytes(path, tmp_path):
 )
 def test_unknown_trees_are_refused(tmp_path, change, sentence):
     tree = make_tree(tmp_path / "tree", **change)
-    with pytest.raises(RefusedError, match=sentence):
+    with pytest.raises(CommandError, match=sentence):
         status(tree)
 
 

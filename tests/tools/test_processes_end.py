@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_came.memory import launch_command
-from megatron_came.memory.launch_command import LaunchError, from_script
+from megatron_came.memory.launch_command import from_script
 from megatron_came.terminal import children
+from megatron_came.terminal.sentences import CommandError
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +54,7 @@ def test_a_launch_script_and_all_that_it_starts(
         assert from_script(tmp_path / "train.sh", []).flags == ["--y"]
     else:
         message = "did not end within" if status is None else f"ended with status {status}"
-        with pytest.raises(LaunchError, match=message):
+        with pytest.raises(CommandError, match=message):
             from_script(tmp_path / "train.sh", [])
     assert ends(int((tmp_path / "pid").read_text()))
 

@@ -176,4 +176,4 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert repair.main([str(tmp_path / "save"), str(tmp_path / "file" / "x")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot be used" in capsys.readouterr().err

@@ -4,20 +4,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 import torch
-from numba import carray, types
+from numba import carray
 
 from megatron_came.core.digests import Term, add_up
-from megatron_came.kernels.cpu.compiling import inline, to_int16, to_int32, to_int64
-from megatron_came.kernels.cpu.keeping import compile_and_keep
+from megatron_came.kernels.cpu.compiling import inline, serial, to_int16, to_int32, to_int64
 
-_Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 # Columns of a task: bytes of an element, rows, columns, elements from row to row, addresses of the
 # first element and of the keys of rows and columns; and the sum.
 _COLUMNS = 8
@@ -34,9 +30,10 @@ def _row(bits, keys):
     return total
 
 
-def _add_up(address, count):
-    table = carray(address, (count, _COLUMNS), dtype=np.int64)
-    for line in range(count):
+@serial
+def _fill(table):
+    """Write sums into the last column."""
+    for line in range(len(table)):
         width, rows, columns, stride, bits, row_keys, column_keys, _ = table[line]
         heights = carray(to_int64(row_keys), (rows,))
         keys = carray(to_int32(column_keys), (columns,))
@@ -48,15 +45,6 @@ def _add_up(address, count):
             else:
                 total += heights[row] * _row(carray(to_int16(start), (columns,)), keys)
         table[line, 7] = total
-
-
-@cache
-def _compiled() -> tuple[object, Callable[[int, int], None]]:
-    """Compile :func:`_add_up`, or load it from Numba's cache; kept together with its address."""
-    function = compile_and_keep(_add_up, types.void(types.voidptr, types.int64))
-    address = function.address  # of what is kept
-    assert address is not None
-    return function, _Task(address)
 
 
 def add_up_fast(terms: Sequence[Term]) -> list[int]:
@@ -87,7 +75,8 @@ def add_up_fast(terms: Sequence[Term]) -> list[int]:
                 )
             )
             owners.append(index)
-    _run(table := np.array(lines, np.int64).reshape(-1, _COLUMNS))
+    table = np.array(lines, np.int64).reshape(-1, _COLUMNS)
+    _fill_on_threads(table)
     for index, total in zip(owners, table[:, -1].tolist(), strict=True):
         sums[index] += total << terms[index].shift
     for index, total in zip(others, add_up([terms[index] for index in others]), strict=True):
@@ -95,16 +84,13 @@ def add_up_fast(terms: Sequence[Term]) -> list[int]:
     return sums
 
 
-def _run(table) -> None:
-    """Fill the last column; the order of lines does not matter."""
-    _, call = _compiled()
+def _fill_on_threads(table) -> None:
+    """Write sums into the last column; the order of lines does not matter."""
     sizes = np.cumsum(table[:, 1] * table[:, 2])
     count = torch.get_num_threads()
     if count == 1 or not len(sizes) or sizes[-1] <= _TAKEN:
-        call(table.ctypes.data, len(table))
+        _fill(table)
         return
-    ends = np.searchsorted(sizes, np.arange(_TAKEN, sizes[-1] + _TAKEN, _TAKEN)) + 1
-    ranges = np.unique(np.minimum([0, *ends], len(table)))
+    ends = np.searchsorted(sizes, np.arange(_TAKEN, sizes[-1], _TAKEN)) + 1
     with ThreadPoolExecutor(count) as threads:  # the calls hold no lock of Python's
-        starts = (table.ctypes.data + table.strides[0] * ranges[:-1]).tolist()
-        list(threads.map(call, starts, np.diff(ranges).tolist()))
+        list(threads.map(_fill, np.split(table, np.unique(ends))))

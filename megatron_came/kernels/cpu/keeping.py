@@ -9,19 +9,13 @@ import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from numba import cfunc
-from numba.core import sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
-from numba.core.ccallback import CFunc
 from numba.core.serialize import dumps
 
 from megatron_came.core import factors, int8
 from megatron_came.voice import warn_once
-
-# As in PyTorch, a division by zero gives infinity or NaN.
-_OPTIONS = {"error_model": "numpy"}
 
 
 def _digest_of_sources() -> str:
@@ -92,34 +86,11 @@ def keep(dispatcher: Any, variant: str = "") -> Any:
         dispatcher: what ``njit`` returns.
         variant: as for :class:`_Cache`.
     """
-    cache = _cache_of(dispatcher.py_func, variant)
-    if cache is not None:
-        dispatcher._cache = cache
-    return dispatcher
-
-
-def compile_and_keep(function: Callable[..., Any], signature: Any) -> CFunc:
-    """Compile a function that C can call, or load it likewise.
-
-    Args:
-        function: of Python.
-        signature: Numba's.
-    """
-    cache = _cache_of(function, "")
-    if cache is None:
-        return cast(CFunc, cfunc(signature, **_OPTIONS)(function))
-    compiled = CFunc(function, sigutils.normalize_signature(signature), {}, dict(_OPTIONS))
-    compiled._cache = cache
-    compiled.compile()
-    return compiled
-
-
-def _cache_of(function: Callable[..., Any], variant: str) -> _Cache | None:
     try:
-        return _Cache(function, variant)
+        dispatcher._cache = _Cache(dispatcher.py_func, variant)
     except Exception as error:  # no folder for it, or a variable of Numba's names nonsense
         _warn_of_memory(error, "")
-        return None
+    return dispatcher
 
 
 def _warn_of_memory(error: Exception, where: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,52 +112,37 @@ class NumbaStep:
 
     def add_square_sums(self) -> None:
         """Pass 1."""
-        with threads.pool(self._count):
-            for each in self._updates:
-                each.add_square_sums()
+        self._go(_Update.add_square_sums)
 
     def add_instability_sums(self) -> None:
         """Second moments and pass 2."""
-        with threads.pool(self._count):
-            for each in self._updates:
-                each.add_instability_sums()
+        self._go(_Update.add_instability_sums)
 
     def apply(self) -> None:
         """Instabilities and pass 3."""
-        with threads.pool(self._count):
-            for each in self._updates:
-                each.apply()
+        self._go(_Update.apply)
 
     def run(self) -> None:
         """All passes of one parameter after another, which may stay in the cache."""
+        self._go(_Update.add_square_sums, _Update.add_instability_sums, _Update.apply)
+
+    def _go(self, *passes: Callable[[_Update], None]) -> None:
         with threads.pool(self._count):
             for each in self._updates:
-                each.add_square_sums()
-                each.add_instability_sums()
-                each.apply()
+                for one in passes:
+                    one(each)
 
 
-class _Memory:
-    """A contiguous tensor's memory, for NumPy.
+def _array(tensor: Tensor, bf16_as: str = "u2") -> Array:
+    """View a contiguous tensor as a flat array, valid as long as the tensor is where it is.
 
     ``Tensor.numpy()`` would hold the memory after the tensor has let go of it, and no host could
     resize it any more.
     """
-
-    def __init__(self, tensor: Tensor, bf16_as: str) -> None:
-        self.kind = bf16_as if tensor.dtype == torch.bfloat16 else _KINDS[tensor.dtype]
-        self.__array_interface__ = {
-            "data": (tensor.data_ptr(), False),
-            "shape": (tensor.numel(),),
-            "typestr": self.kind,
-            "version": 3,
-        }
-
-
-def _array(tensor: Tensor, bf16_as: str = "u2") -> Array:
-    """View a contiguous tensor as a flat array, valid as long as the tensor is where it is."""
-    memory = _Memory(tensor, bf16_as)
-    return np.asarray(memory) if tensor.numel() else np.empty(0, memory.kind)
+    kind = bf16_as if tensor.dtype == torch.bfloat16 else _KINDS[tensor.dtype]
+    if not tensor.numel():
+        return np.empty(0, kind)
+    return np.frombuffer((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()), kind)
 
 
 def _readable(grad: Tensor) -> Tensor:

@@ -57,10 +57,9 @@ def compare(checkpoint: Checkpoint, record: Record | None) -> Iterator[Compared]
     """
     for main, model in pairs(checkpoint):
         for chunk in main.chunks:
-            boxes = ((box.values, box.offsets) for box in main.boxes(chunk))
             wrong = sum(
                 int(unlike(values, model.box(offsets, tuple(values.shape))).sum())
-                for values, offsets in boxes
+                for offsets, values in main.boxes(chunk)
             )
             yield Compared(main.name, chunk.item.name, math.prod(chunk.sizes), wrong)
     if record is not None:

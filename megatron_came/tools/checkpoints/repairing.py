@@ -193,7 +193,7 @@ def overwrite(tensor: CheckpointTensor, chunk: Chunk, values: Tensor) -> None:
             )
         start = stored.start * stored.dtype.itemsize
         data = values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        _write(archive, f"data/{stored.storage.key}", chunk.item, start, data)
+        _write(archive, stored.storage.member, chunk.item, start, data)
 
 
 def _write(archive: Archive, member: str, item: Item, start: int, data: bytes) -> None:
