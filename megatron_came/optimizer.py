@@ -23,24 +23,11 @@ from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
 from megatron_came.group_table import GroupTable, Own, whole_shard
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
-from megatron_came.state_dicts import WithStateDicts
+from megatron_came.state_dicts import COPIED, WithStateDicts
 from megatron_came.step import Begun, Plan
 from megatron_came.voice import warn_once
 
 _logger = logging.getLogger(__name__)
-# What copies and pickles take along, and what those of older versions lack.
-_SETTINGS: dict[str, Any] = {
-    "_wanted_kernels": "auto",
-    "_momentum_dtype": torch.float32,
-    "_remainders": False,
-    "_flat_convolutions": False,
-    "_seed": 0,
-    "_names": {},
-    "_own": {},
-    "_model_weights": {},
-    "_homes": {},
-    "spike_guard": None,
-}
 
 
 class CAME(WithStateDicts):
@@ -77,6 +64,8 @@ class CAME(WithStateDicts):
             on GPUs and Numba on CPUs where they are installed; "plain" PyTorch; "numba"; "triton".
             Cautious updates, other dtypes, tensors that are not contiguous and batches of many
             small matrices are computed in plain PyTorch.
+        cuda_graph: replay the launches of Triton's kernels as CUDA graphs, once they have stayed
+            the same for a few steps; see :mod:`megatron_came.kernels.triton.graphs`.
         momentum_dtype: ``torch.float32``; ``torch.bfloat16``, half the memory; or ``torch.int8``
             with a scale for every 256 elements, a quarter; both rounded stochastically.
         remainders: take bf16 parameters for the upper halves of fp32 weights and keep the lower
@@ -96,7 +85,8 @@ class CAME(WithStateDicts):
     Raises:
         ValueError: a setting out of range; a parameter that is float8 or complex; a DTensor whose
             placements are not of a known kind; matrices that a wrapper has made flat; a shard that
-            does not fit its parameter; kernels that are not installed.
+            does not fit its parameter; kernels that are not installed; ``cuda_graph`` without a
+            GPU, or with other kernels.
     """
 
     def __init__(
@@ -114,6 +104,7 @@ class CAME(WithStateDicts):
         factored: bool = True,
         shards: Mapping[Tensor, Shard] | None = None,
         kernels: str = "auto",
+        cuda_graph: bool = False,
         momentum_dtype: torch.dtype = torch.float32,
         remainders: bool = False,
         seed: int = 0,
@@ -126,14 +117,20 @@ class CAME(WithStateDicts):
         differentiable: bool = False,
         capturable: bool = False,
     ) -> None:
-        parameter_checks.check_settings(momentum_dtype, remainders, flat_convolutions, seed)
+        parameter_checks.check_settings(
+            momentum_dtype,
+            seed,
+            remainders=remainders,
+            flat_convolutions=flat_convolutions,
+            cuda_graph=cuda_graph,
+        )
         self._momentum_dtype, self._seed, self._remainders = momentum_dtype, seed, remainders
         self._flat_convolutions = flat_convolutions
         self.spike_guard = None if spike_guard is None else SpikeGuard(spike_guard, warn_once)
         self._guard = parameter_checks.Guard()
         self._begun: list[Begun] = []  # of which the guard has yet to decide
         self._shards: dict[Tensor, Shard] = {}
-        self._wanted_kernels = kernels
+        self._wanted_kernels, self._cuda_graph = kernels, cuda_graph
         self._choices: dict[torch.device, Choice] = {}
         self._model_weights: dict[Tensor, Tensor] = {}
         self._homes: dict[Tensor, torch.device] = {}  # of those that a subclass keeps on the CPU
@@ -285,13 +282,13 @@ class CAME(WithStateDicts):
                 "CAME with shards holds process groups and cannot be copied or pickled: "
                 "use state_dict()."
             )
-        own = {key: self.__dict__[key] for key in _SETTINGS}
+        own = {key: self.__dict__[key] for key in COPIED}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what was copied or pickled, also by an older version; or a state dictionary."""
         super().__setstate__(state)
-        for key, default in _SETTINGS.items():
+        for key, default in COPIED.items():
             self.__dict__.setdefault(key, copy.copy(default))
         self.__dict__.setdefault("_shards", {})
         self.__dict__.setdefault("_choices", {})
@@ -381,6 +378,7 @@ class CAME(WithStateDicts):
     def _choose_kernels(self) -> None:
         devices = {param.device for group in self.param_groups for param in group["params"]}
         for device in devices - self._choices.keys():
-            self._choices[device] = choice = choose(self._wanted_kernels, device)
+            choice = choose(self._wanted_kernels, device, cuda_graph=self._cuda_graph)
+            self._choices[device] = choice
             # What is no warning, Megatron's builder says on one rank.
             (warn_once if choice.should_warn else _logger.debug)(choice.reason)

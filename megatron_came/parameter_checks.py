@@ -178,16 +178,14 @@ def check_trainable(params: Iterable[Tensor]) -> None:
             )
 
 
-def check_settings(
-    momentum_dtype: torch.dtype, remainders: bool, flat_convolutions: bool, seed: int
-) -> None:
+def check_settings(momentum_dtype: torch.dtype, seed: int, **switches: bool) -> None:
     """Check what CAME is made with beside hyperparameters.
 
     Raises:
         ValueError: another kind of thing.
     """
     check_momentum_dtype(momentum_dtype)
-    for name, value in (("remainders", remainders), ("flat_convolutions", flat_convolutions)):
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise HyperparameterError(name, value, "True or False")
     if not isinstance(seed, Integral) or isinstance(seed, bool):

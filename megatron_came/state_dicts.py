@@ -21,6 +21,20 @@ _SETTINGS = ("lr", "betas", "eps", "clip_threshold", "weight_decay")
 # Of the authors' class, beside what it shares with ours.
 _AUTHORS_OWN = ("step", "RMS")
 _KNOWN = (MOMENTUM, SCALE, REMAINDER, *FACTORS)
+# Attributes of CAME that copies and pickles take along, and what those of older versions lack.
+COPIED: dict[str, Any] = {
+    "_wanted_kernels": "auto",
+    "_cuda_graph": False,
+    "_momentum_dtype": torch.float32,
+    "_remainders": False,
+    "_flat_convolutions": False,
+    "_seed": 0,
+    "_names": {},
+    "_own": {},
+    "_model_weights": {},
+    "_homes": {},
+    "spike_guard": None,
+}
 
 
 class WithStateDicts(torch.optim.Optimizer):

@@ -28,6 +28,7 @@ LEGACY = "tests/training/test_checkpoints.py -k legacy-vpp"
 FIGURES = "tests/core/test_diagnostics.py -k plain"
 OFFLOAD = "tests/megatron/test_cpu_offload.py"
 GUARD = "tests/optimizer/test_spike_guard.py"
+GRAPHS = "tests/kernels/test_cuda_graphs.py -k changed"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ FAULTS = (
         "if known is not None and is_cut:",
         "if False:",
         FIGURES,
+    ),
+    Fault(
+        "replay launches over tables that are no longer there",
+        "kernels/triton/graphs.py",
+        "if launches != self._launches:",
+        "if self._launches is None:",
+        GRAPHS,
     ),
     Fault(
         "leave the second moments of a skipped step",

@@ -35,6 +35,7 @@ from megatron_came.bench.peak import peak_of
 from megatron_came.kernels.dispatch import choose
 from megatron_came.kernels.triton.backend import TritonBackend
 from megatron_came.kernels.triton.tiling import Tiling
+from scripts.cases.graphs import CHANGES, STEPS, WARM_UP, counted, trained
 from scripts.cases.kernels import (
     CASES,
     TOLERANCE,
@@ -108,9 +109,13 @@ def check_production() -> None:
 
 def check_nccl() -> None:
     """Sums that NCCL reduces, on one rank, are those of a rank without process groups."""
-    alone, reduced = reduced_alone("triton", CUDA, "nccl", dist.HashStore())
-    assert torch.equal(alone, reduced)
-    print("ok  sums reduced by NCCL, on one rank", flush=True)
+    for cuda_graph in (False, True):
+        settings = {"cuda_graph": cuda_graph}
+        with counted() as counts:
+            found = reduced_alone("triton", CUDA, "nccl", dist.HashStore(), **settings)
+        assert torch.equal(*found)
+        assert counts["replays"] == cuda_graph * 4 * 5  # of one schedule, and of three
+    print("ok  sums reduced by NCCL, on one rank, and between CUDA graphs", flush=True)
 
 
 def check_training(device: str = "cuda") -> None:
@@ -255,6 +260,17 @@ def check_graph_capture(momentum: torch.dtype) -> None:
     print(f"ok  a step with {momentum} momentum in a CUDA graph, at changing rates", flush=True)
 
 
+def check_replays(momentum: torch.dtype) -> None:
+    """Steps that CAME replays as CUDA graphs equal those from Python, whatever has changed."""
+    for change in (None, *CHANGES):
+        with counted() as counts:
+            replayed = trained(CUDA, momentum, change=change, cuda_graph=True)
+        launched = trained(CUDA, momentum, change=change)
+        assert all(map(torch.equal, replayed, launched)), change
+        assert counts["replays"] >= STEPS - 3 * WARM_UP, (change, counts)
+    print(f"ok  steps with {momentum} momentum, replayed as CUDA graphs", flush=True)
+
+
 def run_checks(checks: Iterable[Callable[[], None]]) -> list[str]:
     """Run all checks; return those that have failed, with the last line of what they say."""
     failed = []
@@ -310,6 +326,7 @@ def main() -> int:
             check_slices,
             check_large_steps,
             *(partial(check_graph_capture, momentum) for momentum in momenta),
+            *(partial(check_replays, momentum) for momentum in momenta),
             check_nccl,
             check_training,
             partial(time_all, folder),

@@ -262,7 +262,8 @@ def check_switches(group: Mapping[str, Any]) -> None:
     if group.get("capturable"):
         raise ValueError(
             "CAME: capturable=True is not supported: learning rate and the number of steps are "
-            "read anew in each step, which a CUDA graph would not do: leave it out."
+            "read anew in each step, which a CUDA graph would not do: leave it out, or give "
+            "cuda_graph=True."
         )
 
 

@@ -47,21 +47,29 @@ def left_to_plain(reasons: Sequence[str], total: int) -> str:
     )
 
 
-def choose(wanted: str, device: torch.device) -> Choice:
+def choose(wanted: str, device: torch.device, *, cuda_graph: bool = False) -> Choice:
     """Decide who computes the parameters of a device.
 
     Args:
         wanted: one of ``CHOICES``; "auto" is the fastest that is installed.
         device: where they lie.
+        cuda_graph: whether to replay launches, which Triton's kernels can alone.
 
     Raises:
         ValueError: what is wanted does not exist, is not installed, or does not run there.
     """
     if wanted not in CHOICES:
         raise ValueError(f"CAME: kernels {wanted!r} is not one of {', '.join(CHOICES)}.")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if cuda_graph:
+        if wanted not in ("auto", "triton") or (device.type != "cuda" and not interpreted):
+            raise ValueError(
+                f"CAME: cuda_graph=True is for Triton's kernels on a GPU, not for kernels "
+                f"{wanted!r} on {device.type}: leave it out."
+            )
+        wanted = "triton"
     if wanted == "plain":
         return Choice(EagerBackend(), "CAME's step runs in plain PyTorch, as asked for.")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     usual = {"cpu": "numba", "cuda": "triton"}.get(device.type)
     if wanted == "auto" and usual is None:
         return Choice(
@@ -75,7 +83,7 @@ def choose(wanted: str, device: torch.device) -> Choice:
             f"CAME: kernels {wanted!r} do not run on {device.type}: use 'auto' or 'plain'."
         )
     try:
-        return _compiled(str(name), device)
+        return _compiled(str(name), device, cuda_graph)
     except Exception as error:  # not installed, or not working here, for whatever reason
         reason = _why_not(error)
         command = getattr(error, "remedy", _INSTALL[str(name)])
@@ -109,7 +117,7 @@ def _why_not(error: Exception) -> str:
     return (lines or [f"its import ends in {type(error).__name__}"])[0].rstrip(".")
 
 
-def _compiled(name: str, device: torch.device) -> Choice:
+def _compiled(name: str, device: torch.device, cuda_graph: bool) -> Choice:
     if name == "numba":
         importlib.import_module("numba")  # first: otherwise its llvmlite would be named as missing
         from megatron_came.kernels.cpu.launch import NumbaBackend
@@ -125,4 +133,5 @@ def _compiled(name: str, device: torch.device) -> Choice:
     if device.type == "cuda":
         probe.check(device)
     why = f"the weights are on {device}, and Triton is installed"
-    return Choice(TritonBackend(device), f"CAME's step runs in Triton's kernels ({why}).")
+    backend = TritonBackend(device, replays=cuda_graph)
+    return Choice(backend, f"CAME's step runs in Triton's kernels ({why}).")

@@ -100,9 +100,10 @@ def _with_common_kernels(
         found = _gather(here, everyone)
     with_weights = {rank: kernels for rank, kernels in found.items() if kernels is not None}
     missing = [rank for rank, kernels in with_weights.items() if kernels.name is None]
+    flag = "--came-cuda-graph" if config.cuda_graph else f"--came-kernels {config.kernels}"
     if missing:
         raise UnsupportedError(
-            f"--came-kernels {config.kernels} cannot be used on {rank_settings.names_of(missing)}: "
+            f"{flag} cannot be used on {rank_settings.names_of(missing)}: "
             f"{with_weights[missing[0]].reason}"
         )
     clause = rank_settings.difference(
@@ -110,10 +111,10 @@ def _with_common_kernels(
     )
     if clause is None:
         return config
-    if config.kernels != "auto":
+    if config.kernels != "auto" or config.cuda_graph:
         raise UnsupportedError(
-            f"--came-kernels {config.kernels}: {clause}, which round otherwise: install one "
-            "version everywhere, or leave --came-kernels out."
+            f"{flag}: {clause}, which round otherwise: install one version everywhere, or leave "
+            f"{flag.split()[0]} out."
         )
     plain = (kernels.reason for kernels in with_weights.values() if kernels.name == "plain")
     why = next(plain, "install one version").removeprefix(_SLOWER)
@@ -131,7 +132,10 @@ def _kernels_here(config: CameOptimizerConfig, model_chunks: list[Any]) -> Kerne
     params = (param for _, param in named_parameters(model_chunks) if param.requires_grad)
     devices = dict.fromkeys(param.device for param in params)
     try:
-        choices = [choose(config.kernels, device) for device in sorted(devices, key=str)]
+        choices = [
+            choose(config.kernels, device, cuda_graph=config.cuda_graph)
+            for device in sorted(devices, key=str)
+        ]
         if choices and config.optimizer_cpu_offload:
             choices.append(choose_on_host(config.kernels))
     except ValueError as error:

@@ -33,6 +33,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "who computes CAME's step: auto is triton on GPUs and numba on CPUs, where they "
         "are installed, otherwise plain PyTorch (default: auto)",
     },
+    "--came-cuda-graph": {
+        "action": "store_true",
+        "help": "replay the launches of CAME's kernels on GPUs as CUDA graphs, once they have "
+        "stayed the same for a few steps",
+    },
     "--came-momentum-dtype": {
         "metavar": "|".join(rules.CHOICES["--came-momentum-dtype"]),
         "default": "fp32",

@@ -155,6 +155,7 @@ def _came(config: CameOptimizerConfig, param_groups: list[dict[str, Any]]) -> CA
         **config.came.as_group(),
         weight_decay=config.weight_decay,
         kernels=config.kernels,
+        cuda_graph=config.cuda_graph,
         momentum_dtype=MOMENTUM_DTYPES[config.momentum_dtype],
         remainders=config.main_params == "remainder",
         seed=config.seed,

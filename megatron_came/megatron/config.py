@@ -17,7 +17,7 @@ from megatron_came.patching import Function, around
 from megatron_came.voice import say_once
 
 # What CAME's flags say beyond its hyperparameters: ``--came-`` and the name.
-OWN = ("kernels", "momentum_dtype", "main_params", "spike_guard", "rule")
+OWN = ("kernels", "cuda_graph", "momentum_dtype", "main_params", "spike_guard", "rule")
 # All of them, as a plain ``OptimizerConfig`` or Megatron's arguments have them.
 _PREFIX = "came_"
 _SETTINGS = tuple(_PREFIX + name for name in (*(row.name for row in TABLE), *OWN))
@@ -55,7 +55,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
 
     Args:
         came: hyperparameters beyond learning rate and weight decay, which stay Megatron's own.
-        kernels: as in :class:`megatron_came.CAME`, as is ``spike_guard``.
+        kernels: as in :class:`megatron_came.CAME`, as are ``cuda_graph`` and ``spike_guard``.
         momentum_dtype: "fp32", "bf16" or "int8".
         main_params: "fp32", or "remainder" for the lower halves alone; see
             :mod:`megatron_came.core.remainders`.
@@ -70,6 +70,7 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
     optimizer: str = "came"
     came: Hyperparameters = field(default_factory=Hyperparameters)
     kernels: str = "auto"
+    cuda_graph: bool = False
     momentum_dtype: str = "fp32"
     main_params: str = "fp32"
     spike_guard: float | None = None

@@ -153,7 +153,17 @@ RULES = (
             and conditions.has_checkpoints(s)
         ),
     ),
-    _not_with("--optimizer-cuda-graph", _OTHER_OPTIMIZER),
+    Rule(
+        "--optimizer came does not go with {given}, whose replays would go on with the learning "
+        "rate and the number of steps at its capture: use --came-cuda-graph.",
+        "--optimizer-cuda-graph",
+    ),
+    Rule(
+        "--came-cuda-graph is for Triton's kernels: leave it or {given} out.",
+        "--came-kernels",
+        works=("auto", "triton"),
+        when=lambda s: s.came_cuda_graph,
+    ),
     # Weights in fp8, which Megatron quantises from fp32 main weights.
     Rule(
         "--optimizer came does not go with {given}, with whose weights neither its step nor its "

@@ -118,7 +118,7 @@ def flat(tensors):
     return torch.cat([torch.empty(0), *(each.cpu().view(-1).float() for each in tensors)])
 
 
-def reduced_alone(kernels, device, backend, store):
+def reduced_alone(kernels, device, backend, store, shapes=(*ALIGNED, *UNALIGNED), **more):
     """Weights after steps without process groups, and with one of this rank alone, reduced anyway.
 
     Args:
@@ -126,13 +126,14 @@ def reduced_alone(kernels, device, backend, store):
         device: on which.
         backend: of ``torch.distributed``.
         store: likewise.
+        shapes: of the parameters.
+        more: settings of CAME.
     """
     results = []
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         for group in (None, dist.group.WORLD):
             generator = torch.Generator().manual_seed(0)
-            shapes = (*ALIGNED, *UNALIGNED)
             params = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
             shards = {
                 param: Shard.whole(shape)
@@ -140,15 +141,17 @@ def reduced_alone(kernels, device, backend, store):
                 else Shard(shape, 0, param.numel(), dp_group=group, copies_group=group)
                 for param, shape in zip(params, shapes, strict=True)
             }
-            optimizer = CAME(params, lr=1e-2, shards=shards, kernels=kernels)
+            optimizer = CAME(params, lr=1e-2, shards=shards, kernels=kernels, **more)
+            for param in params:
+                param.grad = torch.zeros_like(param)
             # A group of one is left out otherwise.
             with (
                 mock.patch("megatron_came.core.sums._several", lambda group: group),
                 mock.patch.object(ParameterSlice, "is_shared", group is not None),
             ):
-                for _ in range(3):
-                    grads = [torch.randn(shape, generator=generator) for shape in shapes]
-                    give(params, grads, FP32)
+                for _ in range(6):
+                    for param in params:
+                        param.grad.copy_(torch.randn(param.shape, generator=generator))
                     optimizer.step()
             results.append(flat([param.detach() for param in params]))
     finally:

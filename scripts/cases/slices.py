@@ -30,7 +30,18 @@ def local_part(tensor, layout, tp, tp_rank):
 
 
 def train_sharded(
-    tp, dp, tensors, starts, histories, betas, kernels, device, tp_dp=False, look=None, **more
+    tp,
+    dp,
+    tensors,
+    starts,
+    histories,
+    betas,
+    kernels,
+    device,
+    tp_dp=False,
+    look=None,
+    in_place=False,
+    **more,
 ):
     """Train on simulated ranks; return the reassembled tensors.
 
@@ -45,6 +56,7 @@ def train_sharded(
         device: of the slices.
         tp_dp: whether the ranks of both are also in one group.
         look: is given each rank, its optimizer and its parameters after the last step.
+        in_place: whether gradients stay where they are.
         more: settings of CAME.
     """
     tp_groups = [SimulatedGroup([d * tp + t for t in range(tp)]) for d in range(dp)]
@@ -79,7 +91,10 @@ def train_sharded(
         for step in range(len(histories[0])):
             for (param, low, high), layout, history in zip(slices, tensors, histories, strict=True):
                 gradient = local_part(history[step], layout, tp, tp_rank).reshape(-1)[low:high]
-                param.grad = gradient.clone().to(device)
+                if in_place and step:
+                    param.grad.copy_(gradient)
+                else:
+                    param.grad = gradient.clone().to(device)
             optimizer.step()
         if look is not None:
             look(rank, optimizer, list(shards))

@@ -73,7 +73,11 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
             "--optimizer-cpu-offload needs the distributed optimizer: add --use-distributed-optim",
         ),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
-        ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
+        ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph, whose replays would go on with"),
+        (
+            {"came_cuda_graph": True, "came_kernels": "numba"},
+            "--came-cuda-graph is for Triton's kernels: leave it or --came-kernels numba out.",
+        ),
         ({"fp4_param_gather": True}, "leave it out, and weights are gathered in bf16"),
         (
             {"gtp_weight_remat_size": 2, "tensor_parallel_num_weight_shards": 4},

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from megatron_came.megatron import rank_settings
+from megatron_came.megatron import agreement, rank_settings
+from megatron_came.megatron.agreement import Kernels
 from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.rank_settings import difference, names_of, parameters_of, settings_of
 
 
@@ -109,3 +111,21 @@ def test_parameters_say_what_ranks_must_share():
         "weight": "2x3 float32 cut along dimension 1",
         "norm": "frozen 4 float16",
     }
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ([None, "plain"], "--came-cuda-graph cannot be used on rank 0: no GPU"),
+        (["triton 3.6", "triton 3.7"], "--came-cuda-graph: rank 1 has kernels triton 3.7, rank 0 "),
+    ],
+)
+def test_graphs_are_not_given_up_for_kernels_that_all_ranks_have(found, sentence, monkeypatch):
+    """Simulated: what each rank has."""
+    kernels = {rank: Kernels(name, "no GPU") for rank, name in enumerate(found)}
+    monkeypatch.setattr(agreement.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(agreement, "_kernels_here", lambda config, model_chunks: kernels[0])
+    monkeypatch.setattr(agreement, "_differ", lambda text, everyone: True)
+    monkeypatch.setattr(agreement, "_gather", lambda mine, everyone: kernels)
+    with pytest.raises(UnsupportedError, match=sentence):
+        agreement._with_common_kernels(CameOptimizerConfig(lr=1e-3, cuda_graph=True), [], [None])

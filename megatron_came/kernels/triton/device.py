@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,8 +37,10 @@ class Device:
 
     Args:
         device: where the parameters lie.
+        replays: whether launches that stay the same become CUDA graphs.
 
     Attributes:
+        replays: as given.
         written_dtypes: of the model weights that kernels write beside the fp32 ones.
         tiling: how matrices are cut.
     """
@@ -45,8 +48,9 @@ class Device:
     written_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     tiling = Tiling(rows=64, columns=256, scratch_tiles=3072, tallest=512)
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, replays: bool = False) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"
+        self.replays = replays
         self._scratch = torch.empty(0, dtype=torch.float32, device=device)
 
     @property
@@ -64,6 +68,21 @@ class Device:
     def current(self) -> AbstractContextManager[Any]:
         """Return a context in which the device is the current one, on which Triton launches."""
         return torch.cuda.device(self._device) if self._is_cuda else nullcontext()
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether what is launched now goes into somebody's graph."""
+        return self._is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def captured(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Return a graph of what a function launches, of which nothing runs yet."""
+        graph = torch.cuda.CUDAGraph()
+        # A stream of this device: PyTorch's own is of the first that has captured anything. Other
+        # threads, such as NCCL's and those that pin memory, may go on.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            launch()
+        return graph
 
     def upload(self, table: npt.NDArray[Any]) -> Tensor:
         """Copy to the device, from pinned memory: the copy is queued, not waited for."""

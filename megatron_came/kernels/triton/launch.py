@@ -51,10 +51,18 @@ class Tables:
     scratch: Any
 
     @property
+    def addresses(self) -> list[int]:
+        """Where the arrays lie: all that changes of the arguments while the tiling stays."""
+        return [getattr(self, name).data_ptr() for name in _ARRAYS]
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """All arguments of kernels, by name, but those of a launch."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return own | constants(self.tiling)
+
+
+_ARRAYS = [field.name for field in fields(Tables) if field.name != "tiling"]
 
 
 def constants(tiling: Tiling) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.kernels.state_checks import is_int8_momentum
 from megatron_came.kernels.triton.addresses import Addresses, kind_of
 from megatron_came.kernels.triton.device import Device
+from megatron_came.kernels.triton.graphs import Replay
 from megatron_came.kernels.triton.launch import BLOCK, Tables, run
-from megatron_came.kernels.triton.schedule import Owners, Schedule, Schedules
+from megatron_came.kernels.triton.schedule import Owners, Schedules
 from megatron_came.kernels.triton.tables import (
     GroupField,
     ParamField,
@@ -38,6 +40,9 @@ class TritonPasses:
         device: on which they lie.
         is_local: whether no sum goes over ranks, so that matrices that together fit the cache can
             go through all passes before the next ones.
+
+    Attributes:
+        replays: of each schedule.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class TritonPasses:
         self._members: list[ParameterSlice] = []
         self._steps: list[int] | None = None  # of all groups
         self._scales = {slice_: _scales(slice_) for slice_ in sums}
+        self.replays = {name: Replay(device) for name in Schedules._fields}
 
     def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> TritonStep:
         """Look where this step's tensors lie, and make new tables where other parameters come."""
@@ -191,25 +197,31 @@ class TritonStep:
 
     def add_square_sums(self) -> None:
         """Pass 1."""
-        self._launch(self._schedules.squares)
+        self._launch("squares")
 
     def add_instability_sums(self) -> None:
         """With the sums of pass 1 complete: second moments and pass 2."""
-        self._launch(self._schedules.instability)
+        self._launch("instability")
 
     def apply(self) -> None:
         """With the sums of pass 2 complete: instabilities and pass 3."""
-        self._launch(self._schedules.apply)
+        self._launch("apply")
         self._copy_to_model()
 
     def run(self) -> None:
         """All passes, where no sum goes over ranks."""
-        self._launch(self._schedules.step)
+        self._launch("step")
         self._copy_to_model()
 
-    def _launch(self, schedule: Schedule) -> None:
+    def _launch(self, name: str) -> None:
+        schedule = getattr(self._schedules, name)
+        launch = partial(run, self._tables, schedule)
         with self._device.current():
-            run(self._tables, schedule)
+            if schedule and self._device.replays:
+                key = self._tables.tiling, self._tables.addresses, schedule
+                self._passes.replays[name].run(key, launch)
+            else:
+                launch()
 
     def _copy_to_model(self) -> None:
         """Rewrite what the kernels have not of the model's weights."""
