@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import operator
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from megatron_came.memory.launch_command import words_of
 from megatron_came.memory.model_kinds import BERT, GPT, T5, kind_of
 from megatron_came.memory.optimizers import has_fsdp
 from megatron_came.memory.stand_ins import hopper, replaced
-from megatron_came.rules import Rule, name_of, refusal, value
+from megatron_came.rules import Rule, Settings, name_of, refusal
 from megatron_came.terminal.sentences import CommandError
 from megatron_came.voice import PREFIX
 
@@ -36,10 +37,10 @@ def _not_predicted(flag: str, instead: str, **more: Any) -> Rule:
 def _not_with_fsdp(flag: str, instead: str, **more: Any) -> Iterator[Rule]:
     for kind in ("--use-torch-fsdp2", "--use-megatron-fsdp"):
         sentence = f"memory cannot be predicted with {kind} and {{given}}: {instead}."
-        yield Rule(sentence, flag, when=value(name_of(kind)), **more)
+        yield Rule(sentence, flag, when=operator.attrgetter(name_of(kind)), **more)
 
 
-def _is_by_matrix(args: argparse.Namespace) -> bool:
+def _is_by_matrix(args: Settings) -> bool:
     return args.optimizer in _OPTIMIZERS[3:]
 
 
@@ -77,7 +78,7 @@ _TYPED = (
             _is_by_matrix(args)
             and args.model_kind != GPT
             and args.use_distributed_optimizer
-            and getattr(args, "use_layer_wise_param_layout", True)
+            and args.use_layer_wise_param_layout is not False  # older releases have no other
         ),
     ),
     Rule(
@@ -97,8 +98,7 @@ _VALIDATED = (
         "memory cannot be predicted with another --megatron-fsdp-main-params-dtype than fp32: use "
         "that.",
         when=lambda args: (
-            getattr(args, "use_megatron_fsdp", False)
-            and getattr(args, "megatron_fsdp_main_params_dtype", None) != torch.float32
+            args.use_megatron_fsdp and args.megatron_fsdp_main_params_dtype != torch.float32
         ),
     ),
 )
