@@ -30,7 +30,7 @@ QUICK = not matrix and not interpreted
 
 test: venv  ## run the tests: two files at a time, then those that measure time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK) and not alone"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(QUICK) and alone"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(QUICK) and alone" $$(grep -rl --include=test_*.py mark.alone tests)
 
 test-all: venv  ## run the full matrix of layouts and checkpoints as well
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not interpreted"

@@ -9,9 +9,23 @@ if not torch.cuda.is_available():
     interpreter.use()
 
 
+# Those that take longest; they work in processes of their own.
+LONG = (
+    "training",
+    "test_dtensors.py",
+    "test_quickstart.py",
+    "test_example_runs.py",
+    "test_hosts.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long files, so that two workers end at about the same time."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
+
+    def place(item: pytest.Item) -> int:
+        return next((n for n, name in enumerate(LONG) if name in item.path.parts), len(LONG))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

@@ -148,12 +148,11 @@ class CudaMeansCpu(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call ``func``, or its stand-in, with the CPU for a GPU."""
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = CPU
-            kwargs.pop("pin_memory", None)
-        else:
-            kwargs = {}
+        if not kwargs:  # as of most calls, of which an iteration of training has thousands
+            return _METHODS.get(func, func)(*args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
         return _METHODS.get(func, func)(*args, **kwargs)
 
 

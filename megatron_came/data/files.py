@@ -30,31 +30,32 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     temporary = tuple(path.with_name(f"{path.name}.partial") for path in paths)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        for path in sorted(paths):  # in this order everywhere: of two processes one gets them all
-            stack.enter_context(locked(path))
-        try:
-            for made in temporary:
-                made.write_bytes(b"")  # a folder that takes no files is found before the work
-            yield temporary
-            for made in temporary:
-                with made.open("rb+") as file:
-                    os.fsync(file.fileno())  # some file systems say only then that they are full
-            _give_names(temporary, paths)
-        finally:
-            with signals_held_back():
+    whole = False
+    try:
+        with ExitStack() as stack:
+            for path in sorted(paths):  # in this order everywhere: one of two processes gets all
+                stack.enter_context(locked(path))
+            try:
                 for made in temporary:
-                    made.unlink(missing_ok=True)
+                    made.write_bytes(b"")  # a folder that takes no files is found before the work
+                yield temporary
+                for made in temporary:
+                    with made.open("rb+") as file:  # some file systems say only now that they
+                        os.fsync(file.fileno())  # are full
+                with signals_held_back():
+                    _give_names(temporary, paths)
+                    whole = True
+            finally:
+                with signals_held_back():
+                    for made in temporary:
+                        made.unlink(missing_ok=True)
+    except KeyboardInterrupt as interrupt:
+        # One that another thread took may arrive when signals are no longer held back.
+        raise (LateInterrupt() if whole else interrupt) from None
 
 
 def _give_names(temporary: tuple[Path, ...], paths: tuple[Path, ...]) -> None:
-    whole = False
-    try:
-        with signals_held_back():
-            for path in reversed(paths[1:]):
-                path.unlink(missing_ok=True)
-            for made, path in zip(temporary, paths, strict=True):
-                os.replace(made, path)
-            whole = True
-    except KeyboardInterrupt as interrupt:
-        raise (LateInterrupt() if whole else interrupt) from None
+    for path in reversed(paths[1:]):
+        path.unlink(missing_ok=True)
+    for made, path in zip(temporary, paths, strict=True):
+        os.replace(made, path)

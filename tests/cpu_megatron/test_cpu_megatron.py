@@ -1,6 +1,7 @@
 """Megatron's training loop on a machine without a GPU, and the two launchers."""
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -39,6 +40,13 @@ def train(ranks: int, *flags: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
+
+
+def forked(folder: Path, ranks: int, *flags: str) -> tuple[bool, str]:
+    """The same in processes that need not import Megatron; whether one failed, and the log."""
+    log = folder / "log"
+    failed = harness.fork("megatron_came.pretrain_gpt", ranks, [*TINY, *flags], log)
+    return failed, log.read_text()
 
 
 def losses(log: str) -> dict[int, float]:
@@ -105,7 +113,8 @@ def test_dropout_recomputation_logging_and_background_saving_with_tensor_paralle
         "--timing-log-level 2 --async-save --use-persistent-ckpt-worker --save-interval 2 "
         f"--save {tmp_path / 'saved'} --data-cache-path {tmp_path / 'cache'}"
     )
-    log = train(2, *flags.split())
+    failed, log = forked(tmp_path, 2, *flags.split())
+    assert not failed, log[-6000:]
     by_iteration = losses(log)
     assert by_iteration[4] < by_iteration[1]
     assert "CPU RNG state changed" not in log
@@ -113,22 +122,29 @@ def test_dropout_recomputation_logging_and_background_saving_with_tensor_paralle
     assert list((tmp_path / "saved" / "iter_0000004").glob("*.distcp"))
 
 
-def test_a_flag_that_needs_a_gpu_stops_before_training() -> None:
-    done = run_python("-m", "megatron_came.pretrain_gpt", *TINY, "--fp8-format", "hybrid")
-    assert done.returncode == 1
-    assert (
-        "--fp8-format hybrid needs Transformer Engine, whose kernels run on a GPU, and this run is "
-        "on the CPU: leave it out." in done.stderr
-    )
-    assert "Traceback" not in done.stderr
-
-
-def test_a_flag_of_another_script_stops_before_training() -> None:
-    done = run_python("-m", "megatron_came.pretrain_gpt", *TINY, "--sft")
-    assert done.returncode == 1
-    assert "does not support --sft (supervised fine-tuning): use -m megatron_came.launch" in (
-        done.stderr
-    )
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            "--fp8-format hybrid",
+            "--fp8-format hybrid needs Transformer Engine, whose kernels run on a GPU, and this "
+            "run is on the CPU: leave it out.",
+        ),
+        (
+            "--sft",
+            "does not support --sft (supervised fine-tuning): use -m megatron_came.launch",
+        ),
+    ],
+    ids=["of a GPU", "of another script"],
+)
+def test_a_flag_that_cannot_be_had_stops_before_training(
+    tmp_path: Path, flags: str, sentence: str
+) -> None:
+    failed, log = forked(tmp_path, 1, *flags.split())
+    assert failed
+    assert sentence in log
+    assert "Traceback" not in log
+    assert not losses(log)
 
 
 @pytest.mark.parametrize(
@@ -336,11 +352,14 @@ def test_launch_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_launch_runs_a_script_with_the_megatron_of_its_checkout(tmp_path: Path) -> None:
-    installed = run_python("-c", "import megatron.core as m; print(m.__path__[0])").stdout.strip()
+    found = importlib.util.find_spec("megatron.core")
+    assert found is not None
+    assert found.origin is not None
     checkout = tmp_path / "checkout"
     (checkout / "megatron").mkdir(parents=True)
     for package in ("core", "training"):
-        (checkout / "megatron" / package).symlink_to(Path(installed).with_name(package))
+        installed = Path(found.origin).parent.with_name(package)
+        (checkout / "megatron" / package).symlink_to(installed)
     folder = checkout / "examples" / "tiny"
     folder.mkdir(parents=True)
     (folder / "beside.py").write_text("number = 7\n")

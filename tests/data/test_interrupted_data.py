@@ -11,18 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_came.data.tokenizer_training import train_tokenizer
-
 TEXTS = [path.read_text() for path in sorted(Path(json.__file__).parent.parent.glob("e*/*.py"))]
 
 
 class Command:
     """One that is at work, with two workers."""
 
-    def __init__(self, folder: Path, sigint: signal.Handlers) -> None:
-        model, corpus, self.out = folder / "model", folder / "c.jsonl", folder / "out" / "set"
-        train_tokenizer(TEXTS, model, vocab_size=700)
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * 40)
+    def __init__(self, folder: Path, model: Path, sigint: signal.Handlers) -> None:
+        corpus, self.out = folder / "c.jsonl", folder / "out" / "set"
+        # Seconds of work for a command that is to be interrupted, less for one that is to end.
+        copies = 8 if sigint == signal.SIG_IGN else 20
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * copies)
         start = [sys.executable, "-c", "from megatron_came.tools import cli; exit(cli.main())"]
         command = ["data", corpus, "--output-prefix", self.out, "--tokenizer-model", model]
         self.process = subprocess.Popen(
@@ -59,8 +58,8 @@ class Command:
 
 
 @pytest.fixture
-def command(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Command]:
-    command = Command(tmp_path, getattr(request, "param", signal.SIG_DFL))
+def command(tmp_path: Path, model: Path, request: pytest.FixtureRequest) -> Iterator[Command]:
+    command = Command(tmp_path, model, getattr(request, "param", signal.SIG_DFL))
     try:
         command.encodes()
         yield command

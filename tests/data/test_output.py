@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -202,9 +203,14 @@ class TestInterruptions:
         replace = os.replace
         ended = threading.Event()
         threading.Thread(target=ended.wait, daemon=True).start()  # the signal may reach it
+        arrived, arrives = socket.socketpair()
+        arrived.settimeout(60)
+        arrives.setblocking(False)
+        wakeup = signal.set_wakeup_fd(arrives.fileno())
 
         def interrupted(*paths: Path) -> None:
             os.kill(os.getpid(), signum)
+            assert arrived.recv(1)  # else that thread might see it when the test has ended
             replace(*paths)
 
         monkeypatch.setattr(os, "replace", interrupted)
@@ -218,9 +224,34 @@ class TestInterruptions:
             with pytest.raises(LateInterrupt):
                 write()
         finally:
+            signal.set_wakeup_fd(wakeup)
             signal.signal(signum, before)
             ended.set()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+    @pytest.mark.parametrize("late", ["unlink", "close"])
+    def test_when_files_have_their_names(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
+    ) -> None:
+        """Nobody is told that nothing was written."""
+        path = tmp_path / "a"
+        owner, really = (Path, Path.unlink) if late == "unlink" else (os, os.close)
+
+        def interrupted(*args: object, **kwargs: object) -> None:
+            really(*args, **kwargs)  # type: ignore[arg-type]
+            if path.exists():
+                raise KeyboardInterrupt
+
+        def write() -> None:
+            with whole_files(path) as (partial,):
+                partial.write_text("new")
+                monkeypatch.setattr(owner, late, interrupted)
+
+        with pytest.raises(KeyboardInterrupt) as raised:
+            write()
+        monkeypatch.undo()
+        assert raised.type is LateInterrupt
+        assert path.read_text() == "new"
 
     @pytest.mark.alone
     @pytest.mark.parametrize(

@@ -52,9 +52,8 @@ def test_the_number_of_threads_changes_no_bit(momentum, set_threads, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-@pytest.mark.parametrize("count", [1, 2])
-def test_kernels_run_on_pytorchs_threads(count):
-    command = [sys.executable, "-m", "tests.support.threads_probe", str(count)]
+def test_kernels_run_on_pytorchs_threads():
+    command = [sys.executable, "-m", "tests.support.threads_probe"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 

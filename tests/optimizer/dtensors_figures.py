@@ -30,7 +30,7 @@ def case_figures_are_those_of_one_rank(ranks):
     for dtype, rel in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         whole = figures_of(fresh_model(), dtype)
         assert whole[0].keys() == {"all", "embedding", "norm", "other"}
-        for kind in ranks.kinds:
+        for kind in ranks.own_kinds:
             ours = figures_of(wrap(ranks, kind), dtype)
             assert of_all_ranks(ours) == [ours] * ranks.size, kind
             for one, other in zip(ours, whole, strict=True):
@@ -57,7 +57,7 @@ def case_a_spike_is_skipped_on_all_ranks(ranks):
     whole = fresh_model()
     expected = [step == LEAST + 2 for step in range(LEAST + 4)]
     assert spiky(whole) == expected
-    for kind in ranks.kinds:
+    for kind in ranks.own_kinds:
         model = wrap(ranks, kind)
         assert of_all_ranks(spiky(model)) == [expected] * ranks.size, kind
         assert model_distance(model, whole) <= 5e-5, kind

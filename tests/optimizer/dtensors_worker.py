@@ -3,6 +3,7 @@
 Each rank runs the cases that it is given and writes what failed, by case, as JSON.
 """
 
+import contextlib
 import copy
 import json
 import sys
@@ -22,6 +23,10 @@ from megatron_came.core import remainders
 from tests.optimizer import dtensors_checkpoints, dtensors_figures, dtensors_training
 from tests.support.dtensor_models import SETTINGS, Ranks, train, wrap
 from tests.support.oracle import TOLERANCE, distance
+from tests.training.groups import connect, meet
+
+with contextlib.suppress(ImportError):  # of numba; here, once for all ranks
+    import megatron_came.kernels.cpu.launch  # noqa: F401
 
 SHAPES = [
     *[(16, 12), (7, 5), (3, 8), (1, 6), (64, 33), (12, 1)],
@@ -254,7 +259,7 @@ def case_copies_go_on(ranks):
 def main():
     folder, wanted = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    connect("cases", meet())
     ranks, failed = Ranks(folder), {}
     cases = {**globals(), **vars(dtensors_training), **vars(dtensors_checkpoints)}
     cases |= vars(dtensors_figures)
@@ -270,7 +275,3 @@ def main():
     (folder / f"failed-{ranks.size}-{ranks.rank}.json").write_text(json.dumps(failed))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.support.running import run_python
+from tests.training.harness import fork
 
+WORKER = "tests.optimizer.dtensors_worker"  # which knows nothing of Megatron
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fsdp2" / "train.py"
 
 # The numbers of ranks are started once for all of their cases.
@@ -37,19 +39,16 @@ if torch.__version__.startswith("2.6."):
 # They take minutes.
 SWEEPS = ["every_placement", "gpt_in_float64", "checkpoints_between_all_wrappers"]
 ON_TWO = ["every_placement", "gpt", "gpt_in_float64", "whole_state", "different_settings"]
-# On four ranks these are among those above.
+# On four ranks these are among those above, with the wrappers that need four.
 FIGURES = ["figures_are_those_of_one_rank", "a_spike_is_skipped_on_all_ranks"]
 
 
 def run_ranks(size, folder, cases):
     """Run cases on some ranks; returns what failed, by case."""
-    done = run_python(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
-        *("-m", "tests.optimizer.dtensors_worker", str(folder), *cases),
-        timeout=1200,
-    )
+    log = folder / "log"
+    fork(WORKER, size, [str(folder), *cases], log, imported=WORKER, seconds=1200)
     files = sorted(folder.glob(f"failed-{size}-*.json"))
-    assert len(files) == size, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(files) == size, log.read_text()[-6000:]
     failed = {}
     for file in files:
         failed |= json.loads(file.read_text())

@@ -5,9 +5,6 @@ It is the worker of ``tests.training.harness.run``.
 
 import argparse
 import contextlib
-import json
-import os
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -38,7 +35,7 @@ from megatron.core.transformer.moe import grouped_gemm_util  # noqa: E402
 
 from megatron_came.megatron.config import CameOptimizerConfig  # noqa: E402
 from tests.training import variants  # noqa: E402
-from tests.training.groups import connect, meet  # noqa: E402
+from tests.training.groups import serve  # noqa: E402
 from tests.training.recording import digest, optimizer_digest  # noqa: E402
 
 VOCABULARY = 64
@@ -165,6 +162,7 @@ def checkpoint(args, model, optimizer, *, is_loading: bool) -> dict:
 def run_case(case: dict) -> dict:
     """Train as one case says, and return what was seen on this rank."""
     args = parse(case["flags"])
+    num_microbatches_calculator.unset_num_microbatches_calculator()
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
@@ -212,15 +210,4 @@ def run_case(case: dict) -> dict:
 
 
 def main() -> None:
-    cases_file, results = Path(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    store = meet()
-    for case in json.loads(cases_file.read_text()):
-        print(f"=== case {case['name']}", flush=True)
-        connect(case["name"], store)
-        num_microbatches_calculator.unset_num_microbatches_calculator()
-        seen = run_case(case)
-        (results / f"{case['name']}.{os.environ['RANK']}.json").write_text(json.dumps(seen))
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    serve(run_case)

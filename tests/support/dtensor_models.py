@@ -37,6 +37,11 @@ class Ranks:
         many = ("fsdp", "hsdp", "tp", "sequence", "tp_fsdp")
         return {1: ("plain",), 2: ("fsdp", "tp", "sequence")}.get(self.size, many)
 
+    @property
+    def own_kinds(self):
+        """Those that need so many ranks."""
+        return ("hsdp", "tp_fsdp") if self.size == 4 else self.kinds
+
 
 class Block(nn.Module):
     def __init__(self, width):

@@ -2,9 +2,9 @@
 
     python -m tests.support.host_worker WAY... [--packages FOLDER]
 
-Each way is forked from a process that has imported PyTorch and nothing of Megatron, and prints a
-line: its name and what was seen, as JSON. It trains one model of Megatron's for three steps on
-gradients that depend on the step alone.
+Each way is forked from a process that has imported what Megatron imports and nothing of it, and
+prints a line: its name and what was seen, as JSON. It trains one model of Megatron's for three
+steps on gradients that depend on the step alone.
 """
 
 import ast
@@ -23,6 +23,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.tensor
 
 from megatron_came import cpu_megatron, waiting
 from tests.support.host_model import (
@@ -38,6 +41,9 @@ from tests.support.host_model import (
     seen_of,
     train,
 )
+
+with contextlib.suppress(ImportError):  # of numba
+    import megatron_came.kernels.cpu.launch  # noqa: F401
 
 
 def installed():

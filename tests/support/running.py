@@ -27,7 +27,9 @@ def run_python(
 
 def seen_by_host_worker(*arguments: str) -> dict[str, dict[str, Any]]:
     """What ``tests/support/host_worker.py`` saw of each way that it was told to go."""
-    result = run_python("-m", "tests.support.host_worker", *arguments, MEGATRON_CAME_CPU="1")
+    result = run_python(
+        "-m", "tests.support.host_worker", *arguments, timeout=900, MEGATRON_CAME_CPU="1"
+    )
     lines = [line for line in result.stdout.splitlines() if line.startswith('["')]
     assert len(lines) == len([word for word in arguments if word.isidentifier()]), result.stderr
     return dict(json.loads(line) for line in lines)

@@ -1,13 +1,12 @@
 """Run in a process of its own: how many of the system's threads the kernels start.
 
-    python -m tests.support.threads_probe COUNT
+    python -m tests.support.threads_probe
 
 Numba's kernels and PyTorch's operations take turns; after the first parallel work no thread may
-start or end, and with one thread there must not be a second.
+start or end, and with one thread, which it has first, there must not be a second.
 """
 
 import os
-import sys
 
 import torch
 
@@ -41,4 +40,5 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    for count in (1, 2):
+        main(count)

@@ -206,7 +206,7 @@ class TestFolder:
         assert len(kept(tmp_path)) == 2
 
     def test_an_interrupted_one_goes_on(self, tmp_path):
-        words = [sys.executable, "-m", "megatron_came", "compare", *QUICK[:-1], "300"]
+        words = [sys.executable, "-m", "megatron_came", "compare", *QUICK[:-1], "120"]
         words += ["--rates", "1e-3", "--output", str(tmp_path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tests.training.nursery import free_port as free_port
 
 ROOT = Path(__file__).parents[2]
+WORKER = "tests.training.worker"  # imports all that other workers do
 
 MODEL = """
     --num-layers 4 --hidden-size 48 --num-attention-heads 4 --seq-length 32
@@ -74,9 +75,9 @@ def data_parallel_size(flags: str, ranks: int) -> int:
 
 
 class _Nursery:
-    """A process that has imported a worker and forks the ranks of runs."""
+    """A process that has imported a module and forks the ranks of runs."""
 
-    def __init__(self, worker: str, search_path: Sequence[Path]):
+    def __init__(self, module: str, search_path: Sequence[Path]):
         self._folder = tempfile.TemporaryDirectory()
         self._socket = Path(self._folder.name) / "socket"
         self._log = Path(self._folder.name) / "log"
@@ -86,16 +87,15 @@ class _Nursery:
             "MEGATRON_CAME_CPU": "1",
             "PYTHONPATH": os.pathsep.join(map(str, [*search_path, ROOT])),
         }
-        command = [sys.executable, "-m", "tests.training.nursery", worker, str(self._socket)]
+        command = [sys.executable, "-m", "tests.training.nursery", module, str(self._socket)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         atexit.register(self.close)
 
-    def run(self, ranks: int, arguments: list[str], log: Path, seconds: int) -> bool:
-        """Run the worker on so many ranks; returns whether one of them failed or took longer."""
-        request = {"ranks": ranks, "arguments": arguments, "log": str(log), "seconds": seconds}
+    def run(self, **request: object) -> bool:
+        """Ask for a run; returns whether a rank failed or took longer."""
         with socket.socket(socket.AF_UNIX) as connection:
             self._connect(connection)
             connection.sendall(json.dumps(request).encode() + b"\n")
@@ -118,8 +118,37 @@ class _Nursery:
 
 
 @functools.cache
-def _nursery(worker: str, *search_path: Path) -> _Nursery:
-    return _Nursery(worker, search_path)
+def _nursery(module: str, *search_path: Path) -> _Nursery:
+    return _Nursery(module, search_path)
+
+
+def fork(
+    worker: str,
+    ranks: int,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    imported: str = WORKER,
+    search_path: Sequence[Path] = (),
+    seconds: int = 900,
+) -> bool:
+    """Run ``main`` of a module on some ranks, in processes that need not import Megatron.
+
+    Args:
+        worker: the module.
+        ranks: how many.
+        arguments: of each rank's.
+        log: file for what they print.
+        imported: module that they find imported, with all that it imports.
+        search_path: folders with the ``megatron`` package to use; none for the one installed.
+        seconds: after which they are killed.
+
+    Returns:
+        Whether a rank failed or took longer.
+    """
+    return _nursery(imported, *search_path).run(
+        worker=worker, ranks=ranks, arguments=list(arguments), log=str(log), seconds=seconds
+    )
 
 
 def run(
@@ -129,7 +158,7 @@ def run(
     *,
     dies: bool = False,
     search_path: Sequence[Path] = (),
-    worker: str = "tests.training.worker",
+    worker: str = WORKER,
 ) -> dict[str, list[dict]]:
     """Run the cases one after the other on ``world_size`` ranks.
 
@@ -149,8 +178,15 @@ def run(
     cases_file.write_text(json.dumps([case.as_json(world_size) for case in cases]))
     log = folder / "log"
     seconds = max(900, 30 * len(cases))  # a case takes two, and ten on a busy machine
-    nursery = _nursery(worker, *search_path)
-    failed = nursery.run(world_size, [str(cases_file), str(folder)], log, seconds)
+    failed = fork(
+        worker,
+        world_size,
+        [str(cases_file), str(folder)],
+        log,
+        imported=worker if search_path else WORKER,  # another release may have no training loop
+        search_path=search_path,
+        seconds=seconds,
+    )
     if dies != failed:
         raise AssertionError(f"workers failed; the end of {log}:\n" + log.read_text()[-6000:])
     return {

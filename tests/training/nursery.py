@@ -1,10 +1,11 @@
 """Forks the ranks of test runs from one process that has imported Megatron, which takes seconds.
 
-    python -m tests.training.nursery WORKER SOCKET
+    python -m tests.training.nursery MODULE SOCKET
 
-Each connection to the socket asks for one run, in a line of JSON: the number of ranks, the
-arguments of ``WORKER.main``, a file for the log, and a time limit in seconds. The answer is 0 if
-every rank ended well; when one does not, the others are killed.
+It imports the module, and then each connection to the socket asks for one run, in a line of JSON:
+the number of ranks, the module that they run by its ``main`` and the arguments of that, a file for
+the log, and a time limit in seconds. The answer is 0 if every rank ended well; when one does not,
+the others are killed.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ class Run(socketserver.StreamRequestHandler):
         os.environ |= launcher
         context = multiprocessing.get_context("fork")
         ranks = [
-            context.Process(target=_be_rank, args=(rank, request["arguments"]))
+            context.Process(target=_be_rank, args=(rank, request["worker"], request["arguments"]))
             for rank in range(request["ranks"])
         ]
         try:
@@ -84,11 +85,11 @@ def _end(rank: BaseProcess) -> None:
     rank.join()
 
 
-def _be_rank(rank: int, arguments: list[str]) -> None:
+def _be_rank(rank: int, worker: str, arguments: list[str]) -> None:
     os.setpgid(0, 0)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    sys.argv[1:] = arguments
-    importlib.import_module(sys.argv[0]).main()
+    sys.argv = [worker, *arguments]
+    importlib.import_module(worker).main()
 
 
 class Nursery(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
@@ -107,9 +108,9 @@ class Nursery(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
 
 
 def main() -> None:
-    worker, path = sys.argv[1:]
-    sys.argv = [worker]
-    importlib.import_module(worker)
+    module, path = sys.argv[1:]
+    sys.argv = [module]
+    importlib.import_module(module)
     if threading.active_count() > 1:
         raise RuntimeError("processes with threads cannot be forked safely")
     gc.collect()

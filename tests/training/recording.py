@@ -62,11 +62,15 @@ class CountedCollectives:
 class Recorder:
     """Stands in for functions of Megatron's training loop and writes down what they return.
 
+    Args:
+        watches: also whether steps change anything that fail or are skipped.
+
     Attributes:
         seen: what is written down; plain values, to be read as JSON.
     """
 
-    def __init__(self):
+    def __init__(self, *, watches):
+        self._watches = watches
         self.seen = {
             "losses": [],
             "skipped": [],
@@ -91,11 +95,12 @@ class Recorder:
 
         def recording_train_step(forward, data, model, optimizer, *args, **kwargs):
             self._model, self._optimizer = model, optimizer
-            before = optimizer_digest(optimizer)
+            before = optimizer_digest(optimizer) if self._watches else None
             try:
                 result = train_step(forward, data, model, optimizer, *args, **kwargs)
             except BaseException:
-                self.seen["changed_though_failed"] = before != optimizer_digest(optimizer)
+                if self._watches:
+                    self.seen["changed_though_failed"] = before != optimizer_digest(optimizer)
                 raise
             self._write(result, before)
             return result
@@ -120,7 +125,7 @@ class Recorder:
         self.seen["collectives"].append(dict(self._collectives.calls))
         self.seen["grad_norms"].append(None if grad_norm is None else float(grad_norm))
         self.seen["zeros"].append(None if zeros is None else float(zeros))
-        if skipped:
+        if skipped and self._watches:
             self.seen["changed_though_skipped"].append(before != optimizer_digest(self._optimizer))
 
     def finish(self):

@@ -41,7 +41,9 @@ LAYOUTS = {
     },
     4: {"tp2-dp2": (DO + TP, (0.5, 1)), "tp2-dp2-bf16": (OVERLAP + TP + "--bf16 ", (0.5,))},
 }
-MATRIX = ("triton", "moe", "plain", "bf16-gradients", "tp2-dp2-bf16")
+MATRIX = ("one-bf16", "triton", "moe", "plain", "bf16-gradients", "tp2-dp2-bf16", "full")
+# Every layout offloads half; other fractions are quick here.
+OTHER_FRACTIONS = {("fp32", 0), ("fp32", 1), ("bf16", 1)}
 # What is saved at 3 of 6 iterations, and goes on with the other choice.
 SAVED = {
     "dp": DO + "--bf16 ",
@@ -55,11 +57,15 @@ def offload(fraction):
     return f"--optimizer-cpu-offload --optimizer-offload-fraction {fraction} "
 
 
+def _is_quick(name, fraction):
+    return name not in MATRIX and (fraction == 0.5 or (name, fraction) in OTHER_FRACTIONS)
+
+
 def _names(ranks):
     return [
         pytest.param(
             ranks, name, fraction, id=f"{name}-{fraction}",
-            marks=pytest.mark.matrix if name in MATRIX else (),
+            marks=() if _is_quick(name, fraction) else pytest.mark.matrix,
         )
         for name, (_, fractions) in LAYOUTS[ranks].items()
         for fraction in fractions
@@ -68,23 +74,28 @@ def _names(ranks):
 
 @pytest.fixture(scope="module")
 def seen(request, tmp_path_factory):
-    asked = {
-        item.callspec.params["name"]
+    wanted = [
+        item.callspec.params
         for item in request.session.items
         if item.path == request.path and hasattr(item, "callspec")
-    }
+    ]
+    asked = {(case["name"], case.get("fraction")) for case in wanted}
+    names = {name for name, _ in asked}
     folder = tmp_path_factory.mktemp("offload")
     results = {}
     for ranks, layouts in LAYOUTS.items():
         cases = [
             Case(f"{name}{end}", flags + more, model=SMALL)
             for name, (flags, fractions) in layouts.items()
-            if name in asked
-            for end, more in [("", ""), *((f"-{each}", offload(each)) for each in fractions)]
+            if name in names
+            for end, more in [
+                ("", ""),
+                *((f"-{each}", offload(each)) for each in fractions if (name, each) in asked),
+            ]
         ]
         if ranks == 2:
             for name, flags in SAVED.items():
-                if name in asked:
+                if name in names:
                     cases += _saving(name, flags, folder)
         if cases:
             results |= run(ranks, cases, folder / f"ranks{ranks}")
@@ -117,7 +128,10 @@ def test_what_is_offloaded_is_updated_to_the_same_bits(seen, ranks, name, fracti
 
 
 @pytest.mark.parametrize("way", ["to", "from"])
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.matrix if name in MATRIX else ()) for name in SAVED],
+)
 def test_checkpoints_resume_with_and_without_it(seen, name, way):
     straight, second = seen[f"{name}-straight"], seen[f"{name}-{way}"]
     assert losses(second) == losses(straight)[3:]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import sys
@@ -21,7 +22,13 @@ from megatron_came.launch import prepare
 prepare()  # before anything imports Megatron
 
 with contextlib.suppress(ImportError):  # of numba, without which CAME runs in plain PyTorch
+    from numba.core.registry import cpu_target
+
+    import megatron_came.kernels.cpu.digests
     import megatron_came.kernels.cpu.launch  # noqa: F401
+
+    cpu_target.typing_context.refresh()  # which the first kernel that is loaded would do
+    cpu_target.target_context.refresh()
 
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
 
@@ -34,7 +41,8 @@ from tests.training.recording import Recorder  # noqa: E402
 
 def run_case(case: dict) -> dict:
     """Train as one case says, and return what was seen on this rank."""
-    recorder = Recorder()
+    flags = {"--fp16", "--came-spike-guard"}.intersection(case["flags"])
+    recorder = Recorder(watches=case["fails"] or bool(flags))
     is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     sys.argv = ["pretrain_gpt", *case["flags"], *(case["last"] if is_last else [])]
     with contextlib.ExitStack() as stack:
@@ -80,7 +88,26 @@ def read_help_once() -> None:
     arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
+def leave_out() -> None:
+    """Do not print a thousand arguments, nor parse them twice for what no case asks for."""
+    from megatron.training import arguments, ft_integration, inprocess_restart
+
+    arguments._print_args = lambda title, args: None
+    inprocess_restart.maybe_wrap_for_inprocess_restart = lambda pretrain: (pretrain, None)
+    ft_integration.setup = lambda *args: None
+
+
+for name in (  # what the first case would import in each rank
+    "megatron.core.datasets.helpers",
+    "megatron.core.models.mimo",
+    "megatron.core.tokenizers.text.libraries",
+    "megatron.core.tokenizers.text.models",
+    "torch.utils.serialization.config",
+):
+    with contextlib.suppress(ImportError):  # of another release
+        importlib.import_module(name)
 read_help_once()
+leave_out()
 MockGPTLowLevelDataset.size = 1000  # documents, of 100,000 whose order every case would draw anew
 
 
