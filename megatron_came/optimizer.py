@@ -319,9 +319,10 @@ class CAME(WithStateDicts):
         return self._current_plan().measure(self._state_of, kinds, whole)
 
     def _params(self) -> list[Tensor]:
-        """All parameters but frozen integers, as quantized layers have them."""
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        return [param for param in params if param.is_floating_point()]
+        """All parameters that may be trained; a plan looks whether others have a gradient."""
+        return parameter_checks.trainable(
+            chain.from_iterable(group["params"] for group in self.param_groups)
+        )
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from megatron_came import dtensors
 from megatron_came.core.hyperparameters import HyperparameterError
@@ -64,8 +65,9 @@ class Guard:
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Take up the parameters of a group that is added."""
-        vectors = [param for param in params if param.dim() < 2]
-        self._had_matrices.append(len(vectors) < len(params))
+        made = [param for param in params if not is_lazy(param)]
+        vectors = [param for param in made if param.dim() < 2]
+        self._had_matrices.append(len(vectors) < len(made))
         self._vectors.update(vectors)
 
     def check(
@@ -85,7 +87,7 @@ class Guard:
                 that have been made flat, state of the other kind, or a shard of a parameter in no
                 group.
         """
-        every = [p for group in groups for p in group["params"]]
+        every = [p for group in groups for p in group["params"] if not is_lazy(p)]
         check_trainable(every)
         if shards.keys() - set(every):
             raise ValueError(
@@ -100,7 +102,7 @@ class Guard:
         for index, (group, had_matrices) in enumerate(
             zip(groups, self._had_matrices, strict=False)
         ):
-            params = group["params"]
+            params = [param for param in group["params"] if not is_lazy(param)]
             new = [p.numel() for p in params if p not in known and p not in shards]
             if had_matrices and new and all(param.dim() < 2 for param in params):
                 raise ValueError(_FLAT.format(index=index, numel=max(new)))
@@ -149,7 +151,7 @@ def _check_unfactored(
         factored = group.get("factored", True)
         other = VECTOR_FACTORS[0] if factored else MATRIX_FACTORS[0]
         for param in group["params"]:
-            if param.dim() < 2 or param not in params:
+            if param not in params or param.dim() < 2:
                 continue
             if not factored and dtensors.is_dtensor(param):
                 raise ValueError(_UNFACTORED.format(shape=tuple(param.shape)))
@@ -164,14 +166,27 @@ def _check_flat(params: Sequence[Tensor]) -> None:
         raise ValueError(_FSDP.format(numel=max(param.numel() for param in flat)))
 
 
+def trainable(params: Iterable[Tensor]) -> list[Tensor]:
+    """Leave out frozen parameters of other dtypes, as quantized layers have, and lazy ones."""
+    return [param for param in params if param.dtype in TRAINABLE and not is_lazy(param)]
+
+
 def check_trainable(params: Iterable[Tensor]) -> None:
     """Refuse parameters of dtypes that there is no arithmetic for, unless they are frozen.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is one, or one is given twice.
     """
+    seen: set[int] = set()
     for param in params:
-        if param.requires_grad and param.dtype not in TRAINABLE:
+        if id(param) in seen:
+            raise ValueError(
+                f"CAME: a parameter of shape {tuple(param.shape)} is given twice, as tied weights "
+                "may be, and would be updated once: give each once, as in "
+                "list(dict.fromkeys(params))."
+            )
+        seen.add(id(param))
+        if param.dtype not in TRAINABLE and (param.requires_grad or param.grad is not None):
             raise ValueError(
                 f"CAME updates parameters of {', '.join(map(str, TRAINABLE))}, not of "
                 f"{param.dtype}: freeze it (requires_grad=False), or leave it out."

@@ -49,12 +49,20 @@ class WithStateDicts(torch.optim.Optimizer):
         Codes of int8 mean nothing without the scales of blocks along a slice, and who loads the
         dictionary may have other slices, or floats. Of named shards, Megatron's wrappers see to it.
         """
-        state_dict: dict[str, Any] = super().state_dict()
-        if not self._shards:
+
+        def make_portable(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             params = list(chain.from_iterable(group["params"] for group in self.param_groups))
             for key, state in state_dict["state"].items():
                 state_dict["state"][key] = dtensors.portable(params[key], state)
-        return state_dict
+
+        if self._shards:
+            return super().state_dict()
+        # The first: others may give it other keys.
+        hook = self.register_state_dict_post_hook(make_portable, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary, also one of ``came_pytorch.CAME``.
@@ -124,7 +132,13 @@ def states_in(
                 "parameter groups do not list: it is damaged, or was put together by hand."
             )
         _check_keys(state, key)
-        saved = {name: value for name, value in state.items() if name not in _AUTHORS_OWN}
+        saved = {
+            name: value
+            for name, value in state.items()
+            if name not in _AUTHORS_OWN and not _is_nothing(value)
+        }
+        if not is_partial and not pairs[key].numel():
+            saved = {}  # the authors' means of no elements are NaN
         _check_state(saved, new_state(pairs[key]), pairs[key], is_partial)
         states[pairs[key]] = saved
     return states
@@ -266,7 +280,7 @@ def _check_keys(state: Any, key: Any) -> None:
             f"this {_kind(state)}."
         )
     for name, value in state.items():
-        if name in _AUTHORS_OWN:
+        if name in _AUTHORS_OWN or _is_nothing(value):
             continue
         if name not in _KNOWN:
             raise ValueError(
@@ -296,6 +310,11 @@ def _flaw(key: str, saved: Mapping[str, Tensor], *, looks: bool) -> str | None:
     if not (math.isfinite(low) and math.isfinite(high)):
         return "holds a NaN or an infinity"
     return "holds a negative number" if key in FACTORS and low < 0.0 else None
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether PyTorch put it in the place of what a flattened state dictionary does not have."""
+    return isinstance(value, Mapping) and not value
 
 
 def _kind(value: Any) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from megatron_came import dtensors
 from megatron_came.core.agreement import Agreement
@@ -173,7 +174,7 @@ class Begun(NamedTuple):
         """Return the sum of u^2, and of how many elements: this rank's share, or of all."""
         totals = {s: t for step in self.steps.values() for s, t in step.totals().items()}
         shares = [(s.shard.share if of_rank else 1.0, float(s.shard.full_numel)) for s in totals]
-        share, numel = torch.tensor(shares, dtype=torch.float64).view(-1, 2).unbind(1)
+        share, numel = torch.tensor(shares, dtype=torch.float64, device="cpu").view(-1, 2).unbind(1)
         return torch.stack([on_cpu([*totals.values()]), numel]) @ share
 
     def undo(self) -> None:
@@ -209,6 +210,8 @@ class Plan:
         self.slices, self.params, self.table = slices, params, table
         self._has_dtensors = any(map(dtensors.is_dtensor, params))
         self._params = [list(group["params"]) for group in table.groups]
+        known = {*map(id, params)}
+        self._left_out = [p for p in chain.from_iterable(self._params) if id(p) not in known]
         self._planned, self._locals = layout_settings(table.groups), _locals(self._params)
         self._layouts = _layouts(self._locals)
         self.local: list[Bundle] = []
@@ -244,6 +247,7 @@ class Plan:
             are_same(param_groups, self.table.groups)
             and all(map(are_same, params, self._params))
             and layout_settings(param_groups) == self._planned
+            and all(map(is_, map(attrgetter("grad"), self._left_out), repeat(None)))
         )
 
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
@@ -373,7 +377,7 @@ def are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
 
 
 def _locals(params: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return list(map(dtensors.local_of, chain.from_iterable(params)))
+    return [dtensors.local_of(p) for p in chain.from_iterable(params) if not is_lazy(p)]
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:

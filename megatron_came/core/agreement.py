@@ -62,7 +62,7 @@ class Agreement:
                         of_groups[slice_.group] = _mark(given)
                     marks[index] = of_groups[slice_.group]
             squares = [mark * mark for mark in marks]
-            view.copy_(torch.tensor([marks, squares], dtype=torch.float64))
+            view.copy_(torch.tensor([marks, squares], dtype=torch.float64, device="cpu"))
 
     def check(self, taken: Collection[ParameterSlice], views: Sequence[Tensor]) -> None:
         """Compare the marks of all ranks, once their sums are complete.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ _SPACING = (math.sqrt(5) - 1) / 2
 # are looked at: (lr m / sqrt(S))^2, p^2, elements that stood still, (u^ - m)^2, m^2 and m^2 / S.
 _EXACT = ("tensors", "clipped", "divisor", "elements", "update", "rounded", "in_matrices")
 _NAMES = (*_EXACT, "applied", "weights", "stale", "instability", "momentum", "confident")
+# Of what is computed on the CPU, whatever PyTorch's default device is.
+_HERE: Any = {"dtype": torch.float64, "device": "cpu"}
 
 
 def kind_of(name: str) -> str:
@@ -61,7 +63,7 @@ class Sums(NamedTuple):
     @classmethod
     def zero(cls) -> Sums:
         """Return those of no parameters."""
-        zeros = torch.zeros(len(KINDS), len(_NAMES) + 1, dtype=torch.float64)
+        zeros = torch.zeros(len(KINDS), len(_NAMES) + 1, **_HERE)
         return cls(zeros[:, 1:], zeros[:, 0])
 
     def figures(self) -> dict[str, dict[str, float]]:
@@ -123,11 +125,11 @@ def measure(
             weight = look.weight / shard.replicas
             factors_of.append([weight * float(given.settings.lr) ** 2, *[weight] * 5])
     sums = Sums.zero()
-    sums.added[:, : len(_EXACT)] = torch.tensor(exact, dtype=torch.float64)
-    sums.largest.copy_(torch.tensor(largest, dtype=torch.float64))
+    sums.added[:, : len(_EXACT)] = torch.tensor(exact, **_HERE)
+    sums.largest.copy_(torch.tensor(largest, **_HERE))
     if rows:
-        found = on_cpu(samples) * torch.tensor(factors_of, dtype=torch.float64)
-        sums.added[:, len(_EXACT) :].index_add_(0, torch.tensor(rows), found)
+        found = on_cpu(samples) * torch.tensor(factors_of, **_HERE)
+        sums.added[:, len(_EXACT) :].index_add_(0, torch.tensor(rows, device="cpu"), found)
     return sums
 
 
@@ -172,7 +174,7 @@ def _over_all_holders(shard: Shard) -> Request:
 def on_cpu(tensors: Sequence[Tensor]) -> Tensor:
     """Stack float64 tensors on the CPU, waiting for their devices once."""
     there = [each.to(tensors[0].device) for each in tensors]
-    return torch.stack(there).cpu() if there else torch.empty(0, dtype=torch.float64)
+    return torch.stack(there).cpu() if there else torch.empty(0, **_HERE)
 
 
 class _Look(NamedTuple):

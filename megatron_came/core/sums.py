@@ -133,7 +133,7 @@ class SumBuffer:
         self._wait()
         self._has_sent = False
         for buffer in (self.flat, self.host):
-            if buffer.device.type == "cpu":
+            if buffer.device.type == "cpu" and type(buffer) is Tensor:  # not one of FakeTensorMode
                 buffer.numpy().fill(0.0)  # in a forked process PyTorch would wait for threads
             else:
                 buffer.zero_()

@@ -107,14 +107,15 @@ class HostSlice:
     def fetch(self, local: Tensor) -> None:
         """Take the main weights from the model's, where these are of the same dtype."""
         if self.rounded is None:
-            local.copy_(self.weight)
+            local.copy_(self.weight, non_blocking=True)
 
 
 class OffloadedCAME(CAME):
     """CAME that updates some parameters on the CPU, and the others on the model's device.
 
     As a step begins it copies the gradients of the former to the CPU, where they stay for all three
-    passes, and as it ends the model's weights back. Their sums over ranks go to the device and into
+    passes, with the model's weights where these are of the main weights' dtype, and as it ends the
+    model's weights back. Their sums over ranks go to the device and into
     the buffers of the others: a step has as many reductions as without.
 
     Attributes:
@@ -156,6 +157,7 @@ class OffloadedCAME(CAME):
 
     def _begin(self) -> Begun:
         for local, slice_ in self.on_host.items():
+            slice_.fetch(local)  # who has loaded weights alone has written the model's
             gradient = gradient_of(local)
             if gradient is not None and gradient is not slice_.gradient:
                 local.decoupled_grad = slice_.bring(gradient)  # type: ignore[attr-defined]

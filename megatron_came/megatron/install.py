@@ -78,6 +78,8 @@ REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.training.checkpointing": (
         ("save_checkpoint", "checkpoints.digests.saving:with_digests", "digests are computed"),
         ("generate_state_dict", "checkpoints.digests.saving:with_record", "and saved"),
+        ("generate_state_dict", "checkpoints.loading:asking_for_all",
+         "--no-save-optim and --no-save-rng are not for what is loaded"),
         ("preprocess_fsdp_dtensor_state_dict", "checkpoints.shapes:with_names",
          "a checkpoint of Megatron-FSDP that does not fit is refused", ("0.19",)),
         ("load_checkpoint", "checkpoints.loading:with_sentences", "all is verified"),

@@ -57,6 +57,15 @@ def offload(fraction):
     return f"--optimizer-cpu-offload --optimizer-offload-fraction {fraction} "
 
 
+# Whose weights alone are loaded, after the optimizer is made.
+FROM_WEIGHTS = {
+    "weights-fp32": DO,
+    "weights-bf16": DO + "--bf16 ",
+    "weights-smallest": DO + SMALLEST,
+}
+OFFLOADED = {"": "", "-half": offload(0.5)}
+
+
 def _is_quick(name, fraction):
     return name not in MATRIX and (fraction == 0.5 or (name, fraction) in OTHER_FRACTIONS)
 
@@ -97,6 +106,9 @@ def seen(request, tmp_path_factory):
             for name, flags in SAVED.items():
                 if name in names:
                     cases += _saving(name, flags, folder)
+            for name, flags in FROM_WEIGHTS.items():
+                if name in names:
+                    cases += _from_weights(name, flags, folder)
         if cases:
             results |= run(ranks, cases, folder / f"ranks{ranks}")
     results["log"] = "".join(path.read_text() for path in folder.glob("*/log"))
@@ -114,6 +126,24 @@ def _saving(name, flags, folder):
             Case(f"{name}-{end}", f"{flags}{second}--load {place} ", model=SMALL),
         ]
     return cases
+
+
+def _from_weights(name, flags, folder):
+    """Save, and start anew from the weights alone, without and with it."""
+    first = f"{flags}--save {folder / name} --save-interval 3 --exit-interval 3 "
+    then = f"{flags}--load {folder / name} --finetune "
+    return [
+        Case(f"{name}-first", first, model=SMALL),
+        *(Case(f"{name}{end}", then + more, model=SMALL) for end, more in OFFLOADED.items()),
+    ]
+
+
+@pytest.mark.parametrize("name", FROM_WEIGHTS)
+def test_training_starts_from_loaded_weights(seen, name):
+    assert losses(seen[name])[0] < losses(seen[f"{name}-first"])[0] - 0.1
+    for plain, ours in zip(seen[name], seen[f"{name}-half"], strict=True):
+        for key in ("losses", "weights", "state"):
+            assert plain[key] == ours[key]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,15 @@ QUICK = {
         "refused-full-tokens",
         "refused-legacy-whole-norms",
     ),
-    *("padding-full", "release-full", "no-save-optim-full", "decoupled-full", "done-full"),
+    *(
+        "saves-less-full",
+        "saves-less-whole",
+        "padding-full",
+        "release-full",
+        "no-save-optim-full",
+        "decoupled-full",
+        "done-full",
+    ),
     *("damaged-full-betas-text", "damaged-dp-step-text", "damaged-legacy-parameters-none"),
 }
 
@@ -122,6 +130,7 @@ def _cases(folder):
         add(f"frozen-{form}", form, "", "came+frozen-but-one")
         add(f"done-{form}", form, KEEP + "--train-iters 3")
         add(f"release-{form}", form, "", place=f"{form}-release")
+        add(f"saves-less-{form}", form, "--no-save-optim --no-save-rng ")
         add(f"no-save-optim-{form}", form, "", place=f"{form}-without")
         faster = DECOUPLED.replace("2e-3", "8e-3")
         add(f"decoupled-{form}", form, OVERRIDE + faster, place=f"{form}-decoupled")
@@ -244,6 +253,13 @@ def test_weights_of_a_release_are_taken(seen, form, name):
     assert len(rank["losses"]) == 6
     first = losses(seen[f"same-{form}"])[0]
     assert abs(rank["losses"][0] - first) < 0.2  # of a trained model
+
+
+@pytest.mark.parametrize(("form", "name"), _names("saves-less", [""]))
+def test_what_a_run_is_not_going_to_save_is_loaded(seen, form, name):
+    (rank,) = seen[f"saves-less-{form}"]
+    assert rank["error"] is None
+    assert losses([rank]) == losses(seen[f"same-{form}"])
 
 
 @pytest.mark.parametrize(("form", "name"), _names("no-save-optim", [""]))

@@ -204,7 +204,8 @@ class _Matrices:
             ValueError: state that does not fit its parameter.
         """
         state, weight = given.state, given.model_weight
-        tensors = [self.slice.param, *state.values()]
+        own = (value for value in state.values() if isinstance(value, Tensor))  # and others' marks
+        tensors = [self.slice.param, *own]
         if weight is not None and _is_written(weight):
             tensors.append(weight)
         seen = *state, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)

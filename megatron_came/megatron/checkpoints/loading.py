@@ -7,6 +7,7 @@ ranks agree whether one of them has found a problem, so that they end together.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -107,6 +108,18 @@ def _after(scheduler: Any, iteration: int, args: Any) -> None:
             f"the checkpoint is at iteration {iteration}, and --train-iters {args.train_iters} "
             "leaves nothing to train."
         )
+
+
+@around
+def asking_for_all(original: Function, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Ask a checkpoint for all that it has, whatever this run is going to save.
+
+    Megatron makes what it asks for as it makes what it saves, and would leave out the same.
+    """
+    if args.optimizer == "came" and current.get() is not None:
+        args = copy.copy(args)
+        args.no_save_optim = args.no_save_rng = None
+    return original(args, *rest, **kwargs)
 
 
 @around
