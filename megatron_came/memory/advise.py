@@ -29,8 +29,13 @@ class Option:
 Needs = Callable[[tuple[Change, ...]], int | None]
 
 
-def _needs_of(command: LaunchCommand) -> Needs:
-    """Return what says what a launch needs; each combination of changes is tried once."""
+def _needs_of(command: LaunchCommand, objection: str) -> Needs:
+    """Return what says what a launch needs; each combination of changes is tried once.
+
+    Args:
+        command: its flags and ranks.
+        objection: Megatron's, to the launch as it is.
+    """
 
     @functools.cache
     def needs(tried: tuple[Change, ...]) -> int | None:
@@ -39,6 +44,9 @@ def _needs_of(command: LaunchCommand) -> Needs:
             flags, ranks = change.applied(flags), change.ranks or ranks
         try:
             launch = Launch(megatron_flags.parse(flags, ranks, command.script))
+            # Of what is not installed here Megatron may complain in any case.
+            if megatron_flags.objection(launch.args) not in ("", objection):
+                return None
             optimizer = of_launch(launch.args)
             assert optimizer is not None  # others are refused
             return launch.peak(optimizer)
@@ -58,7 +66,8 @@ class Advice:
         singles: changes of which each is enough, the cheapest first; none where it fits.
         together: of changes that are enough only together, few and cheap ones; where nothing is
             enough, all that help. None where one is enough.
-        others: needs of Adam, as Megatron has it, in place of a launch's CAME, by name.
+        others: needs of Adam, as Megatron has it, in CAME's place, by name: of the launch where it
+            fits, or of changes that are enough together.
     """
 
     budget: int
@@ -69,8 +78,16 @@ class Advice:
 
 
 def advise(command: LaunchCommand, launch: Launch, trained: Optimizer, budget: int) -> Advice:
-    """Find what makes a command's launch, of its optimizer, fit into so many bytes of each GPU."""
-    needs_after, needs = _needs_of(command), launch.peak(trained)
+    """Find what makes a launch fit into so many bytes of each GPU.
+
+    Args:
+        command: its flags and ranks.
+        launch: the same, read.
+        trained: its optimizer.
+        budget: bytes of a GPU.
+    """
+    needs_after = _needs_of(command, megatron_flags.objection(launch.args))
+    needs = launch.peak(trained)
     if needs <= budget:
         adams = [change for change in changes(launch, None, None) if change.kind == ADAM]
         found = {change.name: needs_after((change,)) for change in adams if trained.is_came}
@@ -84,8 +101,17 @@ def advise(command: LaunchCommand, launch: Launch, trained: Optimizer, budget: i
             size = needs_after((change,))
             if size is not None and size <= budget:
                 singles.append(Option((change,), size))
-    together = None if singles else _together(needs_after, candidates, needs, budget)
-    return Advice(budget, needs, singles, together)
+    if singles:
+        return Advice(budget, needs, singles)
+    together = _together(needs_after, candidates, needs, budget)
+    kinds = [change.kind for change in together.changes if change.kind in OPTIMIZERS]
+    forms: dict[str, Option] = {}
+    if together.needs <= budget and CAME in (kinds or [CAME if trained.is_came else ADAM]):
+        forms = _with_adam(needs_after, candidates, together)
+    enough = next((each for each in forms.values() if each.needs <= budget), None)
+    if enough is not None and not trained.is_came:
+        return Advice(budget, needs, [], enough)
+    return Advice(budget, needs, [], together, {name: each.needs for name, each in forms.items()})
 
 
 def _together(needs_after: Needs, candidates: Sequence[Change], needs: int, budget: int) -> Option:
@@ -109,18 +135,27 @@ def _together(needs_after: Needs, candidates: Sequence[Change], needs: int, budg
     return Option(tuple(kept.values()), needs)
 
 
+def _with_adam(
+    needs_after: Needs, candidates: Sequence[Change], together: Option
+) -> dict[str, Option]:
+    """Put Adam into the place of an optimizer, in each form that there is, by name."""
+    rest = [change for change in together.changes if change.kind not in OPTIMIZERS]
+    found = {}
+    for adam in candidates:
+        tried = tuple(sorted([*rest, adam], key=candidates.index))
+        size = needs_after(tried) if adam.kind == ADAM else None
+        if size is not None:
+            found[adam.name] = Option(tried, size)
+    return found
+
+
 def text(advice: Advice, command: LaunchCommand, trained: Optimizer) -> list[str]:
     """Say what would make a launch fit."""
     budget, needs = advice.budget, advice.needs
     said = f"{human(needs)} of each GPU, which has {human(budget)}"
     if needs <= budget:
-        lines = [f"This launch fits: with {trained.name} it needs {said}."]
-        fits = next((k for k, size in advice.others.items() if size <= budget), None)
-        if fits is not None:
-            lines.append(f"{fits} is enough: it would need {human(advice.others[fits])}.")
-        elif advice.others:
-            lines.append(f"With Adam it would not fit, in no form that {_forms(command)}.")
-        return [line for each in lines for line in wrapped(each)]
+        lines = wrapped(f"This launch fits: with {trained.name} it needs {said}.")
+        return lines + _others(advice, command)
     lines = [*wrapped(f"This launch does not fit: it needs {said}.")]
     if advice.singles:
         lines += ["Each of these is enough, the cheapest first:", ""]
@@ -140,9 +175,23 @@ def text(advice: Advice, command: LaunchCommand, trained: Optimizer) -> list[str
         lines += _described("-  ", change, command)
     if least <= budget:
         lines += ["", f"Then it needs {human(least)}, {human(budget - least)} are left."]
+        adam = next((each for each in advice.together.changes if each.kind == ADAM), None)
+        if adam is not None:
+            lines += wrapped(f"{adam.name} is enough with these: CAME is not needed.")
+        lines += _others(advice, command)
     else:
         lines += ["", "Take more GPUs, GPUs with more memory, or a smaller model."]
     return lines
+
+
+def _others(advice: Advice, command: LaunchCommand) -> list[str]:
+    """Say whether Adam would fit in CAME's place, where that was tried."""
+    fits = next((k for k, size in advice.others.items() if size <= advice.budget), None)
+    if fits is not None:
+        return wrapped(f"{fits} is enough: it would need {human(advice.others[fits])}.")
+    if advice.others:
+        return wrapped(f"With Adam it would not fit, in no form that {_forms(command)}.")
+    return []
 
 
 def _described(mark: str, change: Change, command: LaunchCommand) -> list[str]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_came.megatron.arguments import FLAGS as CAME_FLAGS
 from megatron_came.memory.grid import Grid
+from megatron_came.memory.megatron_flags import PRECISE_DTYPES
+from megatron_came.memory.optimizers import has_fsdp
 from megatron_came.memory.prediction import Launch
 
 ADAM, CAME = OPTIMIZERS = ("Adam", "CAME")
 
 _SHARDED = "--use-distributed-optimizer"
 _PRECISE = "--use-precision-aware-optimizer"
-_DTYPES = ("--exp-avg-dtype", "--exp-avg-sq-dtype", "--main-params-dtype")
+_DTYPES = PRECISE_DTYPES[:3]  # of what Adam keeps
 _RECOMPUTED = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
     *("--recompute-num-layers", "1"),
 )
 _OFFLOAD = ("--optimizer-cpu-offload",)
+_SEQUENCE = "--sequence-parallel"
+_CUT_ANYWAY = ("--distribute-saved-activations",)  # by sequence parallelism, which refuses it
 _ANOTHER = "another optimizer, whose rate has to be found"
 
 
@@ -87,7 +91,8 @@ def changes(launch: Launch, micro_batch: int | None, ranks: int | None) -> list[
     if grid.data * grid.context > 1 and not grid.sharded:
         found.append(Change("sharding", (_SHARDED,), "nothing: the same numbers and traffic"))
     if grid.tensor > 1 and not args.sequence_parallel:
-        found.append(Change("sequence", ("--sequence-parallel",), "nothing: as much traffic"))
+        cost = "nothing: as much traffic"
+        found.append(Change("sequence", (_SEQUENCE,), cost, without=_CUT_ANYWAY))
     if not (args.bf16 or args.fp16):
         found.append(Change("precision", ("--bf16",), "16-bit arithmetic; main weights stay fp32"))
     families = {ADAM: _adams(args), CAME: _cames(args)}
@@ -102,7 +107,7 @@ def changes(launch: Launch, micro_batch: int | None, ranks: int | None) -> list[
     found += [change for family in families.values() for change in family]
     if args.recompute_granularity != "full":
         cost = "the forward pass runs twice: about a third more arithmetic"
-        without = ("--recompute-activations", "--recompute-modules")
+        without = ("--recompute-activations", "--recompute-modules", "--moe-layer-recompute")
         found.append(Change("recomputation", _RECOMPUTED, cost, without=without))
     if args.optimizer == "came" and not args.optimizer_cpu_offload:
         cost = "gradients and weights cross to the CPU and back, and its kernels are slower"
@@ -134,19 +139,22 @@ def _adams(args: argparse.Namespace) -> Iterator[Change]:
 
 def _cames(args: argparse.Namespace) -> Iterator[Change]:
     """CAME in its modes, from the largest on; of a launch with CAME, in those that are smaller."""
-    without = (_PRECISE, *_DTYPES, "--came-momentum-dtype", "--came-main-params")
+    without = (_PRECISE, *PRECISE_DTYPES, "--came-momentum-dtype", "--came-main-params")
     is_other = args.optimizer != "came"
     modes = ["fp32", "bf16", "int8"]
+    own: tuple[str, ...] = ("--optimizer", "came")
+    if args.bf16 and not args.accumulate_allreduce_grads_in_fp32:
+        own += ("--grad-reduce-in-bf16",)  # also where --main-grads-dtype said so
     if is_other:
-        yield Change(CAME, ("--optimizer", "came"), _ANOTHER, "CAME", without)
+        yield Change(CAME, own, _ANOTHER, "CAME", without)
     for momentum in modes if is_other else modes[modes.index(args.came_momentum_dtype) :]:
-        flags: tuple[str, ...] = ("--optimizer", "came")
+        flags = own
         cost = "the same numbers"
         if momentum != "fp32":
             flags += ("--came-momentum-dtype", momentum)
             cost = f"momentum is rounded to {momentum}, stochastically"
         cost += f"; {_ANOTHER}" if is_other else ""
-        if args.bf16:
+        if args.bf16 and not has_fsdp(args):
             flags += (_SHARDED, "--came-main-params", "remainder")
         yield Change(CAME, flags, cost, f"CAME with {momentum} momentum", without)
 
@@ -154,17 +162,18 @@ def _cames(args: argparse.Namespace) -> Iterator[Change]:
 def _layouts(args: argparse.Namespace, grid: Grid) -> Iterator[Change]:
     """More tensor, pipeline and expert parallelism on the same ranks."""
     for size in _doubled(grid.tensor, 8):
-        flags: Sequence[str] = ("--tensor-model-parallel-size", f"{size}", "--sequence-parallel")
-        yield Change("tensor", tuple(flags), "traffic in every layer: keep it inside a node")
+        flags: tuple[str, ...] = ("--tensor-model-parallel-size", f"{size}", _SEQUENCE)
+        cost = "traffic in every layer: keep it inside a node"
+        yield Change("tensor", flags, cost, without=_CUT_ANYWAY)
     for size in _doubled(grid.pipeline, args.num_layers):
         data = max(1, grid.world // (grid.tensor * grid.context * size))
         count = max(1, args.global_batch_size // (args.micro_batch_size * data))
         flags = ("--pipeline-model-parallel-size", f"{size}")
         waits = f"GPUs wait {(size - 1) / (count + size - 1):.0%} of the time, without interleaving"
-        yield Change("pipeline", tuple(flags), waits)
+        yield Change("pipeline", flags, waits)
     for size in _doubled(grid.expert, args.num_experts or 1):
         flags = ("--expert-model-parallel-size", f"{size}")
-        yield Change("experts", tuple(flags), "tokens travel between more GPUs")
+        yield Change("experts", flags, "tokens travel between more GPUs")
 
 
 def _doubled(size: int, most: int) -> Iterator[int]:

@@ -54,13 +54,13 @@ def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
     A micro-batch size must divide the batch of each data-parallel rank.
     """
     grid, micro_batch = launch.grid, launch.args.micro_batch_size
-    in_flight = grid.pipeline if grid.virtual else 1  # micro-batches, at least
+    group = grid.pipeline if grid.virtual else 1  # micro-batches come in so many
 
     def sizes(other: int) -> list[int]:
         if not launch.has_global_batch:
             return _POWERS
         most = launch.args.global_batch_size // other
-        return [n for n in range(1, most + 1) if most % n == 0 and most // n >= in_flight]
+        return [n for n in range(1, most + 1) if most % (n * group) == 0]
 
     def is_possible(data: int) -> bool:
         try:

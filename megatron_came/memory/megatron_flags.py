@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import operator
 import os
@@ -27,6 +28,11 @@ from megatron_came.voice import PREFIX
 
 # What Megatron's scripts of these models set.
 _DEFAULTS = {kind: {"tokenizer_type": "BertWordPieceLowerCase"} for kind in (BERT, T5)}
+# Flags of the precision-aware optimizer.
+PRECISE_DTYPES = (
+    *("--exp-avg-dtype", "--exp-avg-sq-dtype"),
+    *("--main-params-dtype", "--main-grads-dtype"),
+)
 _OPTIMIZERS = ("came", "adam", "sgd", "lion", "muon", "dist_muon")
 
 
@@ -129,6 +135,7 @@ def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
                 os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
             validate_args(args, _DEFAULTS.get(args.model_kind, {}))
             _refuse(args, _VALIDATED)
+            _refuse_validated(args)
             _pad_vocabulary(args)
         except CommandError:
             raise
@@ -168,6 +175,63 @@ def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:
 def _refuse(args: argparse.Namespace, rules: Sequence[Rule]) -> None:
     if problem := refusal(rules, args):
         raise CommandError(problem)
+
+
+def _refuse_validated(args: argparse.Namespace) -> None:
+    """Refuse what Megatron's validation lets pass, and its run does not."""
+    tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.optimizer == "sgd" and args.use_distributed_optimizer and not has_fsdp(args):
+        raise CommandError(
+            "Megatron's distributed optimizer does not take --optimizer sgd: leave "
+            "--use-distributed-optimizer out."
+        )
+    for flag in PRECISE_DTYPES:
+        dtype = getattr(args, flag.strip("-").replace("-", "_"), None)
+        if dtype not in (None, torch.float32) and not args.use_precision_aware_optimizer:
+            raise CommandError(
+                f"{flag} goes with --use-precision-aware-optimizer alone: leave it out or add that."
+            )
+    if args.num_experts and tensor > 1 and not args.sequence_parallel:
+        raise CommandError(
+            f"Megatron trains experts at --tensor-model-parallel-size {tensor} with "
+            "--sequence-parallel alone: add it."
+        )
+    for length in (args.seq_length, args.decoder_seq_length):
+        if args.sequence_parallel and (length or 0) // args.context_parallel_size % tensor:
+            raise CommandError(
+                f"--sequence-parallel cannot cut a sequence of {length} for "
+                f"--tensor-model-parallel-size {tensor}: use another length or size."
+            )
+    count = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    group = args.microbatch_group_size_per_vp_stage or stages
+    if args.virtual_pipeline_model_parallel_size and not (
+        stages <= group <= count and count % group not in range(1, stages)
+    ):
+        raise CommandError(
+            f"{count} micro-batches do not fill {stages} pipeline stages with virtual ones: use a "
+            f"--global-batch-size that has a multiple of {group}."
+        )
+
+
+def objection(args: argparse.Namespace) -> str:
+    """What the transformer's settings object to as Megatron makes them; nothing where they do not.
+
+    The models of a prediction are built without what decides about neither shapes nor bytes.
+
+    Args:
+        args: Megatron's, validated.
+    """
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = copy.copy(args)
+    # Those are asked for by default, and need Transformer Engine as soon as settings are made.
+    args.apply_rope_fusion = args.moe_permute_fusion = False
+    with _alone():
+        try:
+            core_transformer_config_from_args(args)
+        except Exception as error:
+            return repr(error)
+    return ""
 
 
 def _pad_vocabulary(args: argparse.Namespace) -> None:

@@ -28,11 +28,14 @@ _OFF = """
     moe_grouped_gemm moe_permute_fusion moe_router_fusion moe_shared_expert_overlap
     overlap_moe_expert_parallel_comm delay_wgrad_compute use_te_rng_tracker
     distribute_saved_activations cpu_offloading fine_grained_activation_offloading
-    batch_invariant_mode
+    batch_invariant_mode moe_enable_deepep moe_layer_recompute moe_paged_stash fp8_output_proj
+    moe_router_padding_for_fp8 moe_router_padding_for_quantization defer_embedding_wgrad_compute
+    overlap_dispatch_backward_with_experts_wgrad overlap_p2p_comm_warmup_flush
 """
 _UNSET = """
     hierarchical_context_parallel_sizes fp8 fp4 recompute_granularity recompute_method
-    recompute_num_layers recompute_modules
+    recompute_num_layers recompute_modules inference_cuda_graph_scope cuda_graph_modules
+    moe_expert_rank_capacity_factor
 """
 _ANYWHERE: dict[str, object] = {
     **dict.fromkeys(_OFF.split(), False),
@@ -42,6 +45,7 @@ _ANYWHERE: dict[str, object] = {
     "context_parallel_size": 1,
     "no_persist_layer_norm": True,
     "moe_token_dispatcher_type": "alltoall",
+    "moe_flex_dispatcher_backend": "deepep",
     "cuda_graph_impl": "none",
 }
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from megatron_came import CAME
 from megatron_came.core.reference import outer, rms, update
 
 BETAS = 0.9, 0.999, 0.9999
@@ -39,14 +40,16 @@ def steps_of(gradients, betas=BETAS, threshold=1.0, eps2=1e-16, **options):
         yield Step(t, u_hat, m, Q, state.get("R"), state.get("C"), before - theta)
 
 
-def largest_ratio(t, b1, _, b3):
-    """B_t: the largest |m| / sqrt(Q)."""
-    return (1 - b1) / b1 * math.sqrt(b3 * (b3**-t - 1)) / (1 - b3)
+def largest_ratio(t, b1, _, b3, corrected=False):
+    """B_t: the largest |m| / sqrt(Q), of averages that are corrected or not."""
+    ratio = (1 - b1) / b1 * math.sqrt(b3 * (b3**-t - 1)) / (1 - b3)
+    return ratio * (math.sqrt(1 - b3**t) / (1 - b1**t) if corrected else 1)
 
 
-def least_instability(t, betas, threshold, eps2):
+def least_instability(t, betas, threshold, eps2, corrected=False):
     b1, _, b3 = betas
-    return (1 - b3**t) * eps2**2 / ((b1 * threshold * (2 - b1 ** (t - 1))) ** 2 + eps2)
+    least = eps2**2 / ((b1 * threshold * (2 - b1 ** (t - 1))) ** 2 + eps2)
+    return least if corrected else (1 - b3**t) * least
 
 
 def drawn():
@@ -69,21 +72,25 @@ def drawn():
         yield gradients, settings
 
 
-def test_nothing_is_found_beyond_the_bounds():
+@pytest.mark.parametrize("corrected", [False, True], ids=["plain", "bias correction"])
+def test_nothing_is_found_beyond_the_bounds(corrected):
     for gradients, settings in drawn():
         betas, threshold = settings["betas"], settings["threshold"]
-        for step in steps_of(gradients, **settings):
+        for step in steps_of(gradients, **settings, bias_correction=corrected):
             assert rms(step.u_hat) <= threshold * SLACK
             assert rms(step.m) <= threshold * (1 - betas[0] ** step.t) * SLACK
-            largest = largest_ratio(step.t, *betas)
-            assert (step.m.abs() <= largest * step.Q.sqrt() * SLACK + 1e-12 * threshold).all()
-            R, C, S = step.R, step.C, outer(step.R, step.C)
+            m, Q, R, C = step.m, step.Q, step.R, step.C
+            if corrected:
+                m = m / (1 - betas[0] ** step.t)
+                Q, R, C = (each / (1 - betas[2] ** step.t) for each in (Q, R, C))
+            largest = largest_ratio(step.t, *betas, corrected)
+            assert (m.abs() <= largest * Q.sqrt() * SLACK + 1e-12 * threshold).all()
+            S = outer(R, C)
             rows, columns = S.shape
             most = torch.minimum(columns * C.mean() / C, (rows * R.mean() / R).unsqueeze(-1))
-            assert (most * S * SLACK >= step.Q).all()
-            assert (
-                least_instability(step.t, betas, threshold, settings["eps2"]) <= S * SLACK
-            ).all()
+            assert (most * S * SLACK >= Q).all()
+            least = least_instability(step.t, betas, threshold, settings["eps2"], corrected)
+            assert (least <= S * SLACK).all()
             assert (step.update.abs() <= largest * most.sqrt() * SLACK + 1e-9).all()
 
 
@@ -96,12 +103,78 @@ def test_vectors_and_updates_without_confidence_are_bound_by_the_threshold():
                 assert rms(step.update) <= settings["threshold"] * most * SLACK
 
 
+def test_cautious_makes_updates_smaller_only():
+    few = itertools.islice(drawn(), 30)
+    for (gradients, settings), corrected in itertools.product(few, (False, True)):
+        options = {**settings, "bias_correction": corrected}
+        both = (steps_of(gradients, cautious=each, **options) for each in (False, True))
+        for usual, step in zip(*both, strict=True):
+            kept = (step.update == usual.update) | (step.update == 0)
+            close = (step.update - usual.update).abs() <= 1e-9 * usual.update.abs()
+            assert (kept | close).all()
+
+
+def test_the_threshold_of_each_group_bounds_what_has_no_confidence():
+    """As rules and groups set it, of the optimizer itself, at a rate of one."""
+    generator = torch.Generator().manual_seed(4)
+    thresholds = itertools.cycle((0.1, 1.0, 3.0))
+    for corrected, cautious in itertools.product((False, True), repeat=2):
+        switches = {"bias_correction": corrected, "cautious": cautious}
+        groups = []
+        for own in ({"factored": False}, {"no_confidence": True}, {"shape": (30,)}):
+            shape = own.pop("shape", (5, 6))
+            param = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+            betas = tuple(1 - 10 ** -(0.3 + 3 * torch.rand(3, generator=generator)).double())
+            groups.append(
+                {
+                    **{"params": [param], "clip_threshold": next(thresholds)},
+                    **{"betas": tuple(map(float, betas)), **switches, **own},
+                }
+            )
+        optimizer = CAME(groups, lr=1.0, kernels="plain")
+        for t in range(1, 30):
+            before = [group["params"][0].detach().clone() for group in groups]
+            for group in groups:
+                (param,) = group["params"]
+                noise = torch.randn(param.shape, dtype=torch.float64, generator=generator)
+                param.grad = (noise + 1) * 10.0 ** (t % 7)
+            optimizer.step()
+            for group, old in zip(groups, before, strict=True):
+                most = 1.0 if corrected else 1 - group["betas"][0] ** t
+                moved = rms(group["params"][0].detach() - old)
+                assert moved <= group["clip_threshold"] * most * SLACK
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_the_raw_update_of_a_vector_is_largest_of_a_spike(beta2):
+    noise = torch.randn(60, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    noise[40] *= 1e12
+    sizes = [rms(step.u_hat) for step in steps_of(noise, (0.9, beta2, 0.9999), threshold=1e9)]
+    assert max(sizes) == sizes[40] == pytest.approx((1 - beta2) ** -0.5, rel=1e-6)
+
+
 def test_a_spike_and_a_steady_gradient_reach_the_threshold():
     calm, spike = torch.full((4, 5), 1e-3).double(), torch.full((4, 5), 1e3).double()
     *_, last = steps_of([calm, calm, spike], threshold=0.7)
     assert rms(last.u_hat) == pytest.approx(0.7, rel=1e-12)
     for step in steps_of([calm] * 20):
         assert rms(step.m) == pytest.approx(1 - 0.9**step.t, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("betas", "expected"),
+    [
+        (BETAS, {1: 11.1, 10: 35.1, 100: 111, 1000: 360}),
+        ((0.9, 0.95, 0.995), {1: 1.6, 10: 5.0, 100: 18, 1000: 271}),
+    ],
+    ids=str,
+)
+def test_the_table_of_the_largest_ratios(betas, expected):
+    digits = {t: 1 if t <= 10 else 0 for t in expected}
+    assert {t: round(largest_ratio(t, *betas), digits[t]) for t in expected} == expected
+    corrected = {t: round(largest_ratio(t, *betas, True), digits[t]) for t in (10, 100)}
+    assert corrected == {10: 1.7, 100: 11}
+    assert largest_ratio(1, *betas, True) == pytest.approx(1 / betas[0])
 
 
 def test_no_smaller_ratio_of_momentum_and_instability_holds():

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from megatron_came import megatron, memory
 from megatron_came.memory import advise, command
+from megatron_came.memory.changes import changes
 from megatron_came.memory.launch_command import LaunchCommand
+from megatron_came.memory.megatron_flags import objection
 from megatron_came.memory.optimizers import ADAMW, came, of_launch, precision_aware
-from tests.support.memory_flags import BF16, DO, SMALL, launch, pp
+from tests.support.memory_flags import BF16, DO, EXPERTS, SMALL, launch, pp, tp
 
 # So wide that the optimizer's state counts, so long that activations are more than the fp32 copies
 # of fp8 moments.
@@ -16,6 +19,8 @@ WIDE = SMALL.replace("--hidden-size 48", "--hidden-size 512") + BF16
 WIDE = WIDE.replace("--seq-length 32", "--seq-length 512").replace(
     "embeddings 32", "embeddings 512"
 )
+CAME = ("--optimizer", "came")
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
 FP8 = precision_aware("fp8", "fp8", "remainder")
 
 
@@ -113,6 +118,79 @@ def test_changes_that_are_enough_together_are_all_needed():
     for change in together.changes:
         fewer = [other for other in together.changes if other is not change]
         assert needs(fewer) > found.budget
+
+
+# Whatever the budget: one that nothing reaches, so that all changes that help are named.
+
+
+def offered(flags, ranks=4):
+    found, _ = advice(flags, lambda run: 1000, ranks)
+    return {change.kind: change for change in found.together.changes}
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "without"),
+    [
+        (WIDE + "--optimizer sgd --micro-batch-size 4 ", "sharding", ()),
+        (WIDE + DO + "--cuda-graph-impl local --micro-batch-size 4 ", "recomputation", ()),
+        (
+            WIDE + DO + EXPERTS + "--moe-layer-recompute ",
+            "recomputation",
+            ("--recompute-activations", "--recompute-modules", "--moe-layer-recompute"),
+        ),
+    ],
+    ids=["sgd", "CUDA graphs", "recomputed experts"],
+)
+def test_nothing_is_advised_that_megatron_refuses(flags, kind, without):
+    change = offered(flags).get(kind)
+    assert (change is None) == (without == ())
+    assert change is None or change.without == without
+
+
+def test_sequence_parallelism_takes_the_place_of_what_it_refuses():
+    flags = WIDE + DO + FULL + "--distribute-saved-activations " + tp(2)
+    (change,) = [each for each in changes(launch(flags, 4), None, None) if each.kind == "sequence"]
+    refused = objection(launch(flags + "--sequence-parallel ", 4).args)
+    assert "must be false when sequence parallel is enabled" in refused
+    assert objection(launch(" ".join(change.applied(flags.split())), 4).args) == ""
+
+
+def test_flags_of_the_precision_aware_optimizer_go_with_it():
+    flags = WIDE + DO + "--use-precision-aware-optimizer --main-grads-dtype bf16 "
+    change = offered(flags)["CAME"]
+    assert "--main-grads-dtype" in change.without
+    assert "--grad-reduce-in-bf16" in change.flags
+    changed = launch(" ".join(change.applied(flags.split())), 4)
+    assert changed.args.main_grads_dtype == torch.float32
+    assert not changed.args.accumulate_allreduce_grads_in_fp32
+
+
+def test_smaller_momentum_is_advised_with_fsdp2():
+    flags = WIDE + "--use-torch-fsdp2 --untie-embeddings-and-output-weights --optimizer came "
+    flags += "--no-gradient-accumulation-fusion --ckpt-format torch_dist "
+    assert offered(flags)["CAME"].flags == (*CAME, "--came-momentum-dtype", "int8")
+
+
+# With these Adam in 12 bytes is enough, and before the last of them CAME in 9 is not.
+TOGETHER = "--micro-batch-size 1 --grad-reduce-in-bf16 " + FULL
+ADAM = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 "
+
+
+@pytest.mark.parametrize(("own", "bytes_more"), [("adam", 0), ("came", 0), ("came", -1)])
+def test_adam_is_enough_among_changes_where_it_is(own, bytes_more):
+    flags = WIDE + DO + "--micro-batch-size 4 "
+    small = launch(flags + TOGETHER + ADAM, 4)
+    budget = small.peak(of_launch(small.args)) + bytes_more
+    mine = f"--optimizer {own} "
+    found, said = advice(flags + mine, lambda run: budget)
+    kinds = [change.kind for change in found.together.changes]
+    if own == "adam":
+        assert "CAME" not in kinds
+        assert said.endswith("Adam with bf16 moments is enough with these: CAME is not needed.")
+    elif bytes_more == 0:
+        assert "Adam with bf16 moments is enough: it would need" in said
+    else:
+        assert said.endswith("With Adam it would not fit, in no form that Megatron has.")
 
 
 def test_where_nothing_helps_it_is_said():

@@ -408,3 +408,20 @@ def test_what_fits_without_a_global_batch_size():
 )
 def test_sizes(said, size):
     assert fit.parse_size(said) == size
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--cuda-graph-impl local ",
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn ",
+        "--moe-token-dispatcher-type flex --moe-enable-deepep ",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep ",
+        "--fp8-format hybrid --moe-router-padding-for-quantization ",
+        "--defer-embedding-wgrad-compute ",
+    ],
+)
+def test_what_decides_about_kernels_alone_leaves_bytes_as_they_are(more):
+    flags = SMALL + BF16 + DO + EXPERTS + pp(2) + "--expert-model-parallel-size 2 "
+    usual, run = (launch(flags + own, 4) for own in ("", more))
+    assert [s.components(ADAMW) for s in run.stages] == [s.components(ADAMW) for s in usual.stages]

@@ -103,6 +103,18 @@ FAILING = {
         SMALL + DO + "--gpus 1 --use-precision-aware-optimizer",
         "is predicted with --bf16 or --fp16",
     ),
+    "sharded sgd": (SMALL + DO + "--gpus 2 --optimizer sgd", "does not take --optimizer sgd"),
+    "bf16 moments": (SMALL + BF16 + DO + "--gpus 2 --exp-avg-dtype bf16", "--exp-avg-dtype goes w"),
+    "gradients": (SMALL + "--bf16 --gpus 2 --main-grads-dtype bf16", "--main-grads-dtype goes w"),
+    "experts": (SMALL + EXPERTS + tp(2) + "--gpus 2", "with --sequence-parallel alone: add it"),
+    "odd sequence": (
+        SMALL + tp(4) + "--sequence-parallel --gpus 4 --seq-length 30",
+        "cannot cut a sequence of 30 for --tensor-model-parallel-size 4",
+    ),
+    "virtual stages": (
+        SMALL + pp(2) + "--num-layers-per-virtual-pipeline-stage 1 --gpus 2 --global-batch-size 5",
+        "5 micro-batches do not fill 2 pipeline stages with virtual ones",
+    ),
     "another layout": (
         "--gpus 1 pretrain_bert.py --optimizer muon " + SMALL + DO,
         "not predicted: add --no-use-layer-wise-param-layout",

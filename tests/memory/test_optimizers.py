@@ -157,8 +157,9 @@ def _muon(params):
 
 
 def _lion(params):
-    lions = pytest.importorskip("emerging_optimizers.scalar_optimizers")
-    return lions.Lion(params, lr=1e-3)
+    from emerging_optimizers.scalar_optimizers import Lion
+
+    return Lion(params, lr=1e-3)
 
 
 MOMENTUM = type("Args", (), {"sgd_momentum": 0.9})

@@ -1,6 +1,5 @@
 """The memory of ranks that train, against what is predicted of them from the flags alone."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -47,16 +46,15 @@ CASES = CASES | {
     "offload-moe": (2, "came", "came", MODELS["moe"] + EP + "--bf16 " + OFFLOAD + DO),
     "smallest-tp2-pp2": (4, "came", "came", SMALLEST + tp(2) + pp(2) + DO),
 }
-# As Megatron builds them, in a package that need not be there. Gloo cannot gather their weights
-# from data-parallel ranks.
-EMERGING = {
+CASES |= {
     "muon": (2, "came", "muon", "--bf16 "),
     "muon-tp2": (2, "came", "muon", "--bf16 --grad-reduce-in-bf16 " + tp(2) + DO),
     "muon-lion-pp2": (2, "came", "muon", "--bf16 --muon-scalar-optimizer lion " + pp(2) + DO),
     "lion-tp2": (2, "came", "lion", "--bf16 " + tp(2) + DO),
+    "muon-do": (2, "came+broadcasting", "muon", "--bf16 " + DO),
+    "lion-do": (2, "came+broadcasting", "lion", "--bf16 " + DO),
+    "muon-moe-ep2-do": (2, "came+broadcasting", "muon", MODELS["moe"] + EP + "--bf16 " + DO),
 }
-CASES |= EMERGING
-ABSENT = EMERGING if importlib.util.find_spec("emerging_optimizers") is None else {}
 QUICK = (
     "gpt2-pp2-vpp2-do-overlap",
     "gpt2-tp2-sp-do",
@@ -71,6 +69,7 @@ QUICK = (
     "offload-smallest-tp2",
     "muon-tp2",
     "lion-tp2",
+    "muon-do",
 )
 
 LOGGED = "bf16"  # to TensorBoard as well
@@ -79,14 +78,7 @@ TWICE = "--optimizer came --bf16 --hidden-dropout 0.1 --train-iters 3 --lr-warmu
 
 
 def _mark(names):
-    absent = pytest.mark.skip("pip install emerging-optimizers")
-    return [
-        pytest.param(
-            name,
-            marks=[pytest.mark.matrix] * (name not in QUICK) + [absent] * (name in ABSENT),
-        )
-        for name in names
-    ]
+    return [pytest.param(name, marks=[pytest.mark.matrix] * (name not in QUICK)) for name in names]
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +87,7 @@ def reports(request, tmp_path_factory):
     items = [item for item in request.session.items if item.path == Path(__file__)]
     asked = {item.callspec.params["name"] for item in items if hasattr(item, "callspec")} | {LOGGED}
     folder = tmp_path_factory.mktemp("memory")
-    places = {name: folder / name for name in asked - ABSENT.keys()}
+    places = {name: folder / name for name in asked}
     if any(item.path.name == "test_layouts.py" for item in request.session.items):
         request.getfixturevalue("layouts")
         trained = request.getfixturevalue("layouts_folder") / "memory"

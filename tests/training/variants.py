@@ -248,6 +248,14 @@ def _spiky(iteration=3, factor=100.0):
     return mock.patch.object(pretrain_gpt, "loss_func", spoiled)
 
 
+def _broadcasting():
+    """Lion's and Muon's weights by broadcasts: gloo does not gather tensors of several sizes."""
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    gathered = LayerWiseDistributedOptimizer.broadcast_params
+    return mock.patch.object(LayerWiseDistributedOptimizer, "allgather_params", gathered)
+
+
 @contextlib.contextmanager
 def _in_fp8():
     """Layers' weights lie in fp8 tensors of a stand-in's, and Megatron gathers them so.
@@ -313,6 +321,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "silent": _silent_weights,
         "killed": _killed_while_saving,
         "fp8": _in_fp8,
+        "broadcasting": _broadcasting,
         "no_dp_sum": lambda: without_sums_over("dp_group"),
         "no_tp_sum": lambda: without_sums_over("tp_group"),
     }
