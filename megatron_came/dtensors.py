@@ -356,7 +356,7 @@ def placed(local: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[
     """Make a ``DTensor`` of what this rank holds of a tensor of this shape."""
     from torch.distributed.tensor import DTensor
 
-    size, stride = torch.Size(shape), torch.empty(*shape, device="meta").stride()
+    size, stride = torch.Size(shape), torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=stride)
 
 

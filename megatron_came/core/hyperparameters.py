@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, SupportsIndex, cast
 
 import torch
 
@@ -271,9 +272,15 @@ def check_step(value: object, where: str = "") -> int:
     """Return a group's number of steps.
 
     Raises:
-        HyperparameterError: no whole number, or a negative one.
+        HyperparameterError: no whole number, or a negative one; of a saved group, whose place the
+            sentence says, also a float, which stops counting where it is large.
     """
     step = _number(value)
+    if where:
+        try:
+            operator.index(cast("SupportsIndex", value))
+        except (TypeError, ValueError, RuntimeError):
+            step = math.nan
     if not step.is_integer() or step < 0:
         error = HyperparameterError("step", value, "a whole number at least 0")
         raise error.within(where) if where else error

@@ -305,7 +305,11 @@ RULES = (
     Rule(
         f"{_FSDP2} needs weights of their own for embeddings and output: add "
         "--untie-embeddings-and-output-weights.",
-        when=lambda s: s.use_torch_fsdp2 and s.untie_embeddings_and_output_weights is False,
+        when=lambda s: (
+            s.use_torch_fsdp2
+            and "untie_embeddings_and_output_weights" in s
+            and not s.untie_embeddings_and_output_weights
+        ),
     ),
     Rule(
         f"{{given}} is not supported with {_FSDP2} at --tensor-model-parallel-size above 1, where "
@@ -335,7 +339,7 @@ RULES = (
     ),
     Rule(
         "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on.",
-        when=lambda s: s.decoupled_weight_decay is False,
+        when=lambda s: "decoupled_weight_decay" in s and not s.decoupled_weight_decay,
     ),
     _not_with(
         "--expert-tensor-parallel-size",

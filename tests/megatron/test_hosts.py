@@ -5,9 +5,11 @@ CPU. With verl's and Megatron-Bridge's packages: ``tests/releases/test_framework
 """
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_came.megatron.checkpoints.loading import with_sentences
 from tests.support.running import run_python, seen_by_host_worker
 
 WAYS = [
@@ -38,6 +40,16 @@ def test_another_packages_wrapper_is_called_once(seen, way):
     assert seen[way]["calls"] == ["called"]
     said = [line for line in seen[way]["said"] if "has been replaced already, by other_" in line]
     assert len(said) == (way != "another_after")
+
+
+def test_what_is_loaded_may_be_given_by_name(monkeypatch):
+    """As slime does."""
+    run = SimpleNamespace(optimizer="adam", override_opt_param_scheduler=False)
+    training = SimpleNamespace(get_args=lambda: run)
+    monkeypatch.setitem(sys.modules, "megatron.training", training)
+    load = with_sentences(lambda *args, **kwargs: (*args, kwargs))
+    given = {"ddp_model": [], "optimizer": "adam", "opt_param_scheduler": "schedule"}
+    assert load(**given, strict=False) == ([], "adam", "schedule", {"strict": False})
 
 
 def test_a_hosts_checkpoint_is_resumed_bit_for_bit(seen):

@@ -65,6 +65,7 @@ def test_every_flag_of_cames_is_a_setting():
         ({"came_beta2": "0.9"}, r"OptimizerConfig's came_beta2 0.9 is not allowed"),
         ({"came_momentum_dtype": "fp8"}, "--came-momentum-dtype fp8 is not allowed: use fp32 or"),
         ({"decoupled_weight_decay": False}, "has decoupled weight decay only"),
+        ({"decoupled_weight_decay": 0}, "has decoupled weight decay only"),
         (
             {"optimizer_cpu_offload": True, "use_distributed_optimizer": False},
             "--optimizer-cpu-offload needs the distributed optimizer",

@@ -112,6 +112,8 @@ DAMAGES = {
     "no step": (damage(("param_groups", 0, "step"), None), "step in .* = None"),
     "negative step": (damage(("param_groups", 0, "step"), -3), "step in .* = -3"),
     "half a step": (damage(("param_groups", 0, "step"), 1.5), "step in .* = 1.5"),
+    "a float step": (damage(("param_groups", 0, "step"), 8.0), "step in .* = 8.0"),
+    "a step in fp32": (damage(("param_groups", 0, "step"), torch.tensor(8.0)), "step in .* = tens"),
     "groups": (damage(("param_groups",), {}), "must be a list of dictionaries"),
     "a group": (damage(("param_groups", 0), []), "must be a dictionary with a list 'params'"),
     "params": (damage(("param_groups", 0, "params"), None), "must be a dictionary with a list"),

@@ -183,6 +183,23 @@ def test_these_are_refused(mesh_shape, shape, placements, words):
     assert {isinstance(shard, str) and words in shard for _, shard in parts} == {True}
 
 
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_the_state_of_a_number_can_be_saved_and_loaded(momentum_dtype):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        param = torch.nn.Parameter(part_of(torch.ones(()), mesh, [Replicate()]))
+        param.grad = part_of(torch.full((), 0.5), mesh, [Replicate()])
+        optimizers = [CAME([param], momentum_dtype=momentum_dtype, **SETTINGS) for _ in range(2)]
+        optimizers[0].step()
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+        saved, loaded = (each.state[param]["exp_avg_sq"].to_local() for each in optimizers)
+        assert saved.shape == ()
+        assert saved == loaded > 0
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_cut_that_is_not_summed_over_is_seen():
     """These tests can fail."""
     shape = (9, 7)

@@ -65,18 +65,19 @@ def _checked(
     run: Any,
     ddp_model: Any,
     optimizer: Any,
-    scheduler: Any,
+    opt_param_scheduler: Any,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    load = Load(ddp_model, optimizer, scheduler, bool(run.override_opt_param_scheduler))
+    own_rates = bool(run.override_opt_param_scheduler)
+    load = Load(ddp_model, optimizer, opt_param_scheduler, own_rates)
     if run.optimizer == "came" and kwargs.get("skip_load_to_model_and_opt"):
         # Of FSDP2's checkpoints Megatron fills the tensors in place and leaves it at that: the
         # steps of groups are none, nor is momentum in the dtype of a checkpoint.
         kwargs["skip_load_to_model_and_opt"] = False
     token = current.set(load)
     try:
-        result = original(ddp_model, optimizer, scheduler, *args, **kwargs)
+        result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
     except (UnsupportedError, torch.OutOfMemoryError, dist.DistError):
         raise  # the checkpoint is not to blame
     except SystemExit as end:
@@ -95,7 +96,7 @@ def _checked(
     finally:
         current.reset(token)
     if run.optimizer == "came":
-        _after(scheduler, result[0], run)
+        _after(opt_param_scheduler, result[0], run)
     return result
 
 
