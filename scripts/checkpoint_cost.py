@@ -19,7 +19,7 @@ from megatron_came.launch import prepare
 prepare()  # before anything imports Megatron
 
 from megatron_came import pretrain_gpt  # noqa: E402
-from megatron_came.core.digests import pack  # noqa: E402
+from megatron_came.core.records import pack  # noqa: E402
 from megatron_came.megatron.checkpoints.digests import saving  # noqa: E402
 
 FLAGS = """
@@ -62,7 +62,7 @@ def main(folder: Path, flags: list[str]) -> None:
     digest, save = min(digests[1:]), min(saves[1:])
     latest = max(folder.glob("iter_*"))
     total = sum(file.stat().st_size for file in latest.rglob("*") if file.is_file())
-    record = len(pack(records[-1]))
+    record = len(pack(records[-1][0]))
     print(
         f"digests {1e3 * digest:.0f} ms of a save of {1e3 * save:.0f} ms: {digest / save:.2%}; "
         f"{record} of {total} bytes: {record / total:.4%}"

@@ -19,6 +19,9 @@ from megatron_came.checkpoint_files.tensors import READ_BYTES, Storage
 PICKLE = "data.pkl"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
+# Its last records; the first two are there in files of PyTorch's.
+_END64, _LOCATOR = struct.Struct("<4sQ2H2I4Q"), struct.Struct("<4sIQI")
+_END = struct.Struct("<4s4H2IH")
 # Where a header has the CRC-32 of its member, from its own beginning.
 _CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16
 # A file from before zip archives were used begins with a pickle of this number.
@@ -86,18 +89,53 @@ class Archive:
             archive = zipfile.ZipFile(cast(BinaryIO, self._bytes))
         except Exception as error:
             raise cannot_be_read(self.name, error) from error
+        if problem := self._other_reading(archive):
+            raise cannot_be_read(self.name, problem)
         files = {each.filename: each for each in archive.infolist()}
-        folder = next(
-            (name.removesuffix(PICKLE) for name in files if name.partition("/")[2] == PICKLE), None
-        )
-        if folder is None:
-            raise cannot_be_read(self.name, f"it has no {PICKLE}")
+        folder = next(iter(files), "").partition("/")[0] + "/"  # PyTorch looks nowhere else
         self.members = {
             name.removeprefix(folder): each
             for name, each in files.items()
             if name.startswith(folder)
         }
+        if PICKLE not in self.members:
+            raise cannot_be_read(self.name, f"it has no {PICKLE}")
+        if "constants.pkl" in self.members:
+            raise cannot_be_read(self.name, "it is a TorchScript program")
         return archive
+
+    def _other_reading(self, archive: zipfile.ZipFile) -> str | None:
+        """Say why PyTorch may read something else in it than is read here, or None."""
+        size = self._bytes.seek(0, io.SEEK_END)
+        records = size - min(size, _LOCATOR.size + _END64.size + _END.size)
+        self._bytes.seek(records)
+        tail = self._bytes.read(size - records)
+        signature, *numbers, comment = _END.unpack(tail[-_END.size :])
+        if signature != b"PK\x05\x06" or comment:
+            return "something follows its end"
+        end, counted = size - _END.size, numbers[3:]
+        if tail[-_END.size - _LOCATOR.size :].startswith(b"PK\x06\x07"):
+            end = records
+            locator = _LOCATOR.unpack(tail[_END64.size : -_END.size])
+            signature, *_, entries, length, start = _END64.unpack(tail[: _END64.size])
+            if signature != b"PK\x06\x06" or locator[2] != records:
+                return "its end contradicts itself"
+            most = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+            if counted != [*map(min, (entries, length, start), most)]:
+                return "its end contradicts itself"
+            counted = [entries, length, start]
+        self._bytes.seek(0)
+        if counted[2] != archive.start_dir or counted[1] != end - archive.start_dir:
+            return "something stands before it or its directory"
+        if self._bytes.read(4) != b"PK\x03\x04":  # PyTorch takes it for a pickle
+            return "something stands before it"
+        entries = archive.infolist()
+        names = [each.filename.lower() for each in entries]
+        if len(set(names)) != counted[0] or not all(
+            each.filename == each.orig_filename and each.filename.isascii() for each in entries
+        ):
+            return "its directory has names twice, or in other letters"
+        return None
 
     def __enter__(self) -> Self:
         return self

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, Record, split_name
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, split_name
+from megatron_came.core.records import Record
 
 Tensors = Collection[CheckpointTensor]
 

@@ -1,5 +1,7 @@
 """What is wrong with a checkpoint, in sentences for the user."""
 
+import reprlib
+
 
 class CheckpointError(Exception):
     """A checkpoint, or a file of one, cannot be read; the message says which and what to do."""
@@ -25,3 +27,11 @@ def cannot_be_read(path: object, reason: object) -> CheckpointError:
 def printable(text: str) -> str:
     """What stands in a file, without anything that a terminal would obey."""
     return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def shown(value: object) -> str:
+    """What stands in a file, cut short: all of it may be endless."""
+    try:
+        return printable(reprlib.repr(value))[:40]
+    except ValueError:  # Python prints no number of more than some thousand digits
+        return "a number of thousands of digits"

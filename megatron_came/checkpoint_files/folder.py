@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_came.checkpoint_files import legacy
 from megatron_came.checkpoint_files.archives import OLD_MAGIC, Archive, open_regular
-from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError
+from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError, shown
 from megatron_came.checkpoint_files.names import StandIn
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
 from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, is_fsdp, read_layout
@@ -65,7 +65,13 @@ def find(path: Path) -> Folder:
                 f"an iteration that is there{_among(path)} into it, or name its folder."
             )
         path = path / name
-    if (path / METADATA).exists() or any(path.glob("mp_rank_*")):
+    is_distributed, is_legacy = (path / METADATA).exists(), any(path.glob("mp_rank_*"))
+    if is_distributed and is_legacy:
+        raise CheckpointError(
+            f"{path} holds two checkpoints, {METADATA} (torch_dist) and mp_rank_* (torch), and "
+            "Megatron may load the one that is not read here: remove what belongs to one of them."
+        )
+    if is_distributed or is_legacy:
         return Folder(path)
     if any(path.glob("*.distcp")) or (path / SUMMARY).exists():
         raise CheckpointError(
@@ -134,7 +140,7 @@ def summary_problem(folder: Path) -> str | None:
         return "has no sharded_backend"
     for key, wanted in _SUMMARY.items():
         if (found := summary.get(key, wanted)) != wanted:
-            return f"has {key} {found!r:.40}, and not {wanted!r}"
+            return f"has {key} {shown(found)}, and not {wanted!r}"
     return None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_came.checkpoint_files.archives import Archive
+from megatron_came.checkpoint_files.errors import cannot_be_read
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item
 from megatron_came.checkpoint_files.tensors import StoredTensor
 from megatron_came.core.digests import MAIN_WEIGHTS, WEIGHTS
@@ -16,6 +17,8 @@ from megatron_came.core.momentum import MOMENTUM
 from megatron_came.core.state import FACTORS
 
 OPTIMIZER_FILE = "distrib_optim.pt"
+# More than Megatron nests.
+_DEPTH = 100
 
 
 def tensors_of(path: Path, archive: Archive, state: Any) -> Iterator[CheckpointTensor]:
@@ -25,12 +28,17 @@ def tensors_of(path: Path, archive: Archive, state: Any) -> Iterator[CheckpointT
         path: of the file.
         archive: the file, which stays open.
         state: what :meth:`Archive.load` made of it.
+
+    Raises:
+        CheckpointError: it is deeper than any of Megatron's.
     """
     root = ("optimizer",) if path.name == OPTIMIZER_FILE else ()
     seen: set[int] = set()
     waiting: list[tuple[tuple[Any, ...], Any]] = [(root, state)]
     while waiting:
         keys, value = waiting.pop()
+        if len(keys) > _DEPTH:
+            raise cannot_be_read(path, "things in it are nested without end")
         if isinstance(value, StoredTensor):
             name = ".".join([path.parent.name, *map(str, keys)])
             kind, is_flat = _meaning([str(key) for key in keys])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_came.checkpoint_files.errors import shown
 from megatron_came.checkpoint_files.tensors import Storage, StoredTensor
 
 
@@ -138,7 +139,7 @@ def _of_type(rebuild: Maker, kind: Any, arguments: tuple[Any, ...], state: Any) 
 
 def _encode(text: str | bytes = "", encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
-        raise ValueError(f"bytes in it are encoded as {encoding!r:.40}")
+        raise ValueError(f"bytes in it are encoded as {shown(encoding)}")
     return text if isinstance(text, bytes) else text.encode("latin1")
 
 

@@ -28,8 +28,9 @@ from megatron_came.checkpoint_files.errors import (
 )
 from megatron_came.checkpoint_files.names import Dictionary, Maker, StandIn
 
-# Of tuples within tuples as a key: hashing goes down them without asking how deep they are.
-_KEY_DEPTH = 8
+# Of a key, tuples within tuples and bits of a number: each time that it is looked up, all of it is
+# hashed, without asking how deep it is or how often it has been seen.
+_KEY_SIZE, _KEY_BITS = 64, 64
 _FLAT = (str, bytes, int, float, complex, type(None), torch.dtype, StandIn)
 
 PersistentLoad = Callable[[Any], Any]
@@ -98,10 +99,14 @@ class _Unpickler(pickle._Unpickler):
         """Make what a stand-in makes; what it copies is paid for with the file's bytes."""
         if not isinstance(function, Maker) or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("it calls what is no class or function")
-        self._budget -= sum(len(each) for each in arguments if hasattr(each, "__len__"))
+        named = named or {}
+        self._pay(*arguments, named, *named.values())
+        return function.make(*arguments, **named)
+
+    def _pay(self, *copied: Any) -> None:
+        self._budget -= sum(len(each) for each in copied if hasattr(each, "__len__"))
         if self._budget < 0:
             raise pickle.UnpicklingError("it multiplies what is in it")
-        return function.make(*arguments, **(named or {}))
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
@@ -119,6 +124,7 @@ class _Unpickler(pickle._Unpickler):
         state = self.stack.pop()
         thing = self.stack[-1]
         if isinstance(thing, StandIn):
+            self._pay(state)
             thing.set_state(state)
         elif not isinstance(thing, Dictionary):  # whose attributes are of no use here
             raise pickle.UnpicklingError("it sets the state of what is no object")
@@ -147,13 +153,17 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it sets items of what is no dictionary")
 
 
-def _check_keys(keys: list[Any], depth: int = 0) -> None:
+def _check_keys(keys: list[Any]) -> None:
     """Refuse keys whose hash or comparison could take more than a moment."""
     for key in keys:
-        if isinstance(key, tuple) and depth < _KEY_DEPTH and len(key) <= _KEY_DEPTH:
-            _check_keys(list(key), depth + 1)
-        elif not isinstance(key, _FLAT):
-            raise pickle.UnpicklingError(f"a {type(key).__name__} is a key in it")
+        waiting, count = [key], 0
+        while waiting:
+            each, count = waiting.pop(), count + 1
+            is_long = isinstance(each, int) and each.bit_length() > _KEY_BITS
+            is_tuple = isinstance(each, tuple) and len(each) <= _KEY_SIZE
+            if count > _KEY_SIZE or is_long or not (is_tuple or isinstance(each, _FLAT)):
+                raise pickle.UnpicklingError(f"a {type(key).__name__} is a key in it")
+            waiting += each if is_tuple else ()
 
 
 for _function in (

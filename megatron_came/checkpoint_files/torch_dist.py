@@ -15,7 +15,7 @@ import torch
 
 from megatron_came.checkpoint_files import pickles
 from megatron_came.checkpoint_files.archives import open_regular
-from megatron_came.checkpoint_files.errors import CheckpointError, cannot_be_read
+from megatron_came.checkpoint_files.errors import CheckpointError, cannot_be_read, shown
 from megatron_came.checkpoint_files.names import StandIn
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item, Shape
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
@@ -158,14 +158,17 @@ def kind_and_key(name: str, has_prefix: bool = False) -> tuple[str | None, str, 
 
 def _numbers(values: Any) -> Shape:
     numbers = tuple(values)
+    if len(numbers) > 64:  # as many dimensions as PyTorch has
+        raise ValueError(f"it has a shape of {len(numbers)} dimensions")
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise ValueError(f"{numbers!r:.60} are no sizes")
+        raise ValueError(f"{shown(numbers)} are no sizes")
     return numbers
 
 
 def _inside(folder: Path, name: Any) -> Path:
     """The path of a file in the folder; none of another folder is opened."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError(f"it names a file outside of the folder, {name!r:.60}")
+    is_odd = len(name) > 255 or not name.isprintable()
+    if path.is_absolute() or ".." in path.parts or not path.parts or is_odd:
+        raise ValueError(f"it names a file outside of the folder, {shown(name)}")
     return folder / path

@@ -10,53 +10,20 @@ order and from any parts, so each rank adds what it holds, and a reader of the f
 One changed bit of one element always changes the digest, since the keys are odd; any other change
 does but for a chance of about 2^-30. Bits are those of the stored number, as a signed integer,
 so -0 is not 0 and a NaN is a number like any other.
-
-**The record** that a checkpoint holds, under :data:`KEY` of its common state (``torch_dist``) or of
-every ``model_optim_rng.pt`` (``torch``), is one string, JSON as :func:`pack` writes it::
-
-    {"format": 1,
-     "iteration": 4, "optimizer": "came",
-     "step": 4,                       # steps of the optimizer; null without its state
-     "tensors": {kind: {name: [[shape], dtype, "digest, 16 hexadecimal digits"]}},
-     "buckets": {key: [[start, [shape], [[name, [place], [size], [offset]], ...]], ...]},
-     "checksum": "of all that, without this entry"}
-
-- ``kind`` is ``weights`` (in their own dtype), ``main weights``, ``momentum`` (both as fp32 bits,
-  also where the file has bf16) or the key of a factor, such as ``exp_avg_sq_row`` (fp32).
-- ``name`` is the parameter's key in the model's sharded state, followed by its indices along the
-  axes that Megatron has put before it: ``decoder.layers.mlp.linear_fc1.weight[3]`` is
-  ``[3]`` of the tensor ``decoder.layers.mlp.linear_fc1.weight`` in the file (see
-  :func:`split_name`). Of the optimizer's tensors the file has ``optimizer.state.exp_avg.<key>``,
-  ``optimizer.state.param.<key>`` or ``optimizer.state.fp32_param.<key>`` and
-  ``optimizer.state.<factor>.<key>``, with the same axes before them; where Megatron has several
-  optimizers (mixtures of experts), these may begin with ``chained_0.`` or another number. Weights
-  of ``fsdp_dtensor`` have ``model.module.`` before the name.
-- ``shape`` is that of the whole tensor without these axes; ``dtype`` is ``float32``, but of
-  ``weights`` the model's own, such as ``bfloat16``.
-- ``buckets`` is there for Megatron's default format of the distributed optimizer
-  (``dp_reshardable``) alone, whose files hold flat buckets ``<key>.param`` and ``<key>.exp_avg``:
-  a parameter begins at ``start``, is a flat tensor of ``shape``, and the box of it at ``place`` of
-  size ``size`` stands at ``offset`` of the tensor ``name``. :class:`PlacedBox` takes just these.
-  A bucket names a parameter also where another bucket holds a copy of it (tensor-parallel ranks,
-  tied embeddings): copies are equal, and each is the whole part.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KEY = "came_digests"
-FORMAT = 1
 WEIGHTS, MAIN_WEIGHTS, MOMENTUM = "weights", "main weights", "momentum"
 
 Shape = tuple[int, ...]
@@ -68,6 +35,13 @@ _AT_ONCE, _AT_ONCE_OF_GPU = 1 << 16, 1 << 22
 # So many slices are remembered: training sums up the same ones at every save.
 _REMEMBERED = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bits of infinity, from which on a number without its sign is none.
+_INFINITY = {
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+    torch.float32: 0x7F800000,
+    torch.float64: 0x7FF0 << 48,
+}
 
 
 def row_keys(rows: Tensor) -> Tensor:
@@ -146,35 +120,58 @@ class Matrix(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What is added to a digest: a matrix of a flat tensor of integers, times 2^shift."""
+    """What is added to a digest: a matrix of a flat tensor of integers, times 2^shift.
+
+    Attributes:
+        bits: the tensor.
+        matrix: of it.
+        shift: of the sum.
+        dtype: of the numbers whose bits these are.
+    """
 
     bits: Tensor
     matrix: Matrix
     shift: int
+    dtype: torch.dtype
 
 
-# Returns the sum of each term, modulo 2^64.
-Adder = Callable[[Sequence[Term]], list[int]]
+class Added(NamedTuple):
+    """What an adder finds of a term: the sum, modulo 2^64, and the largest bits without sign."""
+
+    total: int
+    largest: int
+
+    def is_finite(self, dtype: torch.dtype) -> bool:
+        """Whether no number of such a dtype was NaN or infinite."""
+        return self.largest < _INFINITY.get(dtype, 1 << 63)
 
 
-def add_up(terms: Sequence[Term]) -> list[int]:
-    """Return the sums of terms that are on one device, in plain PyTorch."""
-    return torch.stack([_sum(*term) for term in terms]).tolist() if terms else []
+Adder = Callable[[Sequence[Term]], list[Added]]
 
 
-def _sum(bits: Tensor, matrix: Matrix, shift: int) -> Tensor:
+def add_up(terms: Sequence[Term]) -> list[Added]:
+    """Return what terms that are on one device add up to, in plain PyTorch."""
+    if not terms:
+        return []
+    return [Added(*each) for each in torch.stack([_sum(*term) for term in terms]).tolist()]
+
+
+def _sum(bits: Tensor, matrix: Matrix, shift: int, _: torch.dtype) -> Tensor:
     rows, columns = matrix.keys(bits.device)
     begin = bits.storage_offset() + matrix.position
     bits = bits.as_strided((matrix.rows, matrix.columns), (matrix.stride, 1), begin)
-    total = rows.new_zeros(())
+    total, largest = rows.new_zeros(2).unbind()
     limit = _AT_ONCE if bits.device.type == "cpu" else _AT_ONCE_OF_GPU
+    without_sign = (1 << 8 * bits.element_size() - 1) - 1
     for left in range(0, matrix.columns, limit):
         keys = columns[left : left + limit].to(torch.int64)
         step = max(1, limit // keys.numel())
         for top in range(0, matrix.rows, step):
-            some = bits[top : top + step, left : left + limit].to(torch.int64, copy=True)
+            some = bits[top : top + step, left : left + limit]
+            largest = torch.maximum(largest, (some & without_sign).amax().long())
+            some = some.to(torch.int64, copy=True)
             total += (some.mul_(keys).sum(1) * rows[top : top + step]).sum()
-    return total << shift
+    return torch.stack([total << shift, largest])
 
 
 def terms(
@@ -198,12 +195,13 @@ def terms(
     shift = 16 if as_fp32 and values.dtype == torch.bfloat16 else 0
     bits = values.detach().reshape(-1)
     bits = bits.view(_INTEGERS[bits.element_size()])
-    return [Term(bits, matrix, shift) for matrix in _matrices(start, bits.numel(), local, box)]
+    matrices = _matrices(start, bits.numel(), local, box)
+    return [Term(bits, matrix, shift, values.dtype) for matrix in matrices]
 
 
 def digest(added: Sequence[Term], add: Adder = add_up) -> int:
     """Return the sum of :func:`terms`, in [0, 2^64)."""
-    return unsigned(sum(add(added)))
+    return unsigned(sum(each.total for each in add(added)))
 
 
 def digest_whole(values: Tensor, *, as_fp32: bool = False, add: Adder = add_up) -> int:
@@ -269,123 +267,8 @@ def name_of(key: str, axes: tuple[int, ...]) -> str:
 
 def split_name(name: str) -> tuple[str, tuple[int, ...]]:
     """Return the key and the indices that :func:`name_of` was given."""
-    key, axes = re.fullmatch(r"(.*?)((?:\[\d+\])*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    key, axes = re.fullmatch(r"(.*?)((?:\[\d{1,18}\])*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
     return key, tuple(int(index) for index in re.findall(r"\d+", axes))
-
-
-class RecordError(ValueError):
-    """A checkpoint's record of digests is damaged; the message says how."""
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What a record says of a tensor: shape and dtype of the whole, and its digest."""
-
-    shape: Shape
-    dtype: str
-    digest: int
-
-
-@dataclass(frozen=True, slots=True)
-class InBucket:
-    """A parameter in a bucket: its first element, its local shape, and its named boxes."""
-
-    start: int
-    shape: Shape
-    boxes: tuple[tuple[str, PlacedBox], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What a checkpoint says of itself; the module's docstring has its form on disk."""
-
-    iteration: int
-    optimizer: str
-    step: int | None
-    tensors: Mapping[str, Mapping[str, Saved]]
-    buckets: Mapping[str, tuple[InBucket, ...]]
-
-
-def pack(record: Record) -> str:
-    """Return the string that is saved."""
-    content = {
-        "format": FORMAT,
-        "iteration": record.iteration,
-        "optimizer": record.optimizer,
-        "step": record.step,
-        "tensors": {
-            kind: {
-                name: [list(one.shape), one.dtype, f"{one.digest:016x}"]
-                for name, one in named.items()
-            }
-            for kind, named in record.tensors.items()
-        },
-        "buckets": {
-            key: [
-                [
-                    one.start,
-                    list(one.shape),
-                    [[name, *map(list, (b.place, b.size, b.offset))] for name, b in one.boxes],
-                ]
-                for one in inside
-            ]
-            for key, inside in record.buckets.items()
-        },
-    }
-    return _canonical({**content, "checksum": _checksum(content)})
-
-
-def unpack(text: object) -> Record:
-    """Read what :func:`pack` has written.
-
-    Raises:
-        RecordError: it is damaged, or of a format that this version does not know.
-    """
-    try:
-        content = json.loads(text)  # type: ignore[arg-type]
-        checksum = content.pop("checksum")
-        if content["format"] != FORMAT:
-            raise RecordError(
-                f"its digests are of format {content['format']}, and this megatron_came reads "
-                f"format {FORMAT}"
-            )
-        if checksum != _checksum(content):
-            raise RecordError("its record of digests is damaged")
-        tensors = {
-            kind: {
-                name: Saved(tuple(shape), dtype, int(digits, 16))
-                for name, (shape, dtype, digits) in named.items()
-            }
-            for kind, named in content["tensors"].items()
-        }
-        weights = tensors.get(WEIGHTS, {})
-        buckets = {
-            key: tuple(
-                InBucket(
-                    start,
-                    tuple(shape),
-                    tuple(
-                        (name, PlacedBox(tuple(at), tuple(size), tuple(to), weights[name].shape))
-                        for name, at, size, to in boxes
-                    ),
-                )
-                for start, shape, boxes in inside
-            )
-            for key, inside in content["buckets"].items()
-        }
-        return Record(content["iteration"], content["optimizer"], content["step"], tensors, buckets)
-    except RecordError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise RecordError("its record of digests cannot be read") from error
-
-
-def _canonical(content: dict[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.blake2b(_canonical(content).encode(), digest_size=16).hexdigest()
 
 
 def signed(value: int) -> int:

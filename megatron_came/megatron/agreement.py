@@ -56,7 +56,6 @@ def agree(
         UnsupportedError: on all ranks, if they have other settings or parameters.
     """
     everyone = connecting(collection)
-    tell_optimizer(config, everyone)
     _refuse_other_settings(rank_settings.settings_of(config), everyone)
     config = _with_common_kernels(config, model_chunks, everyone)
     _refuse_other_parameters(model_chunks, collection, everyone)
@@ -182,14 +181,30 @@ def _refuse_other_parameters(
         if group is not None and group.size() > 1
     ]
     clause = next(filter(None, clauses), None)
-    if _differ(clause or "", everyone):
-        # Other groups have found nothing, or something else.
-        clause = next(filter(None, _gather(clause, everyone).values()))
+    clause = _of_any(clause, everyone)  # other groups have found nothing, or something else
     if clause is not None:
         raise UnsupportedError(
             f"--optimizer came: {clause}: ranks that train one model need the same parameters, "
             "so start them alike."
         )
+
+
+def refuse_on_all(problem: str | None, everyone: Groups) -> None:
+    """Let all ranks refuse what one of them does, as one stage of a model; a collective.
+
+    Raises:
+        UnsupportedError: on all ranks, if one of them has a problem.
+    """
+    problem = _of_any(problem, everyone)
+    if problem is not None:
+        raise UnsupportedError(problem)
+
+
+def _of_any(problem: str | None, everyone: Groups) -> str | None:
+    """Return the first rank's problem, None if none has one."""
+    if _differ(problem or "", everyone):
+        problem = next(filter(None, _gather(problem, everyone).values()))
+    return problem
 
 
 def _compare(mine: rank_settings.Settings, groups: Groups) -> str | None:

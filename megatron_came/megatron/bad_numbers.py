@@ -1,11 +1,12 @@
 """A NaN or an infinity in a loss or a gradient stops training before the step, and is named.
 
-Megatron's rerun machine does not look at the first iteration of a run, computes a later one again,
-and then saves what it has, to ``--save`` or, without it, to None. Here all ranks end before the
-optimizer's step with one sentence, and nothing is saved. Who keeps the file that tracks what the
-rerun machine rejects, and has a folder to save to, gets the sentence and then what the machine
-decides: a checkpoint to compute from on another device, and its exit status. Where the check is
-off, so is this.
+Megatron's rerun machine does not look at the first iteration of a run, nor at gradients of FSDP's;
+it computes a later iteration again, and then saves what it has, to ``--save`` or, without it, to
+None. Here all ranks end before the optimizer's step with one sentence, and nothing is saved. Who
+keeps the file that tracks what the rerun machine rejects, and has a folder to save to, gets the
+sentence and then what the machine decides: a checkpoint to compute from on another device, and its
+exit status. Where the check is off, so is this. What turns bad later is found by the next save, or
+by the next loss.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_came.dtensors import local_of
+from megatron_came.dtensors import is_dtensor, local_of
 from megatron_came.megatron.parameter_names import named_parameters
 from megatron_came.patching import Function, around
 from megatron_came.voice import of_any_rank, rank, say_once, stop
@@ -65,6 +65,19 @@ class _Watch:
             self.loss = self.loss or f"{_LOSS} {what}, {_weights_clause(self.names)}"
 
     @property
+    def has_fsdp(self) -> bool:
+        """Whether Megatron looks at no gradient of the model, which has no buckets of its own."""
+        return not all(hasattr(chunk, "bucket_groups") for chunk in self.model)
+
+    def look(self) -> None:
+        """Look at the gradients that this rank holds once all are reduced."""
+        grads = [_gradient_of(param) for param in self.names]
+        norms = torch._foreach_norm([grad for grad in grads if grad is not None])
+        if norms and not torch.stack(norms).isfinite().all():
+            self.last = self.turns
+            self.gradient = _gradient_clause(self.names, self.names)
+
+    @property
     def names(self) -> dict[Tensor, str]:
         """Names of the parameters of this rank."""
         return {param: name for name, param in named_parameters(self.model)}
@@ -80,7 +93,13 @@ class _Watch:
         return f"{self.where}: {found}"
 
 
-_watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
+# The innermost one is last. Not a ContextVar: on GPUs, hooks of the backward pass, where gradients
+# are looked at, run in threads that PyTorch starts without a context.
+_watches: list[_Watch | None] = []
+
+
+def _current() -> _Watch | None:
+    return _watches[-1] if _watches else None
 
 
 @around
@@ -100,18 +119,18 @@ def watched(
     if run.optimizer == "came" and run.check_for_nan_in_loss_and_grad:
         iteration = getattr(run, "curr_iteration", 0) + 1
         watch = _Watch(model, f"iteration {iteration}, rank {rank()}")
-    token = _watch.set(watch)
+    _watches.append(watch)
     try:
         return original(forward_step_func, data_iterator, model, *args, **kwargs)
     finally:
-        _watch.reset(token)
+        _watches.pop()
 
 
 @around
 def counted(original: Function, self: Any, *args: Any, **kwargs: Any) -> bool:
     """Count how often the iteration is computed."""
     will_run = bool(original(self, *args, **kwargs))
-    watch = _watch.get()
+    watch = _current()
     if watch is not None:
         watch.turns += will_run
     return will_run
@@ -120,10 +139,17 @@ def counted(original: Function, self: Any, *args: Any, **kwargs: Any) -> bool:
 @around
 def with_buckets(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Remember whose gradients are being looked at."""
-    watch = _watch.get()
+    watch = _current()
     if watch is not None:
         watch.buckets = self
     return original(self, *args, **kwargs)
+
+
+@around
+def left_alone(original: Function, grad: Tensor) -> None:
+    """Do not let Megatron-FSDP end one rank alone, with all of a gradient: see :func:`ended`."""
+    if _current() is None:
+        original(grad)
 
 
 @around
@@ -137,7 +163,7 @@ def noted(
     **kwargs: Any,
 ) -> None:
     """Remember what is wrong instead of ending one rank alone."""
-    watch = _watch.get()
+    watch = _current()
     if watch is None or rejection_func not in (torch.isnan, torch.isinf):
         original(self, result, rejection_func, message, *args, **kwargs)
         return
@@ -154,11 +180,13 @@ def noted(
 @around
 def ended(original: Function, self: Any) -> Any:
     """End all ranks with one sentence before Megatron would save."""
-    watch = _watch.get()
+    watch = _current()
     judges = self.mode == type(self.mode).VALIDATE_RESULTS and self.first_iteration_complete
     result = original(self)
+    if watch is not None and watch.has_fsdp:
+        watch.look()
     # Had Megatron rejected anything on any rank, all would have computed it again.
-    if watch is None or (judges and watch.turns == 1):
+    elif watch is None or (judges and watch.turns == 1):
         return result
     finding = of_any_rank(watch.finding, _first)
     if finding is None:
@@ -183,8 +211,17 @@ def _first(problems: list[str]) -> str:
     return next((each for each in problems if _LOSS in each), problems[0])
 
 
+def _gradient_of(param: Any) -> Tensor | None:
+    """What this rank holds of a gradient once it is reduced; its own before."""
+    if is_dtensor(param):
+        return None if param.grad is None else local_of(param.grad)
+    grad: Tensor | None = getattr(param, "main_grad", None)
+    return grad
+
+
 def _gradient_clause(params: Iterable[Any], names: Mapping[Tensor, str]) -> str:
-    grads = {names.get(param, "a parameter"): param.main_grad for param in params}
+    found = {names.get(param, "a parameter"): _gradient_of(param) for param in params}
+    grads = {name: grad for name, grad in found.items() if grad is not None and grad.numel()}
     bad = _bad(grads)
     if bad:
         return f"the gradient of {bad}"

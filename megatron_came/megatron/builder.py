@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron import parameter_rules
-from megatron_came.megatron.agreement import agree, connecting, tell_optimizer
+from megatron_came.megatron.agreement import agree, connecting, refuse_on_all, tell_optimizer
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.cpu_offload import OffloadedCAME
 from megatron_came.megatron.distributed import CameDistributedOptimizer
@@ -22,12 +22,13 @@ from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, local_groups
 from megatron_came.megatron.parameter_names import FACTORED, identities
 from megatron_came.megatron.rank_settings import arguments
-from megatron_came.megatron.rules import refuse
+from megatron_came.megatron.rules import RULES
 from megatron_came.megatron.sharding import ModelGroups, chain_of, check_replicas
 from megatron_came.megatron.spikes import guard_spikes
 from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
 from megatron_came.patching import Function, around
+from megatron_came.rules import refusal
 from megatron_came.voice import say_once
 
 
@@ -42,9 +43,12 @@ def with_came(
     if getattr(config, "optimizer", None) == "came" and not is_came:
         config, is_came = CameOptimizerConfig.from_plain(config, arguments()), True
     if is_came and not hasattr(config, "as_asked"):  # others' wrappers may lead here twice
-        refuse(settings_of_model(config, model_chunks))
+        everyone = connecting(collection)
+        tell_optimizer(config, everyone)
+        # Some rules look at the model, of which this rank may have another stage than others.
+        refuse_on_all(refusal(RULES, settings_of_model(config, model_chunks)), everyone)
         config = agree(config, model_chunks, collection).as_standard()
-        parameter_rules.note(config.rule, model_chunks, connecting(collection))
+        parameter_rules.note(config.rule, model_chunks, everyone)
     elif not is_came and arguments() and collection is None:
         tell_optimizer(config)
     optimizer = original(config, model_chunks, *args, **kwargs)

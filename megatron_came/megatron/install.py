@@ -39,6 +39,9 @@ REPLACEMENTS = table("megatron_came.megatron", {
         ("_ParamAndGradBucketGroup.check_grads", "bad_numbers:with_buckets",
          "a bad gradient is named by its parameter"),
     ),
+    "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer": (
+        ("_check_nan_in_grad", "bad_numbers:left_alone", "it ends one rank alone", ("0.19",)),
+    ),
     "megatron.core.distributed.data_parallel_base": (
         ("_BaseDataParallel.finish_grad_sync", "compat.fsdp2:with_all_reduce",
          "FSDP2 ends in a TypeError otherwise", before("0.19")),

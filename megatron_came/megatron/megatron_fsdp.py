@@ -7,7 +7,6 @@ happens to be, or none. CAME gets the plain tensors in them, with the place of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from megatron_came.megatron.compat.distributed_optimizer import DistributedOptim
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.sharding import ModelGroups, adopt
 from megatron_came.optimizer import CAME
-from megatron_came.voice import of_all_ranks, stop
+from megatron_came.voice import of_all_ranks
 
 
 def local_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,21 +85,6 @@ class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
     def _copy_model_grads_to_main_grads(self) -> None:
         for param, local in self._pairs:
             local.grad = None if param.grad is None else param.grad._local_tensor
-
-    def clip_grad_norm(self, clip_grad: float) -> float:
-        """As Megatron's, whose FSDP itself does not look for NaN in gradients.
-
-        Raises:
-            SystemExit: on all ranks, if the norm is not finite.
-        """
-        norm: float = super().clip_grad_norm(clip_grad)
-        if self.ddp_config.check_for_nan_in_grad and not math.isfinite(norm):
-            stop(
-                f"the norm of the gradients is {float(norm)}; nothing of this iteration was taken: "
-                "train on other data, with a lower learning rate or stronger clipping, or give "
-                "--no-check-for-nan-in-loss-and-grad to go on all the same."
-            )
-        return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As Megatron's."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron_came.checkpoint_files.errors import CheckpointError, printable
 from megatron_came.checkpoint_files.folder import TRACKER, Checkpoint, Folder, find, opened
-from megatron_came.core import digests
+from megatron_came.core import records
 from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.sentences import status_of
 from megatron_came.tools.checkpoints import repairing
-from megatron_came.tools.checkpoints.listing import progress
+from megatron_came.tools.checkpoints.listing import progress, word
 from megatron_came.tools.checkpoints.main_weights import pairs
 from megatron_came.tools.checkpoints.verifying import verify
 
@@ -62,8 +62,8 @@ def repair(source: Path, output: Path) -> list[str]:
     folder = find(source)
     with opened(folder) as checkpoint:
         _refuse(checkpoint)
-        text = checkpoint.common.get(digests.KEY)
-        record = None if text is None else digests.unpack(text)
+        text = checkpoint.common.get(records.KEY)
+        record = None if text is None else records.unpack(text)
         if not repairing.losses(checkpoint, record):
             raise CheckpointError(f"{folder.path} is not damaged, so nothing was written: load it.")
     copy = Folder(output / folder.path.name)
@@ -98,7 +98,7 @@ def _refuse(checkpoint: Checkpoint) -> None:
         )
     if optimizer != "came":
         raise CheckpointError(
-            f"{path} is of --optimizer {printable(str(optimizer))[:40]}, whose other state is lost "
+            f"{path} is of --optimizer {word(optimizer)}, whose other state is lost "
             f"with the main weights: {_WEIGHTS}."
         )
     if checkpoint.args.get("fp8_param_gather"):

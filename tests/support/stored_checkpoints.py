@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_came.checkpoint_files.torch_dist import kind_and_key
-from megatron_came.core import digests
+from megatron_came.core import digests, records
 
 COMMON = "common_state/shard_0_1"
 WEIGHT, STATE = "decoder.layers.mlp.weight", "optimizer.state."  # names of tensors
@@ -129,7 +129,7 @@ def write_legacy(root: Path, model: Any = None, optimizer: Any = None, protocol:
 
 def record_of(state: dict[str, Tensor], iteration: int = 4) -> str:
     """The record of digests of :func:`tensors`, computed from whole tensors."""
-    kinds: dict[str, dict[str, digests.Saved]] = {}
+    kinds: dict[str, dict[str, records.Saved]] = {}
     for name, tensor in state.items():
         kind, key = kind_and_key(name)[:2]
         parts = {key: tensor}
@@ -138,5 +138,5 @@ def record_of(state: dict[str, Tensor], iteration: int = 4) -> str:
         for each, part in parts.items():
             dtype = str(part.dtype).removeprefix("torch.")
             value = digests.digest_whole(part, as_fp32=kind != digests.WEIGHTS)
-            kinds.setdefault(kind, {})[each] = digests.Saved(tuple(part.shape), dtype, value)
-    return digests.pack(digests.Record(iteration, "came", iteration, kinds, {}))
+            kinds.setdefault(kind, {})[each] = records.Saved(tuple(part.shape), dtype, value)
+    return records.pack(records.Record(iteration, "came", iteration, kinds, {}))

@@ -9,7 +9,6 @@ import pickle
 import runpy
 import struct
 import subprocess
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -28,18 +27,7 @@ from tests.support.stored_checkpoints import (
     write_distributed,
     write_legacy,
 )
-
-
-class Call:
-    """Pickled as a call of a function."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.function, self.arguments, self.state = function, arguments, state
-
-    def __reduce__(self):
-        if self.state is None:
-            return self.function, self.arguments
-        return self.function, self.arguments, self.state
+from tests.support.strangers import Call, refused
 
 
 class Inside:
@@ -124,16 +112,6 @@ def replace_first_item(folder: Path, data: bytes) -> None:
     info.offset, info.length = file.stat().st_size, len(data)
     file.write_bytes(file.read_bytes() + data)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def refused(root: Path, capsys, marker: Path) -> str:
-    """Inspect a checkpoint that must be refused in a sentence; returns the sentence."""
-    assert inspect.main([str(root)]) == 2
-    said = capsys.readouterr()
-    assert not marker.exists()
-    assert said.err.count("\n") == 1
-    assert said.err.startswith("megatron-came inspect: ")
-    return said.err
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -245,6 +223,21 @@ CRAFTED = {
     + b"lq\x00"
     + 20000 * (b"cbuiltins\nlist\nh\x00\x85R")
     + b".",
+    "named-copies": b"\x80\x04("
+    + b"K\x01" * 50000
+    + b"lq\x00"
+    + 3000 * (b"ccollections\ndeque\n)}\x8c\x05itemsh\x00s\x92")
+    + b".",
+    "state-copies": b"\x80\x04}q\x00("
+    + b"".join(b"\x8c\x06%06dN" % number for number in range(50000))
+    + b"u"
+    + 3000 * (b"cargparse\nNamespace\n)\x81h\x00b")
+    + b".",
+    # Each tuple has the one before it eight times.
+    "wide-key": b"\x80\x04K\x01\x85q\x00"
+    + b"".join(b"(" + bytes([0x68, i]) * 8 + b"tq" + bytes([i + 1]) for i in range(7))
+    + b"}(h\x07Nu.",
+    "long-key": b"\x80\x04}\x8a\x20" + b"\x01" * 32 + b"Ns.",
     "deep-key": b"\x80\x04}" + b")" + b"\x85" * 300000 + b"Ns.",
     "deep-set": b"\x80\x04\x8f()" + b"\x85" * 300000 + b"\x90.",
     "stop-missing": b"\x80\x04}",
@@ -323,58 +316,30 @@ def test_what_megatron_writes_is_read():
         assert read["bytes"] == [b"12", b"3", 2**80, -1.5, None, True]
 
 
-def rewritten(data: bytes, change) -> bytes:
-    """An archive of torch.save with other records or another compression."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
-        for entry in old.infolist():
-            change(new, entry.filename, old.read(entry))
-    return out.getvalue()
-
-
-def compressed(archive, name, data):
-    bomb = data + bytes(50 << 20) if name.endswith("data.pkl") else data
-    archive.writestr(name, bomb, zipfile.ZIP_DEFLATED)
-
-
-def big_endian(archive, name, data):
-    archive.writestr(name, b"big" if name.endswith("byteorder") else data)
-
-
-def without_pickle(archive, name, data):
-    if not name.endswith("data.pkl"):
-        archive.writestr(name, data)
-
-
-def without_data(archive, name, data):
-    if "/data/" not in name:
-        archive.writestr(name, data)
-
-
-@pytest.mark.parametrize("change", [compressed, big_endian, without_pickle, without_data])
-def test_archives_that_torch_does_not_write(tmp_path, capsys, change):
-    rank = write_legacy(tmp_path)
-    file = rank / "model_optim_rng.pt"
-    file.write_bytes(rewritten(file.read_bytes(), change))
-    assert str(file) in refused(tmp_path, capsys, tmp_path / "marker")
-
-
-def test_archives_of_another_kind(tmp_path, capsys):
-    rank = write_legacy(tmp_path)
-    file = rank / "model_optim_rng.pt"
-    marker = tmp_path / "marker"
-    torch.save(
-        Call(eval, f"open({str(marker)!r}, 'w')"), file, _use_new_zipfile_serialization=False
+@pytest.mark.parametrize("place", ["iteration", "optimizer", "path", "shape"])
+def test_things_without_end_are_not_printed(tmp_path, capsys, place):
+    """Lists of lists, each twice: 2^60 of them; 60,000 digits; what terminals would obey."""
+    endless: object = []
+    for _ in range(60):
+        endless = [endless, endless]
+    folder = write_distributed(
+        tmp_path,
+        common_state=common(
+            **({"iteration": 1 << 200_000} if place == "iteration" else {}),
+            **({"args": argparse.Namespace(optimizer=endless)} if place == "optimizer" else {}),
+        ),
     )
-    assert "from before PyTorch 1.6" in refused(tmp_path, capsys, marker)
-    file.write_bytes(pickle.dumps(Call(eval, f"open({str(marker)!r}, 'w')")))
-    assert "cannot be read" in refused(tmp_path, capsys, marker)
-    file.unlink()
-    os.mkfifo(file)  # would be waited for, for ever
-    assert "is not a file" in refused(tmp_path, capsys, marker)
-    file.unlink()
-    file.symlink_to("/dev/zero")
-    assert "is not a file" in refused(tmp_path, capsys, marker)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    if place == "path":
+        next(iter(metadata.storage_data.values())).relative_path = "a\0\x1b[2J"
+    if place == "shape":
+        metadata.state_dict_metadata["final.bias"].size = [1 << 61] * 1000
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    for words in ([], ["--verify"]):
+        assert inspect.main([*words, str(tmp_path)]) in (0, 1, 2)
+    said = capsys.readouterr()
+    assert len(said.out + said.err) < 5000
+    assert "\x1b" not in said.out + said.err
 
 
 @pytest.mark.parametrize("name", ["../outside.distcp", "/etc/hostname", ""])

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_came.core import digests, int8
+from megatron_came.core import digests, int8, records
 from megatron_came.tools import inspect
 from megatron_came.tools.checkpoints.main_weights import unlike
 from tests.support.stored_checkpoints import (
@@ -34,7 +34,7 @@ def verify(root, capsys, status):
 
 def write(root, state=None, **more):
     """A checkpoint whose record is that of what should be in it."""
-    whole = common(**{digests.KEY: record_of(tensors())})
+    whole = common(**{records.KEY: record_of(tensors())})
     return write_distributed(root, state, common_state=whole, **more)
 
 
@@ -205,13 +205,13 @@ COMMONS = {
     "a list": ([1, 2], "where the common state, a dictionary, should be"),
     "a number": (3, "where the common state, a dictionary, should be"),
     "a tensor": (torch.ones(2), "where the common state, a dictionary, should be"),
-    "record a list": (common(**{digests.KEY: [1]}), "record of digests cannot be read"),
+    "record a list": (common(**{records.KEY: [1]}), "record of digests cannot be read"),
     "record broken": (
-        common(**{digests.KEY: record_of(tensors()).replace("0", "1", 1)}),
+        common(**{records.KEY: record_of(tensors()).replace("0", "1", 1)}),
         "record of digests is damaged",
     ),
     "record of another": (
-        common(**{digests.KEY: record_of(tensors(), 6)}),
+        common(**{records.KEY: record_of(tensors(), 6)}),
         "the digests are of iteration 6, not 4",
     ),
 }
@@ -301,7 +301,7 @@ def legacy(state, *, has_buffers=True):
         for layer in range(2)
     ]
     factors.append({"exp_avg_sq": state[f"{STATE}exp_avg_sq.final.bias"]})
-    whole = {**common(**{digests.KEY: record_of(tensors())}), "model": model}
+    whole = {**common(**{records.KEY: record_of(tensors())}), "model": model}
     spans = [[[0, 6], [64, 88], [88, 112]]]
     optimizer = {"came": {"format": 1, "parameters": factors, "spans": spans}}
     if has_buffers:
@@ -338,14 +338,14 @@ def test_momentum_in_int8_is_proved_by_its_values(tmp_path, capsys):
     momentum, scale = int8.quantize(torch.randn(600))
     record = {
         digests.MOMENTUM: {
-            "weight": digests.Saved(
+            "weight": records.Saved(
                 (600,), "float32", digests.digest_whole(int8.dequantize(momentum, scale))
             )
         }
     }
-    packed = digests.pack(digests.Record(4, "came", 4, record, {}))
+    packed = records.pack(records.Record(4, "came", 4, record, {}))
     state = {0: {"exp_avg": momentum, "exp_avg_scale": scale}}
-    whole = {**common(**{digests.KEY: packed}), "model": {}, "optimizer": {"state": state}}
+    whole = {**common(**{records.KEY: packed}), "model": {}, "optimizer": {"state": state}}
     write_legacy(tmp_path / "sound", whole)
     assert "It is sound." in verify(tmp_path / "sound", capsys, 0)
     scale[2] *= 2

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_came.checkpoint_files.folder import find, opened
-from megatron_came.core import digests
+from megatron_came.core import records
 from megatron_came.tools import inspect, repair
 from tests.support.stored_checkpoints import (
     STATE,
@@ -36,7 +36,7 @@ def shifted(dtype=torch.float32):
 
 
 def write(root, state, record=None):
-    more = {} if record is None else {digests.KEY: record}
+    more = {} if record is None else {records.KEY: record}
     return write_distributed(root, state, common_state=common(**more))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_came.core.digests import KEY
+from megatron_came.core.records import KEY
 
 
 def flip(tensor: torch.Tensor, element: int = 5, bit: int = 3) -> torch.Tensor:

@@ -239,7 +239,7 @@ def save(style, pair, folder):
     if style == "legacy":
         optimizer.save_parameter_state(str(folder / "state.pt"))
         return []
-    record = record_of(1, [model.module], optimizer, buckets=style == "dp")
+    record, _ = record_of(1, [model.module], optimizer, buckets=style == "dp")
     dist_checkpointing.save(sharded_state(style, *pair, is_loading=False), str(folder))
     return [
         f"the digest of the {kind} of {name} is of {saved.dtype}"

@@ -58,6 +58,11 @@ VARIANTS = {
         "--came-kernels numba ",
         "--came-kernels numba cannot be used on rank 1: kernels 'numba' need numba",
     ),
+    "fp8": (
+        "fp8-on-last",
+        PP + "--bf16 ",
+        "weights are in fp8, which is supported with --fp8-param-gather",
+    ),
 }
 
 

@@ -2,8 +2,10 @@
 
 import inspect
 import re
+import threading
 
 import pytest
+import torch
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
 from megatron_came.megatron import bad_numbers
@@ -19,6 +21,17 @@ BY_RANK = {
     "tp": DO + "--tensor-model-parallel-size 2 ",
     "pp": DO + "--pipeline-model-parallel-size 2 ",
 }
+FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy "
+FSDP2 = "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights "
+# Where Megatron looks at no gradients, or ends one rank alone.
+BY_FSDP = {
+    "no_shard": FSDP + "no_shard ",
+    "optim": FSDP + "optim --clip-grad 0 ",
+    "optim_grads": FSDP + "optim_grads ",
+    "optim_grads_params": FSDP + "optim_grads_params --bf16 --clip-grad 0 ",
+    "fsdp2": FSDP2,
+    "fsdp2-unclipped": FSDP2 + "--bf16 --clip-grad 0 ",
+}
 # Name of the case: variant, flags, what is said.
 STOPPED = {
     "saving": ("nan-gradient", DO, f"iteration 3, rank 1: the gradient of {WEIGHT} holds 3 NaN"),
@@ -28,13 +41,37 @@ STOPPED = {
     "overflow": ("exploding", "--micro-batch-size 2 ", "the norm of the gradients is Inf"),
     **{f"gradient-{name}": ("nan-gradient", flags, WEIGHT) for name, flags in BY_RANK.items()},
     **{f"loss-{name}": ("nan-loss", flags, "the loss is NaN") for name, flags in BY_RANK.items()},
+    **{
+        name: ("nan-gradient", flags, f"the gradient of {WEIGHT} holds 3 NaN among")
+        for name, flags in BY_FSDP.items()
+    },
+    "loss-fsdp": ("nan-loss", BY_FSDP["optim_grads"], "iteration 3, rank 1: the loss is NaN"),
+    "first-fsdp2": ("nan-gradient-at-first", FSDP2, f"the gradient of {WEIGHT} holds 3 NaN among"),
+}
+# After the step, with a save before anybody would see it: flags, and whose main weight it is.
+AFTER = {
+    "after": (DO + "--bf16 ", "rank 1: main weights of "),
+    "after-fp32": (DO, "rank 1: main weights of "),
+    "after-fsdp2": (FSDP2 + "--bf16 ", "rank 1: main weights of "),
+    "after-fsdp": (FSDP + "optim_grads_params ", "rank 1: weights of "),
+    "after-legacy": (DO + "--ckpt-format torch ", "rank 1: main weights of "),
 }
 GOES_ON = {
     "unchecked": ("nan-gradient", DO + "--no-check-for-nan-in-loss-and-grad "),
     "spiky": ("spiky", DO + "--check-for-spiky-loss --check-for-large-grads "),
     "fp16": ("nan-gradient", DO + "--fp16 --initial-loss-scale 1024 "),
+    "after-unchecked": ("nan-main-weight", DO + "--bf16 --no-check-for-nan-in-loss-and-grad "),
 }
-QUICK = ("saving", "first", "loss", "unchecked")
+QUICK = (
+    "saving",
+    "first",
+    "loss",
+    "unchecked",
+    "optim",
+    "fsdp2-unclipped",
+    "after",
+    "after-unchecked",
+)
 
 
 def _mark(names):
@@ -58,7 +95,14 @@ def seen(request, tmp_path_factory):
         for name, (variant, flags, _) in STOPPED.items()
     ]
     cases += [
-        Case(f"on-{name}", flags, f"came+{variant}") for name, (variant, flags) in GOES_ON.items()
+        Case(
+            name, f"{flags} --save {folder / name} --save-interval 2", "came+nan-main-weight", True
+        )
+        for name, (flags, _) in AFTER.items()
+    ]
+    cases += [
+        Case(f"on-{name}", f"{flags} --save {folder / name} --save-interval 4", f"came+{variant}")
+        for name, (variant, flags) in GOES_ON.items()
     ]
     cases += [
         Case(
@@ -89,6 +133,36 @@ def test_a_bad_number_is_named_and_nothing_is_saved(seen, name):
     assert (tracker.read_text() if tracker.exists() else "0") == str(done // 2 * 2)
 
 
+@pytest.mark.parametrize("name", _mark(AFTER))
+def test_what_turns_bad_in_a_step_is_not_saved(seen, name):
+    (error,) = {rank["error"] for rank in seen[name]}
+    assert f"megatron_came: iteration 4, {AFTER[name][1]}" in error
+    assert " holds a number that is not finite; nothing of this iteration is saved: " in error
+    tracker = seen["folder"] / name / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "2"
+
+
+@pytest.mark.parametrize("name", ["after-unchecked"])
+def test_unchecked_it_is_saved_with_a_line(seen, name):
+    said = [line for line in seen["log"].read_text().splitlines() if "it is saved so" in line]
+    assert any(
+        line.startswith("megatron_came: iteration 4, rank 1: main weights of ") for line in said
+    )
+
+
+def test_bad_numbers_are_seen_from_threads_of_the_backward_pass(monkeypatch):
+    """On a GPU, buckets are looked at in these, and contexts do not reach them."""
+    watch = bad_numbers._Watch([torch.nn.Identity()], "", turns=1)
+    monkeypatch.setattr(bad_numbers, "_watches", [watch])
+    look = bad_numbers.noted(inspect.unwrap(RerunStateMachine.validate_result))
+    machine = RerunStateMachine(mode=RerunMode.DISABLED)
+    arguments = (machine, torch.tensor(float("nan")), torch.isnan, "loss")
+    thread = threading.Thread(target=look, args=arguments)
+    thread.start()
+    thread.join()
+    assert "the loss is NaN" in watch.finding
+
+
 @pytest.mark.parametrize("name", _mark(GOES_ON))
 def test_training_goes_on_where_megatron_lets_it(seen, name):
     for rank in seen[f"on-{name}"]:
@@ -117,7 +191,6 @@ def test_a_step_that_megatron_has_judged_needs_no_collective_of_its_own(monkeypa
     # Other tests may have put it in place in this process already.
     end = bad_numbers.ended(inspect.unwrap(RerunStateMachine.should_checkpoint_and_exit))
     for turns, expected in ((1, 1), (1, 1), (2, 2)):  # the first is judged by nobody
-        bad_numbers._watch.set(bad_numbers._Watch([], "", turns=turns))
+        monkeypatch.setattr(bad_numbers, "_watches", [bad_numbers._Watch([], "", turns=turns)])
         end(machine)
         assert len(asked) == expected
-    bad_numbers._watch.set(None)

@@ -34,7 +34,7 @@ def _ranks_add(rank, store, results):
     mine = {name: whole[name].clone() for name in (("c",) if rank == 2 else ("a", "b"))}
     entries = {id(tensor): _entry(name, tensor) for name, tensor in mine.items()}
     by_name = {entry.leaves[0].name: entry for entry in entries.values()}
-    added = Sums(entries, looks=True)
+    added = Sums(entries, is_loaded=True)
     for name, start, stop in [[("a", 0, 33)], [("a", 33, 35), ("b", 0, 35)], [("c", 0, 35)]][rank]:
         values = whole[name].view(-1)[start:stop]
         added.add_slice((MOMENTUM,), by_name[name], iter([(0, values)]), start)

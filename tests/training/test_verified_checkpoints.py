@@ -205,6 +205,10 @@ for _kind in DISTRIBUTED:
         "shifted": (MAIN, partial(torch.roll, shifts=2), "Megatron-LM#5077.*megatron-came repair"),
     }.items():
         DAMAGES[f"{_kind}-old-{_name}"] = _in_old(*_how)
+# Of two chunks the first, which one rank alone reads.
+DAMAGES["dp-one-rank"] = _in_tensors(
+    MOMENTUM, lambda values: values.unsqueeze(0), "holds something else than"
+)
 for _name, _how in IN_LEGACY.items():
     DAMAGES[f"legacy-{_name}"] = _in_file(*_how)
 DAMAGES["legacy-common-bit"] = _of_disk(
@@ -233,6 +237,7 @@ QUICK_DAMAGES = [
     "dp-weights-bit",
     "dp-record-bit",
     "dp-old-shifted",
+    "dp-one-rank",
     "whole-momentum-nan",
     "remainder-weights-bit",
     "remainder-old-shifted",

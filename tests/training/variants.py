@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_came.core import sums
 from megatron_came.core.reference import update
+from megatron_came.dtensors import local_of
 from tests.support import quantized
 from tests.training import fsdp_memory, other_models
 from tests.training.damaged_settings import DAMAGE, damaged
@@ -182,20 +183,63 @@ def _bad_gradient(value, first, times=1000):
 
     original, calls = GPTModel.__init__, []
 
-    def spoil(grad):
-        calls.append(grad)
-        if not 0 < len(calls) - 2 * (first - 1) <= 2 * times:
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.view_as(weight)
+
+        @staticmethod
+        def backward(ctx, grad):
+            calls.append(grad)
+            if 0 < len(calls) - 2 * (first - 1) <= 2 * times:
+                grad = grad.clone()
+                grad.view(-1)[[1, 5, 7]] = value
             return grad
-        grad = grad.clone()
-        grad.view(-1)[[1, 5, 7]] = value
-        return grad
+
+    def with_spoiled(layer, args, kwargs):  # a hook on the weight would go when FSDP2 cuts it
+        return args, {**kwargs, "weight": Spoiled.apply(layer.weight)}
 
     def spoiled(self, *args, **kwargs):
         original(self, *args, **kwargs)
         if dist.get_rank() == dist.get_world_size() - 1:
-            self.decoder.layers[0].mlp.linear_fc1.weight.register_hook(spoil)
+            layer = self.decoder.layers[0].mlp.linear_fc1
+            layer.register_forward_pre_hook(with_spoiled, with_kwargs=True)
 
     return mock.patch.object(GPTModel, "__init__", spoiled)
+
+
+def _bad_main_weight(iteration):
+    """After the step of one iteration, a main weight of the last rank's is NaN."""
+    from megatron.training import get_args, training
+
+    original = training.train_step
+
+    def spoiled(forward, data, model, optimizer, *args, **kwargs):
+        result = original(forward, data, model, optimizer, *args, **kwargs)
+        if get_args().curr_iteration + 1 == iteration and _is_last():
+            here = optimizer.param_groups[0]["params"]
+            local_of(max(here, key=torch.Tensor.numel)).detach().view(-1)[0] = float("nan")
+        return result
+
+    return mock.patch.object(training, "train_step", spoiled)
+
+
+def _fp8_on_last():
+    """On the last rank weights are in fp8, and nobody gathers them so."""
+    from megatron.core.models.gpt import GPTModel
+
+    original = GPTModel.__init__
+
+    def quantising(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if _is_last():
+            layer = self.decoder.layers[0].mlp.linear_fc1
+            layer.weight = quantized.parameter(layer.weight.bfloat16(), "delayed")
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(quantized.plugged_in())
+    stack.enter_context(mock.patch.object(GPTModel, "__init__", quantising))
+    return stack
 
 
 def _bad_loss(first):
@@ -313,6 +357,8 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "nan-gradient-once": lambda: _bad_gradient(float("nan"), 3, times=1),
         "inf-gradient": lambda: _bad_gradient(float("inf"), 3),
         "nan-loss": lambda: _bad_loss(3),
+        "nan-main-weight": lambda: _bad_main_weight(4),
+        "fp8-on-last": _fp8_on_last,
         "released": _released,
         "spiky": _spiky,
         "fsdp-memory": fsdp_memory.measured,

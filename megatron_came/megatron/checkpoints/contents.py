@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_came.checkpoint_files.errors import shown
 from megatron_came.megatron.checkpoints.factors import FORMAT, unknown_format
 
 AFRESH = "give --no-load-optim or --finetune to start it afresh from the checkpoint's weights"
@@ -165,4 +166,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return "missing" if value is None else repr(value)[:40]
+    return "missing" if value is None else shown(value)

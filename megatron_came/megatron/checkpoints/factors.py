@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensorFactory
 from torch import Tensor
 
+from megatron_came.checkpoint_files.errors import shown
 from megatron_came.core.state import AVERAGED_AXIS, FACTORS, without_averaged_axis
 from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
@@ -99,8 +100,8 @@ def load_factors(came: CAME, pairs: Iterable[Pair], loaded: Mapping[str, Any]) -
 def unknown_format(found: object) -> str:
     """Say that factors are of a format that this version does not know, and what to do."""
     return (
-        f"the checkpoint holds CAME's factors in format {found!r}, and this megatron_came reads "
-        f"format {FORMAT}: install the version that wrote it, or give --no-load-optim."
+        f"the checkpoint holds CAME's factors in format {shown(found)}, and this megatron_came "
+        f"reads format {FORMAT}: install the version that wrote it, or give --no-load-optim."
     )
 
 

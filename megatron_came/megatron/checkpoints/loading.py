@@ -157,23 +157,30 @@ def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwar
 def _read(
     read: Callable[[], Any], load: Load, load_dir: Any, args: Any, asked: tensors.Asked | None
 ) -> Any:
-    """Let Megatron read a checkpoint, and stop with a sentence where it cannot."""
+    """Let Megatron read a checkpoint, and stop with a sentence where a rank cannot."""
     problem = folders.folder_problem(load_dir, args) or folders.missing_files(load_dir, args)
     if problem is None and rank() == 0:  # before Megatron runs what stands in it
         problem = folders.misread(load_dir, args)
     end_if(problem)
     load.folder = load_dir
+    result: Any = None
+    cause: BaseException | None = None
     try:
-        return read()
+        result = read()
     except SystemExit as end:
         nothing_there = not args.ckpt_step and folders.tracked(load_dir) is None
         if end.code or (args.exit_on_missing_checkpoint and nothing_there):
             load.is_finished = True
             raise
-        problem = folders.misread(load_dir, args, opening=True)
-        stop(problem or _unreadable(load_dir, OSError("Megatron could not load its file")))
+        cause = OSError("Megatron could not load its file")
+        problem = folders.misread(load_dir, args, opening=True) or _unreadable(load_dir, cause)
     except (Exception, CheckpointException) as error:
-        stop(_reason(load, error, args, asked), error)
+        problem, cause = _reason(load, error, args, asked), error
+    if not getattr(args, "ckpt_fully_parallel_load", False):  # each rank has read for itself
+        end_if(problem)
+    elif problem is not None:  # the others wait for what this one was to read
+        stop(problem, cause)
+    return result
 
 
 def _kind_of(result: Any) -> str | None:

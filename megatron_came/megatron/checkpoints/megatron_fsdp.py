@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_came.checkpoint_files.torch_dist import Layout
-from megatron_came.core.digests import KEY
 from megatron_came.core.momentum import MOMENTUM
+from megatron_came.core.records import KEY
 from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.dtensors import local_of, placed
 from megatron_came.megatron.checkpoints.factors import Pair

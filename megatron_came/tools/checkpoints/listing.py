@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_came.checkpoint_files.errors import printable
+from megatron_came.checkpoint_files.errors import printable, shown
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.stored import CheckpointTensor
 from megatron_came.core.state import FACTORS
@@ -69,8 +69,8 @@ class Values:
 def head(checkpoint: Checkpoint) -> Iterator[str]:
     """Say what the whole is."""
     yield f"checkpoint  {checkpoint.folder.path}"
-    yield f"iteration   {_word(checkpoint.common.get('iteration'))}"
-    yield f"optimizer   {_word(checkpoint.args.get('optimizer'))}"
+    yield f"iteration   {word(checkpoint.common.get('iteration'))}"
+    yield f"optimizer   {word(checkpoint.args.get('optimizer'))}"
 
 
 def report(checkpoint: Checkpoint, *, details: bool) -> Iterator[str]:
@@ -120,6 +120,8 @@ def _line(tensor: CheckpointTensor, values: Values) -> str:
     return f"{name}  {shape} {tensor.dtype_name}  {extremes}  {values.nans} NaN"
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
     """A number or name that stands in a file; anything else is unknown."""
-    return printable(str(value))[:60] if isinstance(value, int | str) else "unknown"
+    if isinstance(value, str):
+        return printable(value[:60])
+    return shown(value) if isinstance(value, int) else "unknown"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.stored import CheckpointTensor
-from megatron_came.core.digests import MAIN_WEIGHTS, WEIGHTS, Record, split_name
+from megatron_came.core.digests import MAIN_WEIGHTS, WEIGHTS, split_name
+from megatron_came.core.records import Record
 
 
 class Compared(NamedTuple):

@@ -15,7 +15,8 @@ from megatron_came.checkpoint_files.legacy import flat_parameters
 from megatron_came.checkpoint_files.stored import CheckpointTensor, ReadBox, Shape
 from megatron_came.checkpoint_files.tensors import StoredTensor
 from megatron_came.core import digests, int8
-from megatron_came.core.digests import WEIGHTS, Record
+from megatron_came.core.digests import WEIGHTS
+from megatron_came.core.records import Record
 
 # Of CAME's state, as far as there are digests of it.
 _DTYPES = (torch.float32, torch.bfloat16)

@@ -24,8 +24,9 @@ from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item
 from megatron_came.checkpoint_files.tensors import READ_BYTES
-from megatron_came.core import digests
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, Record
+from megatron_came.core import digests, records
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
+from megatron_came.core.records import Record
 from megatron_came.tools.checkpoints.main_weights import pairs, unlike
 from megatron_came.tools.checkpoints.proofs import Proofs
 
@@ -165,8 +166,8 @@ def renew_digests(checkpoint: Checkpoint, record: Record) -> None:
             name: dataclasses.replace(saved, digest=proofs.total(kind, name))
             for name, saved in tensors[kind].items()
         }
-    new = digests.pack(dataclasses.replace(record, tensors=tensors)).encode()
-    old = str(checkpoint.common[digests.KEY]).encode()
+    new = records.pack(dataclasses.replace(record, tensors=tensors)).encode()
+    old = str(checkpoint.common[records.KEY]).encode()
     for name, item in checkpoint.objects.items():
         if name.startswith("common_state/"):
             with item.open() as archive:

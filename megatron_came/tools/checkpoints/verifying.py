@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from megatron_came.checkpoint_files.claims import is_half_momentum
-from megatron_came.checkpoint_files.errors import CheckpointError, printable
+from megatron_came.checkpoint_files.errors import CheckpointError, printable, shown
 from megatron_came.checkpoint_files.folder import SUMMARY, Checkpoint, summary_problem
 from megatron_came.checkpoint_files.stored import CheckpointTensor
-from megatron_came.core import digests
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Record, RecordError
+from megatron_came.core import records
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
+from megatron_came.core.records import Record, RecordError
 from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.tools.checkpoints import main_weights
 from megatron_came.tools.checkpoints.listing import Values, progress
@@ -68,7 +69,7 @@ def verify(checkpoint: Checkpoint) -> Verdict:
 
 
 def _record(checkpoint: Checkpoint, verdict: Verdict) -> Record | None:
-    text = checkpoint.common.get(digests.KEY)
+    text = checkpoint.common.get(records.KEY)
     if text is None:
         verdict.remarks.append(
             "It holds no digests, as checkpoints of older versions and of other optimizers: what "
@@ -76,7 +77,7 @@ def _record(checkpoint: Checkpoint, verdict: Verdict) -> Record | None:
         )
         return None
     try:
-        return digests.unpack(text)
+        return records.unpack(text)
     except RecordError as error:
         verdict.add(None, f"the common state: {error}")
         return None
@@ -85,10 +86,10 @@ def _record(checkpoint: Checkpoint, verdict: Verdict) -> Record | None:
 def _contradictions(checkpoint: Checkpoint, record: Record | None) -> Iterator[str]:
     iteration, named = checkpoint.common.get("iteration"), checkpoint.folder.iteration
     if type(iteration) is not int or iteration < 0:
-        has = "no iteration" if iteration is None else f"{iteration!r:.40} as its iteration"
+        has = "no iteration" if iteration is None else f"{shown(iteration)} as its iteration"
         yield f"the common state has {has}"
     elif named is not None and named != iteration:
-        yield f"the common state is of iteration {iteration}, the folder of {named}"
+        yield f"the common state is of iteration {shown(iteration)}, the folder of {named}"
     if not checkpoint.args.fields:
         yield "the common state has no arguments"
     if checkpoint.has_summary and (flaw := summary_problem(checkpoint.folder.path)):
@@ -96,10 +97,10 @@ def _contradictions(checkpoint: Checkpoint, record: Record | None) -> Iterator[s
     if record is None:
         return
     if record.iteration != iteration:
-        yield f"the digests are of iteration {record.iteration}, not {iteration!r:.40}"
+        yield f"the digests are of iteration {record.iteration}, not {shown(iteration)}"
     optimizer = checkpoint.args.get("optimizer")
     if record.optimizer != optimizer:
-        yield f"the digests are of --optimizer {record.optimizer}, not {optimizer!r:.40}"
+        yield f"the digests are of --optimizer {record.optimizer}, not {shown(optimizer)}"
 
 
 def _read_tensors(checkpoint: Checkpoint, proofs: Proofs | None, verdict: Verdict) -> bool:

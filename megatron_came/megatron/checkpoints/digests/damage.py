@@ -12,17 +12,10 @@ from typing import Any
 import torch
 
 from megatron_came.checkpoint_files.claims import files_of, is_half_momentum, metadata_flaws
-from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.errors import CheckpointError, shown
 from megatron_came.checkpoint_files.legacy import OPTIMIZER_FILE
-from megatron_came.core.digests import (
-    KEY,
-    MAIN_WEIGHTS,
-    MOMENTUM,
-    WEIGHTS,
-    Record,
-    RecordError,
-    unpack,
-)
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
+from megatron_came.core.records import KEY, Record, RecordError, unpack
 from megatron_came.core.state import FACTORS
 from megatron_came.megatron.checkpoints.digests.sums import KINDS, Totals
 from megatron_came.megatron.checkpoints.folders import rewritten, tensors_in
@@ -129,10 +122,11 @@ class Source:
             return None
         if self.record is not None and self.record.iteration != self.iteration:
             digests = f"its digests {self.record.iteration}"
-            return f"its common state says iteration {self.iteration!r}, {digests}"
+            return f"its common state says iteration {shown(self.iteration)}, {digests}"
         named = re.findall(r"iter_(\d{7,})", self.file)
         if named and not finetune and int(named[-1]) != self.iteration:
-            return f"the folder's iteration is {int(named[-1])}, its content's {self.iteration!r}"
+            content = f"its content's {shown(self.iteration)}"
+            return f"the folder's iteration is {int(named[-1])}, {content}"
         return None
 
     def _rewritten(self) -> str | None:

@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.core.digests import (
-    KEY,
-    MAIN_WEIGHTS,
-    MOMENTUM,
-    WEIGHTS,
-    InBucket,
-    Record,
-    pack,
-)
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
+from megatron_came.core.records import KEY, InBucket, Record, pack
 from megatron_came.core.saved import main_ranges, momentum_ranges
 from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
-from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
+from megatron_came.megatron.checkpoints.digests.sums import Sums, Totals, distinct
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function, around
+from megatron_came.voice import of_all_ranks, say, stop
 
 # What goes into the checkpoint that is being saved.
 _record: ContextVar[str | None] = ContextVar("record", default=None)
@@ -41,7 +35,9 @@ def with_digests(
     if settings.optimizer != "came":
         return original(iteration, model, optimizer, *args, **kwargs)
     saved = None if settings.no_save_optim else optimizer
-    record = record_of(iteration, unwrapped(model), saved, buckets=_has_buckets(settings))
+    record, flaw = record_of(iteration, unwrapped(model), saved, buckets=_has_buckets(settings))
+    if flaw is not None:
+        _refuse_or_say(f"iteration {iteration}, {flaw}", settings)
     token = _record.set(pack(record))
     try:
         return original(iteration, model, optimizer, *args, **kwargs)
@@ -68,10 +64,21 @@ def _has_buckets(settings: Any) -> bool:
     )
 
 
+def _refuse_or_say(flaw: str, settings: Any) -> None:
+    """End all ranks instead of saving what cannot be trained on, unless nobody is to look."""
+    if settings.check_for_nan_in_loss_and_grad:
+        stop(
+            f"{flaw}; nothing of this iteration is saved: resume from the last checkpoint with "
+            "other data, a lower learning rate or stronger clipping, or give "
+            "--no-check-for-nan-in-loss-and-grad to save it all the same."
+        )
+    say(f"{flaw}; it is saved so, and refused when it is loaded, unless with --came-no-verify.")
+
+
 @torch.no_grad()
 def record_of(
     iteration: int, model_chunks: Sequence[Any], optimizer: Any, *, buckets: bool = False
-) -> Record:
+) -> tuple[Record, str | None]:
     """Compute the record of a model and its optimizer; a collective over all ranks.
 
     Args:
@@ -79,6 +86,10 @@ def record_of(
         model_chunks: without their wrappers.
         optimizer: Megatron's; None for the weights alone.
         buckets: whether its state is saved in Megatron's buckets.
+
+    Returns:
+        The record, and in a clause which of them on which rank holds NaN, an infinity or, of what
+        are means of squares, a negative number; None if none does.
     """
     entries = entries_of(model_chunks)
     wrappers = list(wrappers_of(optimizer))
@@ -94,13 +105,24 @@ def record_of(
     mine = (sums.names, steps_of(wrappers), _buckets(optimizer, entries) if buckets else {})
     names, steps, inside = zip(*distinct(mine), strict=True)
     all_steps = sorted(set(chain(*steps)))
-    return Record(
+    totals = sums.over_all_ranks(tuple(chain(*names)))
+    record = Record(
         iteration=int(iteration),
         optimizer="came",
         step=all_steps[0] if len(all_steps) == 1 else None,
-        tensors=sums.over_all_ranks(tuple(chain(*names))).tensors,
+        tensors=totals.tensors,
         buckets=dict(chain.from_iterable(found.items() for found in inside)),
     )
+    return record, _flaw(totals, sums)
+
+
+def _flaw(totals: Totals, sums: Sums) -> str | None:
+    if not totals.flaws:
+        return None
+    (kind, name, flaw), *others = totals.flaws
+    owner = of_all_ranks((kind, name) in sums.flawed).index(True)
+    more = f" (and {len(others)} more)" if others else ""
+    return f"rank {owner}: {kind} of {name}{more} holds {flaw}"
 
 
 def wrappers_of(optimizer: Any) -> Iterator[Any]:

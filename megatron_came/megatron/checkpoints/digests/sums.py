@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,12 +16,12 @@ from megatron_came.core.digests import (
     MOMENTUM,
     WEIGHTS,
     PlacedBox,
-    Saved,
     Term,
     signed,
     terms,
     unsigned,
 )
+from megatron_came.core.records import Saved
 from megatron_came.core.saved import Ranges
 from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.kernels.digests import adder
@@ -56,33 +55,37 @@ class Totals:
 class Sums:
     """Digests in the making, by kind and name.
 
-    It also notes, if it ``looks``, values that no state of CAME's has.
+    It also notes values that no state of CAME's has, be they about to be saved or ``is_loaded``.
 
     Attributes:
         names: with shape and dtype, of all tensors that any rank may hold of these entries.
     """
 
-    def __init__(self, entries: Mapping[int, Entry], *, looks: bool = False) -> None:
+    def __init__(self, entries: Mapping[int, Entry], *, is_loaded: bool = False) -> None:
         self.names: Names = tuple(
             dict.fromkeys(
-                (leaf.name, leaf.box.shape, _dtype_of(entry, leaf, is_loaded=looks))
+                (leaf.name, leaf.box.shape, _dtype_of(entry, leaf, is_loaded=is_loaded))
                 for entry in entries.values()
                 for leaf in entry.leaves
             )
         )
-        self._looks = looks
         self._totals: dict[tuple[str, str], int] = {}
         self._infinite: set[tuple[str, str]] = set()
         self._negative: set[tuple[str, str]] = set()
         self._differing: dict[str, int] = {}
         self._waiting: list[tuple[Kinds, str, Term]] = []
-        self._extremes: list[tuple[str, list[str], Tensor]] = []
+        self._least: list[tuple[set[tuple[str, str]], Tensor]] = []
         self._size = 0
 
     @property
     def held(self) -> list[tuple[str, str]]:
         """Kind and name of all that this rank has added to."""
         return list(self._totals)
+
+    @property
+    def flawed(self) -> set[tuple[str, str]]:
+        """Kind and name of what this rank has added that no state of CAME's can be."""
+        return self._infinite | self._negative
 
     def add_weights(self, entry: Entry) -> None:
         """Add the weights of an entry, where this rank stands for all that hold them."""
@@ -140,9 +143,9 @@ class Sums:
                 self._totals.setdefault((kind, leaf.name), 0)
             found = terms(values, local, leaf.box, start=start, as_fp32=as_fp32)
             self._waiting += ((kinds, leaf.name, term) for term in found)
-        if self._looks and leaves and values.is_floating_point() and values.numel():
-            extremes = torch.stack(torch.aminmax(values.detach())).double()
-            self._extremes.append((kinds[0], [leaf.name for leaf in leaves], extremes))
+        if kinds[0] in FACTORS and leaves and values.numel():
+            names = {(kinds[0], leaf.name) for leaf in leaves}
+            self._least.append((names, values.detach().amin().double()))
         self._size += values.numel()
         if self._size >= _WAITING:
             self.flush()
@@ -152,19 +155,19 @@ class Sums:
         devices = {term.bits.device for _, _, term in self._waiting}
         for device in devices:
             here = [each for each in self._waiting if each[2].bits.device == device]
-            totals = adder(device)([term for _, _, term in here])
-            for (kinds, name, _), total in zip(here, totals, strict=True):
+            sums = adder(device)([term for _, _, term in here])
+            for (kinds, name, term), added in zip(here, sums, strict=True):
                 for kind in kinds:
-                    self._totals[kind, name] += total
-        if self._extremes:
-            device = self._extremes[0][2].device
-            extremes = torch.stack([each.to(device) for _, _, each in self._extremes]).tolist()
-            for (kind, names, _), ends in zip(self._extremes, extremes, strict=True):
-                if not all(map(math.isfinite, ends)):
-                    self._infinite |= {(kind, name) for name in names}
-                elif kind in FACTORS and ends[0] < 0:
-                    self._negative |= {(kind, name) for name in names}
-        self._waiting, self._extremes, self._size = [], [], 0
+                    self._totals[kind, name] += added.total
+                    if not added.is_finite(term.dtype):
+                        self._infinite.add((kind, name))
+        if self._least:
+            device = self._least[0][1].device
+            least = torch.stack([each.to(device) for _, each in self._least]).tolist()
+            for (names, _), each in zip(self._least, least, strict=True):
+                if each < 0:
+                    self._negative |= names
+        self._waiting, self._least, self._size = [], [], 0
 
     def over_all_ranks(self, names: Names) -> Totals:
         """Add up over all ranks, which give the names of all ranks' sums.

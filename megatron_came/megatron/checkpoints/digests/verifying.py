@@ -114,7 +114,7 @@ class Verification:
 
     @cached_property
     def _sums(self) -> Sums:
-        return Sums(self._entries, looks=True)
+        return Sums(self._entries, is_loaded=True)
 
     def note_optimizer(self) -> None:
         """The optimizer is about to be loaded."""
