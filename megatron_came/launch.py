@@ -16,6 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_came.terminal.interrupts import end_at_once, end_in_an_exception
+
+if __name__ == "__main__":
+    end_at_once()
+
 from megatron_came import cpu_megatron, megatron, memory, waiting
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.search_path import other_megatron, use_checkout_of
@@ -60,6 +65,7 @@ def prepare(*, training_loop: bool = False) -> None:
 @contextlib.contextmanager
 def refusals_in_a_sentence() -> Iterator[None]:
     """End the program with a sentence where a model is not one that CAME can train."""
+    end_in_an_exception()
     try:
         yield
     except UnsupportedError as error:

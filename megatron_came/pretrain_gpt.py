@@ -13,6 +13,11 @@ import time
 
 _STARTED = time.time()  # before the slow imports: Megatron reports how long the start took
 
+from megatron_came.terminal.interrupts import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 from megatron_came.launch import prepare, refusals_in_a_sentence
 
 if __name__ == "__main__":

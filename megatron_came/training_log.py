@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
+
+from megatron_came.terminal.children import end_with_parent
+from megatron_came.terminal.interrupts import half_made
 
 # A step that an overflow skips has no loss.
 _ITERATION = re.compile(
@@ -18,6 +27,9 @@ _ITERATION = re.compile(
 _TIMER = re.compile(r"^ *([a-z-]+)[ .]*: \([\d.]+, ([\d.]+)\)")
 # Of Python, and of argparse, before whose it writes the program's name.
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?(?:[\w.]+\.py: )?([\w.]*(?:Error|Exception|error): .*)")
+# Of Megatron's checks, whose class says nothing; without words their source has to do.
+_ASSERTION = re.compile(r"^(?:\[rank\d+\]: ?)?AssertionError(?:: ?(.*))?$")
+_SOURCE = re.compile(r"^(?:\[rank\d+\]: ?)? {4}(assert .*)$")
 # The other ranks fail in turn, and then torchrun sums up; neither says why.
 _CONSEQUENCE = re.compile(r"Connection (closed|reset)")
 _TORCHRUN = re.compile(r"^[EW]\d{4} .*torch/distributed/elastic", re.MULTILINE)
@@ -98,16 +110,22 @@ def follow(
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(choose_port(port))]
-    command += ["-m", "megatron_came.pretrain_gpt", *flags]
-    found = TrainingLog()
+    # It makes a folder for logs, also for none, and would leave one of its own behind.
+    folder = Path(tempfile.mkdtemp(prefix="megatron_came_"))
+    half_made.add(folder)
+    command += ["--log-dir", str(folder), "-m", "megatron_came.pretrain_gpt", *flags]
+    found, parent = TrainingLog(), os.getpid()
     process = subprocess.Popen(
         command,
-        env=dict(environment),
+        # Its timers are logged at this level, which packages that log before it does would raise.
+        env={**environment, "MEGATRON_LOGGING_LEVEL": str(logging.INFO)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         encoding="utf-8",
         errors="replace",
+        # torchrun ends its ranks then
+        preexec_fn=lambda: end_with_parent(parent, signal.SIGTERM),
     )
     try:
         for line in process.stdout or ():
@@ -117,6 +135,8 @@ def follow(
     finally:
         process.terminate()  # if this was interrupted; nothing happens to one that has ended
         status = process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        half_made.discard(folder)
     if status or not found.losses or len(found.losses) != found.iterations:
         log.seek(0)
         raise TrainingError(last_words(log.read()))
@@ -127,7 +147,14 @@ def last_words(log: str) -> str:
     """Return the lines of a failed run's log that tell most: its errors, or else its end."""
     program, *torchrun = _TORCHRUN.split(log, maxsplit=1)
     lines = list(dict.fromkeys(line.rstrip() for line in program.splitlines() if line.strip()))
-    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
+    errors, source = [], ""
+    for line in lines:
+        if found := _SOURCE.match(line):
+            source = f"Megatron stops at {found[1]!r}"
+        elif found := _ASSERTION.match(line):
+            errors.append(found[1] or source)
+        elif found := _ERROR.match(line):
+            errors.append(found[1])
     causes = [line for line in errors if not _CONSEQUENCE.search(line)]
     words = list(dict.fromkeys(causes))[:3] or errors[:3] or lines[-3:]
     if any("exitcode: -9" in line for line in torchrun):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def check_version() -> str:
     Raises:
         MegatronError: none is installed, or one that CAME has not been tested with.
     """
+    handlers = [*logging.root.handlers]
     try:
         # Not of megatron.core, which may be in the middle of its own import.
         version = str(importlib.import_module("megatron.core.package_info").__version__)
@@ -32,6 +34,9 @@ def check_version() -> str:
             f"--optimizer came needs Megatron, which cannot be imported ({error}): "
             "pip install megatron-core==0.19.2, or start the script of a Megatron-LM checkout."
         ) from error
+    # Where emerging-optimizers is installed, core's import has configured logging, by absl, which
+    # Megatron's training loop would find done.
+    logging.root.handlers[:] = handlers
     if _series(version) not in SUPPORTED:
         raise MegatronError(
             f"--optimizer came does not know Megatron {version}: "

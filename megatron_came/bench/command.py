@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -16,9 +19,9 @@ from megatron_came.bench.contenders import contenders
 from megatron_came.bench.iteration import measure_iterations
 from megatron_came.bench.machine import describe
 from megatron_came.bench.measure import Result, copy_bandwidth, measure, parameters
-from megatron_came.bench.shapes import MODELS, shapes_of
+from megatron_came.bench.shapes import MODELS, Shape, shapes_of
 from megatron_came.terminal.console import show, table, wrapped
-from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.paths import named_path, write_whole
 from megatron_came.terminal.sentences import CommandError, status_of, writing
 
 # Of a result: heads of the columns, attributes and how they are written; None is a dash.
@@ -31,12 +34,15 @@ _COLUMNS = {
     "of floor": ("fraction_of_floor", ".0%"),
     "extra MiB": ("extra_mebibytes", ".1f"),
 }
+_MOST = 10**6  # of layers, ranks or steps
 _SENT = {"collectives": ("collectives", "d"), "MiB sent": ("mebibytes_sent", ".2f")}
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    if int(text) > _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is too large: give {_MOST} at most")
     return int(text)
 
 
@@ -107,7 +113,7 @@ def _run(options: argparse.Namespace) -> None:
         report |= _steps(options, device, report)
     if options.json:
         with writing(options.json, "--json"):
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_whole(options.json, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def _iterations(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -151,6 +157,7 @@ def _steps(
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=options.ranks)
     bandwidth = 0.0 if device.type == "cpu" else copy_bandwidth(device)
     shapes = shapes_of(options.model, options.layers)
+    _check_room(options, shapes, len(entrants))
     params, shards = parameters(shapes, device, options.ranks)
     results = measure(entrants, params, shards, steps=options.steps, bandwidth=bandwidth)
     report = {
@@ -162,6 +169,22 @@ def _steps(
     }
     _print(report, results)
     return report
+
+
+def _check_room(options: argparse.Namespace, shapes: Sequence[Shape], entrants: int) -> None:
+    """Refuse what the system would end for want of memory, this process or another one.
+
+    Raises:
+        CommandError: tensors that there is no room for.
+    """
+    # Parameters and gradients, and of each optimizer about one state of their size.
+    needed = 4 * (2 + entrants) * sum(map(math.prod, shapes)) // options.ranks
+    total = psutil.virtual_memory().total
+    if options.device != "cuda" and needed > total:
+        raise CommandError(
+            f"--model {options.model} of {options.layers or 'all its'} layers needs about "
+            f"{needed >> 30} GiB and there are {total >> 30}: give fewer --layers, or --only NAME."
+        )
 
 
 def _print(report: dict[str, Any], results: list[Result]) -> None:

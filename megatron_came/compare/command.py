@@ -66,6 +66,7 @@ def _compare(options: argparse.Namespace, folder: Path) -> None:
     show([*table(rows), "", f"Tables, pictures and runs: {folder.resolve()}"])
 
 
+_MOST = {"seeds": 1000, "iterations": 10**7, "batches": 2**16, "rates": math.inf}
 _MORE_RUNS = ("about", "optimizers", "rates", "seeds", "batches")
 
 
@@ -105,11 +106,13 @@ def _preset(options: argparse.Namespace) -> Preset:
         if (value := getattr(options, name)) is not None
     }
     preset = replace(PRESETS[options.preset], **changes)
-    for name in ("seeds", "iterations", "batches", "rates"):
+    for name, most in _MOST.items():
         value = getattr(preset, name)
         for each in value if isinstance(value, tuple) else (value,):
             if each is not None and not 0 < each < math.inf:
                 raise CommandError(f"--{name} {each} is not allowed: give what is above 0.")
+            if each is not None and each > most:
+                raise CommandError(f"--{name} {each} is not allowed: give {most} at most.")
     if preset.gpu and not torch.cuda.is_available():
         raise CommandError(
             f"The preset {options.preset} needs a GPU, and PyTorch sees none here: take nano."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import operator
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_came.compare.runs import Run
+from megatron_came.terminal.paths import write_whole
 from megatron_came.terminal.pictures import Line, draw_lines
 
 # Student's t at 97.5%, by degrees of freedom; of more the normal distribution's, corrected.
@@ -135,18 +137,19 @@ def write(folder: Path, runs: Iterable[Run], optimizers: Sequence[str], about: s
     tables = [markdown(make(every, optimizers)) for make in (summary, by_rate)]
     heads = ["Each at the rate with the smallest mean final loss", "Mean final loss by rate"]
     text = [f"{head}:\n\n{rows}\n" for head, rows in zip(heads, tables, strict=True)]
-    (folder / "results.md").write_text("\n".join([about + "\n", *text]))
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        measures = ("final", "best", "seconds", "step_seconds", "state_bytes")
-        ends = [f"{name}{end}" for name in measures for end in ("", "_95%")]
-        writer.writerow(["optimizer", "batch", "rate", "seeds", *ends])
-        for cell in every:
-            numbers = []
-            for name in measures:
-                values = cell.values(operator.attrgetter(name))
-                numbers += [statistics.mean(values), interval(values)]
-            writer.writerow([cell.optimizer, cell.batch, cell.rate, len(cell.runs), *numbers])
+    write_whole(folder / "results.md", "\n".join([about + "\n", *text]).encode())
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    measures = ("final", "best", "seconds", "step_seconds", "state_bytes")
+    ends = [f"{name}{end}" for name in measures for end in ("", "_95%")]
+    writer.writerow(["optimizer", "batch", "rate", "seeds", *ends])
+    for cell in every:
+        numbers = []
+        for name in measures:
+            values = cell.values(operator.attrgetter(name))
+            numbers += [statistics.mean(values), interval(values)]
+        writer.writerow([cell.optimizer, cell.batch, cell.rate, len(cell.runs), *numbers])
+    write_whole(folder / "results.csv", file.getvalue().encode())
     _draw(folder, every, optimizers)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_came.compare.optimizers import Contender, state_bytes
 from megatron_came.compare.presets import Preset
 from megatron_came.compare.tasks import Task
+from megatron_came.terminal.paths import write_whole
 from megatron_came.terminal.sentences import CommandError
 
 _POINTS = 20  # of a curve
@@ -93,10 +94,10 @@ class Results:
                 f"{folder} holds runs with another {changed} ({found.get(changed)}, not"
                 f" {settings.get(changed)}): name another folder with --output."
             )
-        about.write_text(json.dumps(settings, indent=1) + "\n")
+        write_whole(about, (json.dumps(settings, indent=1) + "\n").encode())
         if not text.endswith("\n"):  # it was being written when the process was killed
             text = text[: text.rfind("\n") + 1]
-            self._file.write_text(text)
+            write_whole(self._file, text.encode())
         self.runs = {}
         for number, line in enumerate(text.splitlines(), start=1):
             run = _run(line, f"{self._file}, line {number},")

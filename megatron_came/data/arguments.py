@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     help = "where to write; with --validation, PREFIX_train and PREFIX_valid"
     add("--output-prefix", type=_prefix, required=True, metavar="PREFIX", help=help)
     add("--overwrite", action="store_true", help="replace what is there under these names")
-    help = "processes (as many as there are cores, fewer for little text)"
+    help = "processes, at most eight a core (one a core, fewer for little text)"
     add("--workers", type=partial(_number, 1, 4096, "processes"), metavar="N", help=help)
 
     add = made.add_argument_group("tokenizer, one of these").add_argument

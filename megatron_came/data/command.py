@@ -6,7 +6,6 @@ import argparse
 import errno
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron_came.terminal.sentences import CommandError, reason_of, status_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BYTES_PER_WORKER = 4_000_000  # of text, below which another process is not worth its start
+_WORKERS_PER_CORE = 8  # more wait for each other, and may not find room
 
 
 def run(options: argparse.Namespace, corpus: Corpus | None = None) -> str:
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, corpus: Corpus | None = None) -> str:
                     corpus,
                     encoder,
                     partial[len(models) :],
-                    workers=options.workers or _worthwhile_workers(corpus.size),
+                    workers=_workers(options.workers, corpus.size),
                     progress=progress,
                 )
         finally:
@@ -125,8 +125,14 @@ def _texts(corpus: Corpus, size: int) -> Iterator[str]:
     _say(f"Training a tokenizer of {size} tokens, which may take a minute.")
 
 
-def _worthwhile_workers(size: int) -> int:
-    return min(len(os.sched_getaffinity(0)), 1 + size // _BYTES_PER_WORKER)
+def _workers(asked: int | None, size: int) -> int:
+    cores = len(os.sched_getaffinity(0))
+    if asked is None:
+        return min(cores, 1 + size // _BYTES_PER_WORKER)
+    most = _WORKERS_PER_CORE * cores
+    if asked > most:
+        _say(f"--workers {asked}: {most} are started, since there are {cores} cores.")
+    return min(asked, most)
 
 
 def _say(*lines: str) -> None:
@@ -136,16 +142,12 @@ def _say(*lines: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
-    # A batch system's signal ends it as Ctrl-C does: without files left behind.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return status_of(lambda: _main(argv), "megatron-came data: ", status=1)
     except KeyboardInterrupt as interrupt:
         written = "everything" if isinstance(interrupt, LateInterrupt) else "nothing"
         _say(f"megatron-came data: Interrupted: {written} was written.")
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _main(argv: list[str]) -> None:

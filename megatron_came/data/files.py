@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_came.data.locks import locked
 from megatron_came.terminal.children import signals_held_back
+from megatron_came.terminal.interrupts import half_made
 
 
 class LateInterrupt(KeyboardInterrupt):
@@ -36,6 +37,7 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
             for path in sorted(paths):  # in this order everywhere: one of two processes gets all
                 stack.enter_context(locked(path))
             try:
+                half_made.update(temporary)
                 for made in temporary:
                     made.write_bytes(b"")  # a folder that takes no files is found before the work
                 yield temporary
@@ -49,6 +51,7 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 with signals_held_back():
                     for made in temporary:
                         made.unlink(missing_ok=True)
+                    half_made.difference_update(temporary)
     except KeyboardInterrupt as interrupt:
         # One that another thread took may arrive when signals are no longer held back.
         raise (LateInterrupt() if whole else interrupt) from None

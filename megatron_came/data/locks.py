@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_came.terminal.children import signals_held_back
+from megatron_came.terminal.interrupts import half_made
 from megatron_came.terminal.sentences import CommandError
 
 # What a file system says that has no locks.
@@ -32,11 +33,13 @@ def locked(path: Path) -> Iterator[None]:
     while file is None:
         file = _acquire(lock, path)
     try:
+        half_made.add(lock)
         yield
     finally:
         with signals_held_back():
             lock.unlink(missing_ok=True)  # first: nobody else may hold what has no name any more
             os.close(file)
+            half_made.discard(lock)
 
 
 def _acquire(lock: Path, path: Path) -> int | None:

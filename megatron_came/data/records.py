@@ -26,6 +26,18 @@ _PACKED_OTHERWISE = frozenset(
     (".zst", ".zstd", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz")
 )
 
+# What begins so is no text, whatever its name says.
+_UNNAMED = "name it so, with a suffix of {}, or unpack it"
+_BEGINS = {
+    b"\x1f\x8b": ("a gzip file", _UNNAMED.format(".gz")),
+    b"BZh": ("a bzip2 file", _UNNAMED.format(".bz2")),
+    b"\xfd7zXZ\0": ("an xz file", _UNNAMED.format(".xz")),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard file", "unpack it first"),
+    b"PK\3\4": ("a zip file", "unpack it first"),
+    b"\xff\xfe": ("UTF-16 or UTF-32 text", "convert it to UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "convert it to UTF-8"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -58,7 +70,7 @@ class Record:
         if self.json_key is not None:
             return _from_json(_decode(self.raw), self.json_key)
         if b"\0" in self.raw:
-            raise UnusableError("is not text", "name a text file")
+            raise _no_text(self.raw, UnusableError("is not text", "name a text file"))
         text = _decode(self.raw)
         if not text.strip():
             raise _empty()
@@ -73,7 +85,16 @@ def _decode(raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UnusableError("is not UTF-8 text", "convert it to UTF-8") from error
+        other = UnusableError("is not UTF-8 text", "convert it to UTF-8")
+        raise _no_text(raw, other) from error
+
+
+def _no_text(raw: bytes, other: UnusableError) -> UnusableError:
+    """Say what bytes are that begin as those of no text do."""
+    for begin, (what, remedy) in _BEGINS.items():
+        if raw.startswith(begin):
+            return UnusableError(f"is {what}", remedy)
+    return other
 
 
 def _from_json(line: str, key: str) -> str:

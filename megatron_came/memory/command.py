@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_came.memory.launch_command import LaunchCommand, from_script, from_words
-from megatron_came.terminal.console import show
-from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.console import show, width, wrapped
+from megatron_came.terminal.paths import named_path, write_whole
 from megatron_came.terminal.pictures import draw_bars
 from megatron_came.terminal.quiet import quiet
 from megatron_came.terminal.sentences import CommandError, require, status_of, writing
 
-_STDOUT = "-"
+_STDOUT = Path("-")
+_MOST_RANKS = 10**7  # a prediction looks at every one
 
 
 def main(argv: list[str]) -> int:
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "--json",
         nargs="?",
         const=_STDOUT,
+        type=named_path,
         metavar="FILE",
         help="write everything as JSON; without FILE, instead of the text",
     )
@@ -98,6 +100,8 @@ def _launch_command(options: argparse.Namespace, words: list[str]) -> LaunchComm
         raise CommandError("the flags do not say how many GPUs there are: add --gpus N.")
     if ranks < 1:
         raise CommandError(f"--gpus {ranks} is not allowed: give at least 1.")
+    if ranks > _MOST_RANKS:
+        raise CommandError(f"--gpus {ranks} is not allowed: give {_MOST_RANKS} at most.")
     return LaunchCommand(command.flags, ranks, command.script)
 
 
@@ -110,8 +114,8 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
     megatron.install()
     memory.install()
     command = _launch_command(options, words)
-    budget = fit.parse_size(options.fit) if options.fit else None
-    room = fit.parse_size(options.advise, "--advise") if options.advise else None
+    budget = fit.parse_size(options.fit) if options.fit is not None else None
+    room = fit.parse_size(options.advise, "--advise") if options.advise is not None else None
     if options.plot:
         require("matplotlib", "--plot")
     launch = Launch(megatron_flags.parse(command.flags, command.ranks or 1, command.script))
@@ -138,10 +142,11 @@ def _predict(options: argparse.Namespace, words: list[str]) -> None:
         print(json.dumps(result, indent=2))
         return
     if options.json:
-        with writing(file := Path(options.json), "--json"):
-            file.write_text(json.dumps(result, indent=2) + "\n")
+        with writing(options.json, "--json"):
+            write_whole(options.json, (json.dumps(result, indent=2) + "\n").encode())
         lines += ["", f"JSON: {options.json}"]
-    show(lines)
+    columns = width()
+    show(part for line in lines for part in ([line] if len(line) <= columns else wrapped(line)))
 
 
 def _compare(paths: list[Path], words: list[str]) -> None:

@@ -22,7 +22,7 @@ from megatron_came.memory.launch_command import words_of
 from megatron_came.memory.model_kinds import BERT, GPT, T5, kind_of
 from megatron_came.memory.optimizers import has_fsdp
 from megatron_came.memory.stand_ins import hopper, replaced
-from megatron_came.rules import Rule, Settings, name_of, refusal
+from megatron_came.rules import Rule, Settings, flag_of, name_of, refusal
 from megatron_came.terminal.sentences import CommandError
 from megatron_came.voice import PREFIX
 
@@ -33,6 +33,19 @@ PRECISE_DTYPES = (
     *("--exp-avg-dtype", "--exp-avg-sq-dtype"),
     *("--main-params-dtype", "--main-grads-dtype"),
 )
+# What a launch has at least one of, where it is given: Megatron takes 0 of some, and others, which
+# only a run would refuse.
+_COUNTS = """
+    num_layers num_experts encoder_num_layers decoder_num_layers hidden_size ffn_hidden_size
+    num_attention_heads kv_channels num_query_groups seq_length encoder_seq_length
+    decoder_seq_length max_position_embeddings vocab_size make_vocab_size_divisible_by
+    moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size micro_batch_size
+    global_batch_size tensor_model_parallel_size pipeline_model_parallel_size
+    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
+    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
+    num_distributed_optimizer_instances recompute_num_layers
+"""
+_MOST_BUILT = 10_000  # layers or experts, each of which takes a moment
 _OPTIMIZERS = ("came", "adam", "sgd", "lion", "muon", "dist_muon")
 
 
@@ -50,8 +63,28 @@ def _is_by_matrix(args: Settings) -> bool:
     return args.optimizer in _OPTIMIZERS[3:]
 
 
+def _not_counted(name: str) -> Iterator[Rule]:
+    """Of numbers that no run could have; Megatron's validation takes them, or divides by them."""
+    least = 0 if name in ("num_experts", "vocab_size") else 1  # 0 is as if not given
+    most = _MOST_BUILT if name.endswith(("num_layers", "num_experts")) else 2**31 - 1
+    count, refused = operator.attrgetter(name), f"{flag_of(name)} {{at.{name}}} is not allowed"
+    few = f"{refused}: give {least} or more."
+    yield Rule(few, when=lambda args: count(args) is not None and count(args) < least)
+    many = f"{refused}: give {most} at most."
+    yield Rule(many, when=lambda args: count(args) is not None and count(args) > most)
+
+
 # What is laid out otherwise, or refused by Megatron: of arguments as they were typed ...
 _TYPED = (
+    *(rule for name in _COUNTS.split() for rule in _not_counted(name)),
+    Rule(
+        "{given} does not divide --num-attention-heads {at.num_attention_heads}: give one that "
+        "does.",
+        "--num-query-groups",
+        when=lambda args: (
+            args.group_query_attention and (args.num_attention_heads or 0) % args.num_query_groups
+        ),
+    ),
     _not_predicted("--yaml-cfg", "give the settings as flags"),
     _not_predicted("--use-checkpoint-args", "give the model's flags"),
     _not_predicted("--tensor-parallel-num-weight-shards", "use --tensor-model-parallel-size"),

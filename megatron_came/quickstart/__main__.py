@@ -2,6 +2,7 @@
 
 import sys
 
+from megatron_came.terminal.console import open_streams
 from megatron_came.terminal.interrupts import in_one_line
 
 
@@ -12,4 +13,5 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(in_one_line(_run, "Interrupted: run it again to go on from here."))

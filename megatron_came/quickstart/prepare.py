@@ -1,11 +1,12 @@
 """The quick start's tokenizer and dataset, made as ``megatron-came data`` makes them."""
 
 import os
+from pathlib import Path
 
 from megatron_came.data.arguments import read
 from megatron_came.data.command import run
 from megatron_came.data.corpus import Corpus
-from megatron_came.quickstart.settings import Settings
+from megatron_came.quickstart.settings import OPTIMIZERS, Settings
 from megatron_came.quickstart.steps import Steps
 from megatron_came.terminal.sentences import CommandError
 
@@ -20,14 +21,25 @@ def prepare(settings: Settings, steps: Steps) -> str:
         CommandError: the text cannot be used, or is too little.
     """
     corpus = Corpus.from_paths(settings.text) if settings.text else Corpus.python_library()
-    own = settings.folder.resolve()  # what was made before is no text
-    corpus.files = [path for path in corpus.files if own not in path.resolve().parents]
+    corpus.files = [
+        path for path in corpus.files if path in corpus.named or not _is_made(path, settings)
+    ]
     return steps.run(
         "Dataset",
         {"files": [_identity(path) for path in corpus.files], "vocabulary": settings.vocabulary},
         [settings.tokenizer, *(settings.dataset.with_suffix(end) for end in (".bin", ".idx"))],
         lambda: _make(settings, corpus),
     )
+
+
+def _is_made(path: Path, settings: Settings) -> bool:
+    """Whether the quick start, of this version or an earlier one, has made a file."""
+    made = [settings.dataset.parent, settings.folder / "steps.json", settings.folder / "loss.png"]
+    made += [settings.folder / "corpus.jsonl", settings.folder / "tokenizer.model"]  # earlier
+    for optimizer in OPTIMIZERS:
+        made += [settings.result(optimizer), settings.run_folder(optimizer)]
+    place = path.resolve()
+    return any(each.resolve() in (place, *place.parents) for each in made)
 
 
 def _identity(path: os.PathLike[str]) -> list[object]:

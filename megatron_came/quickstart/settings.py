@@ -5,6 +5,8 @@ from pathlib import Path
 
 from megatron_came.terminal.sentences import CommandError
 
+_MOST = 10**6  # iterations: samples are counted in memory before the first one
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -57,6 +59,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise CommandError(f"{self.iterations} iterations are none: ask for 1 or more.")
+        if self.iterations > _MOST:
+            raise CommandError(f"{self.iterations} iterations are too many: {_MOST} at most.")
         if self.ranks < 1 or self.global_batch % self.ranks:
             allowed = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
             raise CommandError(

@@ -11,21 +11,21 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-_ENDS = (signal.SIGINT, signal.SIGTERM)
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a command when the body is done; what it starts sees neither."""
+    """Let Ctrl-C and its like end a command when the body is done; what it starts sees none."""
     held: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         # A signal that this thread blocks may reach another one, and Python's handler runs here.
-        for number in _ENDS:
+        for number in ENDS:
             if signal.getsignal(number) is not None:  # else it is a handler of C's
                 handlers[number] = signal.signal(number, lambda number, _: held.append(number))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
     try:
         yield
     finally:
@@ -36,16 +36,16 @@ def signals_held_back() -> Iterator[None]:
             signal.raise_signal(held[0])
 
 
-def end_with_parent(parent: int) -> None:
-    """Have Linux kill this process when the thread that started it ends, even of SIGKILL.
+def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when the thread that started it ends, even of SIGKILL.
 
     The parent, named by its process id, may be dead already.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
 def run_alone(
@@ -56,7 +56,12 @@ def run_alone(
     Raises:
         subprocess.TimeoutExpired: it takes longer.
     """
-    process = None
+    process, parent = None, os.getpid()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+        end_with_parent(parent)
+
     try:
         with signals_held_back():  # none comes between the start and the knowledge of it
             process = subprocess.Popen(
@@ -68,7 +73,7 @@ def run_alone(
                 text=True,
                 errors="replace",
                 start_new_session=True,
-                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS),
+                preexec_fn=prepare,
             )
         stdout, stderr = process.communicate(timeout=seconds)
     finally:

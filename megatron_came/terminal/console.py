@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
 import sys
@@ -16,6 +17,18 @@ from typing import TextIO
 
 _GAP = "  "
 _LABEL = 16  # columns that a label has at least, where it takes several lines
+
+
+def open_streams() -> None:
+    """Let anything be written to both streams, closed by who called (as with ``>&-``) or not.
+
+    What a locale's letters do not have, such as a file's name of others', is written in escapes.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def width() -> int:
@@ -88,12 +101,17 @@ def _lines(
             yield Head(line.rstrip()) if row is cells[0] else line.rstrip()
 
 
-def wrapped(text: str, columns: int | None = None) -> list[str]:
-    """Break a sentence at spaces; lines after the first are indented as it is."""
-    indent = text[: len(text) - len(text.lstrip())]
+def wrapped(
+    text: str, columns: int | None = None, *, hang: str = "", whole: bool = True
+) -> list[str]:
+    """Break a sentence at spaces; lines after the first are indented as it is, and by ``hang``.
+
+    A word that is longer than a line is left ``whole`` or not.
+    """
+    indent = text[: len(text) - len(text.lstrip())] + hang
     limit = width() if columns is None else columns
     wrapper = textwrap.TextWrapper(
-        limit, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        limit, subsequent_indent=indent, break_long_words=not whole, break_on_hyphens=False
     )
     return wrapper.wrap(text) or [""]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from megatron_came.terminal.paths import write_whole
 
 _DPI = 150
 
@@ -104,5 +107,8 @@ def draw_bars(bars: Mapping[str, Mapping[str, float]], unit: str, file: Path) ->
 
 def _save(figure: Any, file: Path) -> None:
     # Without its date a picture that has not changed is the same file.
-    metadata = {"Date": None} if file.suffix == ".svg" else None
-    figure.savefig(file, dpi=_DPI, metadata=metadata)
+    kind = file.suffix[1:].lower() or "png"
+    metadata = {"Date": None} if kind == "svg" else None
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, dpi=_DPI, metadata=metadata)
+    write_whole(file, picture.getvalue())

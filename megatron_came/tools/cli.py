@@ -54,10 +54,10 @@ def main() -> int:
     import errno
     import os
 
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who called, as with ">&-"
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
+        from megatron_came.terminal.console import open_streams
+
+        open_streams()
         status = _main()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -65,7 +65,11 @@ def main() -> int:
         return 130
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
+            reason = (error.strerror or str(error)).lower()
+            gone = "the current folder" if error.errno == errno.ENOENT else "a file"
+            what = f"{error.filename or gone} cannot be used ({reason})"
+            print(f"megatron-came: {what}: put that right.", file=sys.stderr)
+            return 1
         # What is left to print is lost, and must not end in an error of its own.
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, 1)
@@ -73,6 +77,17 @@ def main() -> int:
             os.dup2(nothing, 2)
             return _NOBODY_READS
         print("megatron-came: nothing more can be printed (no space left).", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("megatron_came"):
+            raise
+        package = f"The package {error.name}, which this command needs, is not installed"
+        print(f"megatron-came: {package}: pip install megatron-came again.", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        print("megatron-came: memory ran out: ask for less at a time.", file=sys.stderr)
         return 1
     return status
 

@@ -98,10 +98,11 @@ def _listed(sections: Mapping[str, Iterable[tuple[str, str, str]]], columns: int
     """List names with a remark and a meaning, each section under its title."""
     lines: list[str] = []
     for title, entries in sections.items():
-        lines += [*([""] if lines else []), Head(title)]
+        lines += [*([""] if lines else []), *map(Head, wrapped(title, columns))]
         for name, remark, meaning in entries:
-            lines.append(f"  {name}  ({remark})" if remark else f"  {name}")
-            lines += wrapped(f"      {meaning}", columns)
+            head = f"  {name}  ({remark})" if remark else f"  {name}"
+            lines += wrapped(head, columns, hang="    ", whole=False)
+            lines += wrapped(f"      {meaning}", columns, whole=False)
     return lines
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 
 from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError
 from megatron_came.checkpoint_files.folder import Checkpoint, find, opened
+from megatron_came.terminal.console import show, wrapped
 from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.sentences import reason_of
 from megatron_came.tools.checkpoints import listing
 from megatron_came.tools.checkpoints.verifying import verify
 
@@ -37,11 +40,15 @@ def main(argv: list[str]) -> int:
             if options.verify:
                 return _verify(checkpoint)
             for line in listing.report(checkpoint, details=not options.summary):
-                print(line)
+                _print(line)
     except (CheckpointError, OSError) as error:
         if getattr(error, "errno", None) in (errno.EPIPE, errno.ENOSPC):  # of what is printed
             raise
-        print(f"megatron-came inspect: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError):
+            name = error.filename or options.checkpoint
+            said = f"{name} cannot be read ({reason_of(error)}): name another."
+        print(f"megatron-came inspect: {said}", file=sys.stderr)
         is_damaged = options.verify and not isinstance(error, NoCheckpointError)
         return 1 if is_damaged else 2
     return 0
@@ -49,18 +56,23 @@ def main(argv: list[str]) -> int:
 
 def _verify(checkpoint: Checkpoint) -> int:
     verdict = verify(checkpoint)
-    for line in listing.head(checkpoint):
-        print(line)
-    print()
+    for line in (*listing.head(checkpoint), ""):
+        _print(line)
     for damage in verdict.damages:
-        print(f"damaged: {damage}")
+        _print(f"damaged: {damage}")
     for remark in verdict.remarks:
-        print(remark)
+        _print(remark)
     if not verdict.damages:
-        print("It is sound." if verdict.is_proved else "No damage was found.")
+        _print("It is sound." if verdict.is_proved else "No damage was found.")
         return 0
-    print(f"It is damaged: {_remedy(checkpoint, only_main=verdict.is_of_main_weights)}.")
+    _print(f"It is damaged: {_remedy(checkpoint, only_main=verdict.is_of_main_weights)}.")
     return 1
+
+
+def _print(line: str) -> None:
+    # In a pipe or a file that nobody gives a width, a line is a tensor or a sentence.
+    is_fitted = sys.stdout.isatty() or bool(os.environ.get("COLUMNS"))
+    show(wrapped(line, hang="    ", whole=False) if is_fitted else [line])
 
 
 def _remedy(checkpoint: Checkpoint, *, only_main: bool) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from megatron_came.terminal.paths import named_path
+from megatron_came.terminal.paths import named_path, write_whole
 from megatron_came.terminal.sentences import CommandError, status_of
 
 PATCHES = Path(str(resources.files("megatron_came"))) / "patches"
@@ -92,7 +92,7 @@ def run(tree: Path, *, check: bool, undo: bool, patches: Path = PATCHES) -> tupl
     if check or applied is not undo:
         status = int(check and not applied)
         return status, f"{patch.name} is {'' if applied else 'not '}applied to {tree}."
-    script.write_bytes(other)
+    write_whole(script, other)
     if undo:
         return 0, f"{patch.name} is undone: {_SCRIPT} is as it was."
     return 0, (
@@ -121,4 +121,4 @@ def main(arguments: Sequence[str]) -> int:
         return status
 
     remedy = "name the folder of a checkout whose files you may change"
-    return status_of(work, "megatron-came patch: ", remedy=remedy)
+    return status_of(work, "megatron-came patch: ", remedy=remedy, place=given.tree)

@@ -61,6 +61,8 @@ def _readable_scalars(run: Path) -> dict[str, Line]:
             f"{error.filename or run} cannot be read ({reason_of(error)}): let the user of this "
             "process read it, or name another run."
         ) from error
+    except ValueError as error:  # of numbers that TensorBoard cannot read
+        raise CommandError(f"{run} cannot be read ({error}): name another run.") from error
 
 
 def names_of(runs: Iterable[Mapping[str, Line]], words: Sequence[str]) -> list[str]:

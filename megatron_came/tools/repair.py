@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import shutil
 import stat
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 from megatron_came.checkpoint_files.errors import CheckpointError, printable
 from megatron_came.checkpoint_files.folder import TRACKER, Checkpoint, Folder, find, opened
 from megatron_came.core import records
+from megatron_came.terminal.children import signals_held_back
 from megatron_came.terminal.paths import named_path
-from megatron_came.terminal.sentences import status_of
+from megatron_came.terminal.sentences import CommandError, reason_of, status_of
 from megatron_came.tools.checkpoints import repairing
 from megatron_came.tools.checkpoints.listing import progress, word
 from megatron_came.tools.checkpoints.main_weights import pairs
 from megatron_came.tools.checkpoints.verifying import verify
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # also where the file that is read is named
 _WEIGHTS = "start afresh from its weights with --no-load-optim"
 
 
@@ -37,14 +40,23 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     lines: list[str] = []
-    status = status_of(
-        lambda: lines.extend(repair(options.checkpoint, options.output)),
-        "megatron-came repair: ",
-        CheckpointError,
-        status=1,
-        remedy="remove what was written, and name a folder where there is room",
-        place=options.output,
-    )
+
+    def work() -> None:
+        try:
+            lines.extend(repair(options.checkpoint, options.output))
+        except BrokenPipeError:  # of who reads what is said
+            raise
+        except OSError as error:
+            at = Path(error.filename or options.output)
+            if not at.is_relative_to(options.output) and error.errno not in _FULL:
+                raise
+            raise CommandError(
+                f"{options.output} cannot be written ({reason_of(error)}), and nothing was: name a "
+                "folder where there is room."
+            ) from error
+
+    said = "megatron-came repair: ", CheckpointError
+    status = status_of(work, *said, status=1, remedy="name another checkpoint")
     for line in lines:
         print(line)
     return status
@@ -66,6 +78,16 @@ def repair(source: Path, output: Path) -> list[str]:
         record = None if text is None else records.unpack(text)
         if not repairing.losses(checkpoint, record):
             raise CheckpointError(f"{folder.path} is not damaged, so nothing was written: load it.")
+    try:
+        return _written(folder, record, output)
+    except BaseException:  # Ctrl-C too
+        with signals_held_back():
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _written(folder: Folder, record: records.Record | None, output: Path) -> list[str]:
+    """Write the copy and repair it; return the lines that say what was lost."""
     copy = Folder(output / folder.path.name)
     _copy(folder.path, copy.path)
     with opened(copy) as checkpoint:
@@ -77,7 +99,9 @@ def repair(source: Path, output: Path) -> list[str]:
         wrong = verify(checkpoint).damages
         iteration = checkpoint.common["iteration"]
     if wrong:
-        raise CheckpointError(f"the copy in {output} is still damaged, do not load it: {wrong[0]}.")
+        raise CheckpointError(
+            f"a copy of {folder.path} would still be damaged, so nothing was written: {wrong[0]}."
+        )
     name = "release" if folder.path.name == "release" else str(iteration)
     (output / TRACKER).write_text(name)
     momenta = sum(bool(loss.momentum) for loss in losses)

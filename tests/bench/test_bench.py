@@ -1,7 +1,9 @@
 """``megatron-came bench``."""
 
+import contextlib
 import json
 import re
+import tempfile
 
 import pytest
 
@@ -60,7 +62,24 @@ def test_what_is_no_number_is_said_without_names_of_functions(number, capsys):
     assert f"argument --steps: '{number}' is no whole number above 0" in capsys.readouterr().err
 
 
-def test_a_whole_iteration_is_timed_in_parts(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "9" * 20], "--steps: 99999999999999999999 is too large: give 1000000 at most"),
+        (["--layers", "999999", "--device", "cpu"], "of 999999 layers needs about "),
+    ],
+)
+def test_what_nothing_has_room_for_is_refused(options, said, capsys):
+    with contextlib.suppress(SystemExit):
+        assert command.main(options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_whole_iteration_is_timed_in_parts(tmp_path, capsys, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is to be found anew
+    monkeypatch.setenv("MEGATRON_LOGGING_LEVEL", "40")  # the timers are logged below it
     file = tmp_path / "iteration.json"
     options = ["--iteration", "--model", "gpt2-small", "--layers", "1", "--steps", "2"]
     small = "--hidden-size 64 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32"
@@ -73,6 +92,8 @@ def test_a_whole_iteration_is_timed_in_parts(tmp_path, capsys):
         assert min(parts) > 0
         assert sum(parts) < one["milliseconds"]
         assert one["iterations"] == 2
+    left = [path.name for path in (tmp_path / "temporary").iterdir()]
+    assert not [name for name in left if name.startswith(("torchelastic", "megatron_came"))]
     captured = capsys.readouterr()
     assert "backward  optimizer's step" in captured.out
     assert "Training: 100%" in captured.err

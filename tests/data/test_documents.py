@@ -140,6 +140,17 @@ class TestFaultyInput:
         [
             ("a.txt", "größer".encode("latin-1"), "is not UTF-8 text"),
             ("a.txt", b"\x89PNG\0\0", "is not text"),
+            ("a.txt", gzip.compress(b"text"), "is a gzip file: name it so, with a suffix of .gz"),
+            ("a.jsonl", gzip.compress(b'{"text": "a"}\n'), "line 1, is a gzip file: name it so"),
+            ("a", bz2.compress(b"text"), "is a bzip2 file: name it so, with a suffix of .bz2, or"),
+            ("a.xzip", lzma.compress(b"text"), "is an xz file: name it so, with a suffix of .xz,"),
+            ("a.txt", b"\x28\xb5\x2f\xfd\0X\1\0", "is a Zstandard file: unpack it first"),
+            ("a.txt", "text".encode("utf-16"), "is UTF-16 or UTF-32 text: convert it to UTF-8"),
+            (
+                "a.jsonl",
+                '{"text": "a"}'.encode("utf-16"),
+                "is UTF-16 or UTF-32 text: convert it to UTF-8",
+            ),
             ("a.txt", b"", "is empty"),
             ("a.jsonl", b"\n\n", "is empty"),
             ("a.json", b'[{"text": "a"}]', "in its first line: give the right --json-key, or"),

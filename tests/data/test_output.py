@@ -17,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_came.data.files import LateInterrupt, whole_files
 from megatron_came.data.indexed import DatasetWriter, dataset_files
+from megatron_came.terminal.interrupts import in_one_line
 from tests.support.datasets import (
     ROOT,
     SOURCES,
@@ -146,7 +147,7 @@ class TestOutput:
             os.kill(os.getpid(), signal.SIGTERM)
 
         monkeypatch.setattr(IndexedDatasetBuilder, "finalize", end)
-        assert run(*arguments, "--workers", 2) == 130
+        assert in_one_line(lambda: run(*arguments, "--workers", 2), "", grace=None) == 130
         assert capsys.readouterr().err.endswith("Interrupted: nothing was written.\n")
         assert files(tmp_path / "out") == {}
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -29,6 +29,22 @@ class TestWorkers:
         assert len(made[0]) == 4
         assert made[0] == made[1] == made[2]
 
+    def test_more_than_there_is_room_for_are_not_started(
+        self, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        started = []
+        start = workers._start
+        monkeypatch.setattr(
+            workers, "_start", lambda f, n, *rest: [started.append(n), start(f, 1, *rest)][1]
+        )
+        corpus = write_json(tmp_path / "c.jsonl", TEXTS)
+        out = tmp_path / "out" / "set"
+        arguments = ("--output-prefix", out, "--tokenizer-model", model, "--workers", 4096)
+        assert run(corpus, *arguments) == 0
+        (number,) = started
+        assert number == 8 * len(os.sched_getaffinity(0))
+        assert f"--workers 4096: {number} are started" in capsys.readouterr().err
+
     def test_an_error_comes_through(
         self, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

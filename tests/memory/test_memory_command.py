@@ -1,5 +1,6 @@
 """``megatron-came memory`` as a command, and reports of ``--came-report-memory``."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -75,6 +76,12 @@ FAILING = {
     "no flags": ("--gpus 1", "name the flags of a launch"),
     "no script": ("--script nowhere.sh", "nowhere.sh does not exist"),
     "size": (SMALL + "--gpus 1 --fit 80", "--fit 80 is no size"),
+    "no sequence": (SMALL + "--gpus 1 --seq-length 0", "--seq-length 0 is not allowed: give 1"),
+    "no layers": (SMALL + "--gpus 1 --num-layers 0", "--num-layers 0 is not allowed: give 1"),
+    "uneven groups": (
+        SMALL + "--gpus 1 --group-query-attention --num-query-groups 3",
+        "--num-query-groups 3 does not divide --num-attention-heads 4",
+    ),
     "both precisions": (SMALL + "--gpus 1 --fp16 --bf16", "assert not args.bf16"),
     "came": (SMALL + "--gpus 1 --optimizer came --came-beta2 2", "--came-beta2 2.0 is not"),
     "fsdp": (SMALL + "--gpus 1 --use-megatron-fsdp", "requires the `fsdp_dtensor` checkpointing"),
@@ -151,6 +158,16 @@ def test_bad_input_is_one_sentence(name, capsys):
     (line,) = printed.err.splitlines()
     assert line.startswith("megatron-came memory: ")
     assert expected in line
+
+
+@pytest.mark.parametrize("flag", ["--fit", "--advise", "--json"])
+def test_a_value_that_was_never_set_is_refused(flag, capsys):
+    """As that of a shell's variable; it was as if the flag had not been given."""
+    with contextlib.suppress(SystemExit):
+        assert command.main([*SMALL.split(), "--gpus", "1", flag, ""]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "is no size" in printed.err or "'' names no file" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import megatron_came
 from megatron_came import memory
 from megatron_came.cpu_megatron.install import REPLACEMENTS as OF_CPU
 from megatron_came.megatron.install import REPLACEMENTS as OF_CAME
-from megatron_came.tools import cli, flags
+from megatron_came.tools import cli, flags, inspect
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["bench", "compare", "data", "flags", "inspect", "memory", "patch", "plot"]
@@ -135,6 +135,28 @@ class TestOutput:
         done = self.run(words, ">&- 2>&-")
         assert done.returncode == 0
 
+    def test_letters_that_a_locale_lacks(self, tmp_path):
+        name = os.fsdecode("größe".encode() + b"\xff")
+        more = "sys.modules['megatron_came.tools.flags'] = type(sys)('flags'); "
+        more += f"sys.modules['megatron_came.tools.flags'].main = lambda _: print({name!r}) or 0"
+        for encoding in ("ascii", "utf-8"):
+            done = self.run(["flags"], "", more, PYTHONIOENCODING=encoding)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout.endswith("e\\udcff\n")
+
+    def test_a_folder_that_is_gone(self, tmp_path):
+        more = "import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"
+        words = ["data", "x", "--output-prefix", "y", "--train-tokenizer", "300"]
+        done = self.run(words, "", f"import os; os.chdir({str(tmp_path)!r}); {more}")
+        assert done.returncode == 1
+        assert done.stderr.startswith("megatron-came: the current folder cannot be used (no such")
+
+    def test_half_an_installation(self):
+        more = "sys.modules['torch'] = None"
+        done = self.run(["inspect", "x"], "", more)
+        assert done.returncode == 1
+        assert done.stderr.startswith("megatron-came: The package torch")
+
     @pytest.mark.parametrize("of", ["inspect", "memory.command", "repair", "compare.command"])
     def test_nobody_reads_on(self, of, tmp_path):
         """It is not the command's files that are wrong."""
@@ -194,7 +216,8 @@ class TestMegatronsHelp:
 
 
 class TestFlags:
-    def test_all_that_is_replaced_of_megatron_is_listed(self, capsys):
+    def test_all_that_is_replaced_of_megatron_is_listed(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "400")
         assert flags.main(["--replaced"]) == 0
         printed = capsys.readouterr().out.split()
         for row in (*OF_CAME, *OF_CPU, *memory.REPLACEMENTS):
@@ -226,7 +249,18 @@ class TestFlags:
         assert ours <= launches
         assert "MEGATRON_CAME_CPU" in ours
 
-    @pytest.mark.parametrize("columns", [60, 80, 120])
+    @pytest.mark.parametrize("columns", [40, 80])
+    @pytest.mark.parametrize("command", ["inspect", "verify", "replaced"])
+    def test_names_longer_than_a_line_fit(self, command, columns, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        checkpoint = str(ROOT / "tests" / "support" / "checkpoint-v1")
+        if command == "replaced":
+            assert flags.main(["--replaced"]) == 0
+        else:
+            assert inspect.main([checkpoint, *(["--verify"] * (command == "verify"))]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
+
+    @pytest.mark.parametrize("columns", [40, 60, 80, 120])
     def test_they_fit(self, columns, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert flags.main([]) == 0
@@ -284,6 +318,28 @@ def test_a_terminal_that_wants_no_colours_gets_none():
     written = on_a_terminal(["megatron_came", "flags"], 80, NO_COLOR="1")
     assert "\x1b" not in written
     assert "--came-beta3" in written
+
+
+@pytest.mark.parametrize(
+    "words", [["pretrain_gpt", "--mock-data"], ["launch", "train.py"]], ids=str
+)
+def test_ctrl_c_while_a_launch_imports_is_no_stack_trace(words, tmp_path):
+    (tmp_path / "torch.py").write_text("open('ready', 'w').close()\nimport time; time.sleep(60)\n")
+    (tmp_path / "train.py").touch()
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"megatron_came.{words[0]}", *words[1:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == -signal.SIGINT
 
 
 INTERRUPTED = {

@@ -241,6 +241,9 @@ REFUSED = [
     (["nano", "--rates", "nan"], "--rates nan is not allowed"),
     (["nano", "--seeds", "0"], "--seeds 0 is not allowed"),
     (["nano", "--batches", "-4"], "--batches -4 is not allowed"),
+    (["nano", "--batches", f"{10**12}"], "--batches 1000000000000 is not allowed: give 65536 at"),
+    (["nano", "--seeds", f"{10**9}"], "--seeds 1000000000 is not allowed: give 1000 at most."),
+    (["nano", "--iterations", f"{10**9}"], "--iterations 1000000000 is not allowed"),
     (["betas", "--text", "x"], "The preset betas reads no text: leave out --text."),
     (["nano", "--text", "/none"], "/none does not exist: name a text file or a folder of them."),
 ]

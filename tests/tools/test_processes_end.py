@@ -103,6 +103,30 @@ def test_a_command_that_is_interrupted_as_it_starts_one(monkeypatch: pytest.Monk
     assert ends(started[0])
 
 
+def test_a_training_of_a_command_that_is_killed(tmp_path: Path) -> None:
+    """Of torchrun, which ends its ranks when it is asked to end."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text("#!/bin/sh\ntrap 'echo >asked; exit' TERM\necho $$ >pid\nsleep 50 & wait\n")
+    torchrun.chmod(0o700)
+    code = (
+        "import os, sys\nfrom megatron_came.training_log import follow\n"
+        "sys.executable = './torchrun'\n"
+        "follow([], ranks=1, port=None, environment=os.environ, log=sys.stdout, advance=print)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+    )
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert ends(int((tmp_path / "pid").read_text()))
+    assert (tmp_path / "asked").exists()
+
+
 def test_a_launch_script_hears_signals() -> None:
     """Such as that of ``timeout`` within it."""
     asked = ["grep", "SigBlk", "/proc/self/status"]

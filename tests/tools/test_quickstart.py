@@ -14,6 +14,7 @@ import pytest
 
 from megatron_came.memory.optimizers import Components
 from megatron_came.quickstart import command as command_line
+from megatron_came.quickstart import prepare
 from megatron_came.quickstart.report import check_same_start, summary
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
 from megatron_came.quickstart.steps import Steps
@@ -217,6 +218,7 @@ class TestSettings:
             ({"ranks": 3}, "cannot be split over 3 ranks: take one of 1, 2, 4, 8, 16"),
             ({"ranks": 0}, "cannot be split over 0 ranks"),
             ({"iterations": 0}, "0 iterations are none"),
+            ({"iterations": 10**18}, "iterations are too many: 1000000 at most"),
             ({"port": 70000}, "70000 is no port"),
         ],
     )
@@ -228,6 +230,25 @@ class TestSettings:
         adam, came = (set(Settings().megatron_flags(each)) for each in OPTIMIZERS)
         assert "--bf16" not in adam
         assert adam - came <= {"adam", *OPTIMIZERS[0].flags}
+
+
+class TestText:
+    def test_own_text_may_lie_in_the_folder_and_what_was_made_there_is_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = Settings(folder=tmp_path, text=(tmp_path,))
+        made = [settings.result(OPTIMIZERS[0]), settings.run_folder(OPTIMIZERS[1]) / "log"]
+        made += [settings.dataset.with_suffix(".idx"), tmp_path / "steps.json"]
+        for path in [*made, tmp_path / "books" / "mine.txt"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("text")
+        seen: list[Path] = []
+        monkeypatch.setattr(prepare, "_make", lambda _, corpus: seen.extend(corpus.files))
+        prepare.prepare(settings, Steps(tmp_path / "other.json"))
+        assert seen == [tmp_path / "books" / "mine.txt"]
+        named = replace(settings, text=(tmp_path / "steps.json",))
+        prepare.prepare(named, Steps(tmp_path / "other.json"))
+        assert seen[1:] == [tmp_path / "steps.json"]
 
 
 class TestSteps:
@@ -277,6 +298,11 @@ class TestTrain:
         refused = "usage: x [--y Y]\n                    [--z]\n"
         refused += "pretrain_gpt.py: error: argument --y: invalid int value: 'a'\n"
         assert last_words(refused) == "  error: argument --y: invalid int value: 'a'"
+        trace = '  File "a.py", line 3, in f\n    assert a > 0, "b"\n           ^^^^^\n'
+        assert last_words(f"{trace}AssertionError: b\n") == "  b"
+        assert last_words(f"{trace}AssertionError\n") == (
+            """  Megatron stops at 'assert a > 0, "b"'"""
+        )
         assert last_words(f"one\n\ntwo\ntwo\n{TORCHRUN}").splitlines() == [
             "  one",
             "  two",

@@ -176,4 +176,23 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert repair.main([str(tmp_path / "save"), str(tmp_path / "file" / "x")]) == 1
-    assert "cannot be used" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_half_a_copy_does_not_stay(tmp_path, capsys, monkeypatch, error):
+    """As the next run would refuse to write there."""
+
+    def apply(_):
+        assert any(path.is_file() for path in (tmp_path / "new").rglob("*"))
+        raise error
+
+    write(tmp_path / "save", shifted()[1])
+    monkeypatch.setattr(repair.repairing, "apply", apply)
+    if isinstance(error, OSError):
+        assert repair.main([str(tmp_path / "save"), str(tmp_path / "new")]) == 1
+        assert "cannot be written" in capsys.readouterr().err
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            repair.main([str(tmp_path / "save"), str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()

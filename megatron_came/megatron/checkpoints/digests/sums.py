@@ -159,8 +159,8 @@ class Sums:
             for (kinds, name, term), added in zip(here, sums, strict=True):
                 for kind in kinds:
                     self._totals[kind, name] += added.total
-                    if not added.is_finite(term.dtype):
-                        self._infinite.add((kind, name))
+                if not added.is_finite(term.dtype):
+                    self._infinite.add((kinds[0], name))
         if self._least:
             device = self._least[0][1].device
             least = torch.stack([each.to(device) for _, each in self._least]).tolist()
