@@ -75,9 +75,9 @@ def figures(folder: Path):
     """Values of CAME's figures, by name and iteration."""
     return {
         (name, step): value
-        for name, (steps, values) in scalars(folder).items()
+        for name, line in scalars(folder).items()
         if name.startswith("came-")
-        for step, value in zip(steps, values, strict=True)
+        for step, value in zip(line.x, line.y, strict=True)
     }
 
 

@@ -34,7 +34,7 @@ class Oracle(came_pytorch.CAME):
     kernel_choices = ()
     _own, _unfactored = {}, frozenset()
 
-    def __init__(self, *args, kernels, momentum_dtype, remainders, seed, **kwargs):
+    def __init__(self, *args, kernels, cuda_graph, momentum_dtype, remainders, seed, **kwargs):
         names = ("bias_correction", "cautious", "no_confidence")
         self._options = {name: kwargs.pop(name) for name in names}
         super().__init__(*args, **kwargs)
