@@ -66,7 +66,8 @@ def find(path: Path) -> Folder:
             )
         path = path / name
     is_distributed, is_legacy = (path / METADATA).exists(), any(path.glob("mp_rank_*"))
-    if is_distributed and is_legacy:
+    # With --dataloader-save to the same folder mp_rank_00 holds the dataloader's files alone.
+    if is_distributed and any(path.glob(f"mp_rank_*/{MODEL_FILE}")):
         raise CheckpointError(
             f"{path} holds two checkpoints, {METADATA} (torch_dist) and mp_rank_* (torch), and "
             "Megatron may load the one that is not read here: remove what belongs to one of them."

@@ -140,8 +140,16 @@ class TestFaultyInput:
         [
             ("a.txt", "größer".encode("latin-1"), "is not UTF-8 text"),
             ("a.txt", b"\x89PNG\0\0", "is not text"),
-            ("a.txt", gzip.compress(b"text"), "is a gzip file: name it so, with a suffix of .gz"),
-            ("a.jsonl", gzip.compress(b'{"text": "a"}\n'), "line 1, is a gzip file: name it so"),
+            (
+                "a.txt",
+                gzip.compress(b"text", mtime=0),
+                "is a gzip file: name it so, with a suffix of .gz",
+            ),
+            (
+                "a.jsonl",
+                gzip.compress(b'{"text": "a"}\n', mtime=0),
+                "line 1, is a gzip file: name it so",
+            ),
             ("a", bz2.compress(b"text"), "is a bzip2 file: name it so, with a suffix of .bz2, or"),
             ("a.xzip", lzma.compress(b"text"), "is an xz file: name it so, with a suffix of .xz,"),
             ("a.txt", b"\x28\xb5\x2f\xfd\0X\1\0", "is a Zstandard file: unpack it first"),

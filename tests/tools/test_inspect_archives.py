@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_came.checkpoint_files.folder import find
 from tests.support.stored_checkpoints import common, saved, write_distributed, write_legacy
 from tests.support.strangers import Call, refused
 
@@ -138,6 +139,14 @@ def test_two_formats_in_one_folder(tmp_path, capsys):
     call = Call(eval, f"open({str(marker)!r}, 'w')")
     (folder / "mp_rank_00" / "model_optim_rng.pt").write_bytes(saved(call))
     assert "holds two checkpoints" in refused(tmp_path, capsys, marker)
+
+
+def test_dataloader_state_is_no_second_checkpoint(tmp_path):
+    """--dataloader-save to the folder of --save puts it there."""
+    folder = write_distributed(tmp_path)
+    (folder / "mp_rank_00").mkdir()
+    (folder / "mp_rank_00" / "train_dataloader_dprank000.pt").write_bytes(saved({}))
+    assert find(folder).path == folder
 
 
 def test_archives_of_another_kind(tmp_path, capsys):

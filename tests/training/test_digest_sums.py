@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from megatron_came.core.digests import MOMENTUM, WEIGHTS, PlacedBox, digest_whole
 from megatron_came.megatron.checkpoints.digests import leaves
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
+from megatron_came.megatron.checkpoints.digests.saving import record_of
 from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
 
 RANKS = 3
@@ -106,3 +107,16 @@ def test_a_model_that_is_gone_is_not_kept():
     del chunk
     gc.collect()
     assert [each() for each in gone] == [None, None]
+
+
+def test_only_what_is_trained_has_to_be_finite():
+    """A causal mask among the buffers, or a frozen bias, may hold -inf in a sound checkpoint."""
+    chunk = _Chunk(3, 4)
+    chunk.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+    chunk.bias.requires_grad_(False).fill_(float("nan"))
+    record, flaw = record_of(1, [chunk], None)
+    assert flaw is None
+    assert record.tensors[WEIGHTS].keys() == {"weight", "bias", "mask"}
+    chunk.weight.detach()[1, 2] = float("inf")
+    _, flaw = record_of(2, [chunk], None)
+    assert flaw == "rank 0: weights of weight holds a number that is not finite"

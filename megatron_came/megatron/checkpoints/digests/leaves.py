@@ -100,6 +100,12 @@ def unwrapped(model: Any) -> list[Any]:
     return chunks
 
 
+def untrained(model_chunks: Iterable[Any]) -> set[int]:
+    """Return the ``id`` of buffers and frozen weights, which may hold any number: a mask -inf."""
+    tensors = (each for chunk in model_chunks for each in (*chunk.parameters(), *chunk.buffers()))
+    return {id(each) for each in tensors if not each.requires_grad}
+
+
 def entries_of(model_chunks: Iterable[Any]) -> dict[int, Entry]:
     """Return the tensors of a model without wrappers, by ``id`` of the parameter or buffer."""
     found: dict[int, Entry] = {}

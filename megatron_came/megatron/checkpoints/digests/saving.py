@@ -14,7 +14,12 @@ from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
 from megatron_came.core.records import KEY, InBucket, Record, pack
 from megatron_came.core.saved import main_ranges, momentum_ranges
 from megatron_came.dtensors import local_of, state_here
-from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
+from megatron_came.megatron.checkpoints.digests.leaves import (
+    Entry,
+    entries_of,
+    untrained,
+    unwrapped,
+)
 from megatron_came.megatron.checkpoints.digests.sums import Sums, Totals, distinct
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function, around
@@ -91,7 +96,7 @@ def record_of(
         The record, and in a clause which of them on which rank holds NaN, an infinity or, of what
         are means of squares, a negative number; None if none does.
     """
-    entries = entries_of(model_chunks)
+    entries, frozen = entries_of(model_chunks), untrained(model_chunks)
     wrappers = list(wrappers_of(optimizer))
     sums = Sums(entries)
     shared: set[int] = set()
@@ -100,7 +105,7 @@ def record_of(
             shared |= add_optimizer(sums, wrapper, entries)
         for key, entry in entries.items():
             if key not in shared:
-                sums.add_weights(entry)
+                sums.add_weights(entry, is_trained=key not in frozen)
         sums.flush()
     mine = (sums.names, steps_of(wrappers), _buckets(optimizer, entries) if buckets else {})
     names, steps, inside = zip(*distinct(mine), strict=True)

@@ -70,6 +70,7 @@ class Sums:
             )
         )
         self._totals: dict[tuple[str, str], int] = {}
+        self._untrained: set[str] = set()
         self._infinite: set[tuple[str, str]] = set()
         self._negative: set[tuple[str, str]] = set()
         self._differing: dict[str, int] = {}
@@ -87,8 +88,10 @@ class Sums:
         """Kind and name of what this rank has added that no state of CAME's can be."""
         return self._infinite | self._negative
 
-    def add_weights(self, entry: Entry) -> None:
+    def add_weights(self, entry: Entry, *, is_trained: bool = True) -> None:
         """Add the weights of an entry, where this rank stands for all that hold them."""
+        if not is_trained:
+            self._untrained.update(leaf.name for leaf in entry.leaves)
         if entry.start is not None:
             self.add_slice((WEIGHTS,), entry, in_one_range(entry.tensor), entry.start)
             return
@@ -159,7 +162,7 @@ class Sums:
             for (kinds, name, term), added in zip(here, sums, strict=True):
                 for kind in kinds:
                     self._totals[kind, name] += added.total
-                if not added.is_finite(term.dtype):
+                if name not in self._untrained and not added.is_finite(term.dtype):
                     self._infinite.add((kinds[0], name))
         if self._least:
             device = self._least[0][1].device

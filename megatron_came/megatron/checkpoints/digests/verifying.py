@@ -23,7 +23,12 @@ from megatron_came.core.saved import main_ranges, momentum_ranges, pieces
 from megatron_came.core.state import FACTORS
 from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.digests.damage import Found, Source, judge
-from megatron_came.megatron.checkpoints.digests.leaves import Entry, entries_of, unwrapped
+from megatron_came.megatron.checkpoints.digests.leaves import (
+    Entry,
+    entries_of,
+    untrained,
+    unwrapped,
+)
 from megatron_came.megatron.checkpoints.digests.saving import (
     counts,
     has_main_weights,
@@ -126,8 +131,9 @@ class Verification:
         """Add up the model's weights, the first time that this is called."""
         if not self._has_weights:
             self._has_weights = True
-            for entry in self._entries.values():
-                self._sums.add_weights(entry)
+            entries, frozen = self._entries, untrained(self._chunks)
+            for key, entry in entries.items():
+                self._sums.add_weights(entry, is_trained=key not in frozen)
             self._sums.flush()
 
     @torch.no_grad()
