@@ -29,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def width(monkeypatch):
+    """What is printed fits no terminal's width but the one that a test asks for."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def seed():
     """The same random numbers in every run."""
     torch.manual_seed(0)

@@ -45,7 +45,11 @@ class TestCorpus:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(b"", "is empty: "), (b"a\0b", "is not text: "), (b"\xff\xfe", "is not UTF-8 text: ")],
+        [
+            (b"", "is empty: "),
+            (b"a\0b", "is not text: "),
+            (b"\xff\xfe", "is UTF-16 or UTF-32 text: "),
+        ],
     )
     def test_a_file_named_by_itself_must_be_usable(
         self, tmp_path: Path, content: bytes, message: str

@@ -114,17 +114,6 @@ def test_tables_are_copied_on_the_device_of_the_parameters(monkeypatch):
     assert seen == [torch.device("cuda", 1)] * 3
 
 
-def test_a_parameter_listed_twice_needs_no_new_plan():
-    param = torch.nn.Parameter(torch.ones(6, 4))
-    param.grad = torch.ones_like(param)
-    with pytest.warns(UserWarning, match="duplicate"):
-        optimizer = CAME([param, param], lr=1e-2)
-    optimizer.step()
-    plan = optimizer._plan
-    optimizer.step()
-    assert optimizer._plan is plan
-
-
 def test_a_step_after_one_that_was_not_counted(monkeypatch):
     """As in a CUDA graph's capture that fails: what it has recorded is not carried out."""
     device, results = DEVICES["triton"], []
