@@ -212,7 +212,9 @@ class Plan:
         self._params = [list(group["params"]) for group in table.groups]
         known = {*map(id, params)}
         self._left_out = [p for p in chain.from_iterable(self._params) if id(p) not in known]
-        self._planned, self._locals = layout_settings(table.groups), _locals(self._params)
+        self._made = [p for p in chain.from_iterable(self._params) if not is_lazy(p)]
+        self._planned = layout_settings(table.groups)
+        self._locals = list(map(dtensors.local_of, self._made))
         self._layouts = _layouts(self._locals)
         self.local: list[Bundle] = []
         self.shared: list[Bundle] = []
@@ -252,7 +254,7 @@ class Plan:
 
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Whether, moreover, the parameters are what they were."""
-        locals_ = _locals(self._params)
+        locals_ = list(map(dtensors.local_of, self._made))
         return (
             self.holds(param_groups)
             and are_same(locals_, self._locals)  # FSDP2 puts others in their place
@@ -374,10 +376,6 @@ class Plan:
 def are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
     """Whether two lists hold the same objects, in the same order."""
     return len(objects) == len(others) and all(map(is_, objects, others))
-
-
-def _locals(params: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [dtensors.local_of(p) for p in chain.from_iterable(params) if not is_lazy(p)]
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
