@@ -21,8 +21,11 @@ def prepare(settings: Settings, steps: Steps) -> str:
         CommandError: the text cannot be used, or is too little.
     """
     corpus = Corpus.from_paths(settings.text) if settings.text else Corpus.python_library()
+    made = _made(settings)
     corpus.files = [
-        path for path in corpus.files if path in corpus.named or not _is_made(path, settings)
+        path
+        for path in corpus.files
+        if path in corpus.named or made.isdisjoint((path.resolve(), *path.resolve().parents))
     ]
     return steps.run(
         "Dataset",
@@ -32,14 +35,13 @@ def prepare(settings: Settings, steps: Steps) -> str:
     )
 
 
-def _is_made(path: Path, settings: Settings) -> bool:
-    """Whether the quick start, of this version or an earlier one, has made a file."""
-    made = [settings.dataset.parent, settings.folder / "steps.json", settings.folder / "loss.png"]
-    made += [settings.folder / "corpus.jsonl", settings.folder / "tokenizer.model"]  # earlier
+def _made(settings: Settings) -> set[Path]:
+    """What the quick start, of this version or an earlier one, makes in its folder; no text."""
+    names = ("dataset", "steps.json", "loss.png", "corpus.jsonl", "tokenizer.model")
+    made = [settings.folder / name for name in names]
     for optimizer in OPTIMIZERS:
         made += [settings.result(optimizer), settings.run_folder(optimizer)]
-    place = path.resolve()
-    return any(each.resolve() in (place, *place.parents) for each in made)
+    return {each.resolve() for each in made}
 
 
 def _identity(path: os.PathLike[str]) -> list[object]:
