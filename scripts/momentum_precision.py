@@ -16,7 +16,6 @@ import torch
 from megatron_came.bench.machine import describe
 from megatron_came.quickstart.prepare import prepare
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
-from megatron_came.quickstart.steps import Steps
 from megatron_came.quickstart.train import Result, train
 from megatron_came.terminal.sentences import CommandError
 
@@ -76,7 +75,7 @@ def main() -> None:
     )  # fmt: skip
     settings.folder.mkdir(parents=True, exist_ok=True)
     try:
-        prepare(settings, Steps(settings.folder / "steps.json"))
+        prepare(settings)
         runs = {
             mode: {seed: losses(settings, mode, seed) for seed in options.seeds} for mode in MODES
         }

@@ -52,30 +52,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Time a step of CAME beside a step of other optimizers, fp32, same gradients.",
     )
     add = parser.add_argument
-    models = f"one of {', '.join(MODELS)} (default: gpt2-small)"
-    add("--model", choices=MODELS, default="gpt2-small", metavar="MODEL", help=models)
+    help = f"one of {', '.join(MODELS)} (default: gpt2-small)"
+    add("--model", choices=MODELS, default="gpt2-small", metavar="MODEL", help=help)
     add("--layers", type=_positive, help="instead of the model's own number")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add(
-        "--ranks",
-        type=_positive,
-        default=1,
-        help="time what one of so many data-parallel ranks computes; its collectives are counted "
-        "and cost nothing (PyTorch's fake process group)",
-    )
+    help = "time what one of so many data-parallel ranks computes; its collectives are counted and"
+    add("--ranks", type=_positive, default=1, help=f"{help} cost nothing (a fake process group)")
     add("--steps", type=_positive, default=15, help="timed ones (default: 15)")
-    add(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help="words of contenders' names (default: all; their states are in memory together)",
-    )
-    add(
-        "--iteration",
-        action="store_true",
-        help="time whole iterations of Megatron instead, with CAME and with Adam, on so many "
-        "--ranks; flags after -- go to Megatron",
-    )
+    help = "words of contenders' names (default: all; their states are in memory together)"
+    add("--only", nargs="+", metavar="NAME", help=help)
+    help = "time whole iterations of Megatron instead, with CAME and with Adam, on so many --ranks;"
+    add("--iteration", action="store_true", help=f"{help} flags after -- go to Megatron")
     add("flags", nargs="*", metavar="-- FLAG", help=argparse.SUPPRESS)
     add("--json", type=named_path, metavar="FILE", help="write the results there")
     return parser

@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prefix(value: str) -> Path:
     if not Path(value).name or value.endswith("/"):
-        raise argparse.ArgumentTypeError(f"{value!r} has no file name: give one, as in {value}text")
+        raise argparse.ArgumentTypeError(
+            f"{value!r} has no file name: give one, as in {Path(value) / 'text'}"
+        )
     return Path(value).absolute()
 
 

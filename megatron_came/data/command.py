@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_came.data.arguments import named_tokenizer, read
 from megatron_came.data.corpus import Corpus
 from megatron_came.data.encoding import Encoder
-from megatron_came.data.files import LateInterrupt, whole_files
+from megatron_came.data.files import LateInterrupt, clear_away, whole_files
 from megatron_came.data.launch_flags import launch_flags
 from megatron_came.data.records import Layout
 from megatron_came.data.tokenizer import SentencePiece
@@ -48,8 +48,8 @@ def run(options: argparse.Namespace, corpus: Corpus | None = None) -> str:
     with quiet():
         from megatron_came.data.indexed import dataset_files, write_datasets
     prefix = options.output_prefix
-    suffixes = ("_train", "_valid") if options.validation else ("",)
-    prefixes = [prefix.with_name(prefix.name + suffix) for suffix in suffixes]
+    whole, *parts = (prefix.with_name(prefix.name + end) for end in ("", "_train", "_valid"))
+    prefixes = parts if options.validation else [whole]
     # A new model is one of the files that appear together, as an old one would not fit the tokens.
     models = [] if given else [Path(f"{prefix}.model")]
     outputs = [*models, *dataset_files(prefixes)]
@@ -79,6 +79,8 @@ def run(options: argparse.Namespace, corpus: Corpus | None = None) -> str:
             # Megatron finds its index of samples by the dataset's name, whatever is in it by now.
             shutil.rmtree(each / "cache" / "GPTDataset_indices", ignore_errors=True)
 
+    # What an earlier run with other flags, which was killed, may have left.
+    clear_away({Path(f"{prefix}.model"), *dataset_files([whole, *parts])}.difference(outputs))
     files = given or SentencePiece(models[0])
     made = [f"{path}: {dataset}" for path, dataset in zip(prefixes, written, strict=True)]
     if not options.append_eod:
@@ -146,8 +148,8 @@ def main(argv: list[str]) -> int:
         return status_of(lambda: _main(argv), "megatron-came data: ", status=1)
     except KeyboardInterrupt as interrupt:
         written = "everything" if isinstance(interrupt, LateInterrupt) else "nothing"
-        _say(f"megatron-came data: Interrupted: {written} was written.")
-        return 130
+        said = f"megatron-came data: Interrupted: {written} was written."
+        raise KeyboardInterrupt(said) from None  # the command line ends in it
 
 
 def _main(argv: list[str]) -> None:

@@ -1,13 +1,14 @@
 """Files that appear under their name only when they are whole."""
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from megatron_came.data.locks import locked
+from megatron_came.data.locks import lock_of, locked
 from megatron_came.terminal.children import signals_held_back
 from megatron_came.terminal.interrupts import half_made
+from megatron_came.terminal.sentences import CommandError
 
 
 class LateInterrupt(KeyboardInterrupt):
@@ -28,7 +29,7 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
         LateInterrupt: If a signal came while the files got their names.
         OSError: If a file cannot be made, its folder included, or the disk is full.
     """
-    temporary = tuple(path.with_name(f"{path.name}.partial") for path in paths)
+    temporary = tuple(map(_partial, paths))
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     whole = False
@@ -55,6 +56,19 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     except KeyboardInterrupt as interrupt:
         # One that another thread took may arrive when signals are no longer held back.
         raise (LateInterrupt() if whole else interrupt) from None
+
+
+def clear_away(paths: Iterable[Path]) -> None:
+    """Take away what a process that was killed while it wrote such files has left beside them."""
+    for path in paths:
+        if _partial(path).exists() or lock_of(path).exists():
+            # Another process is writing it, or here nothing can be changed.
+            with suppress(CommandError, OSError), locked(path):
+                _partial(path).unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
 def _give_names(temporary: tuple[Path, ...], paths: tuple[Path, ...]) -> None:

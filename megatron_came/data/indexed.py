@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_came.data.corpus import Corpus
 from megatron_came.data.encoding import Encoder, encode
+from megatron_came.terminal.console import counted
 from megatron_came.terminal.progress import Progress
 from megatron_came.terminal.sentences import CommandError
 
@@ -39,7 +40,7 @@ class DatasetWriter:
 
     def __str__(self) -> str:
         empty = f" ({self.empty:,} without text)" if self.empty else ""
-        return f"{self.documents:,} documents{empty}, {self.tokens:,} tokens"
+        return f"{counted(self.documents, 'document')}{empty}, {counted(self.tokens, 'token')}"
 
     def add(self, document: NDArray[np.int32]) -> None:
         """Add a document, which may have no token."""
@@ -104,10 +105,10 @@ def write_datasets(
 def _check_filled(writers: Sequence[DatasetWriter], share: float) -> None:
     if not any(writer.tokens for writer in writers):
         raise CommandError("There is no text in what was named: name files that hold some.")
-    documents = sum(writer.documents for writer in writers)
+    documents = counted(sum(writer.documents for writer in writers), "document")
     for writer, name in zip(writers, ("training", "validation"), strict=False):
         if not writer.tokens:
             raise CommandError(
-                f"Of {documents} documents, a share of {share:g} for validation leaves none for"
-                f" {name}: choose another --validation, or smaller documents with --separator."
+                f"Of {documents}, a share of {share:g} for validation leaves none for {name}:"
+                f" choose another --validation, or smaller documents with --separator."
             )

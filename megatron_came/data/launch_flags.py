@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_came.data.tokenizer import Gpt2Bpe, Tokenizer, TokenizerFiles
+from megatron_came.terminal.console import wrapped
 
+_INDENT = "    "  # of what is to be copied, and so not to be broken
 _DIVISOR = 128  # Megatron's default of --make-vocab-size-divisible-by
 _SIZES = (1, 2, 4, 8)  # of tensor parallelism
 
@@ -26,18 +28,23 @@ def launch_flags(files: TokenizerFiles, tokenizer: Tokenizer, prefixes: Sequence
         # a dataset fails.
         data = [("--data-path", str(prefixes[0])), ("--split", "100,0,0"), ("--eval-iters", "0")]
     kind = [("--tokenizer-type", files.megatron_type), *files.flags()]
-    paragraphs = ["Give the training launch:", _block([*data, *kind])]
+    # Megatron 0.19 has no default of its own and divides by it.
+    often = ("--eval-interval", "1000")
+    paragraphs = ["Give the training launch:", _block([*data, often, *kind])]
     if isinstance(files, Gpt2Bpe):
         paragraphs += [
             "GPT2BPETokenizer needs the package transformers and, the first time, Hugging Face's"
-            " hub.\nInstead of its flags these do, as training needs no more of a tokenizer:",
+            " hub. Instead of its flags these do, as training needs no more of a tokenizer:",
             _block(_null_tokenizer(tokenizer)),
         ]
     if len(prefixes) == 1:
         paragraphs.append(
             "Nothing is set aside for validation: --validation 0.01 would set aside a hundredth."
         )
-    return "\n\n".join([*paragraphs, _padding(tokenizer.vocab_size)])
+    paragraphs.append(_padding(tokenizer.vocab_size))
+    return "\n\n".join(
+        each if each.startswith(_INDENT) else "\n".join(wrapped(each)) for each in paragraphs
+    )
 
 
 def _null_tokenizer(tokenizer: Tokenizer) -> list[tuple[str, str]]:
@@ -50,7 +57,7 @@ def _null_tokenizer(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def _block(flags: Sequence[tuple[str, str]]) -> str:
-    return " \\\n".join(f"    {name} {shlex.quote(value)}" for name, value in flags)
+    return " \\\n".join(f"{_INDENT}{name} {shlex.quote(value)}" for name, value in flags)
 
 
 def _padding(vocab_size: int) -> str:
@@ -64,6 +71,6 @@ def _padding(vocab_size: int) -> str:
     at = ", ".join(f"{row} at size {size}" for row, size in others)
     divisors = ", ".join(str(_DIVISOR // size) for _, size in others)
     return (
-        f"{text}; with tensor parallelism, {at}.\n"
+        f"{text}; with tensor parallelism, {at}. "
         f"--make-vocab-size-divisible-by {divisors} gives {rows[0]} there as well."
     )

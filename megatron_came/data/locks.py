@@ -16,6 +16,11 @@ from megatron_came.terminal.sentences import CommandError
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+def lock_of(path: Path) -> Path:
+    """Name the lock of a file."""
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file, ``.NAME.lock`` beside it, which says who holds it.
@@ -28,7 +33,7 @@ def locked(path: Path) -> Iterator[None]:
         CommandError: If another process holds it.
         OSError: If it cannot be made.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = lock_of(path)
     file = None
     while file is None:
         file = _acquire(lock, path)
@@ -49,7 +54,7 @@ def _acquire(lock: Path, path: Path) -> int | None:
         free = _try(file)
         holder = os.pread(file, 200, 0).decode(errors="replace").split()
         if free is False or _is_at_work(holder, died=free is True):
-            pid, machine = holder if len(holder) == 2 else ("unknown", "unknown")
+            pid, machine = holder[:2] if len(holder) > 1 else ("unknown", "unknown")
             raise CommandError(
                 f"{path} is being written by process {pid} on {machine}: wait until it ends, or"
                 f" give another name; if there is no such process, remove {lock}."
@@ -57,7 +62,7 @@ def _acquire(lock: Path, path: Path) -> int | None:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), lock.stat()):
                 os.ftruncate(file, 0)
-                os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                os.pwrite(file, f"{os.getpid()} {socket.gethostname()} {_boot()}\n".encode(), 0)
                 return file
     except BaseException:
         os.close(file)
@@ -80,13 +85,20 @@ def _try(file: int) -> bool | None:
 
 
 def _is_at_work(holder: list[str], *, died: bool) -> bool:
-    """Whether who is named in a lock, process and machine, may be writing; not if it ``died``."""
-    if len(holder) != 2 or not holder[0].isdecimal():
+    """Whether who is named in a lock may be writing; not if it ``died``, as locks here tell.
+
+    Args:
+        holder: its process, machine and the start of that machine. Containers have names of their
+            own, another one each time, and one such start.
+        died: whether the lock was free; of another machine that may mean nothing.
+    """
+    if len(holder) < 2 or not holder[0].isdecimal():
         return False
-    if holder[1] != socket.gethostname():
+    is_here = holder[1] == socket.gethostname()
+    if died and (is_here or holder[2:] == [_boot()]):
+        return False
+    if not is_here:
         return True  # nobody can tell from here
-    if died:
-        return False
     try:
         os.kill(int(holder[0]), 0)
     except (ProcessLookupError, OverflowError):
@@ -94,3 +106,10 @@ def _is_at_work(holder: list[str], *, died: bool) -> bool:
     except PermissionError:
         return True
     return int(holder[0]) != os.getpid()
+
+
+def _boot() -> str:
+    """What tells this start of the machine from others; empty where the system does not say it."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_came.data.files import whole_files
 from megatron_came.data.workers import ordered_map
 from megatron_came.terminal.sentences import CommandError
 
@@ -26,7 +25,7 @@ def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> No
 
     Args:
         texts: What to learn from; a random sample of the lines of large corpora is taken.
-        model: The file to write, whole or not at all.
+        model: The file to write.
         vocab_size: Number of tokens, the 256 bytes and the special ones (unknown 0, beginning 1,
             end of document 2, padding 3) included.
 
@@ -38,8 +37,7 @@ def train_tokenizer(texts: Iterable[str], model: Path, *, vocab_size: int) -> No
     (content,) = ordered_map(
         train, [vocab_size], workers=1, remedy="train on less text", afresh=True
     )
-    with whole_files(model) as (temporary,):
-        temporary.write_bytes(content)
+    model.write_bytes(content)
 
 
 def _train(lines: list[str], vocab_size: int) -> bytes:

@@ -11,6 +11,7 @@ from megatron_came.memory.grid import Grid
 from megatron_came.memory.megatron_flags import PRECISE_DTYPES
 from megatron_came.memory.optimizers import has_fsdp
 from megatron_came.memory.prediction import Launch
+from megatron_came.terminal.console import counted
 
 ADAM, CAME = OPTIMIZERS = ("Adam", "CAME")
 
@@ -58,7 +59,7 @@ class Change:
         given = {flag[0]: flag for flag in _flags(flags)}
         added = [" ".join(flag) for flag in _flags(self.flags) if given.get(flag[0]) != flag]
         if self.ranks is not None:
-            added.append(f"{self.ranks} GPUs, with data parallelism")
+            added.append(f"{counted(self.ranks, 'GPU')}, with data parallelism")
         names = {flag[0] for flag in _flags(self.flags)}
         gone = [name for name in given if name in self.without and name not in names]
         return " ".join(added) + (f", without {' and '.join(gone)}" if gone else "")
@@ -114,7 +115,7 @@ def changes(launch: Launch, micro_batch: int | None, ranks: int | None) -> list[
         found.append(Change("offload", (_SHARDED, *_OFFLOAD), cost))
     found += _layouts(args, grid)
     if ranks is not None and ranks > grid.world:
-        found.append(Change("ranks", (), f"{ranks - grid.world} GPUs more", ranks=ranks))
+        found.append(Change("ranks", (), f"{counted(ranks - grid.world, 'GPU')} more", ranks=ranks))
     return found
 
 

@@ -55,39 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--gpus", type=int, metavar="N", help="number of GPUs of the launch")
-    add(
-        "--script",
-        type=named_path,
-        help="a launch script, which prints its torchrun command with DRY_RUN=1; FLAGS are passed "
-        "to it",
-    )
-    add(
-        "--fit",
-        metavar="SIZE",
-        help="find the largest micro-batch and the fewest GPUs that fit into SIZE, such as 80GiB",
-    )
-    add(
-        "--advise",
-        metavar="SIZE",
-        help="name the cheapest changes of the launch after which it fits into SIZE, and their "
-        "costs",
-    )
+    help = "a launch script, which prints its torchrun command with DRY_RUN=1; FLAGS are passed"
+    add("--script", type=named_path, help=f"{help} to it")
+    help = "find the largest micro-batch and the fewest GPUs that fit into SIZE, such as 80GiB"
+    add("--fit", metavar="SIZE", help=help)
+    help = "name the cheapest changes of the launch after which it fits into SIZE, and their costs"
+    add("--advise", metavar="SIZE", help=help)
     add("--plot", type=named_path, metavar="FILE", help="draw stacked bars, such as a .png")
-    add(
-        "--json",
-        nargs="?",
-        const=_STDOUT,
-        type=named_path,
-        metavar="FILE",
-        help="write everything as JSON; without FILE, instead of the text",
-    )
-    add(
-        "--compare",
-        nargs="+",
-        type=named_path,
-        metavar="FILE",
-        help="compare prediction and measurement in reports of --came-report-memory",
-    )
+    help = "write everything as JSON; without FILE, instead of the text"
+    add("--json", nargs="?", const=_STDOUT, type=named_path, metavar="FILE", help=help)
+    help = "compare prediction and measurement in reports of --came-report-memory"
+    add("--compare", nargs="+", type=named_path, metavar="FILE", help=help)
     return parser
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_came.memory.optimizers import Optimizer
-from megatron_came.memory.pages import gpus, human, sizes_of
+from megatron_came.memory.pages import human, sizes_of
 from megatron_came.memory.prediction import Launch
-from megatron_came.terminal.console import table, wrapped
+from megatron_came.terminal.console import counted, table, wrapped
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 # Sizes to try where no global batch size says which there are.
@@ -91,6 +91,7 @@ def _first(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 def text(launch: Launch, fits: Sequence[Fit], budget: int, trained: Optimizer) -> list[str]:
     """Describe what fits into so many bytes, a line for each optimizer; the trained is marked."""
     size, grid = launch.args.micro_batch_size, launch.grid
+    world = counted(grid.world, "GPU")
     rows = [["", "it needs", "left", "micro-batch", "GPUs"]]
     for each in fits:
         layout = "none"
@@ -104,8 +105,8 @@ def text(launch: Launch, fits: Sequence[Fit], budget: int, trained: Optimizer) -
         "",
         *table(rows),
         "",
-        f"it needs, left: --micro-batch-size {size} on {gpus(grid.world)}",
-        f"micro-batch: the largest --micro-batch-size on {gpus(grid.world)}",
+        f"it needs, left: --micro-batch-size {size} on {world}, in a step or at a checkpoint",
+        f"micro-batch: the largest --micro-batch-size on {world}",
         f"GPUs: the fewest at --micro-batch-size {size}, only data parallelism changed",
         "*: as in this launch",
     ]

@@ -69,33 +69,22 @@ def _by_bucket(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> Iterable[B
     settings: Any = SimpleNamespace(data_parallel_sharding_strategy=strategy)
     for group in _buckets(args, grid, chunk):
         shards = grid.shards[group.is_expert_param]
+        shapes, factor = [param.shape for param in group.params], group.chunk_size_factor
         items, bucket, _ = build_data_parallel_buffer_index(
-            [param.shape for param in group.params],
-            0,
-            shards,
-            False,
-            settings,
-            chunk_size_factor=group.chunk_size_factor,
+            shapes, 0, shards, False, settings, chunk_size_factor=factor
         )
-        layout = SimpleNamespace(
-            bucket_indices=[(0, bucket.size)],
-            param_index_map={
-                key: (item.global_data_index, item.global_data_index + item.size, 0)
-                for key, item in items.items()
-            },
-        )
+        starts = {key: (item.global_data_index, item.size) for key, item in items.items()}
+        places = {key: (start, start + size, 0) for key, (start, size) in starts.items()}
+        layout = SimpleNamespace(bucket_indices=[(0, bucket.size)], param_index_map=places)
         key = SimpleNamespace(
             param_dtype=group.dtype,
             grad_dtype=args.megatron_fsdp_main_grads_dtype or group.dtype,
             is_expert_parallel=group.is_expert_param,
         )
+        element_sizes = (group.dtype.itemsize, key.grad_dtype.itemsize, 4)
         weights, gradients, main_weights = (
             bucket.size // (shards if is_cut else 1) * size
-            for is_cut, size in zip(
-                _CUT[strategy],
-                (group.dtype.itemsize, key.grad_dtype.itemsize, 4),
-                strict=True,
-            )
+            for is_cut, size in zip(_CUT[strategy], element_sizes, strict=True)
         )
         buffer = stages.cut(key, layout, shards)
         yield replace(buffer, weights=weights, gradients=gradients, main_weights=main_weights)

@@ -21,7 +21,8 @@ _SECONDS = 60
 
 def words_of(error: BaseException) -> str:
     """What an error of Megatron's says, in one line; nothing where it speaks of classes."""
-    said = " ".join(str(error).split()).removesuffix(".")
+    said = re.sub(r"( when instantiating \w+)+$", "", " ".join(str(error).split()))
+    said = said.rstrip(".,")
     return "" if re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]{2}", said) else said
 
 
@@ -108,10 +109,8 @@ def _behind_torchrun(words: list[str]) -> LaunchCommand:
             "the torchrun command cannot be read: name its options before the script, and the "
             "script before Megatron's flags."
         ) from error
-    per_node, nodes = (
-        options.nproc_per_node,
-        options.nnodes.rpartition(":")[2],
-    )  # of a range the most
+    per_node = options.nproc_per_node
+    nodes = options.nnodes.rpartition(":")[2]  # of a range the most
     if not (per_node.isdecimal() and nodes.isdecimal()):
         raise CommandError(
             f"torchrun --nproc-per-node {per_node} --nnodes {nodes} does not say how many ranks "

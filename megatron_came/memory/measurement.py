@@ -31,10 +31,8 @@ def watch_step(model: Sequence[Any], optimizer: Any) -> Iterator[list[dict[str, 
         counts = {"peak_before": cuda.max_memory_allocated(), "before": cuda.memory_allocated()}
         cuda.reset_peak_memory_stats()
         result = step(*args, **kwargs)
-        counts["peak_during"], counts["after"] = (
-            cuda.max_memory_allocated(),
-            cuda.memory_allocated(),
-        )
+        counts["peak_during"] = cuda.max_memory_allocated()
+        counts["after"] = cuda.memory_allocated()
         seen.append(counts)
         return result
 

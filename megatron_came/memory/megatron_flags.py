@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import operator
 import os
@@ -12,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from megatron_came.memory.model_kinds import BERT, GPT, T5, kind_of
 from megatron_came.memory.optimizers import has_fsdp
 from megatron_came.memory.stand_ins import hopper, replaced
 from megatron_came.rules import Rule, Settings, flag_of, name_of, refusal
-from megatron_came.terminal.sentences import CommandError
+from megatron_came.terminal.sentences import CommandError, reason_of
 from megatron_came.voice import PREFIX
 
 # What Megatron's scripts of these models set.
@@ -43,7 +44,8 @@ _COUNTS = """
     global_batch_size tensor_model_parallel_size pipeline_model_parallel_size
     num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
     context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
-    num_distributed_optimizer_instances recompute_num_layers
+    num_distributed_optimizer_instances recompute_num_layers padded_vocab_size ddp_num_buckets
+    q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
 """
 _MOST_BUILT = 10_000  # layers or experts, each of which takes a moment
 _OPTIMIZERS = ("came", "adam", "sgd", "lion", "muon", "dist_muon")
@@ -180,12 +182,16 @@ def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
 def _sentence(error: BaseException) -> str:
     if str(error).startswith(PREFIX):
         return " ".join(str(error).removeprefix(PREFIX).split())
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} cannot be read ({reason_of(error)}): name another file."
     said = words_of(error)
     if not said:  # a bare assertion: its source says what should hold
         frames = traceback.extract_tb(error.__traceback__)
         line = frames[-1].line if frames else ""
         if missing := re.match(r"assert args\.(\w+) is not None", line or ""):
-            return f"Megatron needs --{missing[1].replace('_', '-')}: add it to the flags."
+            return f"Megatron needs {flag_of(missing[1])}: add it to the flags."
+        if too_much := re.match(r"assert args\.(\w+) is None", line or ""):
+            return f"Megatron does not take {flag_of(too_much[1])} with the others: leave it out."
         said = f"Megatron stops at {line!r}" if line else "Megatron stops without a word"
     return f"these flags are not a launch of Megatron: {said}."
 
@@ -194,15 +200,25 @@ def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:
     def stop(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         raise CommandError(_sentence(ValueError(message)))
 
+    from megatron.training import arguments
+
+    parser = _parser(arguments.add_megatron_arguments)
     with (
         replaced(sys, {"argv": ["megatron-came memory", *flags]}),
         replaced(argparse.ArgumentParser, {"error": stop}),
+        replaced(arguments, {"add_megatron_arguments": lambda _: parser}),
     ):
-        from megatron.training import arguments
-
-        args: argparse.Namespace = arguments.parse_args()
+        # Lists that are defaults are the parser's, and validation changes some.
+        args: argparse.Namespace = copy.deepcopy(arguments.parse_args())
     args.rank, args.world_size = 0, ranks
     return args
+
+
+@functools.cache
+def _parser(with_flags: Callable[[argparse.ArgumentParser], Any]) -> argparse.ArgumentParser:
+    """Give a parser Megatron's flags, for which Megatron reads its sources: half a second."""
+    parser: argparse.ArgumentParser = with_flags(argparse.ArgumentParser(allow_abbrev=False))
+    return parser
 
 
 def _refuse(args: argparse.Namespace, rules: Sequence[Rule]) -> None:

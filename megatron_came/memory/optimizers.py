@@ -141,15 +141,13 @@ class Optimizer:
 
 def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "fp32") -> Optimizer:
     """CAME with a precision of momentum and a form of main weights."""
+    reads_bf16 = args.bf16 and is_sharded(args) and not getattr(args, "use_megatron_fsdp", False)
     return Optimizer(
         name=f"CAME {momentum}" + (" + rem." if main_weights == "remainder" else ""),
         momentum=momentum,
         second_moment="confidence",
         main_weights=main_weights,
-        copies_gradients=not args.bf16
-        or not is_sharded(args)
-        or bool(args.loss_scale)
-        or getattr(args, "use_megatron_fsdp", False),
+        copies_gradients=not reads_bf16 or bool(args.loss_scale),
         steps_back=getattr(args, "came_spike_guard", None) is not None,
         offloads=args.optimizer_cpu_offload,
     )

@@ -17,7 +17,7 @@ from megatron_came.memory.optimizers import (
     is_sharded,
     name_of_fsdp,
 )
-from megatron_came.terminal.console import table, wrapped
+from megatron_came.terminal.console import counted, table, wrapped
 
 if TYPE_CHECKING:
     from megatron_came.memory.grid import Grid
@@ -62,11 +62,6 @@ def human(size: float) -> str:
     return f"{size / unit:.2f} {name}"
 
 
-def gpus(count: int) -> str:
-    """A number of GPUs."""
-    return f"{count} GPU" + ("s" if count > 1 else "")
-
-
 def sizes_of(grid: Grid) -> str:
     """The parallel sizes above 1, such as "tensor 2 x data 4"."""
     names = ("tensor", "context", "pipeline", "data")
@@ -97,7 +92,7 @@ def text(launch: Launch, optimizers: Sequence[Optimizer], trained: Optimizer) ->
         *wrapped(_layout(launch)),
         "",
         *wrapped(
-            f"The fullest rank: pipeline stage {worst.number}, {worst.layers} layers, "
+            f"The fullest rank: pipeline stage {worst.number}, {counted(worst.layers, 'layer')}, "
             f"{worst.parameters:,} parameters"
         ),
         "",
@@ -131,11 +126,8 @@ def _made_whole(launch: Launch, stage: Stage) -> list[str]:
     from megatron_came.memory import fsdp  # imports Megatron, as only a prediction need
 
     sizes = fsdp.made_whole(launch.args, launch.chunks[stage.number])
-    what = [
-        f"{human(size)} of {name}"
-        for name, size in zip(("weights", "gradients"), sizes, strict=True)
-        if size
-    ]
+    named = zip(("weights", "gradients"), sizes, strict=True)
+    what = [f"{human(size)} of {name}" for name, size in named if size]
     if not what:
         return []
     return [
@@ -147,7 +139,7 @@ def _made_whole(launch: Launch, stage: Stage) -> list[str]:
 def _layout(launch: Launch) -> str:
     grid = launch.grid
     sizes = sizes_of(grid)
-    said = gpus(grid.world) + (f": {sizes} parallel" if sizes else "")
+    said = counted(grid.world, "GPU") + (f": {sizes} parallel" if sizes else "")
     if grid.virtual:
         said += f", {grid.virtual} virtual stages"
     if grid.expert > 1 or grid.expert_tensor != grid.tensor:

@@ -135,17 +135,11 @@ def with_flags(original: Any) -> Any:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         parser = original(parser, *args, **kwargs)
         group = parser.add_argument_group(title="memory, of any optimizer")
-        group.add_argument(
-            "--came-report-memory",
-            action="store_true",
-            help="print each rank's memory after the first optimizer step, measured and predicted, "
-            "with any --optimizer; resets the peak of CUDA's allocator once",
-        )
-        group.add_argument(
-            "--came-memory-dir",
-            help="folder for the report of every rank (default: came_memory in the folder of "
-            "--save)",
-        )
+        help = "print each rank's memory after the first optimizer step, measured and predicted, "
+        help += "with any --optimizer; resets the peak of CUDA's allocator once"
+        group.add_argument("--came-report-memory", action="store_true", help=help)
+        help = "folder for the report of every rank (default: came_memory in the folder of --save)"
+        group.add_argument("--came-memory-dir", help=help)
         return parser
 
     return add_megatron_arguments

@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -130,8 +132,9 @@ def replaced(target: Any, values: Mapping[str, Any]) -> Iterator[None]:
             setattr(target, name, value)
 
 
-def _latent_attention() -> contextlib.AbstractContextManager[None]:
-    """Let the local attention, which has no weights, stand in for that of latent attention."""
+@contextlib.contextmanager
+def _latent_attention() -> Iterator[None]:
+    """Let latent attention be built of local layers, whose attention has no weights."""
     original = DotProductAttention.__init__
 
     @functools.wraps(original)
@@ -140,7 +143,31 @@ def _latent_attention() -> contextlib.AbstractContextManager[None]:
     ) -> None:
         original(self, *args, **kwargs)
 
-    return replaced(DotProductAttention, {"__init__": start})
+    usual = MLASelfAttention._resolve_qk_norm_config
+
+    def resolve(self: Any, submodules: Any) -> Any:
+        if self.config.q_lora_rank is not None or not self.config.qk_layernorm:
+            return usual(self, submodules)
+        # Without a latent query its norm is in Transformer Engine's projection, or nowhere.
+        names = ("linear_kv_up_proj", "kv_layernorm")
+        own = {name: getattr(submodules, name) for name in names}
+        return {**own, "linear_q_proj": _NormedProjection}
+
+    with (
+        replaced(DotProductAttention, {"__init__": start}),
+        replaced(MLASelfAttention, {"_resolve_qk_norm_config": resolve}),
+    ):
+        yield
+
+
+class _NormedProjection(ColumnParallelLinear):  # type: ignore[misc]
+    """Has the weights of the norm of its input, as Transformer Engine's."""
+
+    def __init__(self, size: int, *args: Any, config: Any, **kwargs: Any) -> None:
+        super().__init__(size, *args, config=config, **kwargs)
+        self.layer_norm_weight = torch.nn.Parameter(torch.empty(size))
+        if config.normalization == "LayerNorm":
+            self.layer_norm_bias = torch.nn.Parameter(torch.empty(size))
 
 
 class _OnMeta(TorchFunctionMode):

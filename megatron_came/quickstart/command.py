@@ -7,10 +7,11 @@ from functools import partial
 
 import megatron_came
 from megatron_came import cpu_megatron
+from megatron_came.data.locks import locked
 from megatron_came.quickstart.prepare import prepare
 from megatron_came.quickstart.report import check_same_start, summary
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
-from megatron_came.quickstart.steps import Steps
+from megatron_came.quickstart.steps import run_once
 from megatron_came.quickstart.train import Result, train
 from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.pictures import draw_losses
@@ -27,8 +28,12 @@ def run(settings: Settings, device: str) -> None:
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
     choose_port(settings.port)  # before the work that a port in use would waste
-    steps = Steps(settings.folder / "steps.json")
-    dataset = prepare(settings, steps)
+    with locked(settings.steps):
+        _run(settings, device)
+
+
+def _run(settings: Settings, device: str) -> None:
+    dataset = prepare(settings)
     for optimizer in OPTIMIZERS:
         inputs = {
             "dataset": dataset,
@@ -38,7 +43,8 @@ def run(settings: Settings, device: str) -> None:
             "version": megatron_came.__version__,
         }
         make = partial(train, settings, optimizer)
-        steps.run(f"Training with {optimizer.name}", inputs, [settings.result(optimizer)], make)
+        name, result = f"Training with {optimizer.name}", settings.result(optimizer)
+        run_once(settings.steps, name, inputs, [result], make)
     results = {each.name: Result.load(settings.result(each)) for each in OPTIMIZERS}
     check_same_start(results)
     picture = settings.folder / "loss.png"
@@ -87,19 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     add, defaults = parser.add_argument, Settings()
     sources = "text files, folders of them, or .jsonl files (the Python library's sources)"
     add("--text", nargs="+", type=named_path, default=[], metavar="PATH", help=sources)
-    add(
-        "--folder",
-        type=named_path,
-        default=defaults.folder,
-        help="where everything goes (%(default)s)",
-    )
+    help = "where everything goes (%(default)s)"
+    add("--folder", type=named_path, default=defaults.folder, help=help)
     add("--ranks", type=int, default=defaults.ranks, help="processes to train with (%(default)s)")
     add("--port", type=int, help="TCP port on which they meet (a free one)")
     add("--iterations", type=int, default=defaults.iterations, help="training steps (%(default)s)")
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="auto is bf16 on GPUs and fp32 on a CPU, where bf16 is slow without special support",
-    )
+    help = "auto is bf16 on GPUs and fp32 on a CPU, where bf16 is slow without special support"
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=help)
     return parser

@@ -7,11 +7,11 @@ from megatron_came.data.arguments import read
 from megatron_came.data.command import run
 from megatron_came.data.corpus import Corpus
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
-from megatron_came.quickstart.steps import Steps
+from megatron_came.quickstart.steps import run_once
 from megatron_came.terminal.sentences import CommandError
 
 
-def prepare(settings: Settings, steps: Steps) -> str:
+def prepare(settings: Settings) -> str:
     """Make what is missing of tokenizer and dataset.
 
     Returns:
@@ -27,7 +27,8 @@ def prepare(settings: Settings, steps: Steps) -> str:
         for path in corpus.files
         if path in corpus.named or made.isdisjoint((path.resolve(), *path.resolve().parents))
     ]
-    return steps.run(
+    return run_once(
+        settings.steps,
         "Dataset",
         {"files": [_identity(path) for path in corpus.files], "vocabulary": settings.vocabulary},
         [settings.tokenizer, *(settings.dataset.with_suffix(end) for end in (".bin", ".idx"))],
@@ -62,6 +63,8 @@ def _make(settings: Settings, corpus: Corpus) -> None:
             f" {settings.smallest_text / 1000:.0f} kB: name more or larger files."
         )
     print(f"Dataset: {size / 1e6:.1f} MB of {where}, with a tokenizer trained on them.")
-    flags = ["--output-prefix", settings.dataset, "--train-tokenizer", settings.vocabulary]
+    # Little text has not that many words, and there is no flag to ask for fewer.
+    tokens = settings.vocabulary // (1 if size >= 10 * settings.smallest_text else 4)
+    flags = ["--output-prefix", settings.dataset, "--train-tokenizer", tokens]
     options = read([*map(str, (settings.folder, *flags)), "--append-eod", "--overwrite"])
     print(f"  {run(options, corpus).partition('\n')[0]}")

@@ -76,6 +76,11 @@ class Settings:
         return self.folder / "dataset" / "text"
 
     @property
+    def steps(self) -> Path:
+        """What each step was made from."""
+        return self.folder / "steps.json"
+
+    @property
     def tokenizer(self) -> Path:
         """The SentencePiece model."""
         return self.dataset.with_suffix(".model")

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_came.data.files import whole_files
 from megatron_came.memory.optimizers import Components
 from megatron_came.memory.report import Report
 from megatron_came.quickstart.settings import Optimizer, Settings
+from megatron_came.terminal.paths import write_whole
 from megatron_came.terminal.progress import Progress
 from megatron_came.terminal.sentences import CommandError
 from megatron_came.training_log import TrainingError, follow
@@ -46,8 +46,7 @@ class Result:
 
     def save(self, file: Path) -> None:
         """Write a JSON file, whole or not at all."""
-        with whole_files(file) as (partial,):
-            partial.write_text(json.dumps(asdict(self)))
+        write_whole(file, json.dumps(asdict(self)).encode())
 
 
 def train(settings: Settings, optimizer: Optimizer) -> None:

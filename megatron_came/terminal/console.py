@@ -116,6 +116,11 @@ def wrapped(
     return wrapper.wrap(text) or [""]
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things, in words: "1 document", "2,000 documents"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def show(lines: Iterable[str]) -> None:
     """Print lines as they are; a :class:`Head` is bold where that can be seen."""
     if not is_styled(sys.stdout):

@@ -27,7 +27,7 @@ def in_one_line(command: Callable[[], int], line: str, *, grace: float | None = 
 
     Args:
         command: the work.
-        line: to print on standard error.
+        line: to print on standard error, where the interrupt of the command brings no other.
         grace: seconds that an interrupted command has to clean up, before its process is ended
             whatever it does: code outside Python (a compiler, a long sum) does not look for
             signals. With 0 it sees nothing of the interrupt: C++ code that calls Python may end in
@@ -36,7 +36,7 @@ def in_one_line(command: Callable[[], int], line: str, *, grace: float | None = 
     said = threading.Lock()  # held by whoever says the line
     seen: list[int] = []
 
-    def say() -> None:
+    def say(line: str = line) -> None:
         if said.acquire(blocking=False):
             # On a terminal "^C" stands in the line already, and a progress bar may.
             start = "\n" if sys.stderr.isatty() else ""
@@ -59,8 +59,8 @@ def in_one_line(command: Callable[[], int], line: str, *, grace: float | None = 
     with _handled(interrupt), _watched(end, grace, seen):
         try:
             return command()
-        except KeyboardInterrupt:
-            say()
+        except KeyboardInterrupt as interrupted:
+            say(str(interrupted) or line)
             _leave_nothing()
             return _SIGNALED + (seen or [signal.SIGINT])[0]
 

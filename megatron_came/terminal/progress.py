@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from megatron_came.terminal.console import is_styled, is_terminal
@@ -32,11 +31,9 @@ class Progress:
     def __init__(
         self, label: str, total: float, stream: TextIO | None = None, *, speed: bool = False
     ) -> None:
-        self._speed = speed
+        self._speed, self._quarters, self._drawn_at = speed, 0, 0.0
         self._label, self._total, self._done, self._note = label, total, 0.0, ""
         self._stream = stream or sys.stdout
-        self._quarters = 0
-        self._drawn_at = 0.0
         self._started = time.monotonic()
         self._bar = _bar(self._stream) if is_terminal(self._stream) else None
 
@@ -47,12 +44,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar:
             self._draw(self._bar)
             self._bar.stop()

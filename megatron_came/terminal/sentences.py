@@ -46,6 +46,8 @@ def status_of(
     except OSError as error:
         if remedy is None:
             raise
+        if error.filename is None:
+            sys.stdout.flush()  # raises if there is no room for what is printed: no file is wrong
         name = error.filename or place or "A file"
         problem = f"{name} cannot be used ({reason_of(error)}): {remedy}."
     print(prefix + problem, file=sys.stderr)

@@ -22,6 +22,7 @@ _COMMANDS = {
     "repair": ("tools.repair", "FROM TO", "copy a checkpoint, its main weights made anew"),
 }
 _NOBODY_READS = 141  # what a shell gives a program that SIGPIPE has ended
+_AGAIN = "interrupted: run it again to go on after the last finished run."
 # Seconds to clean up after Ctrl-C, for commands that write files; None is as long as it takes.
 _GRACE = {"data": None, "patch": 0.7, "repair": None}
 
@@ -107,7 +108,7 @@ def _main() -> int:
         return 2
     from megatron_came.terminal.interrupts import in_one_line
 
-    line = f"megatron-came {command}: interrupted."
+    line = f"megatron-came {command}: {_AGAIN if command == 'compare' else 'interrupted.'}"
     return in_one_line(lambda: _run(command, rest), line, grace=_GRACE.get(command, 0.0))
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_came.terminal.console import Head, show, width, wrapped
+from megatron_came.terminal.quiet import quiet
 from megatron_came.versions import SUPPORTED
 
 # Name, default and meaning of each variable that the launchers and the optimizer read.
@@ -120,5 +121,7 @@ def main(argv: Sequence[str]) -> int:
         "which releases",
     )
     options = parser.parse_args(argv)
-    show(replaced(width()) if options.replaced else text(width()))
+    with quiet():
+        lines = replaced(width()) if options.replaced else text(width())
+    show(lines)
     return 0

@@ -6,16 +6,11 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from megatron_came.terminal.console import counted
 from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.pictures import Line, draw_lines
 from megatron_came.terminal.quiet import quiet
-from megatron_came.terminal.sentences import (
-    CommandError,
-    reason_of,
-    require,
-    status_of,
-    writing,
-)
+from megatron_came.terminal.sentences import CommandError, require, status_of, writing
 
 _FIRST = ("lm loss", "learning-rate", "grad-norm")  # the rest follows, by name
 _TWICE = " vs samples"  # Megatron writes most scalars by samples as well
@@ -37,7 +32,10 @@ def scalars(run: Path) -> dict[str, Line]:
     if len(folders) > 1:
         raise CommandError(f"{run} holds the logs of several runs: name {folders[0]} or another.")
     events = EventAccumulator(str(folders[0]), size_guidance={"scalars": 0})
-    events.Reload()
+    try:
+        events.Reload()
+    except ValueError as error:  # of numbers that TensorBoard cannot read
+        raise CommandError(f"{run} cannot be read ({error}): name another run.") from error
     curves = {}
     for name in events.Tags()["scalars"]:
         if not name.endswith(_TWICE):
@@ -46,23 +44,6 @@ def scalars(run: Path) -> dict[str, Line]:
     if not curves:
         raise CommandError(f"{run} holds no scalars: let the run go on, or name another.")
     return curves
-
-
-def _readable_scalars(run: Path) -> dict[str, Line]:
-    """See :func:`scalars`; what cannot be read is no fault of the picture's.
-
-    Raises:
-        CommandError: likewise.
-    """
-    try:
-        return scalars(run)
-    except OSError as error:
-        raise CommandError(
-            f"{error.filename or run} cannot be read ({reason_of(error)}): let the user of this "
-            "process read it, or name another run."
-        ) from error
-    except ValueError as error:  # of numbers that TensorBoard cannot read
-        raise CommandError(f"{run} cannot be read ({error}): name another run.") from error
 
 
 def names_of(runs: Iterable[Mapping[str, Line]], words: Sequence[str]) -> list[str]:
@@ -87,7 +68,7 @@ def main(argv: list[str]) -> int:
         for package in ("tensorboard", "matplotlib"):
             require(package, "megatron-came plot")
         with quiet():
-            runs = {str(run): _readable_scalars(run) for run in options.runs}
+            runs = {str(run): scalars(run) for run in options.runs}
         names = names_of(runs.values(), options.scalars)
         panels = {
             name: {run: lines[name] for run, lines in runs.items() if name in lines}
@@ -95,9 +76,10 @@ def main(argv: list[str]) -> int:
         }
         with writing(options.output, "--output"):
             draw_lines(panels, options.output, x="iteration")
-        print(f"{len(names)} scalars of {len(runs)} runs: {options.output}")
+        print(f"{counted(len(names), 'scalar')} of {counted(len(runs), 'run')}: {options.output}")
 
-    return status_of(work, "megatron-came plot: ")
+    remedy = "let the user of this process read it, or name another run"
+    return status_of(work, "megatron-came plot: ", remedy=remedy)
 
 
 def _parser() -> argparse.ArgumentParser:

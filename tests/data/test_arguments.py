@@ -25,7 +25,8 @@ class TestArguments:
             (["--validation", "1"], "'1' is no share"),
             (["--separator", ""], "'' is no separator"),
             (["--train-tokenizer", "big"], "'big' is no number of tokens"),
-            (["--output-prefix", "out/"], "'out/' has no file name"),
+            (["--output-prefix", "out/"], "'out/' has no file name: give one, as in out/text"),
+            (["--output-prefix", "."], "'.' has no file name: give one, as in text"),
         ],
     )
     def test_a_wrong_value(
@@ -54,6 +55,7 @@ class TestAdvice:
         assert run(*arguments) == 0
         assert flags_in(capsys.readouterr().out) == [
             *("--data-path", str(out), "--split", "100,0,0", "--eval-iters", "0"),
+            *("--eval-interval", "1000"),
             *("--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", str(model)),
         ]
         assert run(*arguments, "--validation", 0.3) == 0
@@ -67,9 +69,9 @@ class TestAdvice:
     ) -> None:
         assert run(*SOURCES, "--output-prefix", tmp_path / "out", *flags(gpt2)) == 0
         words = flags_in(capsys.readouterr().out)
-        assert words[6:12] == ["--tokenizer-type", "GPT2BPETokenizer", *flags(gpt2)]
+        assert words[8:14] == ["--tokenizer-type", "GPT2BPETokenizer", *flags(gpt2)]
         size = gpt2.load().vocab_size
-        assert words[12:] == ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size)]
+        assert words[14:] == ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size)]
 
     @pytest.mark.parametrize(
         ("vocabulary", "expected"),

@@ -120,7 +120,7 @@ class TestSplit:
             *(tmp_path / "in.txt", "--output-prefix", out, "--tokenizer-model", model),
             *("--validation", 0.01),
         )
-        assert error.startswith("Of 1 documents, a share of 0.01 for validation leaves none for")
+        assert error.startswith("Of 1 document, a share of 0.01 for validation leaves none for")
         assert files(tmp_path / "out") == {}
 
 

@@ -83,6 +83,9 @@ class TestLocks:
             ("{dead} {here}", True, True),
             ("1 {here}", True, True),  # its number was given away again
             ("1 elsewhere", True, False),
+            ("1 elsewhere {boot}", True, True),  # of a container on this machine
+            ("1 elsewhere {boot}", False, False),
+            ("1 elsewhere another", True, False),
             ("{dead} {here}", False, True),  # a file system without locks
             ("1 {here}", False, False),
             ("nonsense", False, True),
@@ -93,14 +96,15 @@ class TestLocks:
     ) -> None:
         ended = subprocess.Popen(["true"])
         ended.wait()
-        names = {"dead": ended.pid, "here": socket.gethostname()}
+        names = {"dead": ended.pid, "here": socket.gethostname(), "boot": locks._boot()}
+        assert names["boot"]
         (tmp_path / ".file.lock").write_text(holder.format(**names))
         if not works:
             monkeypatch.setattr(locks, "_try", lambda file: None)
         if free:
             with locked(tmp_path / "file"):
                 said = (tmp_path / ".file.lock").read_text()
-                assert said == f"{os.getpid()} {socket.gethostname()}\n"
+                assert said == f"{os.getpid()} {socket.gethostname()} {locks._boot()}\n"
             assert not (tmp_path / ".file.lock").exists()
         else:
             with pytest.raises(CommandError, match="is being written by process 1 on"):

@@ -17,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_came.data.files import LateInterrupt, whole_files
 from megatron_came.data.indexed import DatasetWriter, dataset_files
+from megatron_came.data.locks import locked
 from megatron_came.terminal.interrupts import in_one_line
 from tests.support.datasets import (
     ROOT,
@@ -108,8 +109,8 @@ class TestOutput:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(IndexedDatasetBuilder, "finalize", interrupt)
-        assert run(*arguments, "--overwrite") == 130
-        assert capsys.readouterr().err.endswith("Interrupted: nothing was written.\n")
+        with pytest.raises(KeyboardInterrupt, match=r"data: Interrupted: nothing was written\.$"):
+            run(*arguments, "--overwrite")
         assert files(tmp_path / "out") == before
 
     @pytest.mark.parametrize("renamed", range(4))
@@ -131,26 +132,29 @@ class TestOutput:
             replace(*paths)
 
         monkeypatch.setattr(os, "replace", replace_some)
-        assert run(*arguments, "--validation", 0.4, "--overwrite") == 130
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments, "--validation", 0.4, "--overwrite")
         # No index, new or old, is there before both files of tokens are.
         order = ["set_train.bin", "set_valid.bin", "set_train.idx", "set_valid.idx"]
         assert set(files(tmp_path / "out")) == {"set_train.bin", *order[:renamed]}
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
     def test_a_batch_system_that_ends_it(
         self,
         tmp_path: Path,
         arguments: list[object],
-        capsys: pytest.CaptureFixture[str],
+        capfd: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
+        number: signal.Signals,
     ) -> None:
         def end(*args: object) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
         monkeypatch.setattr(IndexedDatasetBuilder, "finalize", end)
-        assert in_one_line(lambda: run(*arguments, "--workers", 2), "", grace=None) == 130
-        assert capsys.readouterr().err.endswith("Interrupted: nothing was written.\n")
+        assert in_one_line(lambda: run(*arguments, "--workers", 2), "", grace=None) == 128 + number
+        assert capfd.readouterr().err.endswith("Interrupted: nothing was written.\n")
         assert files(tmp_path / "out") == {}
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(number) == signal.SIG_DFL
 
 
 class files_no_larger_than:  # noqa: N801
@@ -192,6 +196,49 @@ class TestWholeFiles:
             partial_last.write_text("2")
             assert not first.exists()
         assert (first.read_text(), last.read_text()) == ("1", "2")
+
+
+class TestKilled:
+    """Files of a run that nobody could clean up after."""
+
+    def test_the_next_one_takes_them_away(self, tmp_path: Path, model: Path) -> None:
+        (tmp_path / "in.txt").write_text(TEXTS[0])
+        out = tmp_path / "out"
+        out.mkdir()
+        killed = subprocess.Popen(["true"])
+        killed.wait()
+        for name in ("set.model", "set.bin", "set_train.idx", "other.bin"):
+            (out / f"{name}.partial").touch()
+            (out / f".{name}.lock").write_text(f"{killed.pid} {socket.gethostname()} \n")
+        arguments = (tmp_path / "in.txt", "--output-prefix", out / "set")
+        with locked(out / "set_valid.bin"):  # of one that is at work
+            (out / "set_valid.bin.partial").touch()
+            assert run(*arguments, "--tokenizer-model", model) == 0
+            assert set(files(out)) == {
+                *("set.bin", "set.idx", "other.bin.partial", ".other.bin.lock"),
+                *("set_valid.bin.partial", ".set_valid.bin.lock"),
+            }
+
+    def test_a_tokenizer_has_one_partial_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Which the next run knows by its name."""
+        (tmp_path / "in.txt").write_text("".join(TEXTS))
+        seen: list[set[str]] = []
+        write = Path.write_bytes
+
+        def note(path: Path, content: bytes) -> int:
+            written = write(path, content)
+            seen.append(set(files(tmp_path / "out")))
+            return written
+
+        monkeypatch.setattr(Path, "write_bytes", note)
+        arguments = ("--output-prefix", tmp_path / "out" / "set", "--train-tokenizer", "400")
+        assert run(tmp_path / "in.txt", *arguments) == 0
+        names = [f"set.{end}" for end in ("model", "bin", "idx")]
+        known = {f"{name}.partial" for name in names} | {f".{name}.lock" for name in names}
+        assert seen
+        assert set.union(*seen) == known
 
 
 class TestInterruptions:
@@ -286,7 +333,7 @@ class TestInterruptions:
         assert time.monotonic() - started < 2
         assert said == "megatron-came data: Interrupted: nothing was written.\n"
         assert process.communicate(timeout=60)[1] == ""
-        assert process.returncode == 130
+        assert process.returncode == 128 + signum
         assert list((tmp_path / "out").iterdir()) == []
         while any(Path(f"/proc/{child}").exists() for child in children):
             assert time.monotonic() - started < 60

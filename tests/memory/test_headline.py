@@ -30,7 +30,7 @@ def saved(words, capsys, monkeypatch):
     return {name: 100 * (1 - total / totals["AdamW"]) for name, total in totals.items()}
 
 
-@pytest.mark.parametrize("place", [0, 1, pytest.param(2, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("place", [0, 1, 2])
 def test_what_is_saved(place, capsys, monkeypatch):
     words = shlex.split(COMMANDS[place].replace("\\\n", " "))
     found = saved(words, capsys, monkeypatch)

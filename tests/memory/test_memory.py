@@ -288,6 +288,18 @@ def test_latent_attention_can_be_laid_out():
     assert 0.5 < two.stages[0].parameters / one.parameters < 0.6
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_norm_before_a_query_that_is_not_latent_is_in_its_projection(ranks):
+    """As Transformer Engine's layers have it, of DeepSeek-V2-Lite; local ones cannot be built."""
+    latent = SMALL + "--multi-latent-attention --kv-lora-rank 16 " + tp(ranks)
+    plain, normed = (launch(latent + flags, ranks) for flags in ("", "--qk-layernorm "))
+    of_layer = 2 * (48 + 16)  # a LayerNorm of the input and one of the latent key and value
+    assert normed.parameters - plain.parameters == 4 * of_layer
+    # Every tensor-parallel rank has all of them.
+    (own,), (others) = normed.stages, plain.stages
+    assert own.parameters - others[0].parameters == 4 * of_layer
+
+
 def test_nothing_is_left_behind():
     launch(SMALL + pp(2) + EXPERTS, 2).stages  # noqa: B018
     assert not dist.is_initialized()

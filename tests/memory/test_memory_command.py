@@ -77,6 +77,13 @@ FAILING = {
     "no script": ("--script nowhere.sh", "nowhere.sh does not exist"),
     "size": (SMALL + "--gpus 1 --fit 80", "--fit 80 is no size"),
     "no sequence": (SMALL + "--gpus 1 --seq-length 0", "--seq-length 0 is not allowed: give 1"),
+    "no words": (SMALL + "--gpus 1 --padded-vocab-size 0", "--padded-vocab-size 0 is not allowed"),
+    "no buckets": (SMALL + "--gpus 1 --ddp-num-buckets 0", "--ddp-num-buckets 0 is not allowed"),
+    "no latent query": (SMALL + "--gpus 1 --q-lora-rank 0", "--q-lora-rank 0 is not allowed"),
+    "no such file": (
+        SMALL + "--gpus 1 --heterogeneous-layers-config-path nowhere.json",
+        "nowhere.json cannot be read (no such file or directory): name another file.",
+    ),
     "no layers": (SMALL + "--gpus 1 --num-layers 0", "--num-layers 0 is not allowed: give 1"),
     "uneven groups": (
         SMALL + "--gpus 1 --group-query-attention --num-query-groups 3",
@@ -129,6 +136,10 @@ FAILING = {
     "weights in fp8": (
         "--gpus 2 " + SMALL + DO + "--bf16 --fp8-format hybrid --fp8-param-gather",
         "memory cannot be predicted with --fp8-param-gather: leave it out",
+    ),
+    "two lengths": (
+        SMALL.replace("--num-layers", "--encoder-num-layers") + "--gpus 1 --encoder-seq-length 9",
+        "Megatron does not take --encoder-seq-length with the others: leave it out.",
     ),
     "missing flag": ("--gpus 1 --num-layers 2", "Megatron needs --micro-batch-size: add it"),
     "no tokenizer": (

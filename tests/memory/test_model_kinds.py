@@ -109,7 +109,8 @@ def test_t5_has_no_pipeline(capsys):
     ("said", "expected"),
     [
         ("RMSNorm needs TENorm", "Megatron does not build this model of its local layers, which"),
-        ("heads must be even", "predicted with: heads must be even."),
+        ("heads must be even", r"predicted with: heads must be even\.$"),
+        ("no bias, when instantiating SharedMLP when instantiating MoELayer", r"with: no bias\.$"),
     ],
 )
 def test_messages_name_no_classes(said, expected, monkeypatch):

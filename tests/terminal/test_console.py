@@ -1,6 +1,14 @@
 """Tables and sentences in the columns that there are."""
 
-from megatron_came.terminal.console import Head, table, wrapped
+import errno
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from megatron_came.terminal.console import Head, counted, table, wrapped
+from megatron_came.terminal.sentences import status_of
 
 
 class TestTables:
@@ -51,3 +59,33 @@ class TestTables:
     def test_sentences_keep_their_indentation(self):
         assert wrapped("  a bb ccc dddd", 8) == ["  a bb", "  ccc", "  dddd"]
         assert wrapped("") == [""]
+
+
+def test_things_are_counted():
+    assert [counted(n, "document") for n in (0, 1, 2, 2000)] == [
+        "0 documents",
+        "1 document",
+        "2 documents",
+        "2,000 documents",
+    ]
+
+
+class TestNoRoom:
+    """For what is printed, or for a file: only the second is the command's to name."""
+
+    def test_printed(self, monkeypatch):
+        with suppress(OSError), open("/dev/full", "w") as full:  # closing it fails as well
+            monkeypatch.setattr(sys, "stdout", full)
+            with pytest.raises(OSError, match="No space left"):
+                status_of(
+                    lambda: print("x", flush=True), "", remedy="name another", place=Path("y")
+                )
+
+    def test_written(self, capsys):
+        def work():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        assert status_of(work, "x: ", remedy="name another", place=Path("y")) == 2
+        assert capsys.readouterr().err == (
+            "x: y cannot be used (no space left on device): name another.\n"
+        )

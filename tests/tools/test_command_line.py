@@ -260,6 +260,15 @@ class TestFlags:
             assert inspect.main([checkpoint, *(["--verify"] * (command == "verify"))]) == 0
         assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
 
+    def test_names_stay_whole_in_a_pipe(self, capsys):
+        """Where nobody says how many columns there are; words that are no names are broken at."""
+        checkpoint = str(ROOT / "tests" / "support" / "checkpoint-v1")
+        assert inspect.main([checkpoint]) == 0
+        printed = capsys.readouterr().out
+        assert "optimizer.state.exp_avg.decoder.layers.self_attention.linear_qkv.weight" in printed
+        for line in printed.splitlines():
+            assert len(line) <= 80 or " " not in line.strip()
+
     @pytest.mark.parametrize("columns", [40, 60, 80, 120])
     def test_they_fit(self, columns, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -318,6 +327,7 @@ def test_a_terminal_that_wants_no_colours_gets_none():
     written = on_a_terminal(["megatron_came", "flags"], 80, NO_COLOR="1")
     assert "\x1b" not in written
     assert "--came-beta3" in written
+    assert "Warning" not in written  # of Megatron's modules, of what is not installed
 
 
 @pytest.mark.parametrize(

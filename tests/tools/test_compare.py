@@ -216,7 +216,10 @@ class TestFolder:
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
             assert process.stderr is not None
-            assert process.stderr.read() == "megatron-came compare: interrupted.\n"
+            assert process.stderr.read() == (
+                "megatron-came compare: interrupted: run it again to go on after the last finished"
+                " run.\n"
+            )
         assert process.returncode == 130
         finished = file.read_text()
         assert finished.count("\n") < 6
@@ -320,7 +323,7 @@ class TestPlot:
         monkeypatch.setattr(plot, "scalars", denied)
         assert plot.main([str(tmp_path)]) == 2
         said = capsys.readouterr().err
-        assert f"{tmp_path / 'events'} cannot be read (permission denied)" in said
+        assert f"{tmp_path / 'events'} cannot be used (permission denied): let the user of" in said
         assert "--output" not in said
 
     def test_what_cannot_be_drawn(self, tmp_path, capsys):

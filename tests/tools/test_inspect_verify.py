@@ -29,7 +29,7 @@ def verify(root, capsys, status):
     said = capsys.readouterr()
     if status != 1:
         assert said.err == ""
-    return said.out + said.err
+    return said.out.replace("\n    ", " ") + said.err  # a line is a line, however many it takes
 
 
 def write(root, state=None, **more):

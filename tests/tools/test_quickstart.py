@@ -1,5 +1,6 @@
 """The quick start: set-up, parts and, once, the whole of it."""
 
+import argparse
 import os
 import random
 import shutil
@@ -7,17 +8,19 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_came.data.locks import locked
 from megatron_came.memory.optimizers import Components
 from megatron_came.quickstart import command as command_line
 from megatron_came.quickstart import prepare
 from megatron_came.quickstart.report import check_same_start, summary
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
-from megatron_came.quickstart.steps import Steps
+from megatron_came.quickstart.steps import run_once
 from megatron_came.quickstart.train import Result
 from megatron_came.terminal.pictures import draw_losses
 from megatron_came.terminal.sentences import CommandError
@@ -244,11 +247,28 @@ class TestText:
             path.write_text("text")
         seen: list[Path] = []
         monkeypatch.setattr(prepare, "_make", lambda _, corpus: seen.extend(corpus.files))
-        prepare.prepare(settings, Steps(tmp_path / "other.json"))
+        prepare.prepare(settings)
         assert seen == [tmp_path / "books" / "mine.txt"]
         named = replace(settings, text=(tmp_path / "steps.json",))
-        prepare.prepare(named, Steps(tmp_path / "other.json"))
+        prepare.prepare(named)
         assert seen[1:] == [tmp_path / "steps.json"]
+
+    @pytest.mark.parametrize(("copies", "tokens"), [(1, 1024), (10, 4096)])
+    def test_little_text_has_fewer_tokens(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int, tokens: int
+    ) -> None:
+        (tmp_path / "notes.txt").write_text("word " * 40_000 * copies)
+        asked: list[int] = []
+
+        def note(options: argparse.Namespace, corpus: object) -> str:
+            asked.append(options.train_tokenizer)
+            return ""
+
+        monkeypatch.setattr(prepare, "run", note)
+        settings = Settings(folder=tmp_path / "q", text=(tmp_path / "notes.txt",))
+        settings.folder.mkdir()
+        prepare.prepare(settings)
+        assert asked == [tokens]
 
 
 class TestSteps:
@@ -260,25 +280,25 @@ class TestSteps:
             output.touch()
 
         for inputs, expected in (({"a": 1}, 1), ({"a": 1}, 1), ({"a": 2}, 2)):
-            Steps(tmp_path / "steps.json").run("Step", inputs, [output], make)
+            run_once(tmp_path / "steps.json", "Step", inputs, [output], make)
             assert len(runs) == expected
         output.unlink()
-        Steps(tmp_path / "steps.json").run("Step", {"a": 2}, [output], make)
+        run_once(tmp_path / "steps.json", "Step", {"a": 2}, [output], make)
         assert len(runs) == 3
 
     def test_a_step_that_fails_is_done_again(self, tmp_path: Path) -> None:
         output = tmp_path / "output"
         output.touch()
-        steps = Steps(tmp_path / "steps.json")
-        steps.run("Step", {}, [output], lambda: None)
+        steps = tmp_path / "steps.json"
+        run_once(steps, "Step", {}, [output], lambda: None)
 
         def fail() -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            steps.run("Step", {"new": 1}, [output], fail)
+            run_once(steps, "Step", {"new": 1}, [output], fail)
         runs: list[int] = []
-        Steps(tmp_path / "steps.json").run("Step", {}, [output], lambda: runs.append(1))
+        run_once(steps, "Step", {}, [output], lambda: runs.append(1))
         assert runs
 
 
@@ -361,42 +381,48 @@ class TestReport:
 
 
 class TestCommandLine:
-    def run(self, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "megatron_came.quickstart",
-            "--folder",
-            str(tmp_path / "q"),
-        ]
-        return subprocess.run(
-            [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+    @pytest.fixture
+    def refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+        """Runs the quick start in a folder q, which ends with a sentence: that."""
 
-    def test_an_empty_file(self, tmp_path: Path) -> None:
+        def run(*arguments: object) -> str:
+            words = ["--folder", str(tmp_path / "q"), *map(str, arguments)]
+            assert command_line.main(words) == 1
+            return capsys.readouterr().err
+
+        return run
+
+    def test_an_empty_file(self, tmp_path: Path, refused: Callable[..., str]) -> None:
         (tmp_path / "notes.txt").touch()
-        ended = self.run(tmp_path, "--text", str(tmp_path / "notes.txt"))
-        assert ended.returncode == 1
-        assert ended.stderr == (
+        assert refused("--text", tmp_path / "notes.txt") == (
             f"{tmp_path}/notes.txt is empty: put some text in, or name another file.\n"
         )
 
-    def test_too_little_text(self, tmp_path: Path) -> None:
+    def test_too_little_text(self, tmp_path: Path, refused: Callable[..., str]) -> None:
         (tmp_path / "notes.txt").write_text("word " * 1000)
-        ended = self.run(tmp_path, "--text", str(tmp_path / "notes.txt"))
-        assert ended.returncode == 1
-        assert ended.stderr == (
+        assert refused("--text", tmp_path / "notes.txt") == (
             "There are 5 kB of text, and the quick start needs 200 kB: name more or larger files.\n"
         )
 
-    def test_a_folder_that_is_a_file(self, tmp_path: Path) -> None:
+    def test_a_folder_that_is_a_file(self, tmp_path: Path, refused: Callable[..., str]) -> None:
         (tmp_path / "q").touch()
-        ended = self.run(tmp_path)
-        assert ended.returncode == 1
-        assert ended.stderr == (
+        assert refused() == (
             f"{tmp_path}/q cannot be used (file exists): put that right, or choose another folder"
             " with --folder.\n"
         )
+
+    def test_two_into_one_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "q").mkdir()
+        with locked(tmp_path / "q" / "steps.json"):
+            ended = subprocess.run(
+                [sys.executable, "-m", "megatron_came.quickstart", "--folder", tmp_path / "q"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        assert ended.returncode == 1
+        assert f"q/steps.json is being written by process {os.getpid()} on" in ended.stderr
 
 
 def test_the_whole(
