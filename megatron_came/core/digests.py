@@ -36,7 +36,7 @@ _AT_ONCE, _AT_ONCE_OF_GPU = 1 << 16, 1 << 22
 _REMEMBERED = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Bits of infinity, from which on a number without its sign is none.
-_INFINITY = {
+INFINITY = {
     torch.bfloat16: 0x7F80,
     torch.float16: 0x7C00,
     torch.float32: 0x7F800000,
@@ -136,14 +136,10 @@ class Term(NamedTuple):
 
 
 class Added(NamedTuple):
-    """What an adder finds of a term: the sum, modulo 2^64, and the largest bits without sign."""
+    """What an adder finds of a term: the sum, modulo 2^64; whether no number is NaN or infinite."""
 
     total: int
-    largest: int
-
-    def is_finite(self, dtype: torch.dtype) -> bool:
-        """Whether no number of such a dtype was NaN or infinite."""
-        return self.largest < _INFINITY.get(dtype, 1 << 63)
+    is_finite: bool
 
 
 Adder = Callable[[Sequence[Term]], list[Added]]
@@ -153,7 +149,11 @@ def add_up(terms: Sequence[Term]) -> list[Added]:
     """Return what terms that are on one device add up to, in plain PyTorch."""
     if not terms:
         return []
-    return [Added(*each) for each in torch.stack([_sum(*term) for term in terms]).tolist()]
+    found = torch.stack([_sum(*term) for term in terms]).tolist()
+    return [
+        Added(total, largest < INFINITY.get(term.dtype, 1 << 63))
+        for (total, largest), term in zip(found, terms, strict=True)
+    ]
 
 
 def _sum(bits: Tensor, matrix: Matrix, shift: int, _: torch.dtype) -> Tensor:

@@ -133,6 +133,24 @@ def test_the_kernel_adds_up_as_plain_pytorch_does(dtype: torch.dtype) -> None:
     assert digests.digest(terms, add) == digests.digest(terms) == _whole(whole[1:4, 2:6])
 
 
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, "largest", "-largest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_kernel_finds_what_is_not_finite_wherever_it_stands(
+    dtype: torch.dtype, number: float | str
+) -> None:
+    pytest.importorskip("numba")
+    add, largest = adder(torch.device("cpu")), torch.finfo(dtype).max
+    value = {"largest": largest, "-largest": -largest}.get(number, number)
+    for shape in ((3, 8), (2, 7), (5,), (1,)):
+        for place in range(math.prod(shape)):
+            tensor = torch.full(shape, -1.5, dtype=dtype)
+            tensor.view(-1)[place] = value
+            terms = digests.terms(tensor, shape, PlacedBox.whole(shape))
+            found = all(each.is_finite for each in add(terms))
+            assert found == all(each.is_finite for each in digests.add_up(terms))
+            assert found == isinstance(number, str)
+
+
 def test_threads_add_up_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     from megatron_came.kernels.cpu import digests as kernel
@@ -146,12 +164,12 @@ def test_threads_add_up_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.randn(shape).mul(9).to(dtype), shape, PlacedBox.whole(shape)
         )
     ]
-    expected = [(digests.unsigned(total), largest) for total, largest in digests.add_up(terms)]
+    expected = [(digests.unsigned(total), finite) for total, finite in digests.add_up(terms)]
     try:
         for count, taken in ((1, 1 << 20), (3, 1), (3, 100), (2, 1 << 10)):
             monkeypatch.setattr(kernel, "_TAKEN", taken)
             torch.set_num_threads(count)
-            assert [(digests.unsigned(total), largest) for total, largest in add(terms)] == expected
+            assert [(digests.unsigned(total), finite) for total, finite in add(terms)] == expected
     finally:
         torch.set_num_threads(threads)
 

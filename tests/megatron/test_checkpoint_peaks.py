@@ -129,7 +129,7 @@ def test_loading_momentum_in_fp32_into_int8(gpu):
 
 def test_digests(gpu, monkeypatch):
     def adder(device):
-        return lambda terms: [Added(len(_sum(*term)), 0) for term in terms]
+        return lambda terms: [Added(len(_sum(*term)), True) for term in terms]
 
     monkeypatch.setattr(sums, "adder", adder)
     optimizer = simulated(torch.int8, True)

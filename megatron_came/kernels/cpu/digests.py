@@ -6,60 +6,135 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
 from numba import carray
 
-from megatron_came.core.digests import Added, Term, add_up
+from megatron_came.core.digests import INFINITY, Added, Term, add_up, signed
 from megatron_came.kernels.cpu.compiling import inline, serial, to_int16, to_int32, to_int64
 
 # Columns of a task: bytes of an element, rows, columns, elements from row to row, addresses of the
-# first element and of the keys of rows and columns; the sum, and the largest bits without sign.
-_COLUMNS = 9
+# first element and of the keys of rows and columns, the lowest bit of each exponent in 64 bits; the
+# sum, and 0 if all elements are finite.
+_COLUMNS = 10
+# The sign bits of the numbers in a word of 64 bits.
+_SIGNS_OF_4, _SIGNS_OF_2 = (
+    np.int64(signed(0x80000000 << 32 | 0x80000000)),
+    np.int64(signed(0x8000800080008000)),
+)
 # Elements that a thread takes at once, if there are several: about as long as starting it takes.
 _TAKEN = 1 << 20
 
 
 @inline
-def _row(bits, keys, without_sign):
-    """Return the sum of 32-bit products, for which processors have an instruction."""
-    total, largest = np.int64(0), np.int32(0)
-    for column in range(bits.size):
-        total += np.int64(bits[column]) * np.int64(keys[column])
-        largest = max(largest, np.int32(bits[column]) & without_sign)
-    return total, largest
+def _low(word):
+    """Return the lower 32 bits of 64, with their sign."""
+    return (word << 32) >> 32
+
+
+@inline
+def _full(word, signs, lowest):
+    """Return a word with the sign of each number whose exponent has all its bits.
+
+    To add an exponent's lowest bit carries into the sign then, and no further.
+    """
+    return ((word & ~signs) + lowest) & signs
+
+
+@inline
+def _rows_of_4_bytes(rows, keys, columns, lowest):
+    """Return sums of four rows' 32-bit products, and what is full.
+
+    Processors have an instruction for the product of the lower halves of 64-bit words, so these
+    are read whole.
+    """
+    half = columns // 2
+    pairs = carray(to_int64(keys), (half,))
+    a, b = carray(to_int64(rows[0]), (half,)), carray(to_int64(rows[1]), (half,))
+    c, d = carray(to_int64(rows[2]), (half,)), carray(to_int64(rows[3]), (half,))
+    of_a = of_b = of_c = of_d = full = np.int64(0)
+    for i in range(half):
+        low, high = _low(pairs[i]), pairs[i] >> 32
+        of_a += _low(a[i]) * low + (a[i] >> 32) * high
+        of_b += _low(b[i]) * low + (b[i] >> 32) * high
+        of_c += _low(c[i]) * low + (c[i] >> 32) * high
+        of_d += _low(d[i]) * low + (d[i] >> 32) * high
+        full |= _full(a[i], _SIGNS_OF_4, lowest) | _full(b[i], _SIGNS_OF_4, lowest)
+        full |= _full(c[i], _SIGNS_OF_4, lowest) | _full(d[i], _SIGNS_OF_4, lowest)
+    if columns % 2:
+        last = 4 * (columns - 1)
+        key = np.int64(to_int32(keys + last)[0])
+        e, f = np.int64(to_int32(rows[0] + last)[0]), np.int64(to_int32(rows[1] + last)[0])
+        g, h = np.int64(to_int32(rows[2] + last)[0]), np.int64(to_int32(rows[3] + last)[0])
+        of_a, of_b, of_c, of_d = of_a + e * key, of_b + f * key, of_c + g * key, of_d + h * key
+        for element in (e, f, g, h):
+            full |= _full(element & 0xFFFFFFFF, _SIGNS_OF_4, lowest)
+    return of_a, of_b, of_c, of_d, full
+
+
+@inline
+def _rows_of_2_bytes(rows, keys, columns, lowest):
+    """Return sums of four rows' products, and what is full."""
+    some = carray(to_int32(keys), (columns,))
+    a, b = carray(to_int16(rows[0]), (columns,)), carray(to_int16(rows[1]), (columns,))
+    c, d = carray(to_int16(rows[2]), (columns,)), carray(to_int16(rows[3]), (columns,))
+    of_a = of_b = of_c = of_d = full = np.int64(0)
+    for i in range(columns):
+        key = np.int64(some[i])
+        of_a += np.int64(a[i]) * key
+        of_b += np.int64(b[i]) * key
+        of_c += np.int64(c[i]) * key
+        of_d += np.int64(d[i]) * key
+    for row in rows:  # in the cache now
+        words = carray(to_int64(row), (columns // 4,))
+        for index in range(words.size):
+            full |= _full(words[index], _SIGNS_OF_2, lowest)
+        for column in range(4 * words.size, columns):
+            element = np.int64(to_int16(row + 2 * column)[0])
+            full |= _full(element & 0xFFFF, _SIGNS_OF_2, lowest)
+    return of_a, of_b, of_c, of_d, full
+
+
+@inline
+def _sum(four_rows, start, stride, heights, keys, columns, lowest):
+    """Return the sum over a matrix, and what is full.
+
+    It takes four rows at once, since one alone would wait for memory at its beginning.
+    """
+    last, total, all_full = heights.size - 1, np.int64(0), np.int64(0)
+    for a in range(0, heights.size, 4):
+        # Rows that there are not are the last one again, which counts once.
+        b, c, d = min(a + 1, last), min(a + 2, last), min(a + 3, last)
+        rows = start + stride * a, start + stride * b, start + stride * c, start + stride * d
+        of_a, of_b, of_c, of_d, full = four_rows(rows, keys, columns, lowest)
+        total += heights[a] * of_a + (b > a) * heights[b] * of_b
+        total += (c > b) * heights[c] * of_c + (d > c) * heights[d] * of_d
+        all_full |= full
+    return total, all_full
 
 
 @serial
 def _fill(table):
-    """Write sums, and the largest bits, into the last columns."""
+    """Write sums, and whether all is finite, into the last columns."""
     for line in range(len(table)):
-        width, rows, columns, stride, bits, row_keys, column_keys, _, _ = table[line]
+        width, rows, columns, stride, start, row_keys, keys, lowest, _, _ = table[line]
         heights = carray(to_int64(row_keys), (rows,))
-        keys = carray(to_int32(column_keys), (columns,))
-        total, largest = np.int64(0), np.int32(0)
-        for row in range(rows):
-            start = bits + row * stride * width
-            if width == 4:
-                some = carray(to_int32(start), (columns,))
-                sum_of_row, largest_of_row = _row(some, keys, np.int32(0x7FFFFFFF))
-            else:
-                few = carray(to_int16(start), (columns,))
-                sum_of_row, largest_of_row = _row(few, keys, np.int32(0x7FFF))
-            total += heights[row] * sum_of_row
-            largest = max(largest, largest_of_row)
-        table[line, 7] = total
-        table[line, 8] = largest
+        if width == 4:
+            found = _sum(_rows_of_4_bytes, start, 4 * stride, heights, keys, columns, lowest)
+        else:
+            found = _sum(_rows_of_2_bytes, start, 2 * stride, heights, keys, columns, lowest)
+        table[line, 8], table[line, 9] = found
 
 
 def add_up_fast(terms: Sequence[Term]) -> list[Added]:
     """:func:`megatron_came.core.digests.add_up`, on a CPU and as many threads as PyTorch uses."""
-    sums = [Added(0, 0)] * len(terms)
+    sums = [Added(0, True)] * len(terms)
     lines: list[tuple[int, ...]] = []
     owners: list[int] = []
     others: list[int] = []
-    for index, (bits, matrix, _, _) in enumerate(terms):
+    for index, (bits, matrix, _, dtype) in enumerate(terms):
         width = bits.element_size()
         if width not in (2, 4):
             others.append(index)
@@ -77,6 +152,7 @@ def add_up_fast(terms: Sequence[Term]) -> list[Added]:
                     address + width * matrix.stride * top,
                     row_address + 8 * top,
                     columns.data_ptr(),
+                    _lowest_of_exponents(dtype),
                     0,
                     0,
                 )
@@ -84,13 +160,21 @@ def add_up_fast(terms: Sequence[Term]) -> list[Added]:
             owners.append(index)
     table = np.array(lines, np.int64).reshape(-1, _COLUMNS)
     _fill_on_threads(table)
-    for index, (total, largest) in zip(owners, table[:, -2:].tolist(), strict=True):
+    for index, (total, found) in zip(owners, table[:, -2:].tolist(), strict=True):
         so_far = sums[index]
         total = so_far.total + (total << terms[index].shift)
-        sums[index] = Added(total, max(so_far.largest, largest))
+        sums[index] = Added(total, so_far.is_finite and not found)
     for index, added in zip(others, add_up([terms[index] for index in others]), strict=True):
         sums[index] = added
     return sums
+
+
+@cache
+def _lowest_of_exponents(dtype: torch.dtype) -> int:
+    """Return 64 bits in which the lowest one of each number's exponent is set; 0 of integers."""
+    infinity = INFINITY.get(dtype, 0)
+    bits = 8 * dtype.itemsize
+    return sum((infinity & -infinity) << place for place in range(0, 64, bits))
 
 
 def _fill_on_threads(table) -> None:

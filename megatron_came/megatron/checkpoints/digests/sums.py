@@ -159,10 +159,10 @@ class Sums:
         for device in devices:
             here = [each for each in self._waiting if each[2].bits.device == device]
             sums = adder(device)([term for _, _, term in here])
-            for (kinds, name, term), added in zip(here, sums, strict=True):
+            for (kinds, name, _), added in zip(here, sums, strict=True):
                 for kind in kinds:
                     self._totals[kind, name] += added.total
-                if name not in self._untrained and not added.is_finite(term.dtype):
+                if name not in self._untrained and not added.is_finite:
                     self._infinite.add((kinds[0], name))
         if self._least:
             device = self._least[0][1].device
