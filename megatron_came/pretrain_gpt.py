@@ -59,6 +59,16 @@ _SPIKE = 10  # --check-for-spiky-loss reports a loss this many times above the l
 # What only other scripts do, or only with newer releases.
 _ELSEWHERE = "-m megatron_came.launch with the script of a Megatron-LM checkout."
 _RULES = (
+    # Without these Megatron ends in a TypeError.
+    Rule("Megatron needs --lr: add it to the flags.", when=lambda s: s.lr is None),
+    Rule(
+        "Megatron needs --train-iters: add it to the flags.",
+        when=lambda s: s.train_iters is None and s.train_samples is None,
+    ),
+    Rule(
+        "Megatron needs --eval-interval: add it to the flags.",
+        when=lambda s: s.eval_interval is None,
+    ),
     *(
         Rule(f"pretrain_gpt does not support {flag} ({what}): use {_ELSEWHERE}", flag)
         for flag, what in {
@@ -66,6 +76,7 @@ _RULES = (
             "--fim-data": "fill in the middle",
             "--logits-load-dir": "distillation",
             "--logits-save-dir": "distillation",
+            "--freeze-all-layers": "distillation",
             "--dataloader-inter-document-masking": "packed sequences",
             "--hybrid-context-parallel": "packed sequences",
             "--hybrid-layer-pattern": "layers other than a GPT's",

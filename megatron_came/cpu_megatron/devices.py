@@ -212,6 +212,13 @@ def _mesh_of_cpus(
     return from_group(group, kind, *args, **kwargs)
 
 
+@around
+def _still_a_cpu(run: Function, *args: Any, **kwargs: Any) -> Any:
+    """Go backward in the mode, which is off inside any torch function, as ``backward`` is one."""
+    with CudaMeansCpu():
+        return run(*args, **kwargs)
+
+
 def _answer(value: Any) -> Callable[..., Any]:
     """Return a function with one answer, a new one: torch._dynamo refuses one with two names."""
     return lambda *args, **kwargs: value
@@ -280,6 +287,8 @@ def install() -> None:
     mesh.from_group = staticmethod(_mesh_of_cpus(mesh.from_group))
     if hasattr(torch, "accelerator"):  # torch itself asks there: its optimizers, its data loader
         torch.accelerator.is_available = _answer(False)
+    autograd: Any = torch.autograd
+    autograd._engine_run_backward = _still_a_cpu(autograd._engine_run_backward)
     loader: Any = torch.utils.data.DataLoader
     loader.__init__ = _without_pinned_memory(loader.__init__)
     CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]

@@ -71,13 +71,4 @@ def backward_of_kept(
     """Go backward from an output that has been kept: Megatron checks that its storage is free."""
     if gradient is None:
         gradient = torch.ones_like(output)
-    # Not torch.autograd.backward, inside which the stand-in for device="cuda" is off.
-    torch.autograd.Variable._execution_engine.run_backward(
-        tensors=(output,),
-        grad_tensors=(gradient,),
-        keep_graph=False,
-        create_graph=False,
-        inputs=(),
-        allow_unreachable=True,
-        accumulate_grad=True,
-    )
+    torch.autograd.backward(output, gradient)

@@ -6,10 +6,11 @@ they are not do ranks tell each other what they have. Every rank takes part, wha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -189,15 +190,25 @@ def _refuse_other_parameters(
         )
 
 
-def refuse_on_all(problem: str | None, everyone: Groups) -> None:
-    """Let all ranks refuse what one of them does, as one stage of a model; a collective.
+@contextlib.contextmanager
+def refused_on_all(everyone: Groups) -> Iterator[None]:
+    """Let all ranks meet the refusal that one of them meets inside; a collective at its end.
+
+    Inside, no rank may wait for others, unless these wait as well when it refuses.
 
     Raises:
-        UnsupportedError: on all ranks, if one of them has a problem.
+        UnsupportedError: on all ranks, if CAME refuses something on one of them.
     """
-    problem = _of_any(problem, everyone)
+    refused = None
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(error, UnsupportedError) and not str(error).startswith("CAME: "):
+            raise
+        refused = error
+    problem = _of_any(None if refused is None else str(refused), everyone)
     if problem is not None:
-        raise UnsupportedError(problem)
+        raise UnsupportedError(problem) from refused
 
 
 def _of_any(problem: str | None, everyone: Groups) -> str | None:

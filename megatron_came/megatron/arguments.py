@@ -11,6 +11,7 @@ from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyper
 from megatron_came.kernels.dispatch import CHOICES as KERNELS
 from megatron_came.megatron import parameter_rules, rules, warmup
 from megatron_came.megatron.checkpoints.refusals import notice
+from megatron_came.megatron.errors import refused_by_megatron
 from megatron_came.patching import Function, around
 from megatron_came.rules import flag_of, name_of
 from megatron_came.voice import say, stop
@@ -172,7 +173,7 @@ def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwar
     flags = given_flags(sys.argv[1:])
     _stop_if_refused(args, flags)
     if args.optimizer != "came":
-        return original(args, *rest, **kwargs)
+        return _validated(original, args, *rest, **kwargs)
     ignored = [flag for flag in flags if flag.startswith(_IGNORED)]
     if ignored:
         say(f"--optimizer came ignores {', '.join(ignored)}.")
@@ -183,7 +184,7 @@ def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwar
     offloads = getattr(args, "optimizer_cpu_offload", False)
     args.optimizer_cpu_offload = False
     try:
-        result = original(args, *rest, **kwargs)
+        result = _validated(original, args, *rest, **kwargs)
     finally:
         args.optimizer, args.optimizer_cpu_offload = "came", offloads
     _stop_if_refused(args, flags)
@@ -191,6 +192,14 @@ def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwar
         if sentence is not None:
             say(sentence)
     return result
+
+
+def _validated(original: Function, *args: Any, **kwargs: Any) -> Any:
+    """Let Megatron's validation end in a sentence: the first thing that newcomers meet."""
+    try:
+        return original(*args, **kwargs)
+    except (AssertionError, ValueError) as error:
+        stop(refused_by_megatron(error), error)
 
 
 def _stop_if_refused(args: argparse.Namespace, flags: list[str]) -> None:

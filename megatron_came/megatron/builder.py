@@ -14,21 +14,32 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron import parameter_rules
-from megatron_came.megatron.agreement import agree, connecting, refuse_on_all, tell_optimizer
+from megatron_came.megatron.agreement import (
+    Groups,
+    agree,
+    connecting,
+    refused_on_all,
+    tell_optimizer,
+)
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.cpu_offload import OffloadedCAME
 from megatron_came.megatron.distributed import CameDistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.megatron_fsdp import CameMegatronFSDP, local_groups
-from megatron_came.megatron.parameter_names import FACTORED, identities
+from megatron_came.megatron.parameter_names import (
+    FACTORED,
+    identities,
+    named_parameters,
+    original_of,
+)
 from megatron_came.megatron.rank_settings import arguments
-from megatron_came.megatron.rules import RULES
-from megatron_came.megatron.sharding import ModelGroups, chain_of, check_replicas
+from megatron_came.megatron.rules import refuse
+from megatron_came.megatron.sharding import ModelGroups, chain_of, check_replicas, shard_of
 from megatron_came.megatron.spikes import guard_spikes
 from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
+from megatron_came.parameter_checks import check_trainable
 from megatron_came.patching import Function, around
-from megatron_came.rules import refusal
 from megatron_came.voice import say_once
 
 
@@ -39,23 +50,56 @@ def with_came(
     """Stand in for ``get_megatron_optimizer``."""
     given = inspect.signature(original).bind(config, model_chunks, *args, **kwargs).arguments
     collection = kwargs.get("pg_collection", given.get("pg_collection"))
-    is_came = isinstance(config, CameOptimizerConfig)
-    if getattr(config, "optimizer", None) == "came" and not is_came:
-        config, is_came = CameOptimizerConfig.from_plain(config, arguments()), True
-    if is_came and not hasattr(config, "as_asked"):  # others' wrappers may lead here twice
+    # Others' wrappers may lead here twice.
+    is_came = getattr(config, "optimizer", None) == "came"
+    if is_came:
         everyone = connecting(collection)
         tell_optimizer(config, everyone)
-        # Some rules look at the model, of which this rank may have another stage than others.
-        refuse_on_all(refusal(RULES, settings_of_model(config, model_chunks)), everyone)
-        config = agree(config, model_chunks, collection).as_standard()
-        parameter_rules.note(config.rule, model_chunks, everyone)
-    elif not is_came and arguments() and collection is None:
+        config = _agreed(config, model_chunks, collection, everyone)
+    elif arguments() and collection is None and not hasattr(config, "as_asked"):
         tell_optimizer(config)
     optimizer = original(config, model_chunks, *args, **kwargs)
     share_gradient_dtype(chain_of(optimizer))
     if is_came and config.spike_guard is not None:
         guard_spikes(chain_of(optimizer), config.spike_guard)
     return optimizer
+
+
+def _agreed(
+    given: Any, model_chunks: list[Any], collection: Any | None, everyone: Groups
+) -> CameOptimizerConfig:
+    """Make sure that all ranks can and do train one model alike; a collective.
+
+    Returns:
+        A configuration for Megatron's builder.
+
+    Raises:
+        UnsupportedError: on all ranks, if one of them cannot.
+    """
+    groups = ModelGroups.of(collection)
+    # What is refused may be of this rank alone, which has another stage of the model than others,
+    # and from here on Megatron lets all ranks wait for each other.
+    with refused_on_all(everyone):
+        config = (
+            given
+            if isinstance(given, CameOptimizerConfig)
+            else CameOptimizerConfig.from_plain(given, arguments())
+        )
+        refuse(settings_of_model(config, model_chunks))
+        params = [
+            original_of(param) for _, param in named_parameters(model_chunks) if param.requires_grad
+        ]
+        check_trainable(params)
+        for param in params:
+            shard_of(param, groups)
+    config = agree(config, model_chunks, collection)
+    parameter_rules.note(config.rule, model_chunks, everyone)
+    # Megatron-FSDP makes what it takes for replicas equal; otherwise weights may hold nothing yet.
+    is_made = model_chunks[0].config.perform_initialization
+    if is_made and not model_chunks[0].ddp_config.use_megatron_fsdp:
+        with refused_on_all(everyone):
+            check_replicas(params, groups)
+    return config.as_standard()
 
 
 def share_gradient_dtype(chain: Iterable[Any]) -> None:
@@ -108,10 +152,8 @@ def build(
     model_groups = ModelGroups.of(pg_collection)
     model_params = [list(group["params"]) for group in param_groups]
     has_fsdp = bool(model_chunks[0].ddp_config.use_megatron_fsdp)
-    if has_fsdp:  # which makes what it takes for replicas equal
+    if has_fsdp:
         param_groups = local_groups(param_groups)
-    elif model_chunks[0].config.perform_initialization:  # otherwise weights hold nothing yet
-        check_replicas([param for params in model_params for param in params], model_groups)
     came = _came(config, param_groups)
     # Random bits, and which rows are looked at, go by an element's place in the whole model.
     by_place = config.momentum_dtype != "fp32" or arguments().get("came_log_diagnostics")

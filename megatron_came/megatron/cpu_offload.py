@@ -22,6 +22,7 @@ from megatron_came.step import Begun
 from megatron_came.voice import say_once
 
 _CPU = torch.device("cpu")
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 def chosen(
@@ -77,13 +78,16 @@ class HostSlice:
     gradient: Tensor | None = None
 
     @classmethod
-    def move(cls, local: Tensor, weight: Tensor, config: Any) -> HostSlice:
-        """Move main weights, perhaps the model's own, to the CPU; they stay the same object."""
-        home, pins = weight.device, config.pin_cpu_params
-        kept = new_on_host(local.numel(), local.dtype, home, pins and local.dtype == weight.dtype)
+    def move(cls, local: Tensor, weight: Tensor, dtype: torch.dtype, config: Any) -> HostSlice:
+        """Move main weights to the CPU, in a dtype; they stay the same object.
+
+        They may be the model's own, or another tensor on their memory.
+        """
+        home, pins, is_own = weight.device, config.pin_cpu_params, dtype == weight.dtype
+        kept = new_on_host(local.numel(), dtype, home, pins and is_own)
         local.data = kept.copy_(local.detach())
         rounded = None
-        if local.dtype != weight.dtype and local.numel():
+        if not is_own and local.numel():
             rounded = new_on_host(local.numel(), weight.dtype, home, pins)
         return cls(home, weight, rounded, config.pin_cpu_grads)
 
@@ -114,9 +118,10 @@ class OffloadedCAME(CAME):
     """CAME that updates some parameters on the CPU, and the others on the model's device.
 
     As a step begins it copies the gradients of the former to the CPU, where they stay for all three
-    passes, with the model's weights where these are of the main weights' dtype, and as it ends the
-    model's weights back. Their sums over ranks go to the device and into
-    the buffers of the others: a step has as many reductions as without.
+    passes, and as it ends the model's weights back. Where these are of the main weights' dtype and
+    somebody else has written them, they come down first: who loads weights alone writes the
+    model's. Their sums over ranks go to the device and into the buffers of the others: a step has
+    as many reductions as without.
 
     Attributes:
         on_host: what travels, by parameter.
@@ -125,10 +130,11 @@ class OffloadedCAME(CAME):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.on_host: dict[Tensor, HostSlice] = {}
+        self._sent: Tensor | None = None  # what the model's weights were when they had been sent
 
     def keep_on_host(self, slices: Mapping[Tensor, HostSlice]) -> None:
         """Take up which parameters lie on the CPU, where they have been moved to, and say so."""
-        self._plan = None
+        self._plan = self._sent = None
         self.on_host = dict(slices)
         self._homes = {local: slice_.home for local, slice_ in slices.items()}
         if _CPU not in self._choices:
@@ -156,8 +162,11 @@ class OffloadedCAME(CAME):
         super().set_model_weights({**weights, **copies})
 
     def _begin(self) -> Begun:
+        bits = self._bits()
+        is_written = bits is not None and (self._sent is None or not torch.equal(bits, self._sent))
         for local, slice_ in self.on_host.items():
-            slice_.fetch(local)  # who has loaded weights alone has written the model's
+            if is_written:
+                slice_.fetch(local)
             gradient = gradient_of(local)
             if gradient is not None and gradient is not slice_.gradient:
                 local.decoupled_grad = slice_.bring(gradient)  # type: ignore[attr-defined]
@@ -170,6 +179,13 @@ class OffloadedCAME(CAME):
         super()._end(begun)
         for local, slice_ in self.on_host.items():
             slice_.send(local.detach())
+        self._sent = self._bits()
+
+    def _bits(self) -> Tensor | None:
+        """Sums of the bits of the model's weights where these are of the main weights' dtype."""
+        own = (each.weight for each in self.on_host.values() if each.rounded is None)
+        sums = [weight.view(_BITS[weight.dtype]).sum() for weight in own if weight.numel()]
+        return torch.stack(sums) if sums else None
 
 
 def on_host_of(came: CAME) -> dict[Tensor, HostSlice]:

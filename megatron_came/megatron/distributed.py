@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from itertools import chain
 from typing import Any
 
@@ -88,7 +89,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         # copies; afterwards, whether gradients are to be found in ``decoupled_grad``. fp16 ones are
         # copied: dividing by the loss scale takes fp32. In ``grad`` none may be of another device.
         setattr(config, PRECISION_AWARE, config.bf16 or config.optimizer_cpu_offload)
-        with precision_aware(config, has_remainders):
+        with precision_aware(config, has_remainders or config.optimizer_cpu_offload):
             super().__init__(optimizer, config, *args, **kwargs)
         self._is_loading, self._pairs = False, []
         self._owned: dict[Any, Any] = {}  # tensors, with attributes of Megatron's
@@ -96,12 +97,14 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         self._grads: list[Tensor] = []  # slices of them
         if self.is_stub_optimizer:
             return
+        moved = chosen(config, self.model_chunks, chain(*model_params), model_groups)
         mains = self.shard_fp32_from_float16_groups
+        if config.optimizer_cpu_offload and not has_remainders:
+            self._make_main_weights(moved)
         of_float16 = self.shard_float16_groups if has_remainders else mains
         whole = [*self.model_fp32_groups, *self.model_float16_groups]
         for params, here in zip(whole, [*self.shard_fp32_groups, *of_float16], strict=True):
             self._owned.update(zip(params, here, strict=True))
-        moved = chosen(config, self.model_chunks, chain(*model_params), model_groups)
         on_host: dict[Tensor, HostSlice] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             for param in params:
@@ -112,7 +115,8 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
                     group["params"].append(local)
                 if param in moved:
                     weight = param.detach().view(-1)[start:stop]
-                    on_host[local] = HostSlice.move(local, weight, config)
+                    dtype = local.dtype if has_remainders else torch.float32
+                    on_host[local] = HostSlice.move(local, weight, dtype, config)
                 self._pairs.append((param, local))
         if config.optimizer_cpu_offload:
             self.optimizer.keep_on_host(on_host)
@@ -122,6 +126,24 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
             self.optimizer.set_model_weights(
                 dict(zip(chain.from_iterable(mains), weights, strict=True))
             )
+
+    def _make_main_weights(self, moved: Collection[Tensor]) -> None:
+        """Make fp32 main weights of 16-bit weights on the device; of those that move, no copies.
+
+        Megatron would copy all before some move, which may be more than the device holds.
+        """
+        for group, params, shards, mains in zip(
+            self.optimizer.param_groups,
+            self.model_float16_groups,
+            self.shard_float16_groups,
+            self.shard_fp32_from_float16_groups,
+            strict=True,
+        ):
+            for index, (param, shard) in enumerate(zip(params, shards, strict=True)):
+                main = shard.detach() if param in moved else shard.float()
+                vars(main).update(vars(shard))  # attributes of Megatron's
+                param.main_param = mains[index] = main
+            group["params"][len(group["params"]) - len(mains) :] = mains
 
     def _where(self, param: Tensor) -> dict[str, Any]:
         start, stop = self._range_of(param)

@@ -1,12 +1,14 @@
-"""Norms of gradients that are kept in 16 bits."""
+"""Norms that Megatron takes wrongly: of 16-bit gradients, and of FSDP2's weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_came.patching import Function, around
+from megatron_came.voice import collectives_device
 
 
 @around
@@ -28,3 +30,17 @@ def in_fp32(
         return original(chunk_size, noop_flag, tensor_lists, per_tensor, *args)
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+
+
+@around
+def of_all_rows(original: Function, *args: Any, **kwargs: Any) -> float:
+    """Let ``--log-params-norm`` add up what FSDP2's ranks hold: Megatron's takes one rank's."""
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    norm: float = original(*args, **kwargs)
+    if not getattr(get_args(), "use_torch_fsdp2", False):
+        return norm
+    square = torch.tensor(norm**2, dtype=torch.float64, device=collectives_device())
+    dist.all_reduce(square, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    return float(square.sqrt())

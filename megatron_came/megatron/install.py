@@ -71,6 +71,10 @@ REPLACEMENTS = table("megatron_came.megatron", {
         ("add_megatron_arguments", "arguments:with_flags", "--optimizer came and its flags exist"),
         ("validate_args", "arguments:with_checks", "CAME passes as Adam; misfits are refused"),
     ),
+    "megatron.training.utils": (
+        ("calc_params_l2_norm", "gradient_norms:of_all_rows",
+         "--log-params-norm is of all ranks' rows with FSDP2"),
+    ),
     "megatron.training.training": (
         ("get_megatron_optimizer_config", "config:with_came", "a configuration says: CAME"),
         ("setup_model_and_optimizer", "checkpoints.shifted:with_warning",

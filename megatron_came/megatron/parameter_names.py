@@ -131,6 +131,12 @@ def identity_of(
     return Identity(f"{identity.name} of tensor-parallel rank {rank}", ((0,),), is_local=True)
 
 
+def original_of(param: Tensor) -> Tensor:
+    """Return the parameter for which Megatron-FSDP has a DTensor; any other itself."""
+    original: Tensor = getattr(param, "orig_param", param)
+    return original
+
+
 def own_settings(param: Tensor) -> dict[str, Any]:
     """Return the hyperparameters that ``--came-rule`` has given a parameter, by field."""
     own: dict[str, Any] = getattr(param, OWN_SETTINGS, {})

@@ -18,6 +18,7 @@ from megatron_came.megatron.parameter_names import (
     FACTORED,
     OWN_SETTINGS,
     named_parameters,
+    original_of,
     within_wrappers,
 )
 from megatron_came.voice import collectives_device, say_once
@@ -117,7 +118,7 @@ def note(
                 f"{rule.typed} matches no parameter that is trained: patterns are for whole "
                 f"names{example}; begin and end them with * where names have more."
             )
-    count = sum(bool(getattr(param, OWN_SETTINGS)) for _, param in named)
+    count = sum(bool(getattr(original_of(param), OWN_SETTINGS)) for _, param in named)
     say_once(f"{FLAG}: {count} of {len(named)} parameters of rank 0 have settings of their own.")
 
 
@@ -146,15 +147,14 @@ def give(rules: Sequence[ParameterRule], model_chunks: Sequence[Any]) -> list[tu
         Names and parameters that are trained, if there are rules.
     """
     for _, param in named_parameters(model_chunks):
-        if hasattr(param, OWN_SETTINGS):  # from an optimizer before this one
-            delattr(param, OWN_SETTINGS)
+        vars(original_of(param)).pop(OWN_SETTINGS, None)  # from an optimizer before this one
     named = list(_named(model_chunks)) if rules else []
     for name, param in named:
         own: dict[str, Any] = {}
         for rule in rules:
             if fnmatchcase(name, rule.pattern):
                 own |= rule.settings
-        setattr(param, OWN_SETTINGS, own)
+        setattr(original_of(param), OWN_SETTINGS, own)
     return named
 
 

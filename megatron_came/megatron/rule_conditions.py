@@ -1,9 +1,11 @@
-"""Conditions of rules that look at the model, which settings have where it has been built."""
+"""Conditions of rules: on several settings, and on the model, where it has been built."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from megatron_came.dtensors import is_dtensor
 from megatron_came.rules import Settings
@@ -12,6 +14,23 @@ from megatron_came.rules import Settings
 def has_checkpoints(s: Settings) -> bool:
     """Whether a run saves or loads."""
     return bool(s.save or s.load)
+
+
+def has_other_main_weights(s: Settings) -> bool:
+    """Whether Megatron-FSDP is to keep main weights in another dtype; None is the model's."""
+    name = "megatron_fsdp_main_params_dtype"
+    is_fp32 = getattr(s, name) in ("fp32", torch.float32)
+    return bool(s.use_megatron_fsdp and name in s and not is_fp32)
+
+
+def warms_up_to_the_end(unit: str) -> Callable[[Settings], bool]:
+    """Return whether a warm-up in iterations or samples leaves nothing of the schedule."""
+
+    def leaves_nothing(s: Settings) -> bool:
+        whole = getattr(s, f"lr_decay_{unit}") or getattr(s, f"train_{unit}")
+        return bool(whole) and getattr(s, f"lr_warmup_{unit}") >= whole
+
+    return leaves_nothing
 
 
 def is_mimo(s: Settings) -> bool:

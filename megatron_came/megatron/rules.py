@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron import rule_conditions as conditions
 from megatron_came.megatron.errors import UnsupportedError
@@ -70,12 +68,6 @@ def _overwrites_gradients(s: Settings) -> bool:
     return bool(s.reuse_grad_buf_for_mxfp8_param_ag and not s.overlap_param_gather)
 
 
-def _has_other_main_weights(s: Settings) -> bool:
-    """Whether Megatron-FSDP is to keep main weights in another dtype; None is the model's."""
-    name = "megatron_fsdp_main_params_dtype"
-    return s.use_megatron_fsdp and name in s and getattr(s, name) not in ("fp32", torch.float32)
-
-
 RULES = (
     *(
         Rule("{given} is not allowed: use " + " or ".join(values) + ".", flag, works=values)
@@ -136,12 +128,11 @@ RULES = (
         ("--came-main-params", "use fp32", ("fp32",)),
         ("--non-persistent-ckpt-type", _OUT),
         ("--async-save", _OUT),
-        ("--came-rule", _OUT),
     ),
     Rule(
         "--optimizer came does not go with --use-megatron-fsdp and another "
         "--megatron-fsdp-main-params-dtype than fp32: use that.",
-        when=_has_other_main_weights,
+        when=conditions.has_other_main_weights,
     ),
     Rule(
         "Megatron cannot save the two projections of {given} with --use-megatron-fsdp at "
@@ -230,6 +221,17 @@ RULES = (
     ),
     _not_with("--use-layer-wise-distributed-optimizer", _SHARDING, "a layer-wise optimizer"),
     _not_with("--use-legacy-models", _OUT),
+    # Of which the training loop of 0.19 takes no notice.
+    _not_with("--freeze-all-layers", f"{_OUT}, since nothing would be trained"),
+    *(
+        Rule(
+            "{given} is not shorter than the schedule of the learning rate "
+            f"(--lr-decay-{unit}, by default --train-{unit}), as Megatron wants it: give fewer.",
+            f"--lr-warmup-{unit}",
+            when=conditions.warms_up_to_the_end(unit),
+        )
+        for unit in ("iters", "samples")
+    ),
     _not_with("--yaml-cfg", "give the settings as flags"),
     Rule(
         "{given} does not go with --dist-ckpt-optim-fully-reshardable, whose optimizer state "
@@ -240,7 +242,7 @@ RULES = (
     ),
     Rule(
         "{given} and --use-checkpoint-opt_param-scheduler ask for the schedule of the flags and of "
-        "the checkpoint: leave one of them out.",
+        f"the checkpoint: {_ONE}.",
         "--override-opt_param-scheduler",
         when=lambda s: s.use_checkpoint_opt_param_scheduler,
     ),
@@ -289,13 +291,19 @@ RULES = (
         "--came-log-diagnostics",
         when=lambda s: not (s.tensorboard_dir or s.wandb_project),
     ),
+    Rule(
+        "--optimizer came: factored in a --came-rule does not go with FSDP, whose ranks have rows "
+        "of a matrix: leave it out.",
+        when=lambda s: (
+            (s.use_megatron_fsdp or s.use_torch_fsdp2) and "factored=" in str(s.came_rule)
+        ),
+    ),
     # FSDP2: what Megatron asserts in many words, and what has no place in its checkpoints.
     *_beside(
         _FSDP2,
         ("--pipeline-model-parallel-size", "use 1", (1,)),
         ("--expert-model-parallel-size", "use 1", (1,)),
         ("--use-distributed-optimizer", _ONE),
-        ("--came-rule", _OUT),
         ("--fp16", "use --bf16"),
         ("--ckpt-format", "use torch_dist", ("torch_dist",)),
         ("--non-persistent-ckpt-type", "use global", ("global",)),

@@ -167,23 +167,21 @@ def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
         UnsupportedError: a parameter differs.
     """
     whole = [param for param in params if not getattr(param, "tensor_model_parallel", False)]
-    for group in (groups.tp, groups.expert_tp):
+    differing: list[Tensor] = []
+    for group in dict.fromkeys((groups.tp, groups.expert_tp)):
         here = [param for param in whole if groups.tp_of(param) is group]
-        if group.size() == 1 or not here:
-            continue
-        prints = torch.stack([_fingerprint(param) for param in here])
-        extremes = torch.stack([prints, -prints])
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-        differs = (extremes[0] != -extremes[1]).any(dim=1)
-        if differs.any():
-            shape = tuple(here[int(differs.nonzero()[0])].shape)
-            raise UnsupportedError(
-                f"--optimizer came: a weight of shape {shape} differs between tensor-parallel "
-                "ranks but does not say that it is cut (tensor_model_parallel, partition_dim); use "
-                "layers that do, or --tensor-model-parallel-size 1."
-            )
-        if groups.tp is groups.expert_tp:
-            return
+        if group.size() > 1 and here:
+            prints = torch.stack([_fingerprint(param) for param in here])
+            extremes = torch.stack([prints, -prints])
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+            differs = (extremes[0] != -extremes[1]).any(dim=1)
+            differing += [here[index] for index in differs.nonzero().flatten().tolist()]
+    if differing:
+        raise UnsupportedError(
+            f"--optimizer came: a weight of shape {tuple(differing[0].shape)} differs between "
+            "tensor-parallel ranks but does not say that it is cut (tensor_model_parallel, "
+            "partition_dim); use layers that do, or --tensor-model-parallel-size 1."
+        )
 
 
 def _fingerprint(param: Tensor) -> Tensor:

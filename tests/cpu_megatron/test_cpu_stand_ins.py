@@ -9,6 +9,7 @@ from megatron_came.cpu_megatron import devices
 from megatron_came.cpu_megatron.parallel_layers import _center_at_zero
 from megatron_came.cpu_megatron.rules import RULES
 from megatron_came.rules import refusal
+from tests.support.running import run_python
 
 
 @pytest.mark.parametrize("name", ["stream", "device"])
@@ -18,6 +19,33 @@ def test_a_stream_and_a_device_can_be_entered_again(name):
     for _ in range(2):
         with context, context:
             pass
+
+
+STILL_A_CPU = """
+import torch
+from megatron_came.cpu_megatron import devices
+
+class MadeThere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty(grad.shape, device=0).copy_(grad)
+
+devices.install()
+for backward in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+    values = torch.ones(3, requires_grad=True)
+    total = MadeThere.apply(values).sum()
+    backward(*(total, values)[: 1 + (backward is torch.autograd.grad)])
+"""
+
+
+def test_a_backward_pass_within_another_finds_no_gpu_either():
+    """Recomputed layers go backward so; experts' then gather into a tensor of device 0."""
+    done = run_python("-c", STILL_A_CPU)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.RMSNorm])

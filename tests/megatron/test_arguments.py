@@ -86,6 +86,12 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
         ({"use_layer_wise_distributed_optimizer": True}, "a layer-wise optimizer"),
         ({"use_legacy_models": True}, "--use-legacy-models: leave it out"),
         ({"yaml_cfg": "run.yaml"}, "--yaml-cfg run.yaml: give the settings as flags"),
+        ({"freeze_all_layers": True}, "--freeze-all-layers: leave it out, since nothing"),
+        ({"lr_warmup_samples": 8, "train_samples": 8}, "--lr-warmup-samples 8 is not shorter"),
+        (
+            {"use_torch_fsdp2": True, "came_rule": [["*", "factored=no"]]},
+            "factored in a --came-rule does not go with FSDP",
+        ),
     ],
     ids=str,
 )

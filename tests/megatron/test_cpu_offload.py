@@ -164,6 +164,39 @@ def test_gradients_come_down_weights_go_up_and_little_else(doubled):
     assert hosted + sums_of_all <= down <= hosted + sums_of_all + 8  # and single numbers
 
 
+def test_weights_come_down_where_somebody_else_has_written_them(doubled):
+    """Of an fp32 model: who loads weights alone writes the model's."""
+    with SecondDevice() as device:
+        came, models = _build(torch.float32, "plain", apart=True)
+        _train(came, models, torch.float32)
+        downs = []
+        for is_written in (False, True, False):
+            for param, weight in models.items():
+                if param.numel():
+                    param.decoupled_grad = on_device(torch.ones(param.numel()))
+                    if is_written:
+                        weight.copy_(on_device(torch.full((param.numel(),), 3.0)))
+            device.down = 0
+            came.step()
+            downs.append(device.down)
+            if is_written:
+                for weight in models.values():
+                    assert torch.all((on_cpu(weight) - 3).abs() < 1)
+    hosted = sum(stop - start for _, (start, stop), is_hosted in SLICES if is_hosted)
+    assert downs[1] == downs[0] + hosted == downs[2] + hosted
+
+
+def test_whether_16_bit_weights_were_written_is_seen_as_well():
+    """Of remainders, whose main weights are the model's own in bf16; of an odd number."""
+    weight = torch.ones(7, dtype=torch.bfloat16)
+    came = OffloadedCAME([weight.clone()])
+    came.on_host = {weight: HostSlice(DEVICE, weight, None)}
+    before = came._bits()
+    assert torch.equal(came._bits(), before)
+    weight[3] += 2**-7
+    assert not torch.equal(came._bits(), before)
+
+
 def test_sums_of_the_cpu_join_those_of_the_device(doubled):
     requests = [Request((3,), dp_group=GROUP), Request((2,)), Request((4,), dp_group=GROUP)]
     with SecondDevice():

@@ -63,6 +63,11 @@ VARIANTS = {
         PP + "--bf16 ",
         "weights are in fp8, which is supported with --fp8-param-gather",
     ),
+    "uncut": (
+        "uncut-on-last",
+        PP + DO,
+        "does not say along which dimension it is cut",
+    ),
 }
 
 

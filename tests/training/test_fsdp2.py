@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = 2e-6  # see test_training
 UNTIED = (
     "--optimizer came --ckpt-format torch_dist --num-layers 2 --train-iters 8 --lr-decay-iters 20 "
-    "--untie-embeddings-and-output-weights "
+    "--untie-embeddings-and-output-weights --log-params-norm "
+    "--came-rule *.linear_fc2.weight beta1=0.7 beta2=0.9 "
 )
 FSDP2 = UNTIED + "--use-torch-fsdp2 "
 BF16 = "--bf16 --micro-batch-size 4 "  # one micro-batch: FSDP2 adds several up in bf16
@@ -51,6 +52,12 @@ def test_losses_equal_those_of_data_parallelism(seen):
     ours, theirs = losses(seen["fsdp2"]), losses(seen["ddp"])
     assert theirs[-1] < theirs[0] - 0.5
     assert worst_difference(ours, theirs) <= TOLERANCE
+
+
+def test_norms_of_the_weights_are_of_all_ranks(seen):
+    (ours, again), (theirs, _) = ([r["params_norms"] for r in seen[n]] for n in ("fsdp2", "ddp"))
+    assert ours == again == pytest.approx(theirs, rel=1e-6)
+    assert len(ours) == 8
 
 
 def test_losses_in_bf16_equal_them_until_a_weight_is_rounded_otherwise(seen):

@@ -18,7 +18,8 @@ FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 ZERO3 = FSDP + "optim_grads_params "
 MODEL = SMALL + "--log-num-zeros-in-grad --make-vocab-size-divisible-by 32 "
-SWIGLU = "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
+RULE = "--came-rule *.linear_fc2.weight beta1=0.7 beta2=0.9 "
+SWIGLU = "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights " + RULE
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather "
 BF16 = "--bf16 --megatron-fsdp-main-grads-dtype fp32 "
 # By number of ranks: what is compared with the first of its row, which has no FSDP.

@@ -44,6 +44,26 @@ REFUSED = {
     "step-0": ("--optimizer came --load {came} --ckpt-step 0", "--ckpt-step 0 is no checkpoint"),
     "wrapper": (DO + "--optimizer came --load {came}", "saved without --use-distributed-optimizer"),
 }
+SIZES = (
+    "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --seq-length 8 "
+    "--max-position-embeddings 8 --tokenizer-type NullTokenizer --vocab-size 127 --mock-data"
+)
+# Of the first things that newcomers type, without the model of the others.
+UNFINISHED = {
+    "no-layers": ("", "either num-layers or encoder-num-layers should be specified"),
+    "no-heads": (
+        "--num-layers 2 --hidden-size 8",
+        "Megatron needs --num-attention-heads: add it to the flags.",
+    ),
+    "no-rate": (f"{SIZES} --train-iters 2", "Megatron needs --lr: add it to the flags."),
+    "no-length": (f"{SIZES} --lr 1e-3", "Megatron needs --train-iters: add it to the flags."),
+    "no-interval": (f"{SIZES} --lr 1e-3 --train-iters 2", "Megatron needs --eval-interval: add"),
+    "warm-up": (
+        f"{SIZES} --lr 1e-3 --train-iters 2 --lr-warmup-iters 2",
+        "--lr-warmup-iters 2 is not shorter than the schedule of the learning rate",
+    ),
+    "adam": ("--optimizer adam --num-layers 2", "Megatron needs --hidden-size: add it"),
+}
 IGNORED = ["--adam-beta1", "--sgd-momentum", "--muon-momentum", "--lion-beta1", "--adam-eps"]
 
 
@@ -59,6 +79,10 @@ def seen(tmp_path_factory):
     cases = [
         Case(name, short + flags.format(**places), fails=True)
         for name, (flags, _) in REFUSED.items()
+    ]
+    cases += [
+        Case(name, f"--optimizer came {flags}", fails=True, model="")
+        for name, (flags, _) in UNFINISHED.items()
     ]
     again = "--train-iters 4 --lr-warmup-iters 0 --override-opt-param-scheduler"
     afresh = "--train-iters 4 --lr-warmup-iters 0 --load {} --no-load-optim --optimizer {}"
@@ -77,11 +101,11 @@ def seen(tmp_path_factory):
     return results | {"log": log, "folder": folder}
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, *UNFINISHED])
 def test_refused(seen, name):
     error = seen[name][0]["error"]
     assert error.startswith("SystemExit: megatron_came: ")
-    assert REFUSED[name][1] in error
+    assert (REFUSED | UNFINISHED)[name][1] in error
     assert not seen[name][0]["losses"]
 
 

@@ -81,23 +81,32 @@ def without_sums_over(kind: str):
     return mock.patch.object(sums.SumBuffer, "__init__", without)
 
 
-def _trainable(is_trainable):
-    """Models of which some parameters are frozen, by their full names."""
+def _with_models(change):
+    """Models that are changed once they are built."""
     from megatron.core.models.gpt import GPTModel
 
     original = GPTModel.__init__
 
-    def frozen(self, *args, **kwargs):
+    def changed(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        first = {f".{i}.": layer.layer_number - 1 for i, layer in enumerate(self.decoder.layers)}
-        for name, param in self.named_parameters():
+        change(self)
+
+    return mock.patch.object(GPTModel, "__init__", changed)
+
+
+def _trainable(is_trainable):
+    """Models of which some parameters are frozen, by their full names."""
+
+    def freeze(model):
+        first = {f".{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+        for name, param in model.named_parameters():
             for local, number in first.items():
                 if f"decoder.layers{local}" in name:
                     name = name.replace(local, f".{number}.", 1)
                     break
             param.requires_grad = is_trainable(name)
 
-    return mock.patch.object(GPTModel, "__init__", frozen)
+    return _with_models(freeze)
 
 
 FROZEN = {
@@ -174,14 +183,22 @@ def _frozen_on_last(name):
     return _trainable(lambda full_name: not (is_last and full_name == name))
 
 
+def _uncut_on_last():
+    """On the last rank a weight is said to be cut, but not where."""
+
+    def forget(model):
+        if _is_last():
+            model.decoder.layers[0].mlp.linear_fc1.weight.partition_dim = -1
+
+    return _with_models(forget)
+
+
 def _bad_gradient(value, first, times=1000):
     """From iteration ``first`` on, the last rank's gradient of one weight has three bad elements.
 
     An iteration is two micro-batches; so many iterations, or computations of one, are spoiled.
     """
-    from megatron.core.models.gpt import GPTModel
-
-    original, calls = GPTModel.__init__, []
+    calls = []
 
     class Spoiled(torch.autograd.Function):
         @staticmethod
@@ -199,13 +216,12 @@ def _bad_gradient(value, first, times=1000):
     def with_spoiled(layer, args, kwargs):  # a hook on the weight would go when FSDP2 cuts it
         return args, {**kwargs, "weight": Spoiled.apply(layer.weight)}
 
-    def spoiled(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+    def spoil(model):
         if dist.get_rank() == dist.get_world_size() - 1:
-            layer = self.decoder.layers[0].mlp.linear_fc1
+            layer = model.decoder.layers[0].mlp.linear_fc1
             layer.register_forward_pre_hook(with_spoiled, with_kwargs=True)
 
-    return mock.patch.object(GPTModel, "__init__", spoiled)
+    return _with_models(spoil)
 
 
 def _bad_main_weight(iteration):
@@ -226,19 +242,15 @@ def _bad_main_weight(iteration):
 
 def _fp8_on_last():
     """On the last rank weights are in fp8, and nobody gathers them so."""
-    from megatron.core.models.gpt import GPTModel
 
-    original = GPTModel.__init__
-
-    def quantising(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+    def quantize(model):
         if _is_last():
-            layer = self.decoder.layers[0].mlp.linear_fc1
+            layer = model.decoder.layers[0].mlp.linear_fc1
             layer.weight = quantized.parameter(layer.weight.bfloat16(), "delayed")
 
     stack = contextlib.ExitStack()
     stack.enter_context(quantized.plugged_in())
-    stack.enter_context(mock.patch.object(GPTModel, "__init__", quantising))
+    stack.enter_context(_with_models(quantize))
     return stack
 
 
@@ -352,6 +364,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "no-numba-on-last": _without_numba_on_last,
         "frozen-on-last": lambda: _frozen_on_last("decoder.layers.1.mlp.linear_fc1.weight"),
         "tied-frozen-on-last": lambda: _frozen_on_last("output_layer.weight"),
+        "uncut-on-last": _uncut_on_last,
         "nan-gradient": lambda: _bad_gradient(float("nan"), 3),
         "nan-gradient-at-first": lambda: _bad_gradient(float("nan"), 1),
         "nan-gradient-once": lambda: _bad_gradient(float("nan"), 3, times=1),
