@@ -23,6 +23,7 @@ from megatron_came.voice import say_once
 
 _CPU = torch.device("cpu")
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_SUMMED = 1024  # elements, so that the sums take a thousandth of what they are of
 
 
 def chosen(
@@ -183,9 +184,18 @@ class OffloadedCAME(CAME):
 
     def _bits(self) -> Tensor | None:
         """Sums of the bits of the model's weights where these are of the main weights' dtype."""
-        own = (each.weight for each in self.on_host.values() if each.rounded is None)
-        sums = [weight.view(_BITS[weight.dtype]).sum() for weight in own if weight.numel()]
-        return torch.stack(sums) if sums else None
+        own = [each.weight for each in self.on_host.values() if each.rounded is None]
+        return (
+            torch.cat([sums for weight in own for sums in _sums_of_bits(weight)]) if own else None
+        )
+
+
+def _sums_of_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum up the bits of a flat tensor as a matrix, by row and by column: rows may be exchanged."""
+    bits = weight.view(_BITS[weight.dtype])
+    whole = bits.numel() // _SUMMED * _SUMMED
+    matrix = bits[:whole].view(-1, _SUMMED)
+    return matrix.sum(0), matrix.sum(1), bits[whole:].long()
 
 
 def on_host_of(came: CAME) -> dict[Tensor, HostSlice]:
