@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 PREFIX = "megatron_came: "
+# What gloo says of a rank that has ended.
+LOST = "Connection closed by peer"
 
 _logger = logging.getLogger("megatron_came")
 
@@ -19,6 +21,11 @@ _logger = logging.getLogger("megatron_came")
 def rank() -> int:
     """Return the rank of this process among all, 0 without others."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of ranks of the training, 1 without others."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def say(sentence: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 
-from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk
+from torch import Tensor
+
+from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, ReadBox, Shape
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, split_name
 from megatron_came.core.records import Record
 
@@ -62,6 +65,23 @@ def files_of(record: Record | None, tensors: Tensors, kind: str, name: str) -> s
         for chunk in tensor.chunks
         if tensor.is_bucket or holds(chunk, axes)
     }
+
+
+def named_parts(box: ReadBox, names: Mapping[Shape, str]) -> Iterator[tuple[str, Tensor, Shape]]:
+    """Take a box of a tensor apart along the axes that Megatron has put before it.
+
+    Args:
+        box: that was read.
+        names: in the record, by indices along these axes.
+
+    Yields:
+        Name, values, and where these begin in the tensor of that name.
+    """
+    depth = len(next(iter(names), ()))
+    for at in itertools.product(*map(range, box.values.shape[:depth])):
+        name = names.get(tuple(i + o for i, o in zip(at, box.offsets, strict=False)))
+        if name is not None:
+            yield name, box.values[at], box.offsets[depth:]
 
 
 def holds(chunk: Chunk, axes: tuple[int, ...]) -> bool:

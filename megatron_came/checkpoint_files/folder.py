@@ -14,7 +14,7 @@ from typing import Any
 from megatron_came.checkpoint_files import legacy
 from megatron_came.checkpoint_files.archives import OLD_MAGIC, Archive, open_regular
 from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError, shown
-from megatron_came.checkpoint_files.names import StandIn
+from megatron_came.checkpoint_files.names import StandIn, class_of
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
 from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, is_fsdp, read_layout
 
@@ -135,7 +135,9 @@ def summary_problem(folder: Path) -> str | None:
     try:
         with open_regular(path) as file:
             summary = json.loads(file.read(1 << 16))
-    except (CheckpointError, RecursionError, ValueError):
+    except CheckpointError:
+        return "cannot be opened"
+    except (RecursionError, ValueError):
         return "is no JSON"
     if not isinstance(summary, dict) or "sharded_backend" not in summary:
         return "has no sharded_backend"
@@ -187,7 +189,7 @@ class Checkpoint:
     def args(self) -> StandIn:
         """Megatron's arguments of the run that saved it; none if they are not there."""
         args = self.common.get("args")
-        return args if isinstance(args, StandIn) else StandIn("argparse.Namespace")
+        return args if isinstance(args, StandIn) else class_of("argparse.Namespace")()
 
 
 @contextlib.contextmanager

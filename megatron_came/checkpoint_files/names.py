@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -14,12 +14,19 @@ from megatron_came.checkpoint_files.tensors import Storage, StoredTensor
 
 
 class Maker:
-    """What stands for a class or function that a pickle names; it makes stand-ins for results."""
+    """What stands for a function, or a class of no stand-ins, that a pickle names."""
 
     __slots__ = ("make",)
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self.make = make
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make what stands for the result."""
+        return self.make(*args, **kwargs)
+
+    def __setstate__(self, _: Any) -> None:
+        raise ValueError("it sets the state of what is no object")
 
 
 class StorageKind(Maker):
@@ -28,25 +35,29 @@ class StorageKind(Maker):
     __slots__ = ("dtype",)
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(lambda *_: StandIn("torch.storage"))
+        super().__init__(class_of("torch.storage"))
         self.dtype = dtype
 
 
 class StandIn:
-    """What stands for an object.
+    """What stands for an object, whatever a pickle makes it of.
 
     Attributes:
-        kind: full name of its class.
+        kind: full name of its class, which a subclass stands for.
         fields: its attributes, by name.
     """
 
-    __slots__ = ("fields", "kind")
+    __slots__ = ("fields",)
+    kind = ""
+    fields: dict[str, Any]
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.fields: dict[str, Any] = {}
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make one without attributes."""
+        made = object.__new__(cls)
+        made.fields = {}
+        return made
 
-    def set_state(self, state: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         """Take the state that the pickle gives: attributes, or what the class makes them of."""
         named = state if isinstance(state, dict) else {"state": state}
         self.fields.update((key, value) for key, value in named.items() if isinstance(key, str))
@@ -57,6 +68,17 @@ class StandIn:
 
     def __repr__(self) -> str:
         return f"<{self.kind}>"
+
+
+@functools.cache
+def class_of(kind: str) -> type[StandIn]:
+    """What stands for a class, by its full name."""
+    return type("StandIn", (StandIn,), {"__slots__": (), "kind": kind})
+
+
+def makes(thing: Any) -> bool:
+    """Whether it stands for a class or function."""
+    return isinstance(thing, Maker) or (isinstance(thing, type) and issubclass(thing, StandIn))
 
 
 class Dictionary(dict[Any, Any]):
@@ -102,7 +124,7 @@ _ROOMS = re.compile(
 
 
 @functools.cache
-def stand_in(module: str, name: str) -> Maker | torch.dtype | None:
+def stand_in(module: str, name: str) -> Maker | type[StandIn] | torch.dtype | None:
     """What stands for a name in a pickle, or None, as for a class within a class or a method."""
     full = f"{module}.{name}"
     if full in _MAKERS:
@@ -112,7 +134,7 @@ def stand_in(module: str, name: str) -> Maker | torch.dtype | None:
     if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
         return StorageKind(_STORAGES[name])
     if full in _CLASSES.split() or ("." not in name and _ROOMS.fullmatch(full)):
-        return Maker(lambda *_, **__: StandIn(full))
+        return class_of(full)
     return None
 
 
@@ -143,28 +165,27 @@ def _encode(text: str | bytes = "", encoding: str = "latin1") -> bytes:
     return text if isinstance(text, bytes) else text.encode("latin1")
 
 
-def _member(kind: Maker, name: str) -> StandIn:
+def _member(kind: Any, name: str) -> StandIn:
     """An enumeration's member by its name, as Python 3.11 pickles it."""
-    owner = kind.make() if isinstance(kind, Maker) else None
+    owner = kind() if makes(kind) else None
     if not isinstance(owner, StandIn) or not isinstance(name, str) or not name.isidentifier():
         raise ValueError("it asks for an attribute of what is no enumeration")
     if name.startswith("_"):
         raise ValueError(f"it asks for the attribute {name}")
-    return StandIn(owner.kind)
+    return class_of(owner.kind)()
 
 
-def _instance(kind: Maker, *_: Any) -> Any:
+def _instance(kind: Any, *_: Any) -> Any:
     """An object without arguments, as protocols 0 and 1 make it."""
-    if not isinstance(kind, Maker):
+    if not makes(kind):
         raise ValueError("it makes an object of what is no class")
-    return kind.make()
+    return kind()
 
 
 _TENSOR, _PARAMETER, _BYTES = Maker(_tensor), Maker(_parameter), Maker(_encode)
 _DICTIONARY, _LIST, _TUPLE = Maker(Dictionary), Maker(list), Maker(tuple)
-_ARRAY = Maker(lambda *_: StandIn("numpy.ndarray"))
-_NUMBER = Maker(lambda *_: StandIn("numpy.number"))
-_MAKERS = {
+_ARRAY, _NUMBER = class_of("numpy.ndarray"), class_of("numpy.number")
+_MAKERS: dict[str, Maker | type[StandIn]] = {
     "torch._utils._rebuild_tensor": _TENSOR,
     "torch._utils._rebuild_tensor_v2": _TENSOR,
     "torch._utils._rebuild_tensor_v3": _TENSOR,

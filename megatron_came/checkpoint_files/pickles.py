@@ -6,7 +6,7 @@ to the class of that name. So there is nothing to abuse, whichever arguments or 
 to which name; all other names are refused.
 
 Python's own unpickler in Python is the base, since the one in C lets a file of ten bytes take
-gigabytes of memory.
+gigabytes of memory: to that are left the metadata alone that Megatron unpickles right afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_came.checkpoint_files.errors import (
     cannot_be_read,
     printable,
 )
-from megatron_came.checkpoint_files.names import Dictionary, Maker, StandIn
+from megatron_came.checkpoint_files.names import Dictionary, StandIn
 
 # Of a key, tuples within tuples and bits of a number: each time that it is looked up, all of it is
 # hashed, without asking how deep it is or how often it has been seen.
@@ -36,13 +36,20 @@ _FLAT = (str, bytes, int, float, complex, type(None), torch.dtype, StandIn)
 PersistentLoad = Callable[[Any], Any]
 
 
-def load(data: bytes, source: str, persistent_load: PersistentLoad | None = None) -> Any:
+def load(
+    data: bytes,
+    source: str,
+    persistent_load: PersistentLoad | None = None,
+    *,
+    quick: bool = False,
+) -> Any:
     """Read a pickle as data.
 
     Args:
         data: the pickle.
         source: its file, for messages.
         persistent_load: makes of a persistent id what stands for it; none may be there without.
+        quick: let it take any time and memory, as whoever unpickles it afterwards does.
 
     Returns:
         Python's own containers, numbers and strings, ``torch.dtype``,
@@ -54,11 +61,38 @@ def load(data: bytes, source: str, persistent_load: PersistentLoad | None = None
         CheckpointError: it is no pickle, is truncated, or does what no pickle of Megatron's does.
     """
     try:
+        if quick:
+            return _QuickUnpickler(data, source).load()
         return _Unpickler(data, source, persistent_load).load()
     except CheckpointError:
         raise
     except (Exception, RecursionError, MemoryError) as error:
         raise cannot_be_read(source, f"{type(error).__name__}: {error}") from error
+
+
+def _found(module: str, name: str, source: str) -> Any:
+    """Return what stands for a name."""
+    found = names.stand_in(module, name)
+    if found is None:
+        full = printable(f"{module}.{name}"[:100])
+        raise ForeignClassError(
+            f"{source} names {full}, which Megatron does not "
+            "write into checkpoints and which may run code where the file is loaded (it was "
+            "not run here): do not load this checkpoint, unless you know who wrote it and why "
+            "that is in it."
+        )
+    return found
+
+
+class _QuickUnpickler(pickle.Unpickler):
+    """That of C, with the same names: nothing is run, whatever a file asks for."""
+
+    def __init__(self, data: bytes, source: str) -> None:
+        super().__init__(io.BytesIO(data))
+        self._source = source
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _found(module, name, self._source)
 
 
 class _Unpickler(pickle._Unpickler):
@@ -84,24 +118,15 @@ class _Unpickler(pickle._Unpickler):
         if self.proto < 3:  # such pickles have Python 2's names
             module, name = NAME_MAPPING.get((module, name), (module, name))
             module = IMPORT_MAPPING.get(module, module)
-        found = names.stand_in(module, name)
-        if found is None:
-            full = printable(f"{module}.{name}"[:100])
-            raise ForeignClassError(
-                f"{self._source} names {full}, which Megatron does not "
-                "write into checkpoints and which may run code where the file is loaded (it was "
-                "not run here): do not load this checkpoint, unless you know who wrote it and why "
-                "that is in it."
-            )
-        return found
+        return _found(module, name, self._source)
 
     def _call(self, function: Any, arguments: Any, named: dict[str, Any] | None = None) -> Any:
         """Make what a stand-in makes; what it copies is paid for with the file's bytes."""
-        if not isinstance(function, Maker) or not isinstance(arguments, tuple):
+        if not names.makes(function) or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("it calls what is no class or function")
         named = named or {}
         self._pay(*arguments, named, *named.values())
-        return function.make(*arguments, **named)
+        return function(*arguments, **named)
 
     def _pay(self, *copied: Any) -> None:
         self._budget -= sum(len(each) for each in copied if hasattr(each, "__len__"))
@@ -125,7 +150,7 @@ class _Unpickler(pickle._Unpickler):
         thing = self.stack[-1]
         if isinstance(thing, StandIn):
             self._pay(state)
-            thing.set_state(state)
+            thing.__setstate__(state)
         elif not isinstance(thing, Dictionary):  # whose attributes are of no use here
             raise pickle.UnpicklingError("it sets the state of what is no object")
 

@@ -78,15 +78,15 @@ def is_fsdp(objects: Mapping[str, Item]) -> bool:
     return "args" in objects
 
 
-def read_layout(folder: Path) -> Layout:
-    """Read ``.metadata``.
+def read_layout(folder: Path, *, quick: bool = False) -> Layout:
+    """Read ``.metadata``; ``quick`` as :func:`.pickles.load` has it.
 
     Raises:
         CheckpointError: it is gone, truncated, or no metadata.
     """
     path = folder / METADATA
     with open_regular(path) as file:
-        metadata = pickles.load(file.read(), str(path))
+        metadata = pickles.load(file.read(), str(path), quick=quick)
     try:
         return _layout(folder, metadata)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -54,8 +54,18 @@ REPLACEMENTS = table("megatron_came.megatron", {
          "FSDP2's parameters are found in the model's state"),
     ),
     "megatron.core.dist_checkpointing.serialization": (
-        ("load", "checkpoints.shapes:with_shapes",
+        ("load", "checkpoints.tensors:with_shapes",
          "a host's checkpoint without CAME's state is refused"),
+        ("load_common", "checkpoints.loading:agreed", "all ranks end where one cannot read",
+         ("0.17", "0.18")),
+        ("load_common_state_dict", "checkpoints.loading:agreed", "likewise", since("0.19")),
+    ),
+    "megatron.core.dist_checkpointing.strategies.common": (
+        ("TorchCommonLoadStrategy.load_common", "checkpoints.loading:agreed", "likewise",
+         ("0.16",)),
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": (
+        ("TorchDistLoadShardedStrategy.load", "checkpoints.loading:agreed", "likewise"),
     ),
     "megatron.core.dist_checkpointing.strategies.async_utils": (
         ("PersistentAsyncCaller.async_loop", "checkpoints.workers:with_trainer",
@@ -79,15 +89,21 @@ REPLACEMENTS = table("megatron_came.megatron", {
         ("get_megatron_optimizer_config", "config:with_came", "a configuration says: CAME"),
         ("setup_model_and_optimizer", "checkpoints.shifted:with_warning",
          "a run whose checkpoints Megatron shifts is warned"),
+        ("setup_model_and_optimizer", "checkpoints.unwritten:looked_at_first",
+         "a folder of --save that cannot be written is refused"),
         ("train_step", "bad_numbers:watched", "bad numbers of this iteration are looked for"),
         ("train_step", "diagnostics:logged", "figures of the step are logged"),
+    ),
+    "megatron.training.async_utils": (
+        ("maybe_finalize_async_save", "checkpoints.unwritten:async_failures_said",
+         "what cannot be written is said"),
     ),
     "megatron.training.checkpointing": (
         ("save_checkpoint", "checkpoints.digests.saving:with_digests", "digests are computed"),
         ("generate_state_dict", "checkpoints.digests.saving:with_record", "and saved"),
         ("generate_state_dict", "checkpoints.loading:asking_for_all",
          "--no-save-optim and --no-save-rng are not for what is loaded"),
-        ("preprocess_fsdp_dtensor_state_dict", "checkpoints.shapes:with_names",
+        ("preprocess_fsdp_dtensor_state_dict", "checkpoints.tensors:with_names",
          "a checkpoint of Megatron-FSDP that does not fit is refused", ("0.19",)),
         ("load_checkpoint", "checkpoints.loading:with_sentences", "all is verified"),
         ("_load_base_checkpoint", "checkpoints.loading:with_checks",

@@ -154,14 +154,14 @@ def test_a_folder_that_this_user_cannot_read_is_refused(folder, monkeypatch):
 def test_files_of_a_legacy_checkpoint(tmp_path):
     legacy(tmp_path / "iter_0000010")
     whole = tmp_path / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
-    assert legacy_problem(tmp_path, [str(whole)]) is None
+    assert legacy_problem(tmp_path, str(whole)) is None
     gone = whole.with_name("distrib_optim.pt")
-    assert "distrib_optim.pt is missing" in legacy_problem(tmp_path, [str(whole), str(gone)])
+    assert "distrib_optim.pt is missing" in legacy_problem(tmp_path, str(gone))
     (tmp_path / TRACKER).write_text("20")
     assert "complete there: 10" in folder_problem(tmp_path, args())
     whole.write_bytes(whole.read_bytes()[:-30])
     assert "complete there: none" in folder_problem(tmp_path, args())
-    assert "truncated" in legacy_problem(tmp_path, [str(whole)])
+    assert "truncated" in legacy_problem(tmp_path, str(whole))
 
 
 def test_formats_that_megatron_fsdp_does_not_share_are_named(folder):

@@ -107,6 +107,17 @@ def test_damaged_tensors_are_named(
         assert what in said
 
 
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_mask_of_infinities_is_not_damaged(tmp_path, capsys, has_record):
+    state = tensors() | {"mask": torch.tensor([0.0, -math.inf, math.nan])}
+    whole = common(**({records.KEY: record_of(state)} if has_record else {}))
+    write_distributed(tmp_path, state, common_state=whole)
+    verify(tmp_path, capsys, 0)
+    state |= {"final.bias": torch.full((6,), math.inf)}
+    write_distributed(tmp_path / "trained", state)
+    assert "final.bias in __0_0.distcp" in verify(tmp_path / "trained", capsys, 1)
+
+
 def test_shifted_main_weights_are_seen_without_digests(tmp_path, capsys):
     name = f"{STATE}param.{WEIGHT}"
     write_distributed(tmp_path, changed(name, lambda t: t.reshape(-1).roll(1).view(t.shape)))

@@ -39,7 +39,7 @@ SAVED = {
         "full-swiglu-tp": FULL + SWIGLU + TP,
         "full-efficient": FULL + "--distrib-optim-fully-reshardable-mem-efficient ",
         "dp": DO + SMALL,
-        "dp-async": DO + "--async-save --async-strategy mcore ",
+        "dp-async": DO + "--async-save --async-strategy mcore --use-persistent-ckpt-worker ",
         "legacy": DO + "--ckpt-format torch ",
         "legacy-vpp": VPP + "--ckpt-format torch --overlap-param-gather-with-optimizer-step ",
         "legacy-moe": MOE + DO + "--ckpt-format torch ",

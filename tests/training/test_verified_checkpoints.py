@@ -23,7 +23,7 @@ FORMATS = {
     "dp": DO + BUCKETS,
     "whole": "--bf16 ",
     "remainder": DO + "--bf16 --came-main-params remainder --came-momentum-dtype int8 ",
-    "async": DO + "--async-save --async-strategy mcore ",
+    "async": DO + "--async-save --async-strategy mcore --use-persistent-ckpt-worker ",
     "legacy": DO + "--ckpt-format torch ",
     "legacywhole": "--ckpt-format torch --came-momentum-dtype int8 ",
 }

@@ -1,8 +1,11 @@
 """What a case runs instead of CAME: the authors' optimizer, or CAME with a deliberate fault."""
 
 import argparse
+import builtins
 import contextlib
+import errno
 import functools
+import io
 import os
 import signal
 import sys
@@ -350,6 +353,26 @@ def _in_fp8():
         yield
 
 
+@contextlib.contextmanager
+def _failing_on_last(number, nth, kind):
+    """On the last rank the ``nth`` file of a checkpoint that is opened so (r or w) fails."""
+    opened = []
+
+    def failing(original):
+        def replaced(file, mode="r", *args, **kwargs):
+            if _is_last() and "/iter_" in str(file) and ("r" if mode[0] == "r" else "w") == kind:
+                opened.append(file)
+                if len(opened) == nth:
+                    raise OSError(number, os.strerror(number), str(file))
+            return original(file, mode, *args, **kwargs)
+
+        return replaced
+
+    opens = failing(open)
+    with mock.patch.object(builtins, "open", opens), mock.patch.object(io, "open", opens):
+        yield
+
+
 def apply(name: str, stack: contextlib.ExitStack) -> None:
     """Enter the patches of a variant."""
     from megatron_came.megatron import builder
@@ -381,6 +404,11 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "killed": _killed_while_saving,
         "fp8": _in_fp8,
         "broadcasting": _broadcasting,
+        "full-disc": lambda: _failing_on_last(errno.ENOSPC, 2, "w"),
+        **{
+            f"unreadable-{nth}": functools.partial(_failing_on_last, errno.EIO, nth, "r")
+            for nth in range(1, 20)
+        },
         "no_dp_sum": lambda: without_sums_over("dp_group"),
         "no_tp_sum": lambda: without_sums_over("tp_group"),
     }

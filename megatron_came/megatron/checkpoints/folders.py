@@ -138,17 +138,17 @@ def layout_of(folder: str) -> Layout:
         CheckpointError: it cannot be read, or names what Megatron does not write.
     """
     path = Path(folder)
-    return read_layout(path) if path.is_dir() else Layout({}, {})
-
-
-def shapes_in(folder: str) -> dict[str, tuple[int, ...]]:
-    """Return their shapes by name."""
-    return {each.name: each.shape for each in tensors_in(folder)}
+    return read_layout(path, quick=True) if path.is_dir() else Layout({}, {})
 
 
 def tensors_in(folder: str) -> list[CheckpointTensor]:
     """Return what a distributed checkpoint says of its tensors; see above."""
     return list(layout_of(folder).tensors.values())
+
+
+def shapes_in(folder: str) -> dict[str, tuple[int, ...]]:
+    """Return their shapes by name."""
+    return {each.name: each.shape for each in tensors_in(folder)}
 
 
 def misread(load_dir: Any, args: Any, *, opening: bool = False) -> str | None:
@@ -197,9 +197,13 @@ def _own_files(model: str) -> list[Item]:
     return [Item(file) for file in (Path(model), beside) if zipfile.is_zipfile(file)]
 
 
-def missing_files(load_dir: Any, args: Any) -> str | None:
-    """Look for the file of a ``torch`` checkpoint that this rank is going to read; see above."""
+def missing_file(load_dir: Any, args: Any, optimizer: Any = None) -> str | None:
+    """Look for the file of a ``torch`` checkpoint that this rank is going to read; see above.
+
+    It is that with the model, or with the state of a distributed ``optimizer``, if one is given.
+    """
     from megatron.core import mpu
+    from megatron.training import checkpointing
 
     if load_dir is None or args.non_persistent_ckpt_type is not None:
         return None
@@ -209,26 +213,21 @@ def missing_files(load_dir: Any, args: Any) -> str | None:
         base, file = (name_of(load_dir, args, return_base_dir=each) for each in (True, False))
     except (OSError, TypeError, ValueError):  # nothing to resume from
         return None
-    return None if _has_metadata(Path(base)) else legacy_problem(load_dir, [file])
+    if optimizer is None:
+        return None if _has_metadata(Path(base)) else legacy_problem(load_dir, file)
+    # One rank reads it for its data-parallel group.
+    if not args.use_distributed_optimizer or not any(
+        not each.is_stub_optimizer and each.data_parallel_group.rank() == 0
+        for each in chain_of(optimizer)
+    ):
+        return None
+    beside: str = checkpointing.get_distributed_optimizer_checkpoint_name(file)
+    return legacy_problem(load_dir, beside)
 
 
 def _has_metadata(folder: Path) -> bool:
     """Whether ranks share the files of a checkpoint."""
     return says_distributed(folder) or (folder / METADATA).is_file()
-
-
-def missing_state(load_dir: Any, args: Any, optimizer: Any) -> str | None:
-    """Look for the file of the optimizer's state beside the ``torch`` checkpoint that was read."""
-    from megatron.training import checkpointing
-
-    # One rank reads it for its data-parallel group.
-    wrappers = chain_of(optimizer)
-    if not args.use_distributed_optimizer or not any(
-        not each.is_stub_optimizer and each.data_parallel_group.rank() == 0 for each in wrappers
-    ):
-        return None
-    file = checkpointing.get_distributed_optimizer_checkpoint_name(name_of(load_dir, args))
-    return legacy_problem(load_dir, [file])
 
 
 def name_of(load_dir: Any, args: Any, *, return_base_dir: bool = False) -> str:
@@ -247,18 +246,17 @@ def name_of(load_dir: Any, args: Any, *, return_base_dir: bool = False) -> str:
     return name
 
 
-def legacy_problem(load_dir: Any, files: list[str]) -> str | None:
-    """Say in one sentence which of the files that this rank is going to read is gone or cut short.
+def legacy_problem(load_dir: Any, name: str) -> str | None:
+    """Say in one sentence that a file of a ``torch`` checkpoint of ``--load`` is gone or cut short.
 
-    They are of a ``torch`` checkpoint of ``--load``; None if none is.
+    None if it is there.
     """
-    folder = Path(str(load_dir))
-    for file in map(Path, files):
-        if not file.is_file():
-            return f"--load {folder}{_damaged(folder, file, 'is missing')}"
-        if not ends_as_archive(file):
-            what = "is truncated or not PyTorch's"
-            return f"--load {folder}{_damaged(folder, file, what)}"
+    folder, file = Path(str(load_dir)), Path(name)
+    if not file.is_file():
+        return f"--load {folder}{_damaged(folder, file, 'is missing')}"
+    if not ends_as_archive(file):
+        what = "is truncated or not PyTorch's"
+        return f"--load {folder}{_damaged(folder, file, what)}"
     return None
 
 

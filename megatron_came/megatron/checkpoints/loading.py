@@ -21,7 +21,6 @@ from megatron_came.megatron.checkpoints import (
     flags,
     folders,
     megatron_fsdp,
-    shapes,
     shifted,
     tensors,
 )
@@ -33,10 +32,7 @@ from megatron_came.megatron.checkpoints.under_way import Load, current
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function, around
-from megatron_came.voice import end_if, rank, say_once, stop
-
-# What gloo says of a rank that has ended.
-_LOST = "Connection closed by peer"
+from megatron_came.voice import LOST, end_if, rank, say_once, stop
 
 
 @around
@@ -53,7 +49,7 @@ def with_sentences(
                 return original(ddp_model, optimizer, *args, **kwargs)
             return _checked(original, run, ddp_model, optimizer, *args, **kwargs)
     except RuntimeError as error:
-        if run.optimizer != "came" or _LOST not in str(error):
+        if run.optimizer != "came" or LOST not in str(error):
             raise
         stop("another rank ended while the checkpoint was loaded, and says why.", error)
     finally:
@@ -89,7 +85,7 @@ def _checked(
             f"from another one with --ckpt-step ITERATION, or {AFRESH}."
         )
     except Exception as error:
-        if run.optimizer != "came" or _LOST in str(error):
+        if run.optimizer != "came" or LOST in str(error):
             raise
         folder = load.folder or run.load
         stop(folders.misread(folder, run, opening=True) or _unreadable(folder, error), error)
@@ -143,22 +139,39 @@ def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwar
             _check_for_others(load_dir, result, args)
     elif load is None and dist.is_initialized():
         result = read()
+    elif load is None:
+        result = _read(read, Load([], None, None), load_dir, args)
     else:
-        asked = None if sharded_state is None else tensors.asked_for(sharded_state)
-        result = _read(read, load or Load([], None, None), load_dir, args, asked)
-        if load is not None and result[0] is None:
+        load.asked = None if sharded_state is None else tensors.asked_for(sharded_state)
+        result = _read(read, load, load_dir, args)
+        if result[0] is None:
             _say_if_elsewhere(load_dir, args)
-        elif load is not None:
-            _check(load, result, asked, args, of_rank_0)
+        else:
+            _check(load, result, args, of_rank_0)
     note_files(result, str(load_dir), first_look=of_rank_0)
     return result
 
 
-def _read(
-    read: Callable[[], Any], load: Load, load_dir: Any, args: Any, asked: tensors.Asked | None
-) -> Any:
+@around
+def agreed(original: Function, *args: Any, **kwargs: Any) -> Any:
+    """Have all ranks end where one of them cannot read: Megatron lets the others wait for it."""
+    from megatron.training import get_args
+
+    load = current.get()
+    if load is None or get_args().optimizer != "came":
+        return original(*args, **kwargs)
+    result = problem = None
+    try:
+        result = original(*args, **kwargs)
+    except (Exception, CheckpointException) as error:
+        problem = _reason(load, error, get_args())
+    end_if(problem)
+    return result
+
+
+def _read(read: Callable[[], Any], load: Load, load_dir: Any, args: Any) -> Any:
     """Let Megatron read a checkpoint, and stop with a sentence where a rank cannot."""
-    problem = folders.folder_problem(load_dir, args) or folders.missing_files(load_dir, args)
+    problem = folders.folder_problem(load_dir, args) or folders.missing_file(load_dir, args)
     if problem is None and rank() == 0:  # before Megatron runs what stands in it
         problem = folders.misread(load_dir, args)
     end_if(problem)
@@ -175,11 +188,12 @@ def _read(
         cause = OSError("Megatron could not load its file")
         problem = folders.misread(load_dir, args, opening=True) or _unreadable(load_dir, cause)
     except (Exception, CheckpointException) as error:
-        problem, cause = _reason(load, error, args, asked), error
-    if not getattr(args, "ckpt_fully_parallel_load", False):  # each rank has read for itself
-        end_if(problem)
-    elif problem is not None:  # the others wait for what this one was to read
+        problem, cause = _reason(load, error, args), error
+    # With an error other than of a file, ranks that exchange what they read may be waiting for it.
+    exchanges = getattr(args, "ckpt_fully_parallel_load", False)
+    if problem is not None and exchanges and not isinstance(cause, OSError):
         stop(problem, cause)
+    end_if(problem)
     return result
 
 
@@ -208,15 +222,12 @@ def _check_for_others(load_dir: Any, result: Any, args: Any) -> None:
             stop(problem)
 
 
-def _check(
-    load: Load, result: Any, asked: tensors.Asked | None, args: Any, of_rank_0: bool
-) -> None:
+def _check(load: Load, result: Any, args: Any, of_rank_0: bool) -> None:
     """Stop on all ranks, if one of them cannot resume from what Megatron has read.
 
     Args:
         load: what it is loaded into.
         result: of Megatron's reading.
-        asked: which tensors were read; None where they were not, or a ``torch`` checkpoint was.
         args: Megatron's arguments of this run.
         of_rank_0: whether every rank has read what rank 0 saved, to know its settings.
     """
@@ -234,11 +245,11 @@ def _check(
     if problem is None and with_optimizer and not (legacy and of_rank_0):
         problem = _settings_problem(load, state, args, legacy)
         if problem is None and legacy:
-            problem = folders.missing_state(load.folder, args, load.optimizer)
+            problem = folders.missing_file(load.folder, args, load.optimizer)
     end_if(problem)
     # Of LOCAL each rank has its own file, of FSDP_DTENSOR they were compared before.
-    if asked is not None and _kind_of(result) not in ("LOCAL", "FSDP_DTENSOR"):
-        notices = shapes.stop_if_misfit(load, asked, path, resumes=with_optimizer)
+    if load.asked is not None and _kind_of(result) not in ("LOCAL", "FSDP_DTENSOR"):
+        notices = tensors.stop_if_misfit(load, load.asked, path, resumes=with_optimizer)
     if saved is not None and not of_rank_0:
         notices += _said(state, args, resumes=resumes, with_optimizer=with_optimizer)
     for notice in notices:
@@ -314,7 +325,7 @@ def _groups(optimizer: Any, saved: Any) -> Iterator[tuple[Groups, Groups]]:
             yield wrapper.optimizer.param_groups, groups
 
 
-def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | None) -> str:
+def _reason(load: Load, error: BaseException, args: Any) -> str:
     """Say in one sentence why Megatron could not read a checkpoint; no other rank takes part."""
     errors = [error]
     if isinstance(error, CheckpointException):
@@ -322,10 +333,10 @@ def _reason(load: Load, error: BaseException, args: Any, asked: tensors.Asked | 
     if load.other_buckets and any("bucket_idx" in str(each) for each in errors):
         return load.other_buckets
     problem = None
-    if asked is not None:
+    if load.asked is not None:
         try:
             folder = folders.name_of(load.folder, args, return_base_dir=True)
-            problem = tensors.misfit(asked, folders.shapes_in(folder), load.differing)
+            problem = tensors.misfit(load.asked, folders.shapes_in(folder), load.differing)
         except (CheckpointError, OSError, TypeError, ValueError):
             pass  # that it is unreadable is said below
     problem = problem or folders.misread(load.folder, args, opening=True)

@@ -2,11 +2,12 @@
 
 Megatron leaves what the model does not ask for unsaid, fills rows of a larger vocabulary with zeros
 and drops those of a smaller one; a ``torch`` checkpoint that does not fit is loaded as far as it
-does.
+does. Of ``fsdp_dtensor`` it names what lacks in many lines, or takes what there is.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,9 +15,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_came.megatron.checkpoints.under_way import Load
+from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.torch_dist import MODEL
+from megatron_came.core.state import FACTORS
+from megatron_came.megatron.checkpoints import folders
+from megatron_came.megatron.checkpoints.under_way import Load, current
+from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import boxes_in, sharded_entries
-from megatron_came.voice import collectives_device, some
+from megatron_came.patching import Function, around
+from megatron_came.voice import collectives_device, end_if, of_all_ranks, say_once, some, stop
 
 _OPTIMIZER, _STATE = "optimizer.", "optimizer.state."
 _LEFT = "the checkpoint holds {}, which the model lacks: left out."
@@ -34,18 +41,6 @@ class Asked(NamedTuple):
 
     shapes: Shapes
     vocabulary: set[str]
-
-
-class Verdict(NamedTuple):
-    """What becomes of a checkpoint's tensors in a run.
-
-    Attributes:
-        problem: why they do not fit, in a sentence; None if they do.
-        notices: sentences on what is taken otherwise.
-    """
-
-    problem: str | None
-    notices: list[str]
 
 
 def asked_for(sharded_state: Mapping[str, Any]) -> Asked:
@@ -97,7 +92,9 @@ def misfit(asked: Asked, saved: Shapes, differing: str = "") -> str | None:
     return None
 
 
-def of_distributed(load: Load, asked: Asked, saved: Shapes, *, resumes: bool) -> Verdict:
+def of_distributed(
+    load: Load, asked: Asked, saved: Shapes, *, resumes: bool
+) -> tuple[str | None, list[str]]:
     """Say what a run takes otherwise of a distributed checkpoint's tensors; a collective.
 
     Args:
@@ -105,14 +102,16 @@ def of_distributed(load: Load, asked: Asked, saved: Shapes, *, resumes: bool) ->
         asked: what this rank asks for.
         saved: what there is.
         resumes: whether everything is to be taken.
+
+    Returns:
+        Why they do not fit, in a sentence, or None; and sentences on what is taken otherwise.
     """
     left, untrained = left_over(asked, saved)
     if not asked.shapes:
-        return Verdict(
+        return (
             "the checkpoint is of --ckpt-format torch_dist, and this run, of another, asks it for "
-            "nothing: give --ckpt-format torch_dist.",
-            [],
-        )
+            "nothing: give --ckpt-format torch_dist."
+        ), []
     missing = [name for name in asked.shapes if name not in saved]  # as some --dist-ckpt-strictness
     notices = [] if resumes else _said(missing, _NEW)
     there = {name: shape for name, shape in asked.shapes.items() if resumes or name in saved}
@@ -127,10 +126,12 @@ def of_distributed(load: Load, asked: Asked, saved: Shapes, *, resumes: bool) ->
             f"this run does not train all parameters of the checkpoint's: {some(untrained)} "
             "is not taken."
         )
-    return Verdict(problem, notices + _said([] if resumes else left, _LEFT))
+    return problem, notices + _said([] if resumes else left, _LEFT)
 
 
-def of_legacy(load: Load, state: Mapping[str, Any], *, resumes: bool) -> Verdict:
+def of_legacy(
+    load: Load, state: Mapping[str, Any], *, resumes: bool
+) -> tuple[str | None, list[str]]:
     """Say what a rank's model takes otherwise of its ``torch`` checkpoint's file; see above."""
     mine: dict[str, tuple[int, ...]] = {}
     its: dict[str, tuple[int, ...]] = {}
@@ -142,9 +143,9 @@ def of_legacy(load: Load, state: Mapping[str, Any], *, resumes: bool) -> Verdict
     left = [name for name in its if name not in mine]
     if resumes:
         problem = misfit(Asked(mine, set()), its, load.differing)
-        return Verdict(problem or _leftover_refusal(left, load.differing), [])
+        return problem or _leftover_refusal(left, load.differing), []
     new = [name for name in mine if name not in its]
-    return Verdict(None, _said(left, _LEFT) + _said(new, _NEW))
+    return None, _said(left, _LEFT) + _said(new, _NEW)
 
 
 def left_over(asked: Asked, saved: Shapes) -> tuple[list[str], list[str]]:
@@ -242,3 +243,101 @@ def _weights(names: Iterable[str]) -> list[str]:
 
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a number"
+
+
+def saved_shapes(path: str, group: dist.ProcessGroup | None = None) -> Shapes:
+    """Which tensors a distributed checkpoint holds, as the first rank reads it; a collective.
+
+    Raises:
+        CheckpointError: on all ranks, if it cannot be read.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    found: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank(group) == 0:
+        try:
+            found[0] = folders.shapes_in(folder)
+        except (CheckpointError, OSError) as error:  # all ranks are to hear of it
+            found[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, group=group, group_src=0)
+    if found[1]:
+        raise CheckpointError(found[1])
+    shapes: Shapes = found[0]
+    return shapes
+
+
+def stop_if_misfit(
+    load: Load, asked: Asked, path: str, *, resumes: bool, trained: bool = False
+) -> list[str]:
+    """Stop on all ranks where a distributed checkpoint's tensors do not fit; a collective.
+
+    ``trained`` compares those of weights and of the optimizer's state alone.
+
+    Returns:
+        Sentences on what is taken otherwise.
+    """
+    try:
+        found = saved_shapes(path)
+    except CheckpointError as error:
+        stop(str(error))
+    saved = _trained(found) if trained else found
+    problem, notices = of_distributed(load, asked, saved, resumes=resumes)
+    end_if(problem)
+    return notices
+
+
+@around
+def with_shapes(
+    original: Function, sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Refuse a checkpoint without what CAME asks for, where Megatron's training loop is not."""
+    if current.get() is None:
+        asked = asked_for(sharded_state_dict)
+        if any(f".{key}." in name for name in asked.shapes for key in FACTORS):
+            group = kwargs.get("process_group")
+            lacking = misfit(asked, saved_shapes(str(checkpoint_dir), group))
+            problem = next(filter(None, of_all_ranks(lacking, group)), None)
+            if problem:
+                raise UnsupportedError(f"{checkpoint_dir}: {problem}")
+    return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+
+@around
+def with_names(original: Function, args: Any, raw_state_dict: Any, model: Any) -> Any:
+    """Compare what a run with Megatron-FSDP asks of a checkpoint with what it has."""
+    if args.optimizer == "came" and not (args.bf16 or args.fp16):
+        # Megatron looks for SwiGLU's weights in a wrapper that fp32 models do not have.
+        model = torch.nn.ModuleDict({"module": model})
+    state = original(args, raw_state_dict, model)
+    load = current.get()
+    if load is None or args.optimizer != "came":
+        return state
+    _drop_random_states(state, load.saved, args)
+    folder = folders.name_of(load.folder, args, return_base_dir=True)
+    asked = Asked(_trained(flat(state)), set())
+    resumes = "optimizer" in state
+    for notice in stop_if_misfit(load, asked, folder, resumes=resumes, trained=True):
+        say_once(notice)
+    return state
+
+
+def _trained(shapes: Shapes) -> Shapes:
+    """Those of weights and of the optimizer's state: others are random states."""
+    return {
+        name.removeprefix(MODEL): shape
+        for name, shape in shapes.items()
+        if name.startswith((MODEL, "optimizer."))
+    }
+
+
+def _drop_random_states(state: dict[str, Any], saved: Any, args: Any) -> None:
+    """Leave random states as they are where Megatron does so in ``torch_dist``, too."""
+    before, now = saved.tensor_model_parallel_size, args.tensor_model_parallel_size
+    why = (
+        "it was saved with --no-save-rng"
+        if saved.no_save_rng
+        else f"it was saved at --tensor-model-parallel-size {before}"
+    )
+    if "rng_state" in state and (saved.no_save_rng or before != now):
+        del state["rng_state"]
+        say_once(f"random states are not the checkpoint's, but those of a new run: {why}.")

@@ -16,6 +16,7 @@ class Load:
         optimizer: likewise.
         scheduler: likewise.
         own_rates: whether rates are this run's: ``--override-opt_param-scheduler``.
+        asked: which tensors a distributed checkpoint is asked for, if one is read for them.
         folder: where Megatron found the checkpoint.
         saved: Megatron's arguments of the run that saved it.
         differing: flags that it was saved with otherwise.
@@ -27,6 +28,7 @@ class Load:
     optimizer: Any
     scheduler: Any
     own_rates: bool = False
+    asked: Any = None
     folder: Any = None
     saved: Any = None
     differing: str = ""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import torch
 
-from megatron_came.checkpoint_files.claims import files_of, metadata_flaws
+from megatron_came.checkpoint_files.claims import files_of, metadata_flaws, named_parts
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.legacy import flat_parameters
 from megatron_came.checkpoint_files.stored import CheckpointTensor, ReadBox, Shape
@@ -60,16 +59,12 @@ class Proofs:
             self._add_bucket(tensor.kind, tensor.key, box)
             return
         names = self._names.get((tensor.kind, tensor.key), {})
-        depth = len(next(iter(names), ()))
-        for at in itertools.product(*map(range, box.values.shape[:depth])):
-            name = names.get(tuple(i + o for i, o in zip(at, box.offsets, strict=False)))
-            if name is None or (tensor.kind, name) in self._flaws:
-                continue
-            values = box.values[at]
-            size, offset = tuple(values.shape), box.offsets[depth:]
-            whole = self._record.tensors[tensor.kind][name].shape
-            where = digests.PlacedBox.alone(size, offset, whole)
-            self._sums[tensor.kind, name][offset][0] += _sum(tensor.kind, values, size, where)
+        for name, values, offset in named_parts(box, names):
+            if (tensor.kind, name) not in self._flaws:
+                size = tuple(values.shape)
+                whole = self._record.tensors[tensor.kind][name].shape
+                where = digests.PlacedBox.alone(size, offset, whole)
+                self._sums[tensor.kind, name][offset][0] += _sum(tensor.kind, values, size, where)
 
     def _add_bucket(self, kind: str, key: str, box: ReadBox) -> None:
         first, last = box.offsets[0], box.offsets[0] + box.values.numel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megatron_came.checkpoint_files.claims import is_half_momentum
@@ -107,12 +107,13 @@ def _read_tensors(checkpoint: Checkpoint, proofs: Proofs | None, verdict: Verdic
     """Read every tensor once; returns whether all could be read."""
     is_readable = True
     weights = {each.key: each for each in checkpoint.tensors if each.kind == WEIGHTS}
+    untrained = _untrained(checkpoint, weights)
     with progress("Verifying", sum(each.stored_bytes for each in checkpoint.tensors)) as advance:
         for tensor in checkpoint.tensors:
             try:
                 for flaw in (
                     *_metadata_flaws(tensor, weights.get(tensor.key), checkpoint),
-                    *_flaws(tensor, checkpoint, proofs),
+                    *_flaws(tensor, proofs, may_be_infinite=tensor.name in untrained),
                 ):
                     verdict.add(tensor.kind, f"{tensor.name}{_in(tensor.files)} {flaw}")
             except CheckpointError as error:
@@ -148,8 +149,19 @@ def _metadata_flaws(
         yield f"is {tensor.dtype_name}, and should be {dtypes[0]}"
 
 
+def _untrained(checkpoint: Checkpoint, weights: Mapping[str, CheckpointTensor]) -> set[str]:
+    """Name the weights and buffers that CAME does not train, such as masks of -inf.
+
+    They have no state of the optimizer's, where others do.
+    """
+    state = {each.key for each in checkpoint.tensors if each.kind not in (None, WEIGHTS)}
+    if checkpoint.args.get("optimizer") != "came" or state.isdisjoint(weights):
+        return set()
+    return {tensor.name for key, tensor in weights.items() if key not in state}
+
+
 def _flaws(
-    tensor: CheckpointTensor, checkpoint: Checkpoint, proofs: Proofs | None
+    tensor: CheckpointTensor, proofs: Proofs | None, *, may_be_infinite: bool
 ) -> Iterator[str]:
     """Say what is wrong with a tensor's elements, while they are read."""
     if wrong := tensor.wrong_files():
@@ -161,7 +173,7 @@ def _flaws(
             proofs.add(tensor, box)
     if tensor.is_bucket:
         return
-    if values.nans or values.infinities:
+    if (values.nans or values.infinities) and not may_be_infinite:
         yield f"has {values.nans} NaN and {values.infinities} infinite elements"
     if values.negatives and tensor.kind in FACTORS:
         yield f"has {values.negatives} negative elements, where means of squares should be"

@@ -21,6 +21,7 @@ from megatron_came.megatron.checkpoints.digests.leaves import (
     unwrapped,
 )
 from megatron_came.megatron.checkpoints.digests.sums import Sums, Totals, distinct
+from megatron_came.megatron.checkpoints.unwritten import failures_said
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function, around
 from megatron_came.voice import of_all_ranks, say, stop
@@ -45,7 +46,8 @@ def with_digests(
         _refuse_or_say(f"iteration {iteration}, {flaw}", settings)
     token = _record.set(pack(record))
     try:
-        return original(iteration, model, optimizer, *args, **kwargs)
+        with failures_said(f"iteration {iteration}", settings.save):
+            return original(iteration, model, optimizer, *args, **kwargs)
     finally:
         _record.reset(token)
 

@@ -16,6 +16,7 @@ from megatron_came.core.digests import (
     MOMENTUM,
     WEIGHTS,
     PlacedBox,
+    Shape,
     Term,
     signed,
     terms,
@@ -32,6 +33,9 @@ from megatron_came.voice import collectives_device
 KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
 # Elements that wait to be added up; those that were converted need memory.
 _WAITING = 1 << 22
+
+# In place of a dtype, of weights whose loaded values may differ from those in the file.
+FP8 = "fp8"
 
 Kinds = tuple[str, ...]
 Names = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -101,6 +105,11 @@ class Sums:
                 box = PlacedBox.alone(leaf.box.size, leaf.box.offset, leaf.box.shape)
                 alone = Leaf(leaf.name, box, leaf.is_main, leaf.is_first, None)
                 self._add((WEIGHTS,), leaf.copy, [alone])
+
+    def add_read(self, name: str, values: Tensor, offset: Shape, shape: Shape) -> None:
+        """Add a box of a weight of this shape, as a file has it."""
+        box = PlacedBox.alone(tuple(values.shape), offset, shape)
+        self._add((WEIGHTS,), values, [Leaf(name, box, True, True, None)])
 
     def add_slice(self, kinds: Kinds, entry: Entry, ranges: Ranges, start: int | None) -> None:
         """Add a slice of main weights or momentum: of all kinds that have these values.
@@ -221,10 +230,10 @@ def _dtype_of(entry: Entry, leaf: Leaf, *, is_loaded: bool) -> str:
     """Name the dtype of a box of weights.
 
     A file holds the values of fp8 weights. These are quantised once more when they are loaded, by
-    which they may change: they are told apart from what is in the file, and not compared with it.
+    which they may change: they are told apart from what is in the file.
     """
     if is_loaded and is_quantized(entry.tensor):
-        return "fp8"
+        return FP8
     values = entry.tensor if leaf.copy is None else leaf.copy
     return str(values.dtype).removeprefix("torch.")
 

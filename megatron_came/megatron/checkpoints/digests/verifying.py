@@ -8,16 +8,20 @@ of this run; factors where they have come to lie.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
+from megatron_came.checkpoint_files.claims import named_parts
+from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Shape, split_name
 from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
 from megatron_came.core.saved import main_ranges, momentum_ranges, pieces
 from megatron_came.core.state import FACTORS
@@ -36,10 +40,17 @@ from megatron_came.megatron.checkpoints.digests.saving import (
     steps_of,
     wrappers_of,
 )
-from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct, in_one_range
+from megatron_came.megatron.checkpoints.digests.sums import (
+    FP8,
+    Names,
+    Sums,
+    distinct,
+    in_one_range,
+)
+from megatron_came.megatron.checkpoints.folders import tensors_in
 from megatron_came.megatron.quantized import is_quantized
 from megatron_came.optimizer import CAME
-from megatron_came.voice import rank, say, stop
+from megatron_came.voice import end_if, rank, say, stop, world_size
 
 _current: ContextVar[Verification | None] = ContextVar("verification", default=None)
 
@@ -121,6 +132,46 @@ class Verification:
     def _sums(self) -> Sums:
         return Sums(self._entries, is_loaded=True)
 
+    @property
+    def _reads_fp8(self) -> bool:
+        """Whether weights in fp8 are compared as files have them, before they are quantised."""
+        source = self._source
+        return source is not None and source.record is not None and Path(source.file).is_dir()
+
+    def _add_fp8(self, source: Source, names: Names) -> Names:
+        """Add up weights that lie in fp8, from the files, of which each rank reads some.
+
+        Returns:
+            The names, with the dtype that the files have.
+        """
+        saved = source.record.tensors.get(WEIGHTS, {}) if source.record else {}
+        wanted: dict[str, dict[Shape, str]] = defaultdict(dict)
+        for name, _, dtype in names:
+            if dtype == FP8 and name in saved:
+                key, axes = split_name(name)
+                wanted[key][axes] = name
+        if not wanted or not self._reads_fp8:
+            return names
+        problem = None
+        try:
+            chunks = [
+                (tensor, chunk)
+                for tensor in tensors_in(source.file)
+                if tensor.kind == WEIGHTS and tensor.key in wanted
+                for chunk in tensor.chunks
+            ]
+            for tensor, chunk in chunks[rank() :: world_size()]:
+                for box in tensor.boxes(chunk):
+                    for name, values, offset in named_parts(box, wanted[tensor.key]):
+                        self._sums.add_read(name, values, offset, saved[name].shape)
+        except (CheckpointError, OSError) as error:  # of one rank: all are to hear of it
+            problem = str(error)
+        end_if(problem)
+        return tuple(
+            (name, shape, saved[name].dtype if dtype == FP8 and name in saved else dtype)
+            for name, shape, dtype in names
+        )
+
     def note_optimizer(self) -> None:
         """The optimizer is about to be loaded."""
         self._has_optimizer = True
@@ -133,7 +184,8 @@ class Verification:
             self._has_weights = True
             entries, frozen = self._entries, untrained(self._chunks)
             for key, entry in entries.items():
-                self._sums.add_weights(entry, is_trained=key not in frozen)
+                if not (self._reads_fp8 and is_quantized(entry.tensor)):
+                    self._sums.add_weights(entry, is_trained=key not in frozen)
             self._sums.flush()
 
     @torch.no_grad()
@@ -204,8 +256,9 @@ class Verification:
         has_optimizer = any(flags)
         for wrapper in self._wrappers if has_optimizer else ():
             self._add_rest(wrapper)
+        named = self._add_fp8(source, tuple(chain(*names)))
         found = Found(
-            totals=self._sums.over_all_ranks(tuple(chain(*names))),
+            totals=self._sums.over_all_ranks(named),
             has_optimizer=has_optimizer,
             steps=set(chain(*steps)),
             cast=list(dict.fromkeys(chain(*cast))),

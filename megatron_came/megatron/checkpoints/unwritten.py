@@ -1,0 +1,95 @@
+"""Checkpoints that cannot be written: where ``--save`` names no folder for them, or one is full."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_came.patching import Function, around
+from megatron_came.voice import LOST, end_if, rank, stop
+
+# What torch.save says, without a reason, where a file cannot be written.
+_OF_FILES = ("inline_container.cc", "iostream error")
+
+
+def folder_problem(args: Any) -> str | None:
+    """Say in one sentence that nothing can be written where ``--save`` says, or None."""
+    if args.save is None or "://" in str(args.save):
+        return None
+    folder = place = Path(args.save).absolute()
+    while not place.exists():
+        place = place.parent
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return None
+    what = "cannot be written by this run" if place.is_dir() else "is no folder"
+    where = "" if place == folder else f", since {place}"
+    return f"--save {args.save}{where} {what}: name another folder, or have it made writable."
+
+
+@around
+def looked_at_first(original: Function, *args: Any, **kwargs: Any) -> Any:
+    """Refuse a folder that rank 0, which always writes, cannot write to, before training."""
+    from megatron.training import get_args
+
+    if get_args().optimizer == "came":
+        end_if(folder_problem(get_args()) if rank() == 0 else None)
+    return original(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def failures_said(what: str, folder: Any) -> Iterator[None]:
+    """End in a sentence where something cannot be written to the folder of ``--save`` meanwhile.
+
+    Raises:
+        SystemExit: it cannot.
+    """
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        if LOST in str(error):
+            stop(f"another rank ended while {what} was saved, and says why.", error)
+        reason = _reason(error)
+        if reason is None:
+            raise
+        with contextlib.suppress(OSError):
+            reason += f"; {shutil.disk_usage(str(folder)).free >> 20} MiB are free there"
+        stop(
+            f"{what} cannot be saved in {folder} ({reason}): make room there, or name another "
+            "folder with --save; what was saved before is as it was, and is resumed from with "
+            f"--load {folder}.",
+            error,
+        )
+
+
+@around
+def async_failures_said(original: Function, *args: Any, **kwargs: Any) -> Any:
+    """Say so of what ``--async-save`` is writing."""
+    from megatron.training import get_args
+
+    settings = get_args()
+    if settings.optimizer != "came":
+        return original(*args, **kwargs)
+    with failures_said("an asynchronous checkpoint", settings.save):
+        return original(*args, **kwargs)
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """Say why a file cannot be written; None of an error that is none of a file."""
+    if isinstance(error, CheckpointException):  # all ranks', which the first alone has in words
+        found = next((each for each, _ in error.failures.values()), None)
+        if found is None or "Worker failure" in str(found):  # which a thread has said
+            return "see the lines above"
+        return _reason(found) or f"{type(found).__name__}: {found}".splitlines()[0]
+    while error is not None:
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+            return f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        if isinstance(error, RuntimeError) and any(each in str(error) for each in _OF_FILES):
+            return "a file cannot be written"
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,60 @@
+"""Checkpoints that cannot be written: what is said of which error."""
+
+import errno
+import os
+from argparse import Namespace
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_came.megatron.checkpoints.unwritten import failures_said, folder_problem
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.pt")
+OF_A_WORKER = RuntimeError("Worker failure: <class 'OSError'>")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FULL, r"\(No space left on device: x.pt; \d+ MiB are free there\): make room"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), "a file cann"),
+        (RuntimeError("basic_ios::clear: iostream error"), "a file cannot be written"),
+        (CheckpointException("write", {1: (FULL, [])}), "No space left on device: x.pt"),
+        (CheckpointException("write", {1: (OF_A_WORKER, [])}), "see the lines above"),
+        (CheckpointException("write", {}), "see the lines above"),
+        (CheckpointException("plan", {1: (KeyError("x"), [])}), r"\(KeyError: 'x'; "),
+        (RuntimeError("Connection closed by peer [127.0.0.1]"), "another rank ended while iter"),
+    ],
+)
+def test_a_file_that_cannot_be_written(tmp_path, error, said):
+    with (
+        pytest.raises(SystemExit, match=said) as ended,
+        failures_said("iteration 4", tmp_path),
+    ):
+        raise error
+    assert "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ConnectionResetError(errno.ECONNRESET, "x")])
+def test_other_errors_are_left_alone(tmp_path, error):
+    with pytest.raises(type(error)), failures_said("iteration 4", tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize("name", ["", "new/newer", "msc://profile/x"])
+def test_folders_that_can_be_written(tmp_path, name):
+    assert folder_problem(Namespace(save=name if ":" in name else str(tmp_path / name))) is None
+    assert folder_problem(Namespace(save=None)) is None
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_the_place_of_a_folder(tmp_path, name):
+    (tmp_path / "file").touch()
+    problem = folder_problem(Namespace(save=str(tmp_path / name)))
+    assert "file is no folder: name another" in problem
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    problem = folder_problem(Namespace(save=str(tmp_path / "new")))
+    assert problem.startswith(f"--save {tmp_path / 'new'}, since {tmp_path} cannot be written")
