@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,22 +12,18 @@ _WHY = (
 )
 
 
-def outside_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that ``torch.compile`` leaves as it is, wherever it is called.
+@functools.cache
+def keep_out_of_compiler(optimizer: Any) -> None:
+    """Let ``torch.compile`` leave a class's ``_step`` as it is, wherever it is called.
 
     A step writes its sums through views of one buffer, float64 scalars among them. The compiler
     takes a float64 scalar on the CPU that comes from outside for a Python number, and what is
     written to it is lost: the sum of u^2 stayed 0, so that no update was clipped. Kernels work on
-    addresses, of which a tracer knows nothing.
+    addresses, of which a tracer knows nothing. It is called when the first optimizer is made: it
+    takes long to import.
     """
-    disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+    disable: Any = torch.compiler.disable
     try:
-        return disable(function, reason=_WHY)
+        optimizer._step = disable(optimizer._step, reason=_WHY)
     except TypeError:  # older PyTorch gives no reasons
-        return disable(function)
-
-
-@functools.cache
-def keep_out_of_compiler(optimizer: Any) -> None:
-    """Do so with an optimizer's ``_step``, when the first one is made: it takes long to import."""
-    optimizer._step = outside_compiler(optimizer._step)
+        optimizer._step = disable(optimizer._step)

@@ -3,57 +3,112 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from megatron_came.core.hyperparameters import GroupSettings, Hyperparameters, at_step
+from megatron_came.core.hyperparameters import (
+    GroupSettings,
+    Hyperparameters,
+    at_step,
+    check_step,
+)
+from megatron_came.core.momentum import MOMENTUM
+from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.shard import Shard
+from megatron_came.core.state import STEP
 
 Group = dict[str, Any]
 # Values of fields of Hyperparameters that go before those of a parameter's group.
 Own = Mapping[str, Any]
+States = Mapping[Tensor, Mapping[str, Any]]
 
 
 class GroupTable:
     """The parameter groups, and behind them each group again for every set of own values in it.
+
+    Args:
+        groups: the optimizer's.
+        own: by parameter.
+        states: of parameters; each that counts its own steps has a row to itself.
 
     Attributes:
         groups: as they were given.
         number: by parameter, where its settings are in what :meth:`at_step` returns.
     """
 
-    def __init__(self, groups: Sequence[Group], own: Mapping[Tensor, Own]) -> None:
+    def __init__(self, groups: Sequence[Group], own: Mapping[Tensor, Own], states: States) -> None:
         self.groups = list(groups)
         self.number: dict[Tensor, int] = {}
-        self._rows: list[tuple[Group, Own]] = [(group, {}) for group in groups]
+        self._rows: list[tuple[Group, Own, Tensor | None]] = [(each, {}, None) for each in groups]
         known: dict[Any, int] = {}
         for index, group in enumerate(groups):
             for param in group["params"]:
                 self.number[param] = index
-                if values := own.get(param):
-                    key = index, tuple(sorted(values.items()))
+                values = own.get(param, {})
+                counts = param if STEP in states.get(param, {}) else None
+                if values or counts is not None:
+                    key = index, tuple(sorted(values.items())), id(counts)
                     if key not in known:
                         known[key] = len(self._rows)
-                        self._rows.append((group, values))
+                        self._rows.append((group, values, counts))
                     self.number[param] = known[key]
 
     def group_of(self, number: int) -> Group:
         """Return a number's parameter group, with the values of its own."""
-        group, own = self._rows[number]
+        group, own, _ = self._rows[number]
         if not own:
             return group
         return {**group, **replace(Hyperparameters.from_group(group), **own).as_group()}
 
-    def at_step(self) -> list[GroupSettings]:
-        """Read all settings as they are now.
+    def at_step(self, states: States) -> list[GroupSettings]:
+        """Read all settings as they are now, and the steps of parameters that count their own.
 
         Raises:
             HyperparameterError: as :func:`megatron_came.core.hyperparameters.at_step`.
         """
-        return [at_step(self.group_of(number)) for number in range(len(self._rows))]
+        settings = []
+        for number, (_, _, param) in enumerate(self._rows):
+            group = self.group_of(number)
+            if param is not None:
+                group = {**group, STEP: states.get(param, group).get(STEP, 0)}
+            settings.append(at_step(group))
+        return settings
+
+
+def count_apart(
+    groups: Sequence[Group],
+    states: States,
+    state_of: Callable[[Tensor], dict[str, Tensor]],
+) -> bool:
+    """Begin to count the steps of parameters that a step of their group leaves out.
+
+    So bias correction, as Adam's, goes by what a parameter's averages have seen: also of one that
+    gets its first gradient late. ``state["step"]`` counts on from there; others have none.
+
+    Args:
+        groups: the optimizer's.
+        states: of parameters, as they are.
+        state_of: returns a parameter's, made anew if there is none.
+
+    Returns:
+        Whether there is one more that counts.
+    """
+    is_new = False
+    for group in groups:
+        taken = check_step(group.get("step", 0))
+        for param in group["params"] if group.get("bias_correction") else ():
+            state = states.get(param, {})
+            has_state = MOMENTUM in state
+            takes_part = gradient_of(param) is not None and param.numel() > 0
+            if STEP not in state and has_state != takes_part and (has_state or taken):
+                own = torch.tensor(taken * has_state, dtype=torch.int64, device="cpu")
+                state_of(param)[STEP] = own
+                is_new = True
+    return is_new
 
 
 def whole_shard(

@@ -21,9 +21,9 @@ from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard
 from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
-from megatron_came.group_table import GroupTable, Own, whole_shard
+from megatron_came.group_table import GroupTable, Own, count_apart, whole_shard
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
-from megatron_came.state_dicts import COPIED, WithStateDicts
+from megatron_came.state_dicts import COPIED, KNOWN, WithStateDicts
 from megatron_came.step import Begun, Plan
 from megatron_came.voice import warn_once
 
@@ -43,7 +43,8 @@ class CAME(WithStateDicts):
     no confidence. Those without a gradient are skipped. 16-bit gradients are squared in fp32.
 
     State of a parameter is listed in :func:`megatron_came.core.state.new_state`.
-    A parameter group counts its steps under ``step``. A gradient in another dtype than the
+    A parameter group counts its steps under ``step``; with bias correction a parameter that some of
+    them have left out counts its own. A gradient in another dtype than the
     parameter's is taken from the parameter's attribute ``decoupled_grad``, if that is set.
 
     Args:
@@ -256,9 +257,13 @@ class CAME(WithStateDicts):
         if plan is None or not plan.holds(self.param_groups):
             plan = self._current_plan()
         now = plan.snapshot(self.state, self._model_weights.values())
-        settings, inputs = plan.table.at_step(), None
+        settings, inputs = plan.table.at_step(self.state), None
         if not plan.goes_on(settings, now):
+            # Of shards, as of Megatron's, all that a group has take part in its steps.
+            if not self._shards and count_apart(self.param_groups, self.state, self._state_of):
+                self._plan = None
             plan = self._current_plan()
+            settings = plan.table.at_step(self.state)
             inputs = plan.inputs(settings, self._state_of, self._model_weights)
         return plan.begin(settings, inputs, now, self.state if self.spike_guard else {})
 
@@ -275,6 +280,8 @@ class CAME(WithStateDicts):
             torch.autograd.graph.increment_version(begun.plan.updated)
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
+        for count in begun.plan.counts:
+            count.add_(1)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:
@@ -326,7 +333,7 @@ class CAME(WithStateDicts):
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
-        if not state:
+        if state.keys().isdisjoint(KNOWN):  # a wrapper may have put something there
             state.update(self._new_state(param))
         return state
 
@@ -339,7 +346,7 @@ class CAME(WithStateDicts):
         """Return the plan, made anew where others have replaced or moved something."""
         if self._plan is None or not self._plan.fits(self.param_groups):
             self._guard.check(self.param_groups, self._shards, self._flat_convolutions, self.state)
-            table = GroupTable(self.param_groups, self._own)
+            table = GroupTable(self.param_groups, self._own, self.state)
             # Named shards first, in the order of naming, which is the same on all ranks.
             params = dict.fromkeys(chain(self._shards, self._params()))
             place = {param: str(index) for index, param in enumerate(table.number)}

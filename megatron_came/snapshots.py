@@ -21,11 +21,11 @@ class Snapshot(NamedTuple):
 
     Attributes:
         facts: what kernels go by: addresses of all, and what may change at an address.
-        state: of all parameters.
+        state: of all parameters, whose tensors are known by identity.
     """
 
     facts: tuple[list[Any], ...]
-    state: list[Tensor]
+    state: list[Any]
 
     @classmethod
     def of(
@@ -45,7 +45,7 @@ class Snapshot(NamedTuple):
         state = list(chain.from_iterable(map(dict.values, states.values())))
         others = [*params, *present, *weights]
         try:
-            if any(map(Tensor.is_neg, present)):  # what is at the address has another sign
+            if any(map(Tensor.is_neg, others)):  # what is at the address has another sign
                 return None
             facts = (
                 list(map(_address, others)),
@@ -62,22 +62,17 @@ class Snapshot(NamedTuple):
             return None
         return cls(facts, state)
 
+    def let_go(self) -> Self:
+        """Return what is left of it after the step: the state by references that do not hold it.
 
-class Seen:
-    """A snapshot of an earlier step.
+        Another tensor may have taken an address by the next step, but not these.
+        """
+        return self._replace(state=list(map(ref, self.state)))
 
-    Its state is known by identity, through references that do not hold it: another tensor may have
-    taken an address, but not these.
-    """
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._facts = snapshot.facts
-        self._state = list(map(ref, snapshot.state))
-
-    def equals(self, now: Snapshot) -> bool:
-        """Whether nothing has changed."""
+    def has_become(self, now: Snapshot) -> bool:
+        """Whether nothing has changed since a snapshot that has let go."""
         return (
-            now.facts == self._facts
-            and len(now.state) == len(self._state)
-            and all(map(is_, now.state, map(call, self._state)))
+            now.facts == self.facts
+            and len(now.state) == len(self.state)
+            and all(map(is_, now.state, map(call, self.state)))
         )

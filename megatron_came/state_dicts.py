@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -15,12 +15,12 @@ from megatron_came.core.hyperparameters import check_group, check_step
 from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete
 from megatron_came.core.saved import momentum_ranges, set_momentum
 from megatron_came.core.shard import Shard
-from megatron_came.core.state import FACTORS, REMAINDER
+from megatron_came.core.state import FACTORS, REMAINDER, STEP
 
 _SETTINGS = ("lr", "betas", "eps", "clip_threshold", "weight_decay")
-# Of the authors' class, beside what it shares with ours.
-_AUTHORS_OWN = ("step", "RMS")
-_KNOWN = (MOMENTUM, SCALE, REMAINDER, *FACTORS)
+# Of the authors' class, beside what it shares with ours; numbers.
+_AUTHORS_OWN = (STEP, "RMS")
+KNOWN = (MOMENTUM, SCALE, REMAINDER, *FACTORS)
 # Attributes of CAME that copies and pickles take along, and what those of older versions lack.
 COPIED: dict[str, Any] = {
     "_wanted_kernels": "auto",
@@ -90,7 +90,12 @@ class WithStateDicts(torch.optim.Optimizer):
         finally:
             hook.remove()
         for param, saved in states.items():  # one at a time: the old state is gone by now
-            self.state[param] = as_state(saved, self._new_state(param), param) if saved else {}
+            own = {key: saved.pop(key) for key in [*saved] if key in KNOWN}
+            state = as_state(own, self._new_state(param), param) if own else {}
+            for key, value in saved.items():  # what others keep beside it, and counts of steps
+                device = torch.device("cpu") if key == STEP else param.device
+                state[key] = value.to(device, copy=True) if isinstance(value, Tensor) else value
+            self.state[param] = state
 
 
 def states_in(
@@ -100,6 +105,8 @@ def states_in(
     is_partial: bool,
 ) -> dict[Tensor, dict[str, Tensor]]:
     """Return by parameter the state that a state dictionary holds, checked and as it was saved.
+
+    What a wrapper keeps beside CAME's own is among it.
 
     Args:
         state_dict: what was given to ``load_state_dict``, of ``came_pytorch.CAME`` too.
@@ -131,16 +138,19 @@ def states_in(
                 f"CAME: the state dictionary holds state of a parameter {key!r} that its "
                 "parameter groups do not list: it is damaged, or was put together by hand."
             )
-        _check_keys(state, key)
-        saved = {
-            name: value
-            for name, value in state.items()
-            if name not in _AUTHORS_OWN and not _is_nothing(value)
-        }
+        own = new_state(pairs[key])
+        _check_keys(state, key, () if is_partial else own)
+        there = {k: v for k, v in state.items() if not _is_nothing(v)}
+        saved = {k: v for k, v in there.items() if k in KNOWN}
+        others = {k: v for k, v in there.items() if k not in (*KNOWN, *_AUTHORS_OWN)}
         if not is_partial and not pairs[key].numel():
             saved = {}  # the authors' means of no elements are NaN
-        _check_state(saved, new_state(pairs[key]), pairs[key], is_partial)
-        states[pairs[key]] = saved
+        _check_state(saved, own, pairs[key], is_partial)
+        count = state.get(STEP)  # the authors' is a number; Megatron's wrappers put in a float
+        if isinstance(count, Tensor) and not (is_partial or count.is_floating_point()):
+            check_step(count, f"the state of parameter {key!r} of the state dictionary")
+            others[STEP] = count
+        states[pairs[key]] = saved | others
     return states
 
 
@@ -273,7 +283,8 @@ def _check_order(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[st
     )
 
 
-def _check_keys(state: Any, key: Any) -> None:
+def _check_keys(state: Any, key: Any, own: Collection[str]) -> None:
+    """Look at the keys of a parameter's state; beside all of its own there may be a wrapper's."""
     if not isinstance(state, Mapping):
         raise ValueError(
             f"CAME: the state dictionary's state of parameter {key!r} must be a dictionary, not "
@@ -282,7 +293,9 @@ def _check_keys(state: Any, key: Any) -> None:
     for name, value in state.items():
         if name in _AUTHORS_OWN or _is_nothing(value):
             continue
-        if name not in _KNOWN:
+        if name not in KNOWN:
+            if own and state.keys() >= {*own} - {SCALE, REMAINDER}:
+                continue
             raise ValueError(
                 f"CAME: the state dictionary's state of parameter {key!r} has a {name!r}, which "
                 "CAME has not: it belongs to another optimizer; start CAME without it."

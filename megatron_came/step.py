@@ -22,12 +22,12 @@ from megatron_came.core.parameter_slice import (
     gradients_of,
     spread,
 )
-from megatron_came.core.state import SECOND_MOMENTS, trust_all
+from megatron_came.core.state import SECOND_MOMENTS, STEP, trust_all
 from megatron_came.core.sums import SumBuffer
 from megatron_came.group_table import GroupTable, layout_settings
 from megatron_came.kernels.backend import Backend, Step
 from megatron_came.kernels.eager import EagerBackend
-from megatron_came.snapshots import Seen, Snapshot
+from megatron_came.snapshots import Snapshot
 
 _StateOf = Callable[[Tensor], dict[str, Tensor]]
 
@@ -196,6 +196,8 @@ class Plan:
     Attributes:
         left: why backends leave parameters to eager PyTorch, of each.
         settings: of the table in the last step; None if it was not taken to its end.
+        updated: the tensors that the last step has written.
+        counts: of own steps, of parameters that took part in it.
     """
 
     def __init__(
@@ -230,8 +232,9 @@ class Plan:
         self.settings: Sequence[GroupSettings] | None = None
         # The last step, while it can be taken again, and what its tensors were.
         self._steps: dict[Bundle, _BundleStep] = {}
-        self._seen: Seen | None = None
+        self._seen: Snapshot | None = None
         self.updated: list[Tensor] = []
+        self.counts: list[Tensor] = []
 
     @property
     def buffers(self) -> list[SumBuffer]:
@@ -273,7 +276,7 @@ class Plan:
         """Whether :meth:`step` may take the last step's tensors: nothing of them has changed."""
         if any(each.hyper.no_confidence for each in settings):
             return False  # the state is looked at in every step
-        same = now is not None and self._seen is not None and self._seen.equals(now)
+        same = now is not None and self._seen is not None and self._seen.has_become(now)
         return same and bool(self._steps) and all(step.lasts for step in self._steps.values())
 
     def inputs(
@@ -347,9 +350,10 @@ class Plan:
         if inputs is not None:
             pairs = zip(self.slices, self.params, strict=True)
             self.updated = [t for s, param in pairs if s in inputs for t in {s.param, param}]
+            self.counts = [each.state[STEP] for each in inputs.values() if STEP in each.state]
             self._seen = None
         if now is not None and all(step.lasts for step in steps.values()):
-            self._steps, self._seen = steps, self._seen or Seen(now)
+            self._steps, self._seen = steps, self._seen or now.let_go()
         self.settings = settings
 
     def measure(self, state_of: _StateOf, kinds: Mapping[Tensor, str] | None, whole: bool) -> Sums:

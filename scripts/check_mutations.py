@@ -116,7 +116,7 @@ FAULTS = (
     Fault(
         "take state for what it was by its address alone",
         "snapshots.py",
-        "            and all(map(is_, now.state, map(call, self._state)))\n",
+        "            and all(map(is_, now.state, map(call, self.state)))\n",
         "",
         UNCHANGED,
     ),
@@ -254,8 +254,8 @@ FAULTS = (
     Fault(
         "Numba: all steps round with the same bits",
         "kernels/cpu/launch.py",
-        "step_key(own.slice.key, given.step)",
-        "step_key(own.slice.key, 0)",
+        "step_key(self.slice.key, self.settings.step)",
+        "step_key(self.slice.key, 0)",
         SMALLER,
     ),
     Fault(

@@ -33,7 +33,7 @@ from megatron_came.bench.machine import describe
 from megatron_came.bench.measure import copy_bandwidth
 from megatron_came.bench.peak import peak_of
 from megatron_came.kernels.dispatch import choose
-from megatron_came.kernels.triton.backend import TritonBackend
+from megatron_came.kernels.triton.passes import TritonBackend
 from megatron_came.kernels.triton.tiling import Tiling
 from scripts.cases.graphs import CHANGES, STEPS, WARM_UP, counted, trained
 from scripts.cases.kernels import (

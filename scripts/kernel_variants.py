@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_came.kernels.triton import blocks, factors, launch, tiles, vectors
-from megatron_came.kernels.triton.backend import TritonBackend
+from megatron_came.kernels.triton.passes import TritonBackend
 from megatron_came.kernels.triton.tables import Kind
 
 _POINTERS = {"groups": "*fp64", "divisors": "*fp32", "partials": "*fp64", "scratch": "*fp32"}
@@ -72,8 +72,9 @@ def _variants() -> list[Variant]:
     found.append(_variant(factors.update_second_moments, "pass 2", ranges))
     found.append(_variant(factors.sum_squared_updates, "pass 2", launch.MANY))
     found.append(_variant(factors.update_instabilities, "pass 3", ranges))
-    for kernel in (vectors.square_vectors, vectors.update_vector_moments, vectors.apply_vectors):
+    for kernel in (vectors.square_vectors, vectors.update_vector_moments):
         found.append(_variant(kernel, "vectors", ranges))
+    found.append(_variant(vectors.apply_vectors, "vectors", launch.APPLIED))
     return found
 
 

@@ -20,6 +20,7 @@ FACTORS = tuple(AVERAGED_AXIS)
 MATRIX_FACTORS, VECTOR_FACTORS = FACTORS[:4], FACTORS[4:]
 SECOND_MOMENTS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
 REMAINDER = "remainder"
+STEP = "step"  # of a parameter whose group has taken other steps than it has
 
 
 def without_averaged_axis[Entry](key: str, of_axes: tuple[Entry, ...]) -> tuple[Entry, ...]:
@@ -75,6 +76,8 @@ def new_state(
     ``exp_avg_sq``        (n,), or (..., n, m) of    v, instead of the four factors; whole
                           what is not factored
     ====================  =========================  ==========================================
+
+    Later ``step`` may join them, see :func:`megatron_came.group_table.count_apart`.
 
     Args:
         param: the slice.

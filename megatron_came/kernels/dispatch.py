@@ -128,7 +128,7 @@ def _compiled(name: str, device: torch.device, cuda_graph: bool) -> Choice:
             NumbaBackend(), f"CAME's step runs in Numba's kernels ({why}).{note and ' ' + note}"
         )
     from megatron_came.kernels.triton import probe
-    from megatron_came.kernels.triton.backend import TritonBackend
+    from megatron_came.kernels.triton.passes import TritonBackend
 
     if device.type == "cuda":
         probe.check(device)

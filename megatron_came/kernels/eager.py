@@ -199,8 +199,8 @@ class _Boxes:
 
     @cached_property
     def _weights(self) -> Tensor:
-        """The flat weights, or a copy of those that are not contiguous."""
-        return self._slice.param.detach().contiguous().view(-1)
+        """The flat weights, or a copy of those that do not lie so in memory."""
+        return self._slice.param.detach().contiguous().resolve_neg().view(-1)
 
     def __iter__(self) -> Iterator[Box]:
         return iter(self._boxes)
@@ -257,6 +257,6 @@ class _Boxes:
     def finish(self) -> None:
         """Write what is not written yet."""
         param = self._slice.param.detach()
-        if not param.is_contiguous():
+        if not param.is_contiguous() or param.is_neg():
             param.copy_(self._weights.view(param.shape))
         self._slice.copy_to_model(self._given.model_weight)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_came import CAME
-from megatron_came.kernels.triton.backend import TritonBackend
+from megatron_came.kernels.triton.passes import TritonBackend
 from scripts.cases.kernels import weights_after_moves
 from tests.support.oracle import DEVICES, on_both
 
@@ -56,7 +56,7 @@ def test_what_has_moved_before_a_step_that_fails_is_found_by_the_next(kernels):
 
 
 PASSES = "megatron_came.kernels.triton.passes"
-UPLOAD = "megatron_came.kernels.triton.backend.TritonBackend.upload"
+UPLOAD = "megatron_came.kernels.triton.passes.TritonBackend.upload"
 
 
 @pytest.mark.parametrize("call", range(9))
@@ -135,7 +135,7 @@ def test_a_step_after_one_that_was_not_counted(monkeypatch):
 
 # What a step calls when something has changed, before it has changed anything itself.
 PREPARES = {"triton": UPLOAD, "numba": "megatron_came.kernels.cpu.launch._Matrices._view"}
-WRITE = "megatron_came.kernels.triton.backend.TritonBackend.write"
+WRITE = "megatron_came.kernels.triton.passes.TritonBackend.write"
 
 
 @on_both

@@ -41,9 +41,16 @@ BUDGETS = {
     "apply_tiles int8": Budget(80, 43.8, 2, 24),
     "apply_tiles 16 bits, unaligned": Budget(80, 62.0, 0, 24),
     "apply_blocks int8 across rows": Budget(80, 60.0, 2, 24),
-    "update_second_moments pass 2": Budget(53, 56.5, 5, 32),
-    "update_instabilities pass 3": Budget(88, 80.0, 2, 20),
+    "update_second_moments pass 2": Budget(60, 56.5, 5, 32),
+    "update_instabilities pass 3": Budget(80, 87.0, 2, 24),
     "scale_factors pass 2": Budget(53, 136.0, 8, 32),
+    "apply_vectors vectors": Budget(80, 193.0, 5, 24),
+}
+# Of a step of GPT-2 Medium on an H200, modelled: how long it takes at most, in AdamW's time.
+TIMES = {
+    "fp32": 1.2,
+    "fp32, int8 momentum": 1.0,
+    "bf16 gradients and model, fp32 momentum": 0.8,
 }
 
 
@@ -85,11 +92,32 @@ def test_aligned_elements_are_moved_by_fours(name, widths, rows):
     assert not {each for each in found if each.endswith(("U8", "S8", "U16", "S16"))}
 
 
+def report():
+    return json.loads((ROOT / "docs" / "kernels.json").read_text())
+
+
+def test_an_sm_holds_24_warps_of_every_kernel_without_spills():
+    """A rare one spills a little: pass 3 of int8 momentum whose blocks are not rows of tiles."""
+    for row in report()["kernels"]:
+        assert row["resident_warps"] >= 24, row
+        assert row["spilled_bytes"] <= 24 * (row["variant"] == "int8 across rows, unaligned"), row
+
+
+@pytest.mark.parametrize("setting", TIMES)
+def test_a_modelled_step_keeps_to_its_time(setting):
+    (row,) = (
+        row
+        for row in report()["modelled"]
+        if (row["gpu"], row["model"], row["setting"]) == ("H200", "gpt2-medium", setting)
+    )
+    assert row["milliseconds"] <= TIMES[setting] * row["adamw_milliseconds"]
+    assert row["factor_milliseconds"] <= 0.02
+
+
 def test_every_kernel_is_in_the_report():
     from megatron_came.kernels.triton import blocks, factors, tiles, vectors
 
-    found = json.loads((ROOT / "docs" / "kernels.json").read_text())["kernels"]
-    compiled = {row["kernel"] for row in found}
+    compiled = {row["kernel"] for row in report()["kernels"]}
     modules = (blocks, factors, tiles, vectors)
     source = "".join(Path(module.__file__).read_text() for module in modules)
     assert set(re.findall(r"@kernel\ndef (\w+)", source)) == compiled

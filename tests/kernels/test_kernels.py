@@ -13,8 +13,8 @@ from megatron_came import CAME, Shard
 from megatron_came.bench.peak import peak_of
 from megatron_came.core.parameter_slice import SliceSums
 from megatron_came.kernels.dispatch import choose
-from megatron_came.kernels.triton.backend import TritonBackend
 from megatron_came.kernels.triton.device import sets_save_time
+from megatron_came.kernels.triton.passes import TritonBackend
 from megatron_came.kernels.triton.tables import AdditionField
 from megatron_came.kernels.triton.tiling import Tiling, cut, in_cache
 from megatron_came.voice import warn_once

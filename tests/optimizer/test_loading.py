@@ -258,3 +258,15 @@ def test_the_same_names_in_another_order_are_refused():
     wrapped = CAME([(f"module.{name}", param) for name, param in named], lr=1e-2)
     wrapped.load_state_dict(saved)
     CAME([param for _, param in named], lr=1e-2).load_state_dict(saved)
+
+
+def test_a_step_that_megatrons_wrappers_put_in_for_adam_is_left_out():
+    """A float; CAME's own counts are whole numbers."""
+    optimizer = step(CAME(parameters(), lr=1e-2, bias_correction=True))
+    saved = snapshot(optimizer)
+    for state in saved["state"].values():
+        state["step"] = torch.tensor(0.0)
+    optimizer.load_state_dict(saved)
+    assert not any("step" in state for state in optimizer.state.values())
+    saved["state"][1]["step"] = torch.tensor(-2)
+    assert_refused(optimizer, saved, "step in the state of parameter 1 of the state dictionary")

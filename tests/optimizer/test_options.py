@@ -204,6 +204,37 @@ def test_a_state_dictionary_goes_on_bit_for_bit():
     assert torch.equal(straight, resumed)
 
 
+@with_all_kernels
+def test_bias_correction_goes_by_the_steps_that_a_parameter_has_taken(kernels):
+    """One that is unfrozen late, or has no gradient at times, is what it is alone."""
+    shapes, takes = [(6, 5), (6, 5), (7,), (6, 5)], ["111111", "000111", "101011", "110101"]
+    history = history_of((6, 7), steps=6)
+    options = {**SETTINGS, "bias_correction": True, "kernels": kernels}
+
+    def run(numbers, reload_at=None, init=False):
+        params = [parameter(shapes[n], torch.float32, kernels, seed=n) for n in numbers]
+        optimizer = CAME(params, **options)
+        if init:
+            optimizer.init_state()
+        for at, gradient in enumerate(history):
+            for state in optimizer.state.values():  # others may put other tensors in its place
+                state |= {key: value.clone() for key, value in state.items()}
+            if at == reload_at:
+                saved = optimizer.state_dict()
+                optimizer = CAME(params, **options)
+                optimizer.load_state_dict(saved)
+            for number, param in zip(numbers, params, strict=True):
+                grad = gradient.flatten()[: param.numel()].view(param.shape).to(param)
+                param.grad = grad if takes[number][at] == "1" else None
+            if any(param.grad is not None for param in params):
+                optimizer.step()
+        return params
+
+    for reload_at in (None, 2, 4):
+        for number, param in enumerate(run(range(4), reload_at, init=reload_at is None)):
+            assert torch.equal(param, *run([number]))
+
+
 def test_state_of_the_authors_class_knows_how_many_steps_it_has():
     """A state that counted as none would be forgotten at the next step."""
     history, param = history_of((6, 5), steps=300), parameter((6, 5))

@@ -118,6 +118,8 @@ def test_what_a_wrapper_keeps_among_the_state_is_left_there(kernels, momentum):
     straight, marked = parameters(), parameters()
     for params in (straight, marked):
         optimizer = CAME(params, lr=1e-2, kernels=kernels, momentum_dtype=momentum)
+        if params is marked:
+            optimizer.state[params[1]]["early"] = True
         step(optimizer, 2)
         if params is marked:
             for param in params:
@@ -126,6 +128,44 @@ def test_what_a_wrapper_keeps_among_the_state_is_left_there(kernels, momentum):
     assert all(map(torch.equal, straight, marked))
     assert optimizer.state[marked[0]]["count"] == 3
     assert optimizer.state_dict()["state"][0]["count"] == 3
+
+
+@pytest.mark.parametrize("momentum", DTYPES, ids=str)
+def test_what_a_wrapper_keeps_among_the_state_is_loaded(momentum):
+    """As timm's Lookahead keeps slow weights; with a state of CAME's that lacks nothing."""
+    optimizer = CAME(parameters(), lr=1e-2, momentum_dtype=momentum)
+    step(optimizer, 2)
+    for param in list(optimizer.state):
+        optimizer.state[param] |= {"count": 3, "slow": param.detach().clone()}
+    saved = copy.deepcopy(optimizer.state_dict())
+    params = [param.detach().clone().requires_grad_() for param in optimizer.state]
+    other = CAME(params, lr=1e-2, momentum_dtype=momentum)
+    other.load_state_dict(saved)
+    for mine, its in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert its["count"] == 3
+        assert torch.equal(mine["slow"], its["slow"])
+        assert mine["slow"] is not its["slow"]
+    for each in (optimizer, other):
+        step(each, 1, first=2)
+    assert all(map(torch.equal, optimizer.state, params))
+
+
+@on_cpu_kernels
+def test_weights_that_become_a_view_of_their_negatives(kernels):
+    """At the same address, where they have the other sign, in a step and back in a later one."""
+    turned, plain = parameters(), parameters()
+    optimizers = [CAME(params, lr=1e-2, kernels=kernels) for params in (turned, plain)]
+    for param in (*turned, *plain):
+        param.grad = history(param.shape, 1)[0]
+    for number in range(8):
+        if number % 2:
+            for mine, its in zip(turned, plain, strict=True):
+                mine.data = torch._neg_view(mine.data)
+                its.data.neg_()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, its in zip(turned, plain, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_of_fake_tensors_computes_nothing():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_came import CAME
-from megatron_came.kernels.triton.backend import TritonBackend
-from megatron_came.snapshots import Seen, Snapshot
+from megatron_came.kernels.triton.passes import TritonBackend
+from megatron_came.snapshots import Snapshot
 from tests.support.oracle import DEVICES
 
 RUN = "megatron_came.kernels.triton.passes.run"
@@ -142,25 +142,25 @@ def test_a_change_is_seen(change):
     params, grads, weights = some(), some(), some()
     states = {name: {"x": torch.ones(4, 4), "y": torch.ones(4)} for name in "ab"}
     now = Snapshot.of(params, grads, states, weights)
-    seen = Seen(now)
-    assert seen.equals(Snapshot.of(params, grads, states, weights))
+    seen = now.let_go()
+    assert seen.has_become(Snapshot.of(params, grads, states, weights))
     # At whatever address what comes next may lie.
     kept = params[:], grads[:], states.copy(), weights[:]
     change(params, grads, states, weights)
-    assert not seen.equals(Snapshot.of(params, grads, states, weights))
+    assert not seen.has_become(Snapshot.of(params, grads, states, weights))
     del kept
 
 
 def test_state_that_is_gone_is_not_what_came_to_lie_there():
     states = {"a": {"x": torch.ones(4, 4)}}
-    seen = Seen(Snapshot.of([], [], states, []))
+    seen = Snapshot.of([], [], states, []).let_go()
     (address,) = (states["a"]["x"].data_ptr(),)
     for _ in range(100):  # until it has the same address, and perhaps the same id
         states["a"]["x"] = None
         states["a"]["x"] = torch.ones(16)
         if states["a"]["x"].data_ptr() == address:
             break
-    assert not seen.equals(Snapshot.of([], [], states, []))
+    assert not seen.has_become(Snapshot.of([], [], states, []))
 
 
 @pytest.mark.parametrize("strange", [1, torch.ones(3, 3).to_sparse()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,55 +79,46 @@ class NumbaPasses:
             ValueError: state that does not fit its parameter.
         """
         count = threads.usable()
-        updates = []
-        for slice_, given in inputs.items():
-            matrices = self._matrices[slice_]
-            matrices.find(given)
-            own_count = count if matrices.geometry.size >= _SMALL else 1
-            grad = _readable(given.grad)
-            copy = None if grad is given.grad else grad
-            update = _Update(
-                matrices, given.settings, _array(grad), own_count, copy, given.model_weight
-            )
-            updates.append(update)
-        return NumbaStep(updates, count)
+        taken = [self._matrices[slice_] for slice_ in inputs]
+        found = [self._matrices[slice_].find(given, count) for slice_, given in inputs.items()]
+        return NumbaStep(taken, count, [copy for copy in found if copy is not None])
 
 
 class NumbaStep:
     """:class:`megatron_came.kernels.backend.Step` on a CPU."""
 
-    def __init__(self, updates: Sequence[_Update], count: int) -> None:
-        self._updates, self._count = updates, count
+    def __init__(self, taken: Sequence[_Matrices], count: int, copies: Sequence[Tensor]) -> None:
+        self._taken, self._count, self._copies = taken, count, copies
 
     @property
     def lasts(self) -> bool:
         """Copies of gradients are of one step."""
-        return self._count == threads.usable() and all(each.copy is None for each in self._updates)
+        return not self._copies and self._count == threads.usable()
 
     def again(self, settings: Sequence[GroupSettings]) -> None:
         """Take up what the parameter groups say now."""
-        for each in self._updates:
-            each.settings = settings[each.matrices.slice.group]
+        for each in self._taken:
+            each.settings = settings[each.slice.group]
 
     def add_square_sums(self) -> None:
         """Pass 1."""
-        self._go(_Update.add_square_sums)
+        self._go(_Matrices.add_square_sums)
 
     def add_instability_sums(self) -> None:
         """Second moments and pass 2."""
-        self._go(_Update.add_instability_sums)
+        self._go(_Matrices.add_instability_sums)
 
     def apply(self) -> None:
         """Instabilities and pass 3."""
-        self._go(_Update.apply)
+        self._go(_Matrices.apply)
 
     def run(self) -> None:
         """All passes of one parameter after another, which may stay in the cache."""
-        self._go(_Update.add_square_sums, _Update.add_instability_sums, _Update.apply)
+        self._go(_Matrices.add_square_sums, _Matrices.add_instability_sums, _Matrices.apply)
 
-    def _go(self, *passes: Callable[[_Update], None]) -> None:
+    def _go(self, *passes: Callable[[_Matrices], None]) -> None:
         with threads.pool(self._count):
-            for each in self._updates:
+            for each in self._taken:
                 for one in passes:
                     one(each)
 
@@ -147,29 +137,31 @@ def _array(tensor: Tensor, bf16_as: str = "u2") -> Array:
     return np.asarray(SimpleNamespace(__array_interface__={**where, "typestr": kind, "version": 3}))
 
 
-def _readable(grad: Tensor) -> Tensor:
-    if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
-        return grad.to(torch.float32).contiguous()
-    return grad
-
-
 def _is_written(weight: Tensor | None) -> bool:
     """Whether kernels write model weights; others are copied."""
     return weight is not None and weight.dtype == torch.bfloat16
 
 
 class _Matrices:
-    """What outlives a step of one parameter: a batch of matrices, see ``Geometry``.
+    """One parameter, a batch of matrices (see ``Geometry``), and the passes over it.
 
     Attributes:
         arrays: of the slice.
         second_moment: r and c; of a vector, the columns alone are v.
         instability: R and C; of a vector, empty.
+        settings: of the parameter's group in this step.
+        grad: the gradient, as a flat array, valid as long as it is where it is.
+        model_weight: 16-bit copy of the slice, or None.
+        count: of threads.
     """
 
     arrays: Arrays
     second_moment: tuple[Axis, Axis]
     instability: tuple[Axis, Axis]
+    settings: GroupSettings
+    grad: Array
+    model_weight: Tensor | None
+    count: int
 
     def __init__(self, slice_: ParameterSlice, sums: SliceSums) -> None:
         self.slice, self.total = slice_, sums.total.numpy()
@@ -199,13 +191,25 @@ class _Matrices:
             len(self.tiles), 3, self.geometry.columns
         )
 
-    def find(self, given: StepInputs) -> None:
+    def find(self, given: StepInputs, count: int) -> Tensor | None:
         """Look where this step's tensors lie, and view those anew that have moved.
+
+        Args:
+            given: what the step brings.
+            count: of threads.
+
+        Returns:
+            A copy of a gradient that kernels cannot read, to be kept as long as they read it.
 
         Raises:
             ValueError: state that does not fit its parameter.
         """
-        state, weight = given.state, given.model_weight
+        state, grad, self.settings, weight = given
+        self.count = count if self.geometry.size >= _SMALL else 1
+        copy = None
+        if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
+            grad = copy = grad.to(torch.float32).contiguous()
+        self.grad, self.model_weight = _array(grad), weight
         own = (value for value in state.values() if isinstance(value, Tensor))  # and others' marks
         tensors = [self.slice.param, *own]
         if weight is not None and _is_written(weight):
@@ -216,6 +220,7 @@ class _Matrices:
             check_state(self.slice, state, wanted_state(self.slice, is_int8_momentum(state)))
             self._view(state, weight if _is_written(weight) else None)
             self._seen = seen
+        return copy
 
     def _view(self, state: Mapping[str, Tensor], weight: Tensor | None) -> None:
         remainder, block_scales = state.get(REMAINDER), state.get(SCALE)
@@ -249,65 +254,44 @@ class _Matrices:
         )
         self.second_moment, self.instability = (r, c), (R, C)
 
-
-@dataclass(slots=True)
-class _Update:
-    """The passes over one parameter.
-
-    Attributes:
-        matrices: what outlives the step.
-        settings: of the parameter's group.
-        grad: the gradient, as a flat array, valid as long as it is where it is.
-        count: of threads.
-        copy: of a gradient that kernels cannot read, here to be kept as long as they do.
-        model_weight: 16-bit copy of the slice, or None.
-    """
-
-    matrices: _Matrices
-    settings: GroupSettings
-    grad: Array
-    count: int
-    copy: Tensor | None
-    model_weight: Tensor | None
-
     def add_square_sums(self) -> None:
         """Pass 1."""
-        own = self.matrices
         add_square_sums(
-            self.grad, own.geometry, own.tiles, own.row_squares, own.column_squares, own.partial,
-            threads=self.count,
+            self.grad, self.geometry, self.tiles, self.row_squares, self.column_squares,
+            self.partial, threads=self.count,
         )  # fmt: skip
 
     def add_instability_sums(self) -> None:
         """The second moments r and c (v of a vector), and pass 2."""
-        own, hyper = self.matrices, self.settings.hyper
+        hyper = self.settings.hyper
         update_second_moments(
-            *own.second_moment, own.inverse_guesses, hyper.eps1, hyper.beta2, hyper.clip_threshold
+            *self.second_moment, self.inverse_guesses, hyper.eps1, hyper.beta2, hyper.clip_threshold
         )
         add_instability_sums(
-            self.grad, own.arrays.momentum, own.arrays.block_scales, own.geometry, own.tiles,
-            own.scales.row, own.scales.column, own.inverse_guesses, own.row_sums, own.column_sums,
-            own.partial, threads=self.count,
+            self.grad, self.arrays.momentum, self.arrays.block_scales, self.geometry, self.tiles,
+            self.scales.row, self.scales.column, self.inverse_guesses, self.row_sums,
+            self.column_sums, self.partial, threads=self.count,
         )  # fmt: skip
-        own.total[()] = own.row_sums[2].sum()
+        self.total[()] = self.row_sums[2].sum()
 
     def apply(self) -> None:
         """The clip divisor, R and C, and pass 3."""
-        own, given, hyper = self.matrices, self.settings, self.settings.hyper
-        total = float(own.total)
-        divisor = max(math.sqrt(total / own.full_numel) / hyper.clip_threshold, 1.0)
+        hyper = self.settings.hyper
+        total = float(self.total)
+        divisor = max(math.sqrt(total / self.full_numel) / hyper.clip_threshold, 1.0)
         inverse = 1.0 / divisor + 0.0 * total  # NaN for an infinite gradient
-        if not own.is_vector:
+        if not self.is_vector:
             update_instabilities(
-                *own.instability, own.inverse_guesses, inverse, hyper.eps2, hyper.beta3, hyper.beta1
-            )
-        lr = float(given.lr)
-        is_rounded = own.arrays.momentum.dtype != np.float32
-        key = step_key(own.slice.key, given.step) if is_rounded else 0
-        rates = Rates(lr, lr * given.weight_decay, hyper.beta1, inverse, key)
+                *self.instability, self.inverse_guesses, inverse, hyper.eps2, hyper.beta3,
+                hyper.beta1,
+            )  # fmt: skip
+        lr = float(self.settings.lr)
+        is_rounded = self.arrays.momentum.dtype != np.float32
+        key = step_key(self.slice.key, self.settings.step) if is_rounded else 0
+        rates = Rates(lr, lr * self.settings.weight_decay, hyper.beta1, inverse, key)
         update(
-            self.grad, own.arrays, own.geometry, own.row_places, own.scales, rates,
+            self.grad, self.arrays, self.geometry, self.row_places, self.scales, rates,
             threads=self.count,
         )  # fmt: skip
         if not _is_written(self.model_weight):
-            own.slice.copy_to_model(self.model_weight)
+            self.slice.copy_to_model(self.model_weight)

@@ -10,10 +10,12 @@ from megatron_came.kernels.triton.tiling import Tiling
 
 # Of the kernels that take tiles or blocks: each warp has a row, or a block, at a time.
 WARPS = STEP = 8
-# With so many, an SM of 65536 holds three of their programs.
+# With so many, an SM of 65536 holds 24 warps.
 REGISTERS = 80
 # Elements of a vector or of a range of a factor, and tiles of an addition, that are read at once.
 BLOCK, ADDITION_TILES = 1024, 16
+# Elements of a vector in pass 3: of more, registers do not hold what it reads.
+APPLIED = 512
 # Ranges of a factor, and row sums, that are added up at once.
 RANGES, MANY = 128, 4096
 
@@ -73,16 +75,16 @@ def constants(tiling: Tiling) -> dict[str, int]:
         "TILES": ADDITION_TILES,
         "COUNT": tiling.addition,
         "BLOCK": BLOCK,
+        "APPLIED": APPLIED,
         "RANGES": RANGES,
         "MANY": MANY,
     }
 
 
 def options_of(kernel: Any) -> dict[str, int]:
-    """Return how Triton is to compile a kernel; where programs are small, with its defaults."""
-    if {"STEP", "COUNT", "MANY"} & {*kernel.arg_names}:
-        return {"num_warps": WARPS, "maxnreg": REGISTERS}
-    return {"num_warps": 4}
+    """Return how Triton is to compile a kernel; those over factors have small programs."""
+    is_of_factors = "factors" in kernel.arg_names
+    return {"num_warps": 4 if is_of_factors else WARPS, "maxnreg": REGISTERS}
 
 
 def run(tables: Tables, schedule: Schedule) -> None:

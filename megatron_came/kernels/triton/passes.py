@@ -1,4 +1,4 @@
-"""The passes of a step through the kernels: their tables, and what is launched over them."""
+"""Triton's backend: the passes of a step, their tables, and what is launched over them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,38 @@ from torch import Tensor
 from megatron_came.core.hyperparameters import TABLE, GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
+from megatron_came.kernels.backend import unsupported_by_kernels
 from megatron_came.kernels.state_checks import is_int8_momentum
 from megatron_came.kernels.triton.addresses import Addresses, kind_of
 from megatron_came.kernels.triton.device import Device
 from megatron_came.kernels.triton.graphs import Replay
 from megatron_came.kernels.triton.launch import BLOCK, Tables, run
 from megatron_came.kernels.triton.schedule import Owners, Schedules
-from megatron_came.kernels.triton.tables import (
-    GroupField,
-    ParamField,
-    param_row,
-)
+from megatron_came.kernels.triton.tables import GroupField, ParamField, param_row
 from megatron_came.kernels.triton.tiling import (
+    MOST_OFFSETS,
     cut,
     cut_blocks,
     cut_factors,
     in_cache,
     with_higher_tiles,
 )
+
+
+class TritonBackend(Device):
+    """:class:`megatron_came.kernels.backend.Backend` for GPUs."""
+
+    name = "triton"
+
+    def unsupported(self, slice_: ParameterSlice) -> str | None:
+        """Beyond what hinders all kernels, offsets in a tile that do not fit 32 bits."""
+        if slice_.shard.local_matrix[2] * self.tiling.rows >= MOST_OFFSETS:
+            return "with rows of more than 16 million elements"
+        return unsupported_by_kernels(slice_)
+
+    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> TritonPasses:
+        """Make the passes, with tables of these parameters."""
+        return TritonPasses(sums, self, is_local)
 
 
 class TritonPasses:

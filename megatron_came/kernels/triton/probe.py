@@ -16,7 +16,7 @@ from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepIn
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import new_state
 from megatron_came.kernels.backend import UnusableError
-from megatron_came.kernels.triton.backend import TritonBackend
+from megatron_came.kernels.triton.passes import TritonBackend
 
 
 def check(device: torch.device) -> None:

@@ -84,7 +84,7 @@ def update_vector_moments(from_row, vectors, groups, BLOCK: tl.constexpr):
 
 
 @kernel
-def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
+def apply_vectors(from_row, vectors, groups, APPLIED: tl.constexpr):
     """Twin of ``factors.clip_divisor`` and ``passes.apply_update`` for a vector."""
     vector, start, size = _vector(vectors, from_row)
     group = groups + tl.load(vector + tables.ParamField.GROUP) * GROUP_FIELDS
@@ -103,9 +103,9 @@ def apply_vectors(from_row, vectors, groups, BLOCK: tl.constexpr):
     offset = tl.load(vector + tables.ParamField.ROW_OFFSET) + start
     part_rows = tl.load(vector + tables.ParamField.PART_ROWS)
     part_jump = tl.load(vector + tables.ParamField.PART_JUMP)
-    blocks = tl.arange(0, BLOCK // INT8_BLOCK)
-    for first in range(0, size, BLOCK):
-        index = first + inside_blocks(BLOCK // INT8_BLOCK, 128, 1)
+    blocks = tl.arange(0, APPLIED // INT8_BLOCK)
+    for first in range(0, size, APPLIED):
+        index = first + inside_blocks(APPLIED // INT8_BLOCK, 128, 1)
         mask = index < size
         block = first // INT8_BLOCK + blocks
         is_there = block * INT8_BLOCK < size
