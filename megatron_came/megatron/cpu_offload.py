@@ -192,7 +192,7 @@ class OffloadedCAME(CAME):
 
 def _sums_of_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum up the bits of a flat tensor as a matrix, by row and by column: rows may be exchanged."""
-    bits = weight.view(_BITS[weight.dtype])
+    bits = weight.view(_BITS[weight.dtype]).reshape(-1)
     whole = bits.numel() // _SUMMED * _SUMMED
     matrix = bits[:whole].view(-1, _SUMMED)
     return matrix.sum(0), matrix.sum(1), bits[whole:].long()
