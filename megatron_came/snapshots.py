@@ -13,7 +13,7 @@ from weakref import ref
 
 from torch import Tensor
 
-_address, _dtype, _shape = Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape")
+_address, _dtype = Tensor.data_ptr, attrgetter("dtype")
 
 
 class Snapshot(NamedTuple):
@@ -43,20 +43,20 @@ class Snapshot(NamedTuple):
         present = [grad for grad in grads if grad is not None]
         lacking = [] if len(present) == len(grads) else [grad is None for grad in grads]
         state = list(chain.from_iterable(map(dict.values, states.values())))
-        others = [*params, *present, *weights]
+        rest = [*present, *weights]
+        others = [*params, *rest]
         try:
             if any(map(Tensor.is_neg, others)):  # what is at the address has another sign
                 return None
             facts = (
                 list(map(_address, others)),
                 list(map(_dtype, others)),
-                list(map(Tensor.is_contiguous, others)),
-                list(map(_shape, params)),
+                list(map(Tensor.stride, params)),  # and with as many elements, the same shape
+                list(map(Tensor.is_contiguous, rest)),
                 list(map(Tensor.numel, present)),
                 lacking,
                 list(map(_address, state)),
                 list(map(id, states)),
-                list(chain.from_iterable(states.values())),
             )
         except (TypeError, RuntimeError):
             return None

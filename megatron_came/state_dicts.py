@@ -138,20 +138,31 @@ def states_in(
                 f"CAME: the state dictionary holds state of a parameter {key!r} that its "
                 "parameter groups do not list: it is damaged, or was put together by hand."
             )
-        own = new_state(pairs[key])
-        _check_keys(state, key, () if is_partial else own)
-        there = {k: v for k, v in state.items() if not _is_nothing(v)}
-        saved = {k: v for k, v in there.items() if k in KNOWN}
-        others = {k: v for k, v in there.items() if k not in (*KNOWN, *_AUTHORS_OWN)}
-        if not is_partial and not pairs[key].numel():
-            saved = {}  # the authors' means of no elements are NaN
-        _check_state(saved, own, pairs[key], is_partial)
-        count = state.get(STEP)  # the authors' is a number; Megatron's wrappers put in a float
-        if isinstance(count, Tensor) and not (is_partial or count.is_floating_point()):
-            check_step(count, f"the state of parameter {key!r} of the state dictionary")
-            others[STEP] = count
-        states[pairs[key]] = saved | others
+        states[pairs[key]] = _checked(state, key, pairs[key], new_state, is_partial)
     return states
+
+
+def _checked(
+    state: Any,
+    key: Any,
+    param: Tensor,
+    new_state: Callable[[Tensor], dict[str, Tensor]],
+    is_partial: bool,
+) -> dict[str, Tensor]:
+    """Return what a state dictionary holds of one parameter; a new state is here for comparison."""
+    own = new_state(param)
+    _check_keys(state, key, () if is_partial else own)
+    there = {k: v for k, v in state.items() if not _is_nothing(v)}
+    saved = {k: v for k, v in there.items() if k in KNOWN}
+    others = {k: v for k, v in there.items() if k not in (*KNOWN, *_AUTHORS_OWN)}
+    if not is_partial and not param.numel():
+        saved = {}  # the authors' means of no elements are NaN
+    _check_state(saved, own, param, is_partial)
+    count = state.get(STEP)  # the authors' is a number; Megatron's wrappers put in a float
+    if isinstance(count, Tensor) and not (is_partial or count.is_floating_point()):
+        check_step(count, f"the state of parameter {key!r} of the state dictionary")
+        others[STEP] = count
+    return saved | others
 
 
 def complete_groups(

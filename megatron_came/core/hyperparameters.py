@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any, NamedTuple, Self, SupportsIndex, cast
 
 import torch
@@ -172,7 +173,12 @@ class Hyperparameters:
                 raise HyperparameterError(key, found, f"a tuple of {len(names)} numbers")
             else:
                 values.update(zip(names, found, strict=True))
-        return cls(**{name: _plain(value) for name, value in values.items()})
+        plain = {name: _plain(value) for name, value in values.items()}
+        try:
+            known: Self = _checked(cast("Any", cls), **plain)
+            return known
+        except TypeError:  # what has no hash
+            return cls(**plain)
 
     def as_group(self) -> dict[str, Any]:
         """Return the keys of a ``torch.optim`` parameter group that hold them."""
@@ -182,6 +188,12 @@ class Hyperparameters:
             else tuple(getattr(self, name) for name in names)
             for key, names in GROUP_KEYS.items()
         }
+
+
+@lru_cache(typed=True)
+def _checked(make: Callable[..., Any], **values: Any) -> Any:
+    """Make hyperparameters, once of the same values: every step reads every group."""
+    return make(**values)
 
 
 class _AtIteration(Hyperparameters):

@@ -7,20 +7,29 @@ import traceback
 
 from megatron_came.rules import flag_of
 
-# What Megatron's validation says of a required flag, in words or by its source.
+# What Megatron's validation says of a flag, in words or by its source.
 _MISSING = re.compile(r"(\w+) argument is None|assert args\.(\w+) is not None$")
+_TOO_MUCH = re.compile(r"assert args\.(\w+) is None$")
 
 
 class UnsupportedError(ValueError):
     """A model or a setting that CAME is not known to be exact with."""
 
 
+def words_of(error: BaseException) -> str:
+    """What an error of Megatron's says, in one line; nothing where it speaks of classes."""
+    said = re.sub(r"( when instantiating \w+)+$", "", " ".join(str(error).split()))
+    said = said.rstrip(".,")
+    return "" if re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]{2}", said) else said
+
+
 def refused_by_megatron(error: BaseException) -> str:
     """Say in a sentence why Megatron's validation refuses flags; many assertions have no words."""
-    said = " ".join(str(error).split()).rstrip(".")
-    frames = traceback.extract_tb(error.__traceback__)
-    source = frames[-1].line if frames and isinstance(error, AssertionError) else ""
-    if missing := _MISSING.fullmatch(said or source or ""):
+    said, frames = words_of(error), traceback.extract_tb(error.__traceback__)
+    source = (frames[-1].line if frames and isinstance(error, AssertionError) else "") or ""
+    if missing := _MISSING.fullmatch(said or source):
         return f"Megatron needs {flag_of(missing[1] or missing[2])}: add it to the flags."
+    if too_much := _TOO_MUCH.fullmatch(said or source):
+        return f"Megatron does not take {flag_of(too_much[1])} with the others: leave it out."
     said = said or (f"Megatron stops at {source!r}" if source else "Megatron stops without a word")
     return f"these flags are not a launch of Megatron: {said}."

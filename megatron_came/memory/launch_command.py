@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -17,13 +16,6 @@ from megatron_came.terminal.sentences import CommandError
 
 _MODULES = ("torch.distributed.run", "torch.distributed.launch")
 _SECONDS = 60
-
-
-def words_of(error: BaseException) -> str:
-    """What an error of Megatron's says, in one line; nothing where it speaks of classes."""
-    said = re.sub(r"( when instantiating \w+)+$", "", " ".join(str(error).split()))
-    said = said.rstrip(".,")
-    return "" if re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]{2}", said) else said
 
 
 @dataclass(frozen=True, slots=True)

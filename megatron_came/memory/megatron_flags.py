@@ -9,9 +9,7 @@ import functools
 import io
 import operator
 import os
-import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megatron_came.memory.launch_command import words_of
+from megatron_came.megatron.errors import refused_by_megatron
 from megatron_came.memory.model_kinds import BERT, GPT, T5, kind_of
 from megatron_came.memory.optimizers import has_fsdp
 from megatron_came.memory.stand_ins import hopper, replaced
@@ -184,16 +182,7 @@ def _sentence(error: BaseException) -> str:
         return " ".join(str(error).removeprefix(PREFIX).split())
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename} cannot be read ({reason_of(error)}): name another file."
-    said = words_of(error)
-    if not said:  # a bare assertion: its source says what should hold
-        frames = traceback.extract_tb(error.__traceback__)
-        line = frames[-1].line if frames else ""
-        if missing := re.match(r"assert args\.(\w+) is not None", line or ""):
-            return f"Megatron needs {flag_of(missing[1])}: add it to the flags."
-        if too_much := re.match(r"assert args\.(\w+) is None", line or ""):
-            return f"Megatron does not take {flag_of(too_much[1])} with the others: leave it out."
-        said = f"Megatron stops at {line!r}" if line else "Megatron stops without a word"
-    return f"these flags are not a launch of Megatron: {said}."
+    return refused_by_megatron(error)
 
 
 def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:

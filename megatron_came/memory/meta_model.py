@@ -13,9 +13,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_came.megatron import parameter_rules
-from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.errors import UnsupportedError, words_of
 from megatron_came.memory.grid import Grid
-from megatron_came.memory.launch_command import words_of
 from megatron_came.memory.model_kinds import BERT, build_function
 from megatron_came.memory.stand_ins import nowhere, process_groups
 

@@ -70,9 +70,9 @@ def _verify(checkpoint: Checkpoint) -> int:
 
 
 def _print(line: str) -> None:
-    # In a pipe or a file that nobody gives a width, names stay whole.
+    # In a pipe or a file that nobody gives a width, a line is a tensor or a sentence.
     is_fitted = sys.stdout.isatty() or bool(os.environ.get("COLUMNS"))
-    show(wrapped(line, hang="    ", whole=not is_fitted))
+    show(wrapped(line, hang="    ", whole=False) if is_fitted else [line])
 
 
 def _remedy(checkpoint: Checkpoint, *, only_main: bool) -> str:

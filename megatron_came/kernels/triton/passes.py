@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_came.core.hyperparameters import TABLE, GroupSettings
+from megatron_came.core.hyperparameters import TABLE, GroupSettings, Hyperparameters
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
 from megatron_came.kernels.backend import unsupported_by_kernels
@@ -245,12 +245,19 @@ class TritonStep:
 
 def _group_row(group: GroupSettings) -> tuple[float, ...]:
     """Return a row of ``GroupField``, without the step."""
-    row = [0.0] * len(GroupField)
+    row = [*_columns(group.hyper)]
     # A rate on the device is copied there: nobody waits for it, and a CUDA graph reads it anew.
     row[GroupField.LR] = -1.0 if isinstance(group.lr, Tensor) else float(group.lr)
     row[GroupField.WEIGHT_DECAY] = group.weight_decay
+    return tuple(row)
+
+
+@lru_cache
+def _columns(hyper: Hyperparameters) -> tuple[float, ...]:
+    """Return a row of ``GroupField`` with hyperparameters alone."""
+    row = [0.0] * len(GroupField)
     for each in TABLE:
-        row[GroupField[each.name.upper()]] = float(getattr(group.hyper, each.name))
+        row[GroupField[each.name.upper()]] = float(getattr(hyper, each.name))
     return tuple(row)
 
 

@@ -37,8 +37,8 @@ def looked_at_first(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Refuse a folder that rank 0, which always writes, cannot write to, before training."""
     from megatron.training import get_args
 
-    if get_args().optimizer == "came":
-        end_if(folder_problem(get_args()) if rank() == 0 else None)
+    # With any optimizer: that all ranks have one is not known yet.
+    end_if(folder_problem(get_args()) if rank() == 0 else None)
     return original(*args, **kwargs)
 
 
