@@ -56,7 +56,7 @@ class Snapshot(NamedTuple):
                 list(map(Tensor.numel, present)),
                 lacking,
                 list(map(_address, state)),
-                list(map(id, states)),
+                list(chain.from_iterable(states.values())),
             )
         except (TypeError, RuntimeError):
             return None
