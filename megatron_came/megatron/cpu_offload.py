@@ -185,6 +185,7 @@ class OffloadedCAME(CAME):
     def _bits(self) -> Tensor | None:
         """Sums of the bits of the model's weights where these are of the main weights' dtype."""
         own = [each.weight for each in self.on_host.values() if each.rounded is None]
+        own = [weight for weight in own if weight.numel()]  # those without may be of any dtype
         return (
             torch.cat([sums for weight in own for sums in _sums_of_bits(weight)]) if own else None
         )

@@ -16,6 +16,11 @@ def has_checkpoints(s: Settings) -> bool:
     return bool(s.save or s.load)
 
 
+def overwrites_gradients(s: Settings) -> bool:
+    """Whether the step writes weights where gradients are."""
+    return bool(s.reuse_grad_buf_for_mxfp8_param_ag and not s.overlap_param_gather)
+
+
 def has_other_main_weights(s: Settings) -> bool:
     """Whether Megatron-FSDP is to keep main weights in another dtype; None is the model's."""
     name = "megatron_fsdp_main_params_dtype"
@@ -23,10 +28,26 @@ def has_other_main_weights(s: Settings) -> bool:
     return bool(s.use_megatron_fsdp and name in s and not is_fp32)
 
 
+def has_tied_mtp_behind_others(s: Settings) -> bool:
+    """Whether the last of several stages predicts further tokens with a copy of the embeddings.
+
+    Its own output layer has weights beside them, which Megatron asserts that it has not.
+    """
+    return bool(
+        (s.pipeline_model_parallel_size or 1) > 1
+        and not s.pipeline_model_parallel_layout  # which may have a stage for it alone
+        and "untie_embeddings_and_output_weights" in s
+        and not s.untie_embeddings_and_output_weights
+        and has_checkpoints(s)
+    )
+
+
 def warms_up_to_the_end(unit: str) -> Callable[[Settings], bool]:
     """Return whether a warm-up in iterations or samples leaves nothing of the schedule."""
 
     def leaves_nothing(s: Settings) -> bool:
+        if s.skip_train:  # there is none
+            return False
         whole = getattr(s, f"lr_decay_{unit}") or getattr(s, f"train_{unit}")
         return bool(whole) and getattr(s, f"lr_warmup_{unit}") >= whole
 

@@ -63,11 +63,6 @@ def _has_remainders(s: Settings) -> bool:
     return bool(s.came_main_params == "remainder")
 
 
-def _overwrites_gradients(s: Settings) -> bool:
-    """Whether the step writes weights where gradients are."""
-    return bool(s.reuse_grad_buf_for_mxfp8_param_ag and not s.overlap_param_gather)
-
-
 RULES = (
     *(
         Rule("{given} is not allowed: use " + " or ".join(values) + ".", flag, works=values)
@@ -193,13 +188,13 @@ RULES = (
         "written over the gradients that it looks at: add --overlap-param-gather, or leave one of "
         "them out.",
         "--came-log-diagnostics",
-        when=_overwrites_gradients,
+        when=conditions.overwrites_gradients,
     ),
     Rule(
         f"--optimizer came does not go with {_REUSED} and experts on Megatron {{release}}, which "
         "overwrites their gradients before their step: use Megatron 0.18, add "
         f"--overlap-param-gather, or leave {_REUSED} out.",
-        when=lambda s: _overwrites_gradients(s) and (s.num_moe_experts or s.num_experts),
+        when=lambda s: conditions.overwrites_gradients(s) and (s.num_moe_experts or s.num_experts),
         releases=before("0.18"),
     ),
     # Megatron's validation derives these two from the flags.
@@ -231,6 +226,12 @@ RULES = (
             when=conditions.warms_up_to_the_end(unit),
         )
         for unit in ("iters", "samples")
+    ),
+    _not_with(
+        "--mtp-num-layers",
+        "add --untie-embeddings-and-output-weights, use size 1, or leave --save and --load out",
+        "{given}, tied embeddings and checkpoints at --pipeline-model-parallel-size above 1",
+        when=conditions.has_tied_mtp_behind_others,
     ),
     _not_with("--yaml-cfg", "give the settings as flags"),
     Rule(

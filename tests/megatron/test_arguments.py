@@ -26,6 +26,10 @@ def test_the_defaults_are_the_authors():
     check(arguments(), ["--optimizer", "--came-beta1"])
 
 
+def test_an_evaluation_has_no_schedule_to_warm_up():
+    check(arguments(skip_train=True, lr_warmup_iters=8, train_iters=8), [])
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -87,6 +91,15 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
         ({"use_legacy_models": True}, "--use-legacy-models: leave it out"),
         ({"yaml_cfg": "run.yaml"}, "--yaml-cfg run.yaml: give the settings as flags"),
         ({"freeze_all_layers": True}, "--freeze-all-layers: leave it out, since nothing"),
+        (
+            {
+                "mtp_num_layers": 1,
+                "pipeline_model_parallel_size": 2,
+                "untie_embeddings_and_output_weights": False,
+                "load": "folder",
+            },
+            "--mtp-num-layers 1, tied embeddings and checkpoints at --pipeline",
+        ),
         ({"lr_warmup_samples": 8, "train_samples": 8}, "--lr-warmup-samples 8 is not shorter"),
         (
             {"use_torch_fsdp2": True, "came_rule": [["*", "factored=no"]]},

@@ -3,6 +3,7 @@
 import errno
 import os
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
@@ -45,6 +46,26 @@ def test_other_errors_are_left_alone(tmp_path, error):
 def test_folders_that_can_be_written(tmp_path, name):
     assert folder_problem(Namespace(save=name if ":" in name else str(tmp_path / name))) is None
     assert folder_problem(Namespace(save=None)) is None
+
+
+def test_nothing_is_written_without_training(tmp_path):
+    (tmp_path / "file").touch()
+    assert folder_problem(Namespace(save=str(tmp_path / "file"), skip_train=True)) is None
+
+
+def test_a_folder_that_this_user_may_not_enter(tmp_path, monkeypatch):
+    closed, stat, access = tmp_path / "closed", os.stat, os.access
+    closed.mkdir()
+
+    def refusing(path, *args, **kwargs):
+        if closed in Path(path).parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refusing)  # root may enter all
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    problem = folder_problem(Namespace(save=str(closed / "new")))
+    assert problem.startswith(f"--save {closed / 'new'}, since {closed} cannot be written")
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])

@@ -197,6 +197,14 @@ def test_whether_16_bit_weights_were_written_is_seen_as_well():
     assert not torch.equal(came._bits(), before)
 
 
+def test_a_slice_without_elements_may_be_of_any_dtype():
+    """Of fp16 weights a rank owns nothing of, where others are rounded."""
+    empty = torch.empty(0, dtype=torch.float16)
+    came = OffloadedCAME([torch.ones(3)])
+    came.on_host = {empty: HostSlice(DEVICE, empty, None)}
+    assert came._bits() is None
+
+
 def test_sums_of_the_cpu_join_those_of_the_device(doubled):
     requests = [Request((3,), dp_group=GROUP), Request((2,)), Request((4,), dp_group=GROUP)]
     with SecondDevice():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_came.megatron.checkpoints.loading import with_sentences
+from megatron_came.megatron.checkpoints.loading import agreed, with_sentences
 from tests.support.running import run_python, seen_by_host_worker
 
 WAYS = [
@@ -127,3 +127,9 @@ except ModuleNotFoundError:
 """
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_host_loads_without_a_training_loop(monkeypatch):
+    """As with the package of megatron-core 0.16, which has none."""
+    monkeypatch.setitem(sys.modules, "megatron.training", None)
+    assert agreed(lambda folder: folder)("folder") == "folder"

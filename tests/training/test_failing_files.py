@@ -8,6 +8,7 @@ from tests.training.harness import SMALL, Case, losses, run
 
 SMALLER = SMALL + "--micro-batch-size 2 --num-layers 1 "
 DO = "--use-distributed-optimizer "
+STAGES = SMALL + DO + "--micro-batch-size 2 --pipeline-model-parallel-size 2 "
 FORMATS = {
     "dp": DO,
     "exchanged": DO + "--ckpt-fully-parallel-load ",
@@ -29,6 +30,8 @@ def seen(tmp_path_factory):
         Case("legacy", f"{SMALLER}{FORMATS['legacy']}{saves}{folder / 'legacy'}"),
         Case("full", f"{SMALLER}{DO}{saves}{folder / 'full'}", variant="full-disc", fails=True),
         Case("resumed", f"{SMALLER}{DO}--load {folder / 'full'}"),
+        Case("stages", f"{STAGES}{saves}{folder / 'stages'}"),
+        Case("unlisted", f"{STAGES}--load {folder / 'stages'}", "unlisted-on-last", fails=True),
         Case("file", f"{SMALLER}{DO}{saves}{file}", fails=True),
     ]
     for kind, numbers in READ.items():
@@ -62,6 +65,10 @@ def test_a_file_that_one_rank_cannot_write(seen):
         r"iteration 4 cannot be saved in .*/full \(see the lines above; \d+ MiB", error
     )
     assert losses(seen["resumed"])[:2] == losses(seen["dp"])[2:]
+
+
+def test_a_stage_that_cannot_say_what_it_would_load(seen):
+    assert "/stages cannot be read (AssertionError: a list)" in error_of(seen["unlisted"])
 
 
 def test_a_file_in_the_place_of_a_folder(seen):

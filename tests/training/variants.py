@@ -196,6 +196,16 @@ def _uncut_on_last():
     return _with_models(forget)
 
 
+def _unlisted_on_last():
+    """The last rank cannot say what its model would load."""
+
+    def break_(model):
+        if _is_last():
+            model.sharded_state_dict = mock.Mock(side_effect=AssertionError("a list"))
+
+    return _with_models(break_)
+
+
 def _bad_gradient(value, first, times=1000):
     """From iteration ``first`` on, the last rank's gradient of one weight has three bad elements.
 
@@ -388,6 +398,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "frozen-on-last": lambda: _frozen_on_last("decoder.layers.1.mlp.linear_fc1.weight"),
         "tied-frozen-on-last": lambda: _frozen_on_last("output_layer.weight"),
         "uncut-on-last": _uncut_on_last,
+        "unlisted-on-last": _unlisted_on_last,
         "nan-gradient": lambda: _bad_gradient(float("nan"), 3),
         "nan-gradient-at-first": lambda: _bad_gradient(float("nan"), 1),
         "nan-gradient-once": lambda: _bad_gradient(float("nan"), 3, times=1),

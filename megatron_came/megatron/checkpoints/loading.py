@@ -113,10 +113,12 @@ def asking_for_all(original: Function, args: Any, *rest: Any, **kwargs: Any) -> 
 
     Megatron makes what it asks for as it makes what it saves, and would leave out the same.
     """
-    if args.optimizer == "came" and current.get() is not None:
-        args = copy.copy(args)
-        args.no_save_optim = args.no_save_rng = None
-    return original(args, *rest, **kwargs)
+    load = current.get()
+    if args.optimizer != "came" or load is None:
+        return original(args, *rest, **kwargs)
+    everything = copy.copy(args)
+    everything.no_save_optim = everything.no_save_rng = None
+    return _agreed(lambda: original(everything, *rest, **kwargs), load, args)
 
 
 @around
@@ -155,16 +157,26 @@ def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwar
 @around
 def agreed(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Have all ranks end where one of them cannot read: Megatron lets the others wait for it."""
+    load = current.get()
+    if load is None:  # perhaps with a Megatron without a training loop
+        return original(*args, **kwargs)
     from megatron.training import get_args
 
-    load = current.get()
-    if load is None or get_args().optimizer != "came":
+    settings = get_args()
+    if settings.optimizer != "came":
         return original(*args, **kwargs)
+    return _agreed(lambda: original(*args, **kwargs), load, settings)
+
+
+def _agreed(step: Callable[[], Any], load: Load, args: Any) -> Any:
+    """Take a step of a load that all ranks take, and end on all where one cannot; a collective."""
     result = problem = None
     try:
-        result = original(*args, **kwargs)
+        result = step()
+    except UnsupportedError as error:  # the checkpoint is not to blame
+        problem = str(error)
     except (Exception, CheckpointException) as error:
-        problem = _reason(load, error, get_args())
+        problem = _reason(load, error, args)
     end_if(problem)
     return result
 

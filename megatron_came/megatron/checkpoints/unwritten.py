@@ -20,10 +20,10 @@ _OF_FILES = ("inline_container.cc", "iostream error")
 
 def folder_problem(args: Any) -> str | None:
     """Say in one sentence that nothing can be written where ``--save`` says, or None."""
-    if args.save is None or "://" in str(args.save):
+    if args.save is None or "://" in str(args.save) or getattr(args, "skip_train", False):
         return None
     folder = place = Path(args.save).absolute()
-    while not place.exists():
+    while not os.path.exists(place):  # Path's raises where it may not look
         place = place.parent
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
         return None
