@@ -19,11 +19,12 @@ from megatron_came.core.hyperparameters import (
 from megatron_came.core.momentum import MOMENTUM
 from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.shard import Shard
-from megatron_came.core.state import STEP
+from megatron_came.core.state import STEP, own_count
 
 Group = dict[str, Any]
 # Values of fields of Hyperparameters that go before those of a parameter's group.
 Own = Mapping[str, Any]
+_NO_OWN: Own = {}
 States = Mapping[Tensor, Mapping[str, Any]]
 
 
@@ -33,7 +34,7 @@ class GroupTable:
     Args:
         groups: the optimizer's.
         own: by parameter.
-        states: of parameters; each that counts its own steps has a row to itself.
+        states: of parameters; one that counts its own steps has a row to itself.
 
     Attributes:
         groups: as they were given.
@@ -43,13 +44,15 @@ class GroupTable:
     def __init__(self, groups: Sequence[Group], own: Mapping[Tensor, Own], states: States) -> None:
         self.groups = list(groups)
         self.number: dict[Tensor, int] = {}
-        self._rows: list[tuple[Group, Own, Tensor | None]] = [(each, {}, None) for each in groups]
+        self._rows: list[tuple[Group, Own, Tensor | None]] = [
+            (each, _NO_OWN, None) for each in groups
+        ]
         known: dict[Any, int] = {}
         for index, group in enumerate(groups):
             for param in group["params"]:
                 self.number[param] = index
-                values = own.get(param, {})
-                counts = param if STEP in states.get(param, {}) else None
+                values = own.get(param, _NO_OWN)
+                counts = None if own_count(states.get(param, {})) is None else param
                 if values or counts is not None:
                     key = index, tuple(sorted(values.items())), id(counts)
                     if key not in known:
@@ -70,24 +73,27 @@ class GroupTable:
         Raises:
             HyperparameterError: as :func:`megatron_came.core.hyperparameters.at_step`.
         """
-        settings = []
-        for number, (_, _, param) in enumerate(self._rows):
-            group = self.group_of(number)
-            if param is not None:
-                group = {**group, STEP: states.get(param, group).get(STEP, 0)}
-            settings.append(at_step(group))
+        settings, read = [], dict[tuple[int, int, int | None], GroupSettings]()
+        for number, (group, own, param) in enumerate(self._rows):
+            count = None if param is None else own_count(states.get(param, {}))
+            key = id(group), id(own), None if count is None else check_step(count)
+            if key not in read:  # most that count have taken the same steps
+                now = self.group_of(number)
+                read[key] = at_step(now if count is None else {**now, STEP: key[2]})
+            settings.append(read[key])
         return settings
 
 
-def count_apart(
+def count_steps(
     groups: Sequence[Group],
     states: States,
     state_of: Callable[[Tensor], dict[str, Tensor]],
 ) -> bool:
-    """Begin to count the steps of parameters that a step of their group leaves out.
+    """Let each parameter count its own steps where a group has bias correction.
 
-    So bias correction, as Adam's, goes by what a parameter's averages have seen: also of one that
-    gets its first gradient late. ``state["step"]`` counts on from there; others have none.
+    So that, as Adam's, goes by what a parameter's averages have seen: also of one that gets its
+    first gradient late, or not in each step. All of them count, so that state of a new optimizer
+    has what checkpoints hold: PyTorch loads nothing else.
 
     Args:
         groups: the optimizer's.
@@ -104,7 +110,7 @@ def count_apart(
             state = states.get(param, {})
             has_state = MOMENTUM in state
             takes_part = gradient_of(param) is not None and param.numel() > 0
-            if STEP not in state and has_state != takes_part and (has_state or taken):
+            if STEP not in state and (has_state or takes_part):
                 own = torch.tensor(taken * has_state, dtype=torch.int64, device="cpu")
                 state_of(param)[STEP] = own
                 is_new = True

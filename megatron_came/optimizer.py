@@ -21,7 +21,7 @@ from megatron_came.core.rounding import parameter_key
 from megatron_came.core.shard import Shard
 from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
-from megatron_came.group_table import GroupTable, Own, count_apart, whole_shard
+from megatron_came.group_table import GroupTable, Own, count_steps, whole_shard
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.state_dicts import COPIED, KNOWN, WithStateDicts
 from megatron_came.step import Begun, Plan
@@ -43,9 +43,9 @@ class CAME(WithStateDicts):
     no confidence. Those without a gradient are skipped. 16-bit gradients are squared in fp32.
 
     State of a parameter is listed in :func:`megatron_came.core.state.new_state`.
-    A parameter group counts its steps under ``step``; with bias correction a parameter that some of
-    them have left out counts its own. A gradient in another dtype than the
-    parameter's is taken from the parameter's attribute ``decoupled_grad``, if that is set.
+    A parameter group counts its steps under ``step``; with bias correction each parameter counts
+    its own, too. A gradient in another dtype than the parameter's is taken from the parameter's
+    attribute ``decoupled_grad``, if that is set.
 
     Args:
         params: parameters or parameter groups.
@@ -260,7 +260,7 @@ class CAME(WithStateDicts):
         settings, inputs = plan.table.at_step(self.state), None
         if not plan.goes_on(settings, now):
             # Of shards, as of Megatron's, all that a group has take part in its steps.
-            if not self._shards and count_apart(self.param_groups, self.state, self._state_of):
+            if not self._shards and count_steps(self.param_groups, self.state, self._state_of):
                 self._plan = None
             plan = self._current_plan()
             settings = plan.table.at_step(self.state)
@@ -280,8 +280,8 @@ class CAME(WithStateDicts):
             torch.autograd.graph.increment_version(begun.plan.updated)
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-        for count in begun.plan.counts:
-            count.add_(1)
+        if begun.plan.counts:
+            torch._foreach_add_(begun.plan.counts, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shards:

@@ -127,11 +127,14 @@ class Guard:
             without = [param for param in slices if param.is_meta and param.grad is None]
             if without:
                 warn_once(_META.format(count=len(without), all=len(slices)))
+            group_of = {
+                param: index for index, each in enumerate(groups) for param in each["params"]
+            }
             given = {
                 param: {
                     "shape": tuple(param.shape),
                     "dtype": param.dtype,
-                    "group": each.group,
+                    "group": group_of[param],
                     "key of random bits": each.key,
                     "remainders": each.remainders,
                     "momentum": momentum,

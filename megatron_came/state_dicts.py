@@ -15,7 +15,7 @@ from megatron_came.core.hyperparameters import check_group, check_step
 from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete
 from megatron_came.core.saved import momentum_ranges, set_momentum
 from megatron_came.core.shard import Shard
-from megatron_came.core.state import FACTORS, REMAINDER, STEP
+from megatron_came.core.state import FACTORS, REMAINDER, STEP, own_count
 
 _SETTINGS = ("lr", "betas", "eps", "clip_threshold", "weight_decay")
 # Of the authors' class, beside what it shares with ours; numbers.
@@ -158,8 +158,7 @@ def _checked(
     if not is_partial and not param.numel():
         saved = {}  # the authors' means of no elements are NaN
     _check_state(saved, own, param, is_partial)
-    count = state.get(STEP)  # the authors' is a number; Megatron's wrappers put in a float
-    if isinstance(count, Tensor) and not (is_partial or count.is_floating_point()):
+    if not is_partial and (count := own_count(state)) is not None:
         check_step(count, f"the state of parameter {key!r} of the state dictionary")
         others[STEP] = count
     return saved | others

@@ -22,7 +22,7 @@ from megatron_came.core.parameter_slice import (
     gradients_of,
     spread,
 )
-from megatron_came.core.state import SECOND_MOMENTS, STEP, trust_all
+from megatron_came.core.state import SECOND_MOMENTS, STEP, own_count, trust_all
 from megatron_came.core.sums import SumBuffer
 from megatron_came.group_table import GroupTable, layout_settings
 from megatron_came.kernels.backend import Backend, Step
@@ -350,7 +350,8 @@ class Plan:
         if inputs is not None:
             pairs = zip(self.slices, self.params, strict=True)
             self.updated = [t for s, param in pairs if s in inputs for t in {s.param, param}]
-            self.counts = [each.state[STEP] for each in inputs.values() if STEP in each.state]
+            states = [each.state for each in inputs.values() if STEP in each.state]
+            self.counts = [each[STEP] for each in states if own_count(each) is not None]
             self._seen = None
         if now is not None and all(step.lasts for step in steps.values()):
             self._steps, self._seen = steps, self._seen or now.let_go()

@@ -53,14 +53,14 @@ class Agreement:
 
     def mark(self, inputs: Mapping[ParameterSlice, StepInputs], views: Sequence[Tensor]) -> None:
         """Write this rank's marks where they are to be summed."""
-        of_groups: dict[int, int] = {}
+        known: dict[int, int] = {}  # by settings, which many parameters share
         for slices, view in zip(self._members, views, strict=True):
             marks = [0] * len(slices)
             for index, slice_ in enumerate(slices):
                 if (given := inputs.get(slice_)) is not None:
-                    if slice_.group not in of_groups:
-                        of_groups[slice_.group] = _mark(given)
-                    marks[index] = of_groups[slice_.group]
+                    if (key := id(given.settings)) not in known:
+                        known[key] = _mark(given)
+                    marks[index] = known[key]
             squares = [mark * mark for mark in marks]
             view.copy_(torch.tensor([marks, squares], dtype=torch.float64, device="cpu"))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,17 @@ FACTORS = tuple(AVERAGED_AXIS)
 MATRIX_FACTORS, VECTOR_FACTORS = FACTORS[:4], FACTORS[4:]
 SECOND_MOMENTS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
 REMAINDER = "remainder"
-STEP = "step"  # of a parameter whose group has taken other steps than it has
+STEP = "step"  # that a parameter has taken, of which its group may have taken more
+
+
+def own_count(state: Mapping[str, Any]) -> Tensor | None:
+    """Return a parameter's own number of steps, if it counts them.
+
+    A number or a float of that name is somebody else's: Megatron's wrappers and the authors' class
+    put one there.
+    """
+    count = state.get(STEP)
+    return count if isinstance(count, Tensor) and not count.is_floating_point() else None
 
 
 def without_averaged_axis[Entry](key: str, of_axes: tuple[Entry, ...]) -> tuple[Entry, ...]:
@@ -77,7 +90,7 @@ def new_state(
                           what is not factored
     ====================  =========================  ==========================================
 
-    Later ``step`` may join them, see :func:`megatron_came.group_table.count_apart`.
+    With bias correction ``step`` joins them: :func:`megatron_came.group_table.count_steps`.
 
     Args:
         param: the slice.

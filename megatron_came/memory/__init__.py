@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.patching import put_in_place, table
+from megatron_came.versions import release
 
 # Every name of Megatron's that is replaced for memory.
 # fmt: off
@@ -31,3 +33,17 @@ def install() -> None:
         MegatronError: as :func:`megatron_came.megatron.install`.
     """
     put_in_place(REPLACEMENTS)
+
+
+def check_release() -> None:
+    """Look whether the installed Megatron is one whose models can be laid out.
+
+    Raises:
+        UnsupportedError: it is not.
+    """
+    installed = release()
+    if installed < (0, 19):
+        raise UnsupportedError(
+            "memory is predicted with Megatron 0.19 or newer, and here is {}.{}: use "
+            "megatron-core 0.19.2 for it.".format(*installed)
+        )

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_came import voice
+from megatron_came import memory, voice
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory.measurement import measure, watch_step
 from megatron_came.memory.model_kinds import kind_of
@@ -206,8 +206,6 @@ def _report_of(
     """Measure this rank, and predict it from the flags, with nothing of the run's tensors."""
     from megatron.core import parallel_state
 
-    from megatron_came.memory.prediction import Launch
-
     kind = of_launch(args)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     parameters = sum(param.numel() for chunk in model for param in chunk.parameters())
@@ -216,6 +214,9 @@ def _report_of(
         shards = (model[0].intra_dp_cp_group.rank(), model[0].intra_expt_dp_group.rank())
     predicted = activations = problem = None
     try:
+        memory.check_release()
+        from megatron_came.memory.prediction import Launch
+
         if kind is None:
             raise UnsupportedError(f"the state of --optimizer {args.optimizer} is not known here.")
         kinds = {**vars(args), "model_kind": kind_of(sys.argv[0])}

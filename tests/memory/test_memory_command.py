@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
+from megatron_came import memory
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import new_state
 from megatron_came.memory import command, measurement, report
 from megatron_came.memory.launch_command import from_script, from_words
-from megatron_came.memory.optimizers import Components
+from megatron_came.memory.optimizers import ADAMW, Components
 from megatron_came.memory.report import Report
 from megatron_came.terminal.sentences import CommandError, require
 from tests.support.memory_flags import BF16, DO, EXPERTS, SMALL, pp, tp
@@ -322,6 +324,22 @@ def test_the_command_is_registered(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["megatron-came", "memory", "--gpus", "1"])
     assert cli.main() == 2
     assert "name the flags of a launch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("series", [(0, 16), (0, 18)], ids=str)
+def test_releases_whose_models_are_not_laid_out(series, monkeypatch, capsys):
+    """The command says so, and a run that reports its memory goes on without a prediction."""
+    monkeypatch.setattr(memory, "release", lambda: series)
+    assert command.main(["--gpus", "1", *SMALL.split()]) == 2
+    said = f"memory is predicted with Megatron 0.19 or newer, and here is 0.{series[1]}: use"
+    assert capsys.readouterr().err.startswith(f"megatron-came memory: {said}")
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(report, "of_launch", lambda args: ADAMW)
+    monkeypatch.setattr(report, "is_sharded", lambda args: False)
+    monkeypatch.setattr(report, "measure", lambda model, optimizer: None)
+    made = report._report_of(SimpleNamespace(), [torch.nn.Linear(2, 2)], None, None)
+    assert made.predicted is None
+    assert str(made.problem).startswith(said)
 
 
 def test_where_reports_go():

@@ -149,6 +149,41 @@ def case_whole_state(ranks):
                 assert torch.allclose(value, theirs, rtol=1e-3, atol=1e-9), (kind, name, key)
 
 
+def case_own_counts_of_steps_are_loaded(ranks):
+    """Of a block that is unfrozen late. PyTorch loads what a new optimizer's state has alone."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+    def broadcast(model, optimizer, other, resumed):
+        saved = get_optimizer_state_dict(model, optimizer, options=whole)
+        other.load_state_dict(model.state_dict())
+        saved = saved if ranks.rank == 0 else {}
+        set_optimizer_state_dict(other, resumed, saved, options=from_first)
+
+    def from_files(model, optimizer, other, resumed):
+        folder = ranks.folder / f"counts-{kind}"
+        save(model, optimizer, folder)
+        load(other, resumed, folder)
+
+    def unfreeze(model, step):
+        model.blocks[1].requires_grad_(step >= 1)
+
+    for kind, hand_overs in (("fsdp", (broadcast, from_files)), ("tp", (from_files,))):
+        for hand_over in hand_overs:
+            model, other = (wrap(ranks, kind) for _ in range(2))
+            optimizer, resumed = (
+                CAME(each.parameters(), bias_correction=True, **SETTINGS) for each in (model, other)
+            )
+            model.blocks[1].requires_grad_(False)
+            train(model, optimizer, range(4), unfreeze)
+            hand_over(model, optimizer, other, resumed)
+            counts = {int(state["step"]) for state in resumed.state.values()}
+            assert counts == {2, 4}, (kind, hand_over)
+            for each in ((model, optimizer), (other, resumed)):
+                train(*each, range(4, 6))
+            assert model_distance(model, other) <= 1e-6, (kind, hand_over)
+
+
 def case_hop(ranks, index):
     """Load what another number of ranks has saved, train on, save; compare."""
     index = int(index)

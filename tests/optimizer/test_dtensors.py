@@ -31,7 +31,7 @@ WITH_MODELS = [
     *["scaled_gradients", "optimizers_in_the_backward_pass"],
     *["figures_are_those_of_one_rank", "a_spike_is_skipped_on_all_ranks"],
     *["checkpoints_between_wrappers", "the_same_wrapper_resumes_bit_for_bit"],
-    *["remainders_in_checkpoints", "whole_state"],
+    *["remainders_in_checkpoints", "whole_state", "own_counts_of_steps_are_loaded"],
 ]
 if torch.__version__.startswith("2.6."):
     reason = "fully_shard of PyTorch 2.6 does not run on a CPU"

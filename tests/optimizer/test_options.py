@@ -113,8 +113,8 @@ def test_long_corrected_runs_become_uncorrected_ones():
     history = history_of((6, 5), steps=2000)
     for param, optimizer in zip(both, optimizers, strict=True):
         train(optimizer, param, history)
-    for key, value in optimizers[0].state[both[0]].items():
-        torch.testing.assert_close(value, optimizers[1].state[both[1]][key], rtol=1e-9, atol=0)
+    for key, value in optimizers[1].state[both[1]].items():
+        torch.testing.assert_close(optimizers[0].state[both[0]][key], value, rtol=1e-9, atol=0)
 
 
 def test_without_confidence_the_momentum_is_the_update():

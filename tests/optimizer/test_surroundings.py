@@ -130,6 +130,20 @@ def test_what_a_wrapper_keeps_among_the_state_is_left_there(kernels, momentum):
     assert optimizer.state_dict()["state"][0]["count"] == 3
 
 
+@pytest.mark.parametrize("number", [7, torch.tensor(7.0)], ids=str)
+def test_a_step_that_a_wrapper_keeps_is_no_count_of_ours(number):
+    """Ours are tensors of whole numbers."""
+    straight, marked = parameters(), parameters()
+    for params in (straight, marked):
+        optimizer = CAME(params, lr=1e-2, bias_correction=True)
+        step(optimizer, 2)
+        for param in params if params is marked else ():
+            optimizer.state[param]["step"] = number
+        step(optimizer, 3, first=2)
+    assert all(map(torch.equal, straight, marked))
+    assert all(state["step"] == 7 for state in optimizer.state.values())
+
+
 @pytest.mark.parametrize("momentum", DTYPES, ids=str)
 def test_what_a_wrapper_keeps_among_the_state_is_loaded(momentum):
     """As timm's Lookahead keeps slow weights; with a state of CAME's that lacks nothing."""
