@@ -107,8 +107,9 @@ class _Nursery:
             try:
                 return connection.connect(str(self._socket))
             except OSError as error:
-                if self._process.poll() is not None:
-                    raise AssertionError(self._log.read_text()[-6000:]) from error
+                if (status := self._process.poll()) is not None:
+                    log = self._log.read_text()[-6000:]
+                    raise AssertionError(f"the nursery ended with {status}:\n{log}") from error
                 time.sleep(0.05)
 
     def close(self) -> None:
