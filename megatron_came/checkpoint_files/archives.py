@@ -1,7 +1,5 @@
 """What ``torch.save`` writes: a zip archive with a pickle and the storages that it refers to."""
 
-from __future__ import annotations
-
 import io
 import stat
 import struct
@@ -141,11 +139,7 @@ class Archive:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; tensors that were not read are lost."""
-        self._file.close()
+        self._file.close()  # tensors that were not read are lost
 
     def load(self) -> Any:
         """Read the pickle; tensors in it are :class:`StoredTensor`, read while this is open.
@@ -234,9 +228,6 @@ class _Window(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = (0, self._at, self._length)[whence]

@@ -1,9 +1,8 @@
 """What a checkpoint's record of digests claims of its files, as far as metadata tell."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -67,12 +66,19 @@ def files_of(record: Record | None, tensors: Tensors, kind: str, name: str) -> s
     }
 
 
+def by_key(names: Iterable[str]) -> dict[str, dict[Shape, str]]:
+    """Group names in a record by their keys, and by indices along the axes before these."""
+    found: dict[str, dict[Shape, str]] = defaultdict(dict)
+    for name in names:
+        key, axes = split_name(name)
+        found[key][axes] = name
+    return found
+
+
 def named_parts(box: ReadBox, names: Mapping[Shape, str]) -> Iterator[tuple[str, Tensor, Shape]]:
     """Take a box of a tensor apart along the axes that Megatron has put before it.
 
-    Args:
-        box: that was read.
-        names: in the record, by indices along these axes.
+    ``names`` are those of its key, as :func:`by_key` has them.
 
     Yields:
         Name, values, and where these begin in the tensor of that name.

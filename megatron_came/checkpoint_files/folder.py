@@ -1,7 +1,5 @@
 """Where a checkpoint lies, and what it is."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -167,9 +165,7 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        folder: where it lies.
         common: what is no tensor: arguments, iteration, the optimizer's settings.
-        tensors: in the order of their names.
         objects: where things other than tensors lie, by name; of format torch, its files.
         optimizers: what files of the distributed optimizer hold; of format torch alone.
     """
@@ -230,11 +226,7 @@ def _no_dictionary(path: Path, state: Any, what: str) -> str:
 
 
 def _legacy_files(folder: Path) -> list[Path]:
-    """The files of all ranks.
-
-    Raises:
-        CheckpointError: a rank has no file with its model.
-    """
+    """The files of all ranks, each of which has one with its model."""
     files = []
     for rank in sorted(folder.glob("mp_rank_*")):
         of_rank = sorted(rank.glob("*.pt"))
@@ -250,7 +242,7 @@ def _legacy_files(folder: Path) -> list[Path]:
 def _common(folder: Path, layout: Layout) -> dict[Any, Any]:
     """What is no tensor."""
     item = layout.common
-    if item is None and layout.is_fsdp:
+    if item is None and is_fsdp(layout.objects):
         return layout.entries()
     if item is None:
         raise CheckpointError(

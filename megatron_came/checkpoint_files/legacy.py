@@ -1,7 +1,5 @@
 """Checkpoints of ``--ckpt-format torch``: files of ``torch.save``, for each model-parallel rank."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +20,7 @@ _DEPTH = 100
 
 
 def tensors_of(path: Path, archive: Archive, state: Any) -> Iterator[CheckpointTensor]:
-    """List the tensors in what a file holds, each container once.
-
-    Args:
-        path: of the file.
-        archive: the file, which stays open.
-        state: what :meth:`Archive.load` made of it.
+    """List the tensors in what was loaded of a file, which stays open; each container once.
 
     Raises:
         CheckpointError: it is deeper than any of Megatron's.

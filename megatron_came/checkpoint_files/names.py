@@ -1,7 +1,5 @@
 """The names that a checkpoint's pickles may use, and what stands for each: data, and no code."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable

@@ -9,8 +9,6 @@ Python's own unpickler in Python is the base, since the one in C lets a file of 
 gigabytes of memory: to that are left the metadata alone that Megatron unpickles right afterwards.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -137,8 +135,7 @@ class _Unpickler(pickle._Unpickler):
         arguments = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], arguments)
 
-    def load_newobj(self) -> None:
-        self.load_reduce()
+    load_newobj = load_reduce
 
     def load_newobj_ex(self) -> None:
         named = self.stack.pop()
@@ -155,13 +152,11 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it sets the state of what is no object")
 
     def load_setitem(self) -> None:
-        _check_keys(self.stack[-2:-1])
-        self._in_a_dictionary(self.stack[-3])
+        _check_items(self.stack[-3], self.stack[-2:-1])
         super().load_setitem()  # type: ignore[misc]
 
     def load_setitems(self) -> None:
-        _check_keys(self.stack[::2])
-        self._in_a_dictionary(self.metastack[-1][-1])
+        _check_items(self.metastack[-1][-1], self.stack[::2])
         super().load_setitems()  # type: ignore[misc]
 
     def load_additems(self) -> None:
@@ -172,10 +167,11 @@ class _Unpickler(pickle._Unpickler):
         _check_keys(self.stack)
         super().load_frozenset()  # type: ignore[misc]
 
-    @staticmethod
-    def _in_a_dictionary(thing: Any) -> None:
-        if not isinstance(thing, dict):
-            raise pickle.UnpicklingError("it sets items of what is no dictionary")
+
+def _check_items(thing: Any, keys: list[Any]) -> None:
+    _check_keys(keys)
+    if not isinstance(thing, dict):
+        raise pickle.UnpicklingError("it sets items of what is no dictionary")
 
 
 def _check_keys(keys: list[Any]) -> None:
@@ -191,18 +187,10 @@ def _check_keys(keys: list[Any]) -> None:
             waiting += each if is_tuple else ()
 
 
-for _function in (
-    _Unpickler.load_reduce,
-    _Unpickler.load_newobj,
-    _Unpickler.load_newobj_ex,
-    _Unpickler.load_build,
-    _Unpickler.load_setitem,
-    _Unpickler.load_setitems,
-    _Unpickler.load_additems,
-    _Unpickler.load_frozenset,
-):
-    _opcode = getattr(pickle, _function.__name__.removeprefix("load_").upper())
-    _Unpickler.dispatch[_opcode[0]] = _function
+_REPLACED = ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "BUILD")
+_CHECKED = ("SETITEM", "SETITEMS", "ADDITEMS", "FROZENSET")
+for _name in _REPLACED + _CHECKED:
+    _Unpickler.dispatch[getattr(pickle, _name)[0]] = getattr(_Unpickler, f"load_{_name.lower()}")
 # What Megatron never writes: classes of Python 1 and 2, the process's registry, outside buffers.
 for _name in ["INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"]:
     del _Unpickler.dispatch[getattr(pickle, _name)[0]]

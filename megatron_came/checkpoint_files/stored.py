@@ -1,7 +1,5 @@
 """A checkpoint's tensors, of either format: what they are, and where they lie."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator
@@ -21,13 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Where something lies: an archive in a file.
-
-    Attributes:
-        file: path of the file.
-        start: of the first byte in it.
-        length: in bytes; to the end of the file if None.
-    """
+    """Where something lies: an archive in a file; without a length it ends with that."""
 
     file: Path
     start: int = 0
@@ -60,8 +52,6 @@ class Chunk:
 
     Attributes:
         offsets: of its first element in the tensor.
-        sizes: its shape.
-        item: where it lies.
         opened: the archive and what is in it, where the archive stays open (``torch``).
     """
 
@@ -83,10 +73,6 @@ class CheckpointTensor:
     """A tensor in files.
 
     Attributes:
-        name: in the checkpoint.
-        shape: of the whole tensor.
-        dtype: of its elements.
-        chunks: that lie in files.
         kind: as digests have it; None for anything but weights and CAME's state.
         key: of its parameter in the model's state, or of its bucket; none of a flat buffer.
         is_bucket: whether it is one of the distributed optimizer, whose padding is arbitrary.

@@ -1,7 +1,5 @@
 """Tensors that are still in an archive."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,15 +15,11 @@ READ_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """Elements one after the other, in an archive.
+    """Elements one after the other, in a member of an archive, which is in a file.
 
     Attributes:
-        file: of the archive, for messages.
-        member: of the archive.
         read: reads so many of its bytes, from one on; raises a CheckpointError if they are not
             there.
-        dtype: of the elements.
-        numel: how many.
     """
 
     file: str
@@ -37,14 +31,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A view of a storage.
-
-    Attributes:
-        storage: has the elements.
-        dtype: of the elements.
-        start: of the first element.
-        shape: of the tensor.
-        strides: from element to element.
+    """A view of a storage, whose start and strides are in elements.
 
     Raises:
         ValueError: it is not within its storage.

@@ -3,8 +3,6 @@
 Those of ``fsdp_dtensor`` are such, too, but have each entry of the common state by itself.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,11 +40,6 @@ class Layout:
         """The common state: in a file of its own before megatron-core 0.19."""
         names = (name for name in self.objects if name.startswith((_COMMON, "common_state/")))
         return self.objects.get(next(names, ""))
-
-    @property
-    def is_fsdp(self) -> bool:
-        """Whether it is of ``--ckpt-format fsdp_dtensor``."""
-        return is_fsdp(self.objects)
 
     def entries(self) -> dict[str, Any]:
         """Read the common state of ``fsdp_dtensor``, but for tensors; lists by their numbers.

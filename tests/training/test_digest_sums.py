@@ -44,7 +44,7 @@ def _ranks_add(rank, store, results):
         added.add_factors(by_name["c"], {"exp_avg_sq_row": torch.tensor([1.0] * 6 + [-1.0])})
     if rank == 1:
         added.add_slice((MOMENTUM,), by_name["b"], iter([(0, torch.tensor([torch.nan]))]), 34)
-    added.add_differing(by_name["c" if rank == 2 else "a"], 2)
+    added.differing["c" if rank == 2 else "a"] += 2
     values = distinct(added.names)
     names = tuple(name for each in values for name in each)
     results[rank] = (len(values), distinct(rank == 1), added.over_all_ranks(names))

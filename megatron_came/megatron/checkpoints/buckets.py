@@ -6,8 +6,6 @@ is gathered, the padding at the ends of buckets is left out, and what lies betwe
 kept.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

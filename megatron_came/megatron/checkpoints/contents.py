@@ -1,7 +1,5 @@
 """What stands in a checkpoint beside its tensors: damage is found before anything goes by it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

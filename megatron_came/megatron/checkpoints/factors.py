@@ -6,8 +6,6 @@ and expert axes without the dimension that it was averaged over. Ranks that diff
 dimension alone hold replicas of it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

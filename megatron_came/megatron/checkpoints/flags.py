@@ -1,7 +1,5 @@
 """Flags of a resumed run beside those of the checkpoint's: what differs is said, or refused."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -186,11 +184,8 @@ def schedule_refusal(
 ) -> str | None:
     """Say in one sentence that nothing says whose schedule counts, or None.
 
-    Args:
-        saved: Megatron's arguments of the run that saved the checkpoint.
-        args: those of this run.
-        schedules: states of the checkpoint's and of this run's scheduler.
-        groups: of each optimizer, the parameter groups of this run and of the checkpoint.
+    Schedules are states of the checkpoint's and of this run's scheduler; groups are, of each
+    optimizer, the parameter groups of this run and of the checkpoint.
     """
     if args.override_opt_param_scheduler:
         return None
@@ -241,8 +236,11 @@ def _changes(
         if not (hasattr(before, name) and hasattr(now, name)):
             continue  # another release's
         was, value = getattr(before, name), getattr(now, name)
-        if _same(was, value) or _follows(name, filled, before, now):
+        source = filled.get(name)
+        if _same(was, value):
             continue
+        if source is not None and all(_is_filled(name, source, run) for run in (before, now)):
+            continue  # it differs only as the one does that it is filled from
         changes.append(_change(_FLAGS.get(name, flag_of(name)), was, value, whose))
     return changes
 
@@ -266,12 +264,6 @@ def _same(one: Any, other: Any) -> bool:
     if {type(one), type(other)} <= {bool, type(None)}:
         return bool(one) == bool(other)
     return bool(one == other)
-
-
-def _follows(name: str, filled: Mapping[str, str], before: Any, now: Any) -> bool:
-    """Whether an argument differs only as the one does that it is filled from."""
-    source = filled.get(name)
-    return source is not None and all(_is_filled(name, source, run) for run in (before, now))
 
 
 def _is_filled(name: str, source: str, run: Any) -> bool:

@@ -4,8 +4,6 @@ Megatron takes a tracker file that it cannot read for the end of the run, with e
 missing one for a first start. Here names and sizes of files are looked at, and pickles as data.
 """
 
-from __future__ import annotations
-
 import functools
 import zipfile
 from pathlib import Path
@@ -25,7 +23,7 @@ from megatron_came.checkpoint_files.folder import (
 )
 from megatron_came.checkpoint_files.legacy import OPTIMIZER_FILE
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
-from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, read_layout
+from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, is_fsdp, read_layout
 from megatron_came.megatron.sharding import chain_of
 
 _REMOVE = "or remove the folder's contents to start from scratch"
@@ -123,7 +121,7 @@ def _iteration_problem(folder: Path, name: str, named_by: str, has_fsdp: bool) -
 
 def _is_of_fsdp(where: Path) -> bool:
     try:
-        return layout_of(str(where)).is_fsdp
+        return is_fsdp(layout_of(str(where)).objects)
     except CheckpointError:
         return False
 
@@ -187,7 +185,7 @@ def rewritten(file: str, *, is_legacy: bool) -> str | None:
         items: list[Item | None] = [*_own_files(file)]
     else:
         layout = layout_of(file)
-        items = [*layout.objects.values()] if layout.is_fsdp else [layout.common]
+        items = [*layout.objects.values()] if is_fsdp(layout.objects) else [layout.common]
     return next((item.name for item in items if item is not None and item.is_wrong()), None)
 
 
@@ -252,12 +250,10 @@ def legacy_problem(load_dir: Any, name: str) -> str | None:
     None if it is there.
     """
     folder, file = Path(str(load_dir)), Path(name)
-    if not file.is_file():
-        return f"--load {folder}{_damaged(folder, file, 'is missing')}"
-    if not ends_as_archive(file):
-        what = "is truncated or not PyTorch's"
-        return f"--load {folder}{_damaged(folder, file, what)}"
-    return None
+    if file.is_file() and ends_as_archive(file):
+        return None
+    what = "is truncated or not PyTorch's" if file.is_file() else "is missing"
+    return f"--load {folder}{_damaged(folder, file, what)}"
 
 
 def _damaged(folder: Path, path: Path, what: str) -> str:

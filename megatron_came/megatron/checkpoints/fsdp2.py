@@ -4,8 +4,6 @@ Megatron saves the rows that each data-parallel rank holds. Factors are whole on
 so they are saved as with plain data parallelism.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar

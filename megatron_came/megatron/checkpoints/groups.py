@@ -7,8 +7,6 @@ group keeps its own settings, and takes from the checkpoint the number of steps 
 would go on with them, the rates.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ the tensors, and loads both into model, optimizer and schedule. Before and after
 ranks agree whether one of them has found a problem, so that they end together.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -237,11 +235,7 @@ def _check_for_others(load_dir: Any, result: Any, args: Any) -> None:
 def _check(load: Load, result: Any, args: Any, of_rank_0: bool) -> None:
     """Stop on all ranks, if one of them cannot resume from what Megatron has read.
 
-    Args:
-        load: what it is loaded into.
-        result: of Megatron's reading.
-        args: Megatron's arguments of this run.
-        of_rank_0: whether every rank has read what rank 0 saved, to know its settings.
+    ``of_rank_0`` says whether every rank has read what rank 0 saved, to know its settings.
     """
     state, path, is_release, _ = result
     legacy = _kind_of(result) == "LEGACY"
@@ -251,7 +245,7 @@ def _check(load: Load, result: Any, args: Any, of_rank_0: bool) -> None:
     load.saved = saved
     notices: list[str] = []
     load.differing = "" if saved is None else flags.differences(saved, args)
-    problem = _problem(load, state, args, legacy, resumes, with_optimizer)
+    problem = _problem(load, state, args, legacy, with_optimizer) if resumes else None
     if problem is None and legacy and not of_rank_0:
         problem, notices = tensors.of_legacy(load, state, resumes=with_optimizer)
     if problem is None and with_optimizer and not (legacy and of_rank_0):
@@ -284,16 +278,9 @@ def _said(
 
 
 def _problem(
-    load: Load,
-    state: Mapping[str, Any],
-    args: Any,
-    legacy: bool,
-    resumes: bool,
-    with_optimizer: bool,
+    load: Load, state: Mapping[str, Any], args: Any, legacy: bool, with_optimizer: bool
 ) -> str | None:
     """Say in one sentence what is damaged beside tensors, or refused by flags, or None."""
-    if not resumes:
-        return None
     damage = contents.progress_problem(state)
     if damage is None:
         saved = state["args"]

@@ -5,8 +5,6 @@ saved; factors are DTensors that are whole on all data-parallel ranks and cut as
 by tensor parallelism. Names are those of ``torch_dist``, ``optimizer.state.<key>.<parameter>``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple

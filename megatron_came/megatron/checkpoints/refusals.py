@@ -1,7 +1,5 @@
 """Optimizer state that a run cannot resume from, as the two runs' flags tell."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,11 +24,8 @@ _RANKS_OF_LEAST, _ELEMENTS_OF_RANK = 40, 1_000_000
 def refusal(saved: Any, args: Any, sharding_type: str | None) -> str | None:
     """Say in one sentence why the optimizer state of a checkpoint cannot be resumed from, or None.
 
-    Args:
-        saved: Megatron's arguments of the run that saved it.
-        args: those of this run.
-        sharding_type: format of the distributed optimizer's state in it; "legacy" for the
-            ``torch`` format, None if not known.
+    ``sharding_type`` is the format of the distributed optimizer's state in it: "legacy" for the
+    ``torch`` format, None if not known.
     """
     if args.finetune or args.no_load_optim:
         return None

@@ -4,20 +4,15 @@ CAME's are saved rightly (:func:`.buckets.offsets_as_gathered`); those of the ot
 optimizers are Megatron's, which is not changed.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from megatron_came.megatron.checkpoints.buckets import mended
 from megatron_came.megatron.checkpoints.contents import sharding_of
 from megatron_came.patching import Function, around
 from megatron_came.versions import check_version
-from megatron_came.voice import say
+from megatron_came.voice import of_all_ranks, say
 
 # Folders of checkpoints that were read, and may be shifted.
 _suspects: list[str] = []
@@ -40,18 +35,14 @@ def with_warning(original: Function, *args: Any, **kwargs: Any) -> Any:
 
 def note(load_dir: Any, state: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Remember a checkpoint of another optimizer that was read and may be shifted."""
-    if sharding_of(state) == "fully_reshardable" and _may_shift(state.get("args"), args):
-        _suspects.append(str(load_dir))
-
-
-def _may_shift(saved: Any, args: argparse.Namespace) -> bool:
-    """Whether a run takes another optimizer's state, saved by one with several buckets."""
-    if args.finetune or args.no_load_optim:
-        return False
+    if sharding_of(state) != "fully_reshardable" or args.finetune or args.no_load_optim:
+        return
+    saved = state.get("args")
     tied = not getattr(saved, "untie_embeddings_and_output_weights", False)
     stages = getattr(saved, "pipeline_model_parallel_size", 1) > 1
-    buckets = getattr(saved, "overlap_grad_reduce", False) or (stages and tied)
-    return bool(buckets) and not getattr(saved, "no_save_optim", False)
+    has_buckets = getattr(saved, "overlap_grad_reduce", False) or (stages and tied)
+    if has_buckets and not getattr(saved, "no_save_optim", False):
+        _suspects.append(str(load_dir))
 
 
 def writes(args: argparse.Namespace) -> bool:
@@ -80,9 +71,7 @@ def padded_anywhere(model_chunks: Sequence[Any]) -> bool:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
         for bucket in buffer.buckets[:-1]
     )
-    flag = torch.tensor(float(found), device=next(model_chunks[0].parameters()).device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+    return any(of_all_ranks(found))
 
 
 def _warning(args: argparse.Namespace, shifts: bool) -> str | None:

@@ -5,8 +5,6 @@ and drops those of a smaller one; a ``torch`` checkpoint that does not fit is lo
 does. Of ``fsdp_dtensor`` it names what lacks in many lines, or takes what there is.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -92,47 +90,14 @@ def misfit(asked: Asked, saved: Shapes, differing: str = "") -> str | None:
     return None
 
 
-def of_distributed(
-    load: Load, asked: Asked, saved: Shapes, *, resumes: bool
+def of_legacy(
+    load: Load, state: Mapping[str, Any], *, resumes: bool
 ) -> tuple[str | None, list[str]]:
-    """Say what a run takes otherwise of a distributed checkpoint's tensors; a collective.
-
-    Args:
-        load: the load under way.
-        asked: what this rank asks for.
-        saved: what there is.
-        resumes: whether everything is to be taken.
+    """Compare a rank's model with its file of a ``torch`` checkpoint.
 
     Returns:
         Why they do not fit, in a sentence, or None; and sentences on what is taken otherwise.
     """
-    left, untrained = left_over(asked, saved)
-    if not asked.shapes:
-        return (
-            "the checkpoint is of --ckpt-format torch_dist, and this run, of another, asks it for "
-            "nothing: give --ckpt-format torch_dist."
-        ), []
-    missing = [name for name in asked.shapes if name not in saved]  # as some --dist-ckpt-strictness
-    notices = [] if resumes else _said(missing, _NEW)
-    there = {name: shape for name, shape in asked.shapes.items() if resumes or name in saved}
-    problem = misfit(asked._replace(shapes=there), saved, load.differing)
-    problem = problem or (_leftover_refusal(left, load.differing) if resumes else None)
-    if rows := _rows(asked, saved):
-        sentence, is_refused = _vocabulary(*rows, getattr(load.saved, "vocab_size", None))
-        problem = problem or (sentence if is_refused else None)
-        notices.append(sentence)
-    if untrained:
-        notices.append(
-            f"this run does not train all parameters of the checkpoint's: {some(untrained)} "
-            "is not taken."
-        )
-    return problem, notices + _said([] if resumes else left, _LEFT)
-
-
-def of_legacy(
-    load: Load, state: Mapping[str, Any], *, resumes: bool
-) -> tuple[str | None, list[str]]:
-    """Say what a rank's model takes otherwise of its ``torch`` checkpoint's file; see above."""
     mine: dict[str, tuple[int, ...]] = {}
     its: dict[str, tuple[int, ...]] = {}
     for index, chunk in enumerate(load.model_chunks):
@@ -271,19 +236,39 @@ def stop_if_misfit(
 ) -> list[str]:
     """Stop on all ranks where a distributed checkpoint's tensors do not fit; a collective.
 
-    ``trained`` compares those of weights and of the optimizer's state alone.
+    With ``resumes`` everything is to be taken; ``trained`` compares those of weights and of the
+    optimizer's state alone.
 
     Returns:
         Sentences on what is taken otherwise.
     """
     try:
-        found = saved_shapes(path)
+        saved = saved_shapes(path)
     except CheckpointError as error:
         stop(str(error))
-    saved = _trained(found) if trained else found
-    problem, notices = of_distributed(load, asked, saved, resumes=resumes)
+    saved = _trained(saved) if trained else saved
+    left, untrained = left_over(asked, saved)
+    missing = [name for name in asked.shapes if name not in saved]  # as some --dist-ckpt-strictness
+    notices = [] if resumes else _said(missing, _NEW)
+    there = {name: shape for name, shape in asked.shapes.items() if resumes or name in saved}
+    problem = misfit(asked._replace(shapes=there), saved, load.differing)
+    problem = problem or (_leftover_refusal(left, load.differing) if resumes else None)
+    if not asked.shapes:
+        problem = (
+            "the checkpoint is of --ckpt-format torch_dist, and this run, of another, asks it for "
+            "nothing: give --ckpt-format torch_dist."
+        )
+    if rows := _rows(asked, saved):
+        sentence, is_refused = _vocabulary(*rows, getattr(load.saved, "vocab_size", None))
+        problem = problem or (sentence if is_refused else None)
+        notices.append(sentence)
+    if untrained:
+        notices.append(
+            f"this run does not train all parameters of the checkpoint's: {some(untrained)} "
+            "is not taken."
+        )
     end_if(problem)
-    return notices
+    return notices + _said([] if resumes else left, _LEFT)
 
 
 @around

@@ -1,7 +1,5 @@
 """The load of a checkpoint under way."""
 
-from __future__ import annotations
-
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +7,9 @@ from typing import Any
 
 @dataclass
 class Load:
-    """The load of a checkpoint under way.
+    """What is filled from a checkpoint, and what is known of that.
 
     Attributes:
-        model_chunks: what is filled.
-        optimizer: likewise.
-        scheduler: likewise.
         own_rates: whether rates are this run's: ``--override-opt_param-scheduler``.
         asked: which tensors a distributed checkpoint is asked for, if one is read for them.
         folder: where Megatron found the checkpoint.

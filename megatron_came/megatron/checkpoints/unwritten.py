@@ -1,7 +1,5 @@
 """Checkpoints that cannot be written: where ``--save`` names no folder for them, or one is full."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -4,8 +4,6 @@ Megatron ends them when a run ends in order. After SIGKILL, ``os._exit`` and the
 ever, and hold the job's memory, files and ports.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

@@ -1,7 +1,5 @@
 """The lines of ``megatron-came inspect``."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections import defaultdict

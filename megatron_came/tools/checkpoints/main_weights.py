@@ -1,10 +1,7 @@
 """Main weights beside the model's weights, which are these main weights in the model's dtype."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +11,8 @@ from megatron_came.checkpoint_files.stored import CheckpointTensor
 from megatron_came.core.digests import MAIN_WEIGHTS, WEIGHTS, split_name
 from megatron_came.core.records import Record
 
-
-class Compared(NamedTuple):
-    """Some of the main weights that was compared, the file they lie in, and how many differ."""
-
-    name: str
-    file: str
-    numel: int
-    unlike: int
+# Name of main weights, the file they lie in, how many were compared, and how many differ.
+Compared = tuple[str, str, int, int]
 
 
 def unlike(main: Tensor, model: Tensor) -> Tensor:
@@ -62,7 +53,7 @@ def compare(checkpoint: Checkpoint, record: Record | None) -> Iterator[Compared]
                 int(unlike(values, model.box(offsets, tuple(values.shape))).sum())
                 for offsets, values in main.boxes(chunk)
             )
-            yield Compared(main.name, chunk.item.name, math.prod(chunk.sizes), wrong)
+            yield main.name, chunk.item.name, math.prod(chunk.sizes), wrong
     if record is not None:
         yield from _of_buckets(checkpoint, record)
 
@@ -83,4 +74,4 @@ def _of_buckets(checkpoint: Checkpoint, record: Record) -> Iterator[Compared]:
                 offsets, sizes = (*axes, *box.offset), (*(1 for _ in axes), *box.size)
                 model = models[key].box(offsets, sizes).view(box.size)
                 wrong = int(unlike(main, model).sum())
-                yield Compared(f"main weights of {name}", tensor.name, model.numel(), wrong)
+                yield f"main weights of {name}", tensor.name, model.numel(), wrong

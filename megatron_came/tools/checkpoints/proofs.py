@@ -1,18 +1,16 @@
 """Digests of what lies in files, beside those that the checkpoint's record has."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from megatron_came.checkpoint_files.claims import files_of, metadata_flaws, named_parts
+from megatron_came.checkpoint_files.claims import by_key, files_of, metadata_flaws, named_parts
 from megatron_came.checkpoint_files.folder import Checkpoint
 from megatron_came.checkpoint_files.legacy import flat_parameters
-from megatron_came.checkpoint_files.stored import CheckpointTensor, ReadBox, Shape
-from megatron_came.checkpoint_files.tensors import StoredTensor
+from megatron_came.checkpoint_files.stored import CheckpointTensor, Item, ReadBox, Shape
 from megatron_came.core import digests, int8
 from megatron_came.core.digests import WEIGHTS
 from megatron_came.core.records import Record
@@ -28,11 +26,13 @@ class Proofs:
     """Compares tensors of format torch_dist with a record of digests, as they are read.
 
     Attributes:
+        count: how many tensors the record names.
         unnamed: how many tensors the record does not name.
     """
 
     def __init__(self, record: Record, tensors: list[CheckpointTensor]) -> None:
         self._record, self._tensors = record, tensors
+        self.count = sum(map(len, record.tensors.values()))
         # By name, box of the tensor and copy of that: several buckets may hold the same box.
         self._sums: dict[Named, dict[object, dict[object, int]]] = defaultdict(
             lambda: defaultdict(lambda: defaultdict(int))
@@ -40,14 +40,9 @@ class Proofs:
         self._flaws: dict[Named, str] = {
             (kind, name): flaw for kind, name, _, flaw in metadata_flaws(record, tensors)
         }
-        # By kind and key, what there is along the axes that Megatron has put before it.
-        self._names: dict[tuple[str | None, str], dict[Shape, str]] = defaultdict(dict)
-        for kind, named in record.tensors.items():
-            for name in named:
-                key, axes = digests.split_name(name)
-                self._names[kind, key][axes] = name
+        self._names = {kind: by_key(named) for kind, named in record.tensors.items()}
         self.unnamed = sum(
-            not tensor.is_bucket and (tensor.kind, tensor.key) not in self._names
+            not tensor.is_bucket and tensor.key not in self._names.get(tensor.kind or "", {})
             for tensor in tensors
         )
 
@@ -58,7 +53,7 @@ class Proofs:
         if tensor.is_bucket:
             self._add_bucket(tensor.kind, tensor.key, box)
             return
-        names = self._names.get((tensor.kind, tensor.key), {})
+        names = self._names.get(tensor.kind, {}).get(tensor.key, {})
         for name, values, offset in named_parts(box, names):
             if (tensor.kind, name) not in self._flaws:
                 size = tuple(values.shape)
@@ -99,11 +94,6 @@ class Proofs:
                 if flaw:
                     yield kind, name, flaw, files_of(self._record, self._tensors, kind, name)
 
-    @property
-    def count(self) -> int:
-        """How many tensors the record names."""
-        return sum(map(len, self._record.tensors.values()))
-
     def total(self, kind: str, name: str) -> int:
         """The digest of what lies in the files: of one copy of each box."""
         sums = self._sums[kind, name].values()
@@ -141,7 +131,7 @@ def legacy_digests(
     for state in checkpoint.optimizers:
         for kind, buffer, elements in flat_parameters(state):
             counter, files = found.setdefault(kind, (Counter(), set()))
-            files.update(_files_of(checkpoint, buffer))
+            files.add(Item(Path(buffer.storage.file)).name)
             named = record.tensors.get(kind, {}).values()
             shapes = {saved.shape for saved in named if math.prod(saved.shape) == len(elements)}
             values = buffer.rows(elements.start, len(elements))
@@ -152,14 +142,6 @@ def legacy_digests(
 
 def _read(tensor: CheckpointTensor) -> torch.Tensor:
     return tensor.box((0,) * len(tensor.shape), tensor.shape)
-
-
-def _files_of(checkpoint: Checkpoint, buffer: StoredTensor) -> list[str]:
-    return next(
-        tensor.files
-        for tensor in checkpoint.tensors
-        if tensor.chunks[0].opened and tensor.chunks[0].opened[1] is buffer
-    )
 
 
 def _whole(kind: str, values: torch.Tensor) -> int:

@@ -6,8 +6,6 @@ neighbours. The model's weights and CAME's factors are right. So main weights ar
 model's, and momentum, which stands nowhere else, begins again at zero.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import struct
@@ -36,11 +34,9 @@ class Loss:
     """Main weights of a chunk that are to be made anew, and momentum that is to begin at zero.
 
     Attributes:
-        main: the parameter's main weights.
-        chunk: of these.
+        chunk: of the main weights.
         model: the model's weights.
         momentum: tensor and chunks of the momentum; none if it is right.
-        reason: why.
         is_of_main: whether main weights are damaged, and not the momentum alone.
     """
 
@@ -69,11 +65,9 @@ class Loss:
 
 
 def losses(checkpoint: Checkpoint, record: Record | None) -> list[Loss]:
-    """Find what has to be made anew.
+    """Find what has to be made anew, of a checkpoint of which the model's weights are sound.
 
-    Args:
-        checkpoint: of which the model's weights are sound.
-        record: its digests, if it has some, which tell momentum that is right.
+    Its digests, if it has some, tell momentum that is right.
 
     Raises:
         CheckpointError: something cannot be read.

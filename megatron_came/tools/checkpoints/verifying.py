@@ -1,7 +1,5 @@
 """Whether a checkpoint is what was saved, as far as its files can tell."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field

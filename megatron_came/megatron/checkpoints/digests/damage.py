@@ -1,10 +1,8 @@
 """What is wrong with a checkpoint, in sentences that name tensor, file and remedy."""
 
-from __future__ import annotations
-
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,60 +23,40 @@ from megatron_came.voice import some
 Named = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
 class Source:
     """What a checkpoint says of itself, as one rank has read it.
 
     Attributes:
         file: its folder (``torch_dist``), or this rank's model file (``torch``).
-        folder: what ``--load`` names.
         is_legacy: whether it is of format ``torch``.
         record: None where it has none.
         identity: of the record: the same in all files of a checkpoint.
-        error: why its record cannot be read.
-        iteration: in its common state.
-        optimizer: of the run that saved it.
-        rounded: dtype of that run's weights, if known and not fp8.
+        rounded: dtype of the weights of the run that saved it, if known and not fp8.
+
+    Args:
+        loaded: what Megatron's ``_load_base_checkpoint`` returns.
+        folder: what ``--load`` names.
     """
 
-    file: str
-    folder: str
-    is_legacy: bool
-    record: Record | None
-    identity: str | None
-    error: str | None
-    iteration: Any
-    optimizer: str | None
-    rounded: torch.dtype | None
-
-    @classmethod
-    def of(cls, loaded: Sequence[Any], folder: str) -> Source:
-        """Read it from what Megatron's ``_load_base_checkpoint`` returns."""
+    def __init__(self, loaded: Sequence[Any], folder: str) -> None:
         state, file, _, kind = loaded
-        record = error = identity = None
+        self.file, self.folder = str(file), folder
+        self.is_legacy = getattr(kind, "name", None) == "LEGACY"
+        self.record: Record | None = None
+        self.identity: str | None = None
+        self._error: str | None = None
         if state.get(KEY) is not None:
             try:
-                record = unpack(state[KEY])
-                identity = hashlib.sha256(repr(state[KEY]).encode()).hexdigest()
+                self.record = unpack(state[KEY])
+                self.identity = hashlib.sha256(repr(state[KEY]).encode()).hexdigest()
             except RecordError as found:
-                error = str(found)
+                self._error = str(found)
         args = state.get("args")
-        rounded = None
-        if args is not None:
-            rounded = torch.bfloat16 if getattr(args, "bf16", False) else torch.float32
-            rounded = torch.float16 if getattr(args, "fp16", False) else rounded
-            rounded = None if getattr(args, "fp8_param_gather", False) else rounded
-        return cls(
-            file=str(file),
-            folder=folder,
-            is_legacy=getattr(kind, "name", None) == "LEGACY",
-            record=record,
-            identity=identity,
-            error=error,
-            iteration=state.get("iteration"),
-            optimizer=getattr(args, "optimizer", None),
-            rounded=rounded,
-        )
+        self._iteration, self._optimizer = state.get("iteration"), getattr(args, "optimizer", None)
+        self.rounded: torch.dtype | None = None
+        if args is not None and not getattr(args, "fp8_param_gather", False):
+            self.rounded = torch.bfloat16 if getattr(args, "bf16", False) else torch.float32
+            self.rounded = torch.float16 if getattr(args, "fp16", False) else self.rounded
 
     @property
     def path(self) -> str:
@@ -104,14 +82,16 @@ class Source:
         With ``finetune`` the iteration does not matter; ``reads_metadata`` looks at the tensors'
         shapes and dtypes, too, and ``with_optimizer`` at those of the optimizer's state as well.
         """
-        what = self.error or self._iterations(finetune)
-        if what is None and self.record is not None and self.record.optimizer != self.optimizer:
+        what = self._error or self._iterations(finetune)
+        if what is None and self.record is not None and self.record.optimizer != self._optimizer:
             digests = f"its digests {self.record.optimizer}"
-            what = f"its arguments say --optimizer {self.optimizer}, {digests}"
+            what = f"its arguments say --optimizer {self._optimizer}, {digests}"
         if what is None and (reads_metadata or self.is_legacy):
             try:
-                what = None if finetune else self._rewritten()
-                if what is None and not self.is_legacy:
+                file = None if finetune else rewritten(self.file, is_legacy=self.is_legacy)
+                if file is not None:
+                    what = f"what {file} holds beside tensors does not fit its checksum"
+                elif not self.is_legacy:
                     what = self._metadata(with_optimizer)
             except (CheckpointError, OSError) as error:  # of one rank: all are to hear of it
                 return str(error)
@@ -120,18 +100,14 @@ class Source:
     def _iterations(self, finetune: bool) -> str | None:
         if finetune and self.record is None:
             return None
-        if self.record is not None and self.record.iteration != self.iteration:
+        if self.record is not None and self.record.iteration != self._iteration:
             digests = f"its digests {self.record.iteration}"
-            return f"its common state says iteration {shown(self.iteration)}, {digests}"
+            return f"its common state says iteration {shown(self._iteration)}, {digests}"
         named = re.findall(r"iter_(\d{7,})", self.file)
-        if named and not finetune and int(named[-1]) != self.iteration:
-            content = f"its content's {shown(self.iteration)}"
+        if named and not finetune and int(named[-1]) != self._iteration:
+            content = f"its content's {shown(self._iteration)}"
             return f"the folder's iteration is {int(named[-1])}, {content}"
         return None
-
-    def _rewritten(self) -> str | None:
-        file = rewritten(self.file, is_legacy=self.is_legacy)
-        return file and f"what {file} holds beside tensors does not fit its checksum"
 
     def _metadata(self, with_optimizer: bool) -> str | None:
         """Say which tensor has another shape or dtype than it should."""
@@ -140,9 +116,8 @@ class Source:
             is_state = tensor.kind in (MOMENTUM, *FACTORS) and not tensor.is_bucket
             if is_state and tensor.dtype_name != "float32" and not is_half_momentum(tensor):
                 return f"{tensor.name} is in {tensor.dtype_name}, and CAME keeps it in float32"
-        for kind, name, flawed, flaw in (
-            metadata_flaws(self.record, tensors) if self.record and tensors else ()
-        ):
+        flaws = metadata_flaws(self.record, tensors) if self.record and tensors else ()
+        for kind, name, flawed, flaw in flaws:
             if with_optimizer or kind == WEIGHTS:
                 return f"{flawed.name if flawed else f'{kind} of {name}'} {flaw}"
         return None
@@ -189,11 +164,8 @@ def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
             return _refusal(damaged, source, found), remarks
         if found.has_optimizer and record.step is not None and found.steps - {record.step}:
             steps = ", ".join(map(str, sorted(found.steps)))
-            digests = f"its digests say {record.step}"
-            return (
-                source.damaged(f"its parameter groups have taken {steps} steps, {digests}"),
-                remarks,
-            )
+            what = f"its parameter groups have taken {steps} steps, its digests say {record.step}"
+            return source.damaged(what), remarks
     if found.totals.flaws:
         (kind, name, flaw), *others = found.totals.flaws
         more = f" (and {len(others)} more)" if others else ""
@@ -202,7 +174,7 @@ def judge(source: Source, found: Found) -> tuple[str | None, list[str]]:
             f"the checkpoint in {source.path} cannot be trained on: {kind} of {name}{more}{where} "
             f"holds {flaw}: {source.remedy}"
         ), remarks
-    return _differing(source, found) if found.totals.differing else None, remarks
+    return _differing(source, found.totals.differing), remarks
 
 
 def _compared(record: Record, found: Found) -> tuple[list[Named], list[str]]:
@@ -226,8 +198,8 @@ def _compared(record: Record, found: Found) -> tuple[list[Named], list[str]]:
 
 
 def _refusal(damaged: Sequence[Named], source: Source, found: Found) -> str:
-    kind, name = damaged[0]
-    more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+    (kind, name), *others = damaged
+    more = f" (and {len(others)} more)" if others else ""
     where = _where(damaged, source, found)
     rebuild = ""
     in_16_bits = source.rounded in (torch.bfloat16, torch.float16)
@@ -259,8 +231,9 @@ def _legacy_file(kind: str, model: Path) -> str:
     return f"{file.parent.name}/{file.name}"
 
 
-def _differing(source: Source, found: Found) -> str:
-    differing = found.totals.differing
+def _differing(source: Source, differing: Mapping[str, int]) -> str | None:
+    if not differing:
+        return None
     name = next(iter(differing))
     return (
         f"in the checkpoint in {source.path} the main weights of {some(list(differing))} "

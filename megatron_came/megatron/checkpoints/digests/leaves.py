@@ -1,7 +1,5 @@
 """The named boxes that a parameter consists of in a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +44,7 @@ class Entry:
 
     Attributes:
         tensor: what this rank holds.
-        leaves: its boxes.
-        of_factors: those of which factors are the sums, where they are more: FSDP2's.
+        of_factors: boxes of which factors are the sums, where they are more: FSDP2's.
         start: its first element in the tensor that the boxes are of, of which it is a slice;
             None where it is all of that.
         shape: of that tensor, then.

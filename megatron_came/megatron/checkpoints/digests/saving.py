@@ -1,7 +1,5 @@
 """Digests are computed before a checkpoint is saved, and saved with it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from itertools import chain
@@ -41,7 +39,12 @@ def with_digests(
     if settings.optimizer != "came":
         return original(iteration, model, optimizer, *args, **kwargs)
     saved = None if settings.no_save_optim else optimizer
-    record, flaw = record_of(iteration, unwrapped(model), saved, buckets=_has_buckets(settings))
+    has_buckets = (
+        settings.use_distributed_optimizer
+        and settings.ckpt_format == "torch_dist"
+        and not settings.dist_ckpt_optim_fully_reshardable
+    )
+    record, flaw = record_of(iteration, unwrapped(model), saved, buckets=has_buckets)
     if flaw is not None:
         _refuse_or_say(f"iteration {iteration}, {flaw}", settings)
     token = _record.set(pack(record))
@@ -62,15 +65,6 @@ def with_record(original: Function, *args: Any, **kwargs: Any) -> Any:
     return state
 
 
-def _has_buckets(settings: Any) -> bool:
-    """Whether the optimizer's state is saved in Megatron's buckets."""
-    return (
-        settings.use_distributed_optimizer
-        and settings.ckpt_format == "torch_dist"
-        and not settings.dist_ckpt_optim_fully_reshardable
-    )
-
-
 def _refuse_or_say(flaw: str, settings: Any) -> None:
     """End all ranks instead of saving what cannot be trained on, unless nobody is to look."""
     if settings.check_for_nan_in_loss_and_grad:
@@ -88,18 +82,15 @@ def record_of(
 ) -> tuple[Record, str | None]:
     """Compute the record of a model and its optimizer; a collective over all ranks.
 
-    Args:
-        iteration: of training.
-        model_chunks: without their wrappers.
-        optimizer: Megatron's; None for the weights alone.
-        buckets: whether its state is saved in Megatron's buckets.
+    Chunks are without their wrappers; without an optimizer it is that of the weights alone.
+    ``buckets`` says whether the optimizer's state is saved in Megatron's buckets.
 
     Returns:
         The record, and in a clause which of them on which rank holds NaN, an infinity or, of what
         are means of squares, a negative number; None if none does.
     """
     entries, frozen = entries_of(model_chunks), untrained(model_chunks)
-    wrappers = list(wrappers_of(optimizer))
+    wrappers = wrappers_of(optimizer)
     sums = Sums(entries)
     shared: set[int] = set()
     with torch._C.DisableTorchFunction():  # of stand-ins for CUDA, which these sums do not need
@@ -111,12 +102,12 @@ def record_of(
         sums.flush()
     mine = (sums.names, steps_of(wrappers), _buckets(optimizer, entries) if buckets else {})
     names, steps, inside = zip(*distinct(mine), strict=True)
-    all_steps = sorted(set(chain(*steps)))
+    all_steps = set(chain(*steps))
     totals = sums.over_all_ranks(tuple(chain(*names)))
     record = Record(
         iteration=int(iteration),
         optimizer="came",
-        step=all_steps[0] if len(all_steps) == 1 else None,
+        step=all_steps.pop() if len(all_steps) == 1 else None,
         tensors=totals.tensors,
         buckets=dict(chain.from_iterable(found.items() for found in inside)),
     )
@@ -132,13 +123,9 @@ def _flaw(totals: Totals, sums: Sums) -> str | None:
     return f"rank {owner}: {kind} of {name}{more} holds {flaw}"
 
 
-def wrappers_of(optimizer: Any) -> Iterator[Any]:
-    """The optimizers of a chain that hold a CAME."""
-    if optimizer is None:
-        return
-    for inner in chain_of(optimizer):
-        if getattr(inner, "optimizer", None) is not None:
-            yield inner
+def wrappers_of(optimizer: Any) -> list[Any]:
+    """The optimizers of a chain that hold a CAME; none of None."""
+    return [each for each in chain_of(optimizer) if getattr(each, "optimizer", None) is not None]
 
 
 def steps_of(wrappers: Sequence[Any]) -> list[int]:
@@ -172,8 +159,11 @@ def add_optimizer(sums: Sums, wrapper: Any, entries: dict[int, Entry]) -> set[in
         shard, state = wrapper.optimizer.shard_of(local), state_here(wrapper.optimizer.state[local])
         sums.add_factors(entry, state)
         # Of fp32 weights the slices are views, and need to be read only once.
-        same = is_sliced(wrapper) and param.dtype == torch.float32
-        same = same and all(leaf.copy is None for leaf in entry.leaves)
+        same = (
+            is_sliced(wrapper)
+            and param.dtype == torch.float32
+            and all(leaf.copy is None for leaf in entry.leaves)
+        )
         if same:
             shared.add(id(param))
         if not counts(wrapper):

@@ -1,8 +1,7 @@
 """What a rank adds to the digests of a model and its optimizer, and their sums over all ranks."""
 
-from __future__ import annotations
-
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -63,6 +62,7 @@ class Sums:
 
     Attributes:
         names: with shape and dtype, of all tensors that any rank may hold of these entries.
+        differing: by name, how many weights are not their main weights, rounded.
     """
 
     def __init__(self, entries: Mapping[int, Entry], *, is_loaded: bool = False) -> None:
@@ -77,7 +77,7 @@ class Sums:
         self._untrained: set[str] = set()
         self._infinite: set[tuple[str, str]] = set()
         self._negative: set[tuple[str, str]] = set()
-        self._differing: dict[str, int] = {}
+        self.differing: Counter[str] = Counter()
         self._waiting: list[tuple[Kinds, str, Term]] = []
         self._least: list[tuple[set[tuple[str, str]], Tensor]] = []
         self._size = 0
@@ -102,12 +102,10 @@ class Sums:
         self._add((WEIGHTS,), plain(entry.tensor), [leaf for leaf in entry.views if leaf.is_main])
         for leaf in entry.leaves:
             if leaf.copy is not None and leaf.is_main:
-                box = PlacedBox.alone(leaf.box.size, leaf.box.offset, leaf.box.shape)
-                alone = Leaf(leaf.name, box, leaf.is_main, leaf.is_first, None)
-                self._add((WEIGHTS,), leaf.copy, [alone])
+                self.add_box(leaf.name, leaf.copy, leaf.box.offset, leaf.box.shape)
 
-    def add_read(self, name: str, values: Tensor, offset: Shape, shape: Shape) -> None:
-        """Add a box of a weight of this shape, as a file has it."""
+    def add_box(self, name: str, values: Tensor, offset: Shape, shape: Shape) -> None:
+        """Add a box of a weight of this shape, which does not lie in the rank's own tensor."""
         box = PlacedBox.alone(tuple(values.shape), offset, shape)
         self._add((WEIGHTS,), values, [Leaf(name, box, True, True, None)])
 
@@ -134,11 +132,6 @@ class Sums:
             if key in state:
                 leaves = [leaf for leaf in entry.factor(key) if leaf.is_main]
                 self._add((key,), state[key], leaves)
-
-    def add_differing(self, entry: Entry, count: int) -> None:
-        """Add a number of weights that are not their main weights, rounded."""
-        name = entry.leaves[0].name
-        self._differing[name] = self._differing.get(name, 0) + count
 
     def _add(
         self,
@@ -197,7 +190,7 @@ class Sums:
         for line, flawed in ((2, self._infinite), (3, self._negative)):
             for kind, name in flawed:
                 table[line, KINDS.index(kind), order[name]] = 1
-        for name, count in self._differing.items():
+        for name, count in self.differing.items():
             table[4, 0, order[name]] = count
         summed = torch.from_numpy(table)
         if dist.is_initialized():

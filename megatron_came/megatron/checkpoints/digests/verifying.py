@@ -5,10 +5,7 @@ weights once more; momentum and main weights as they were read, before they are 
 of this run; factors where they have come to lie.
 """
 
-from __future__ import annotations
-
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
@@ -19,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.checkpoint_files.claims import named_parts
+from megatron_came.checkpoint_files.claims import by_key, named_parts
 from megatron_came.checkpoint_files.errors import CheckpointError
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, Shape, split_name
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
 from megatron_came.core.momentum import MOMENTUM as MOMENTUM_KEY
 from megatron_came.core.saved import main_ranges, momentum_ranges, pieces
 from megatron_came.core.state import FACTORS
@@ -52,7 +49,7 @@ from megatron_came.megatron.quantized import is_quantized
 from megatron_came.optimizer import CAME
 from megatron_came.voice import end_if, rank, say, stop, world_size
 
-_current: ContextVar[Verification | None] = ContextVar("verification", default=None)
+_current: ContextVar["Verification | None"] = ContextVar("verification", default=None)
 
 
 @contextlib.contextmanager
@@ -81,7 +78,7 @@ def note_files(loaded: Sequence[Any], folder: str, *, first_look: bool) -> None:
     """
     verification = _current.get()
     if verification is not None and loaded[0] is not None:
-        source = Source.of(loaded, folder)
+        source = Source(loaded, folder)
         if not (first_look and source.is_legacy):
             verification.check(source, is_release=bool(loaded[2]))
         verification.has_begun = not first_look
@@ -96,7 +93,7 @@ class Verification:
 
     def __init__(self, model_chunks: Sequence[Any], optimizer: Any, settings: Any) -> None:
         self._chunks, self._settings = model_chunks, settings
-        self._wrappers = list(wrappers_of(optimizer))
+        self._wrappers = wrappers_of(optimizer)
         self._has_weights = self._has_optimizer = False
         self._source: Source | None = None
         self.has_begun = False
@@ -145,11 +142,7 @@ class Verification:
             The names, with the dtype that the files have.
         """
         saved = source.record.tensors.get(WEIGHTS, {}) if source.record else {}
-        wanted: dict[str, dict[Shape, str]] = defaultdict(dict)
-        for name, _, dtype in names:
-            if dtype == FP8 and name in saved:
-                key, axes = split_name(name)
-                wanted[key][axes] = name
+        wanted = by_key(name for name, _, dtype in names if dtype == FP8 and name in saved)
         if not wanted or not self._reads_fp8:
             return names
         problem = None
@@ -163,7 +156,7 @@ class Verification:
             for tensor, chunk in chunks[rank() :: world_size()]:
                 for box in tensor.boxes(chunk):
                     for name, values, offset in named_parts(box, wanted[tensor.key]):
-                        self._sums.add_read(name, values, offset, saved[name].shape)
+                        self._sums.add_box(name, values, offset, saved[name].shape)
         except (CheckpointError, OSError) as error:  # of one rank: all are to hear of it
             problem = str(error)
         end_if(problem)
@@ -227,18 +220,13 @@ class Verification:
 
     def _compare(self, entry: Entry, weights: Tensor, main: Tensor) -> None:
         """Count where weights are not their main weights, rounded; they may be either of two."""
-        if self._source is None or self._source.record is not None:
+        source = self._source
+        if source is None or source.record is not None or source.rounded is None:
             return
-        rounded = self._source.rounded
-        if rounded is None:
-            return
-        count = 0
         for begin, some in pieces(main):
             mine, some = weights.reshape(-1)[begin : begin + some.numel()], some.to(weights.device)
-            off = (some - mine.float()).abs() > (some - some.to(rounded).float()).abs()
-            count += int(off.sum())
-        if count:
-            self._sums.add_differing(entry, count)
+            off = (some - mine.float()).abs() > (some - some.to(source.rounded).float()).abs()
+            self._sums.differing[entry.leaves[0].name] += int(off.sum())
 
     @torch.no_grad()
     def finish(self) -> None:
