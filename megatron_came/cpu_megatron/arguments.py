@@ -5,17 +5,12 @@ What cannot work is refused by value, before Megatron looks at the arguments: no
 so a refused value was asked for, on the command line or by the arguments of a checkpoint.
 """
 
-from __future__ import annotations
-
-import contextlib
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from typing import Any
 
-from megatron_came.cpu_megatron.rules import RULES
 from megatron_came.patching import Function, around
-from megatron_came.rules import stop_if_refused
+from megatron_came.rules import Rule, stop_if_refused
 from megatron_came.versions import MegatronError, release
 
 # What is announced, and what it sets: a destination of Megatron's parser and its value.
@@ -35,16 +30,100 @@ _DEFAULTS: dict[str, tuple[str, object]] = {
     "--no-gradient-reduce-div-fusion": ("gradient_reduce_div_fusion", False),  # of Megatron-FSDP
 }
 
+# What cannot work, by flag; Megatron's own defaults, which need a GPU, included.
+_ENGINE = "Transformer Engine, whose kernels run on a GPU"
+_NCCL = "NCCL, which moves data between GPUs"
+_ATTENTION = "an attention kernel for GPUs"
+_ROUTING = "communication kernels for GPUs"
+_OUT = "leave it out"
+
+# Flags of which no value can work, by what they need; after "=" the name of the argument.
+_LEFT_OUT = {
+    _ENGINE: "--fp8-format=fp8 --fp4-format=fp4 --tp-comm-overlap --use-te-activation-func "
+    "--use-transformer-engine-op-fuser --te-rng-tracker --fused-residual-rmsnorm "
+    "--moe-permute-fusion --moe-router-fusion --experimental-attention-variant "
+    "--multi-latent-attention --moe-latent-size --fp32-residual-connection",
+    _NCCL: "--use-nccl-ub=nccl_ub --nccl-communicator-config-path "
+    "--pipeline-model-parallel-comm-backend --use-sharp",
+    _ATTENTION: "--use-flash-attn",
+    _ROUTING: "--moe-enable-deepep",
+    "CUDA graphs": "--enable-cuda-graph --external-cuda-graph --optimizer-cuda-graph",
+    "GPU memory to offload from": "--cpu-offloading-num-layers "
+    "--fine-grained-activation-offloading --moe-paged-stash",
+    "a grouped matrix product for GPUs": "--moe-grouped-gemm",
+    "kernels for GPUs": "--batch-invariant-mode",
+    "Megatron's inference engine, which runs on a GPU": "--perform-rl-step",
+    "GPU memory to record": "--record-memory-history",
+    "a GPU to test": "--gpu-sniff-test-interval",
+    "a GPU's energy counter": "--log-energy",
+    "arguments that default to a GPU's, where flags have a CPU's": "--yaml-cfg",
+}
+# Optimizers of Megatron's own, whose offload pins memory.
+_MEGATRONS = ("adam", "sgd", "lion", "muon", "dist_muon", "adaptive_muon", "soap")
+# What Megatron recomputes in a way of its own, which asks Transformer Engine about its numbers.
+_RECOMPUTED_BY_ENGINE = ("layernorm", "moe_act", "mla_up_proj", "gdn_norm_out")
+
+
+def _needs(flag: str, what: str, instead: str, given: str = "{given}", **more: Any) -> Rule:
+    sentence = f"{given} needs {what}, and this run is on the CPU: {instead}."
+    return Rule(sentence, flag, **more)
+
+
+RULES = (
+    _needs("--transformer-impl", _ENGINE, "use --transformer-impl local", works=("local",)),
+    _needs("--distributed-backend", _NCCL, "use --distributed-backend gloo", works=("gloo",)),
+    _needs(
+        "--attention-backend",
+        _ATTENTION,
+        "use --attention-backend unfused",
+        works=("unfused", "local", "auto"),
+    ),
+    _needs("--cuda-graph-impl", "CUDA graphs", _OUT, works=("none",)),
+    _needs(
+        "--moe-token-dispatcher-type",
+        _ROUTING,
+        "use --moe-token-dispatcher-type alltoall",
+        works=("allgather", "alltoall"),
+    ),
+    _needs(
+        "--profile",
+        "the CUDA profiler",
+        "add --use-pytorch-profiler",
+        when=lambda s: not s.use_pytorch_profiler,
+    ),
+    _needs(
+        "--optimizer-cpu-offload",
+        "GPU memory to offload from",
+        _OUT,
+        when=lambda s: s.optimizer in (None, *_MEGATRONS),
+    ),
+    # The process that writes checkpoints cannot be made to fork.
+    _needs(
+        "--use-persistent-ckpt-worker", "a process that uses CUDA afresh", _OUT, releases=("0.16",)
+    ),
+    *(
+        _needs(flag, what, _OUT, argument=argument)
+        for what, flags in _LEFT_OUT.items()
+        for flag, _, argument in (each.partition("=") for each in flags.split())
+    ),
+    *(
+        _needs(
+            "",
+            _ENGINE,
+            _OUT,
+            given=f"--recompute-modules {module}",
+            when=lambda s, module=module: module in (s.recompute_modules or ()),
+        )
+        for module in _RECOMPUTED_BY_ENGINE
+    ),
+)
+
 
 @around
 def with_defaults(
     original: Function, parser: ArgumentParser, *args: Any, **kwargs: Any
 ) -> ArgumentParser:
-    """Let a function that adds Megatron's flags to a parser set the defaults of a CPU.
-
-    Raises:
-        MegatronError: this Megatron has no such flag.
-    """
+    """Let a function that adds Megatron's flags to a parser set the defaults of a CPU."""
     parser = original(parser, *args, **kwargs)
     known = {action.dest for action in parser._actions}
     for flag, (destination, value) in _DEFAULTS.items():
@@ -78,21 +157,13 @@ def with_check_and_attention(
         # Local layers have one attention, whatever its name; Megatron 0.19 wants a --spec for
         # this name that it cannot build.
         arguments.attention_backend = AttnBackend.unfused
-    with _connections(arguments):
-        return original(arguments, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def _connections(arguments: Namespace) -> Iterator[None]:
-    """Have another number of a GPU's queues for FSDP than Megatron insists on for others.
-
-    A CPU has none, and the process may train with tensor parallelism next.
-    """
-    name = "CUDA_DEVICE_MAX_CONNECTIONS"
-    given = os.environ[name]
+    # For FSDP Megatron insists on another number of a GPU's queues than for others. A CPU has none,
+    # and the process may train with tensor parallelism next.
+    queues = "CUDA_DEVICE_MAX_CONNECTIONS"
+    given = os.environ[queues]
     if (arguments.use_torch_fsdp2 or arguments.use_megatron_fsdp) and given == "1":
-        os.environ[name] = "8"
+        os.environ[queues] = "8"
     try:
-        yield
+        return original(arguments, *args, **kwargs)
     finally:
-        os.environ[name] = given
+        os.environ[queues] = given

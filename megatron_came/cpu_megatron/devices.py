@@ -6,8 +6,6 @@ those that go through a torch function, in the thread that installs it (the one 
 functions of the module ``torch.cuda`` are replaced.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import os
@@ -31,15 +29,8 @@ CPU = torch.device("cpu")
 # Packages of GPU kernels.  Megatron picks them up where it finds them, and none runs on a CPU;
 # where they are absent it falls back to torch.
 _GPU_PACKAGES = (
-    "amp_C",
-    "apex",
-    "deep_ep",
-    "flash_attn",
-    "flash_attn_3",
-    "fused_weight_gradient_mlp_cuda",
-    "grouped_gemm",
-    "transformer_engine",
-    "transformer_engine_torch",
+    *("amp_C", "apex", "deep_ep", "flash_attn", "flash_attn_3", "fused_weight_gradient_mlp_cuda"),
+    *("grouped_gemm", "transformer_engine", "transformer_engine_torch"),
 )
 
 
@@ -65,6 +56,20 @@ class _Idle(contextlib.ContextDecorator):
     synchronize = wait = wait_event = wait_stream = _nothing
 
 
+class Event(_Idle):
+    """``torch.cuda.Event`` that notes the time of day, so that ``elapsed_time`` is a true one."""
+
+    _time = 0.0
+
+    def record(self, stream: object = None) -> None:
+        """Note the time."""
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, end: Self) -> float:
+        """Milliseconds from this event to ``end``."""
+        return (end._time - self._time) * 1e3
+
+
 class Stream(_Idle):
     """``torch.cuda.Stream`` where everything has already happened in order."""
 
@@ -82,20 +87,6 @@ class Stream(_Idle):
         event = event or Event()
         event.record()
         return event
-
-
-class Event(_Idle):
-    """``torch.cuda.Event`` that notes the time of day, so that ``elapsed_time`` is a true one."""
-
-    _time = 0.0
-
-    def record(self, stream: Stream | None = None) -> None:
-        """Note the time."""
-        self._time = time.perf_counter()
-
-    def elapsed_time(self, end: Event) -> float:
-        """Milliseconds from this event to ``end``."""
-        return (end._time - self._time) * 1e3
 
 
 def _is_cuda(device: object) -> bool:
@@ -121,13 +112,8 @@ def _type(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) ->
     return tensor.type(dtype, *args, **kwargs)
 
 
-def _itself(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return tensor
-
-
 _METHODS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.cuda: _itself,
-    torch.Tensor.pin_memory: _itself,
+    **dict.fromkeys((torch.Tensor.cuda, torch.Tensor.pin_memory), lambda tensor, *_, **__: tensor),
     torch.Tensor.to: _to,
     torch.Tensor.type: _type,
 }
@@ -167,7 +153,7 @@ def _peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def _memory_stats(device: object = None) -> dict[str, int]:
+def _memory_stats() -> dict[str, int]:
     """What Megatron reads of ``torch.cuda.memory_stats``; all other entries are 0."""
     stats: dict[str, int] = collections.defaultdict(int)
     for kind in ("allocated", "active", "reserved"):
@@ -285,8 +271,8 @@ def install() -> None:
     torch.Tensor.record_stream = _answer(None)  # type: ignore[method-assign]
     mesh: Any = torch.distributed.device_mesh.DeviceMesh
     mesh.from_group = staticmethod(_mesh_of_cpus(mesh.from_group))
-    if hasattr(torch, "accelerator"):  # torch itself asks there: its optimizers, its data loader
-        torch.accelerator.is_available = _answer(False)
+    # torch itself asks there: its optimizers, its data loader.
+    torch.accelerator.is_available = _answer(False)
     autograd: Any = torch.autograd
     autograd._engine_run_backward = _still_a_cpu(autograd._engine_run_backward)
     loader: Any = torch.utils.data.DataLoader

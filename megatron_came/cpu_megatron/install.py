@@ -3,9 +3,7 @@
 What stands in for parts of PyTorch is in ``devices.py`` and ``randomness.py``.
 """
 
-from __future__ import annotations
-
-from megatron_came.patching import put_in_place, table
+from megatron_came.patching import table
 from megatron_came.versions import since
 
 _HELPERS = "megatron_came.versions:with_compiled_helpers"
@@ -62,21 +60,12 @@ REPLACEMENTS = table("megatron_came.cpu_megatron", {
     ),
     # torch's Adam, in place of Transformer Engine's and apex's.
     "megatron.core.optimizer.distrib_optimizer": (
-        ("DistributedOptimizer.sharded_state_dict", "torch_adam:with_state",
+        ("DistributedOptimizer.sharded_state_dict", "functions:with_state",
          "there is a state to be loaded"),
-        ("DistributedOptimizer.load_state_dict", "torch_adam:with_steps",
+        ("DistributedOptimizer.load_state_dict", "functions:with_steps",
          "each parameter has its step count"),
-        ("DistributedOptimizer._set_main_param_and_optimizer_states", "torch_adam:without_step",
+        ("DistributedOptimizer._set_main_param_and_optimizer_states", "functions:without_step",
          "formats with and without a step are read"),
     ),
 })
 # fmt: on
-
-
-def install() -> None:
-    """Put the stand-ins for Megatron's functions in place, for good.
-
-    Raises:
-        MegatronError: Megatron is missing, of a release that is not supported, or lacks a name.
-    """
-    put_in_place(REPLACEMENTS)

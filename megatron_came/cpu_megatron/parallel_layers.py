@@ -5,13 +5,12 @@ that only Transformer Engine and apex have, and experts a gather that gloo lacks
 for debugging and tests: right, not fast.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_came.patching import Function, around
 
@@ -47,14 +46,14 @@ def _center_at_zero(norm: torch.nn.Module) -> None:
 
 
 class _ZeroCenteredLayerNorm(torch.nn.LayerNorm):
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.layer_norm(
             tokens, self.normalized_shape, self.weight + 1, self.bias, self.eps
         )
 
 
 class _ZeroCenteredRMSNorm(torch.nn.RMSNorm):
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(
             tokens, self.normalized_shape, self.weight + 1, self.eps
         )
@@ -72,10 +71,10 @@ def starting_alone(original: Function, self: Any, config: Any, *args: Any, **kwa
 def attending_to_all(
     original: Function,
     self: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -90,18 +89,14 @@ def attending_to_all(
                 "CPU: leave out --no-create-attention-mask-in-dataloader."
             )
         # The mask has this rank's queries and all keys.
-        key, value = _whole_sequence(key, group), _whole_sequence(value, group)
+        whole: Any = _WholeSequence.apply
+        key, value = whole(key, group), whole(value, group)
     return original(self, query, key, value, attention_mask, *args, **kwargs)
 
 
 @around
 def gathering_unlike(
-    original: Function,
-    part: torch.Tensor,
-    group: Any,
-    sizes: list[int] | None = None,
-    *args: Any,
-    **kwargs: Any,
+    original: Function, part: Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Gather parts of unlike sizes."""
     if sizes is None or group.size() == 1:
@@ -115,12 +110,7 @@ def gathering_unlike(
 
 @around
 def scattering_unlike(
-    original: Function,
-    whole: torch.Tensor,
-    group: Any,
-    sizes: list[int] | None = None,
-    *args: Any,
-    **kwargs: Any,
+    original: Function, whole: Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Add up, and scatter parts of unlike sizes."""
     if sizes is None or group.size() == 1:
@@ -130,16 +120,11 @@ def scattering_unlike(
     return torch.split(total, sizes)[group.rank()].clone()
 
 
-def _whole_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    whole: torch.Tensor = _WholeSequence.apply(part, group)  # type: ignore[no-untyped-call, unused-ignore]
-    return whole
-
-
 class _WholeSequence(torch.autograd.Function):
     """Gather a sequence of which each rank has two chunks, the r-th and the r-th from the end."""
 
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         parts = [torch.empty_like(part) for _ in range(group.size())]
         dist.all_gather(parts, part.contiguous(), group=group)
@@ -147,7 +132,7 @@ class _WholeSequence(torch.autograd.Function):
         return torch.cat([*early, *reversed(late)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         whole = gradients[0].contiguous()
         dist.all_reduce(whole, group=ctx.group)
         chunks = whole.chunk(2 * ctx.group.size())

@@ -8,8 +8,7 @@ plays the GPU's here; the host's is another, whose state the default one takes o
 loader.
 """
 
-import contextlib
-from collections.abc import Iterator
+import collections
 from typing import Any
 
 import torch
@@ -23,34 +22,20 @@ _device_generator = torch.default_generator
 _host_generator = torch.Generator()
 
 
-class _Generators:
-    """``torch.cuda.default_generators``: every index is the one device's generator."""
-
-    def __getitem__(self, index: int) -> torch.Generator:
-        return _device_generator
-
-    def __len__(self) -> int:
-        return 1
-
-
-@contextlib.contextmanager
-def host_draws() -> Iterator[None]:
+@around
+def _with_host_draws(method: Function, *args: Any, **kwargs: Any) -> Any:
     """Inside, torch's default generator continues the host's stream instead of the device's."""
     device_state = _device_generator.get_state()
     _device_generator.set_state(_host_generator.get_state())
     try:
-        yield
+        return method(*args, **kwargs)
     finally:
         _host_generator.set_state(_device_generator.get_state())
         _device_generator.set_state(device_state)
 
 
 def _set_device_state(state: torch.Tensor, device: object = "cuda") -> None:
-    """``torch.cuda.set_rng_state``.
-
-    Raises:
-        RuntimeError: ``state`` comes from a GPU.
-    """
+    """``torch.cuda.set_rng_state``, which refuses the state of a GPU's generator."""
     if state.numel() != _device_generator.get_state().numel():
         raise RuntimeError(
             "The checkpoint holds the state of a GPU's random number generator, which a CPU cannot "
@@ -69,12 +54,6 @@ def _seed_all(seed: int) -> torch.Generator:
     return _device_generator.manual_seed(int(seed))
 
 
-@around
-def _with_host_draws(method: Function, *args: Any, **kwargs: Any) -> Any:
-    with host_draws():
-        return method(*args, **kwargs)
-
-
 def install() -> None:
     """Put the stand-ins in place, for good."""
     module: Any
@@ -83,7 +62,9 @@ def install() -> None:
         module.set_rng_state = _set_device_state
         module.manual_seed = _seed_device
         module.manual_seed_all = lambda seed: _seed_device(seed)
-    torch.cuda.default_generators = _Generators()  # type: ignore[assignment]
+    # Every index is the one device's generator.
+    generators = collections.defaultdict(lambda: _device_generator, {0: _device_generator})
+    torch.cuda.default_generators = generators  # type: ignore[assignment]
     for module in (torch, torch.random):
         module.get_rng_state = lambda: _host_generator.get_state()
         module.set_rng_state = lambda state: _host_generator.set_state(state)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from megatron_came.patching import put_in_place
 from megatron_came.voice import say
 
 VARIABLE = "MEGATRON_CAME_CPU"
@@ -86,6 +87,7 @@ def enable() -> bool:
         )
     # Imported here: a machine with a GPU needs none of it.
     from megatron_came.cpu_megatron import devices, randomness
+    from megatron_came.cpu_megatron.install import REPLACEMENTS
 
     # What this process, its workers and Megatron's checks read.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # with MEGATRON_CAME_CPU=1 a GPU stays unused
@@ -96,9 +98,7 @@ def enable() -> bool:
     randomness.install()
     _enabled = True
 
-    from megatron_came.cpu_megatron.install import install  # Megatron finds the stand-ins in place
-
-    install()
+    put_in_place(REPLACEMENTS)  # Megatron, which it imports, finds the stand-ins
     atexit.register(_leave_process_groups)
     # Two lines of 80 columns at most: Megatron's own list of arguments shows all of them.
     reason = f"{VARIABLE}=1" if os.environ.get(VARIABLE) == "1" else "no GPU"

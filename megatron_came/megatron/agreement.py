@@ -4,8 +4,6 @@ What is compared is hashed, and one small collective tells whether all hashes ar
 they are not do ranks tell each other what they have. Every rank takes part, whatever it holds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib
@@ -15,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_came.kernels.dispatch import choose, choose_on_host
 from megatron_came.megatron import rank_settings
@@ -34,30 +31,21 @@ Groups = Sequence[dist.ProcessGroup | None]  # None: all ranks
 
 
 class Kernels(NamedTuple):
-    """Who would compute the step on a rank.
+    """Who would compute the step on a rank."""
 
-    Attributes:
-        name: of the kernels, with their version; None if those that were asked for are missing.
-        reason: a sentence.
-    """
-
-    name: str | None
-    reason: str
+    name: str | None  # with the version; None if those that were asked for are missing
+    reason: str  # a sentence
 
 
 def agree(
-    config: CameOptimizerConfig, model_chunks: list[Any], collection: Any | None
+    config: CameOptimizerConfig, model_chunks: list[Any], collection: Any | None, everyone: Groups
 ) -> CameOptimizerConfig:
-    """Make sure that all ranks of a ``ProcessGroupCollection``, or all, train one model alike.
-
-    Returns:
-        This rank's settings, with the kernels that all ranks have.
+    """Return this rank's settings, with the kernels that all ranks have.
 
     Raises:
         UnsupportedError: on all ranks, if they have other settings or parameters.
     """
-    everyone = connecting(collection)
-    _refuse_other_settings(rank_settings.settings_of(config), everyone)
+    refuse_other_settings(rank_settings.settings_of(config), everyone)
     config = _with_common_kernels(config, model_chunks, everyone)
     _refuse_other_parameters(model_chunks, collection, everyone)
     return config
@@ -71,22 +59,17 @@ def connecting(collection: Any | None) -> Groups:
     return [group for group in groups if group is not None]
 
 
-def tell_optimizer(config: Any, everyone: Groups = (None,)) -> None:
-    """Compare the one setting that ranks with CAME and others have in common.
-
-    Raises:
-        UnsupportedError: on all ranks, if they have not chosen the same optimizer.
-    """
-    _refuse_other_settings({"--optimizer": str(config.optimizer)}, everyone)
-
-
 def _data_parallel(collection: Any) -> dist.ProcessGroup | None:
     return getattr(collection, "dp_cp", None) or getattr(collection, "dp", None)
 
 
-def _refuse_other_settings(settings: rank_settings.Settings, everyone: Groups) -> None:
-    clause = _compare(settings, everyone)
-    if clause is not None:
+def refuse_other_settings(settings: rank_settings.Settings, everyone: Groups) -> None:
+    """Make sure that all ranks have these settings.
+
+    Raises:
+        UnsupportedError: on all ranks, if one has others.
+    """
+    if clause := _compare(settings, everyone):
         raise UnsupportedError(f"{clause}: all ranks of a run need the same, so start them alike.")
 
 
@@ -109,7 +92,7 @@ def _with_common_kernels(
     clause = rank_settings.difference(
         {rank: {"kernels": str(kernels.name)} for rank, kernels in with_weights.items()}
     )
-    if clause is None:
+    if not clause:
         return config
     if config.kernels != "auto" or config.cuda_graph:
         raise UnsupportedError(
@@ -161,13 +144,11 @@ def _refuse_other_parameters(
 
     if collection is None:
         collection = ProcessGroupCollection.use_mpu_process_groups()
-    dense: dict[str, Tensor] = {}
-    experts: dict[str, Tensor] = {}
-    tied: dict[str, Tensor] = {}
-    for name, param in named_parameters(model_chunks):
-        (dense if getattr(param, "allreduce", True) else experts)[name] = param
-        if getattr(param, "shared_embedding", False):  # it has other names on the last stage
-            tied = {"tied embeddings": param}
+    named = dict(named_parameters(model_chunks))
+    dense = {name: p for name, p in named.items() if getattr(p, "allreduce", True)}
+    experts = {name: p for name, p in named.items() if name not in dense}
+    copies = [p for p in named.values() if getattr(p, "shared_embedding", False)]
+    tied = {"tied embeddings": copies[-1]} if copies else {}  # another name on the last stage
     groups = Settings(collection)
     compared = [
         (dense, groups.tp),
@@ -177,13 +158,12 @@ def _refuse_other_parameters(
         (tied, groups.embd if tied else None),
     ]
     clauses = [
-        _compare(rank_settings.parameters_of(named), [group])
-        for named, group in compared
+        _compare(rank_settings.parameters_of(params), [group])
+        for params, group in compared
         if group is not None and group.size() > 1
     ]
-    clause = next(filter(None, clauses), None)
-    clause = _of_any(clause, everyone)  # other groups have found nothing, or something else
-    if clause is not None:
+    # Other groups have found nothing, or something else.
+    if clause := _of_any(next(filter(None, clauses), None), everyone):
         raise UnsupportedError(
             f"--optimizer came: {clause}: ranks that train one model need the same parameters, "
             "so start them alike."
@@ -206,8 +186,7 @@ def refused_on_all(everyone: Groups) -> Iterator[None]:
         if not isinstance(error, UnsupportedError) and not str(error).startswith("CAME: "):
             raise
         refused = error
-    problem = _of_any(None if refused is None else str(refused), everyone)
-    if problem is not None:
+    if problem := _of_any(str(refused) if refused else None, everyone):
         raise UnsupportedError(problem) from refused
 
 

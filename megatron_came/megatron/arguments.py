@@ -1,7 +1,5 @@
 """``--optimizer came`` and its flags in Megatron's command line."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterable

@@ -9,8 +9,6 @@ exit status. Where the check is off, so is this. What turns bad later is found b
 by the next loss.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
@@ -31,25 +29,15 @@ _BUCKET = re.compile(r"bucket #(\d+)")
 
 @dataclass
 class _Watch:
-    """What was found in the iteration under way.
+    """What was found in the iteration under way."""
 
-    Attributes:
-        model: chunks of this rank.
-        where: iteration and rank.
-        buckets: whose gradients are being looked at.
-        loss: what is wrong with the loss, in a clause.
-        gradient: what is wrong with the first gradient that is.
-        turns: how often the iteration has been computed.
-        last: the last of them in which something was wrong.
-    """
-
-    model: list[Any]
-    where: str
-    buckets: Any = None
-    loss: str | None = None
-    gradient: str | None = None
-    turns: int = 0
-    last: int = 0
+    model: list[Any]  # chunks of this rank
+    where: str  # iteration and rank
+    buckets: Any = None  # whose gradients are being looked at
+    loss: str | None = None  # what is wrong with it, in a clause
+    gradient: str | None = None  # what is wrong with the first one that is
+    turns: int = 0  # how often the iteration has been computed
+    last: int = 0  # of them, in which something was wrong
 
     def note(self, message: str, result: Tensor) -> None:
         """Remember what is wrong, the first time that something is."""
@@ -63,11 +51,6 @@ class _Watch:
         else:
             what = "NaN" if result.isnan().any() else "infinite"
             self.loss = self.loss or f"{_LOSS} {what}, {_weights_clause(self.names)}"
-
-    @property
-    def has_fsdp(self) -> bool:
-        """Whether Megatron looks at no gradient of the model, which has no buckets of its own."""
-        return not all(hasattr(chunk, "bucket_groups") for chunk in self.model)
 
     def look(self) -> None:
         """Look at the gradients that this rank holds once all are reduced."""
@@ -95,33 +78,22 @@ class _Watch:
 
 # The innermost one is last. Not a ContextVar: on GPUs, hooks of the backward pass, where gradients
 # are looked at, run in threads that PyTorch starts without a context.
-_watches: list[_Watch | None] = []
-
-
-def _current() -> _Watch | None:
-    return _watches[-1] if _watches else None
+_watches: list[_Watch | None] = [None]
 
 
 @around
 def watched(
-    original: Function,
-    forward_step_func: Any,
-    data_iterator: Any,
-    model: Any,
-    *args: Any,
-    **kwargs: Any,
+    original: Function, forward_step_func: Any, data: Any, model: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Look for bad numbers in an iteration of CAME's."""
     from megatron.training import get_args
 
     run = get_args()
-    watch = None
-    if run.optimizer == "came" and run.check_for_nan_in_loss_and_grad:
-        iteration = getattr(run, "curr_iteration", 0) + 1
-        watch = _Watch(model, f"iteration {iteration}, rank {rank()}")
-    _watches.append(watch)
+    where = f"iteration {getattr(run, 'curr_iteration', 0) + 1}, rank {rank()}"
+    is_asked = run.optimizer == "came" and run.check_for_nan_in_loss_and_grad
+    _watches.append(_Watch(model, where) if is_asked else None)
     try:
-        return original(forward_step_func, data_iterator, model, *args, **kwargs)
+        return original(forward_step_func, data, model, *args, **kwargs)
     finally:
         _watches.pop()
 
@@ -130,8 +102,7 @@ def watched(
 def counted(original: Function, self: Any, *args: Any, **kwargs: Any) -> bool:
     """Count how often the iteration is computed."""
     will_run = bool(original(self, *args, **kwargs))
-    watch = _current()
-    if watch is not None:
+    if watch := _watches[-1]:
         watch.turns += will_run
     return will_run
 
@@ -139,8 +110,7 @@ def counted(original: Function, self: Any, *args: Any, **kwargs: Any) -> bool:
 @around
 def with_buckets(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Remember whose gradients are being looked at."""
-    watch = _current()
-    if watch is not None:
+    if watch := _watches[-1]:
         watch.buckets = self
     return original(self, *args, **kwargs)
 
@@ -148,7 +118,7 @@ def with_buckets(original: Function, self: Any, *args: Any, **kwargs: Any) -> An
 @around
 def left_alone(original: Function, grad: Tensor) -> None:
     """Do not let Megatron-FSDP end one rank alone, with all of a gradient: see :func:`ended`."""
-    if _current() is None:
+    if _watches[-1] is None:
         original(grad)
 
 
@@ -163,7 +133,7 @@ def noted(
     **kwargs: Any,
 ) -> None:
     """Remember what is wrong instead of ending one rank alone."""
-    watch = _current()
+    watch = _watches[-1]
     if watch is None or rejection_func not in (torch.isnan, torch.isinf):
         original(self, result, rejection_func, message, *args, **kwargs)
         return
@@ -180,13 +150,16 @@ def noted(
 @around
 def ended(original: Function, self: Any) -> Any:
     """End all ranks with one sentence before Megatron would save."""
-    watch = _current()
+    watch = _watches[-1]
     judges = self.mode == type(self.mode).VALIDATE_RESULTS and self.first_iteration_complete
     result = original(self)
-    if watch is not None and watch.has_fsdp:
+    if watch is None:
+        return result
+    # Megatron looks at no gradient of FSDP's, which has no buckets of its own.
+    if not all(hasattr(chunk, "bucket_groups") for chunk in watch.model):
         watch.look()
     # Had Megatron rejected anything on any rank, all would have computed it again.
-    elif watch is None or (judges and watch.turns == 1):
+    elif judges and watch.turns == 1:
         return result
     finding = of_any_rank(watch.finding, _first)
     if finding is None:

@@ -1,10 +1,7 @@
 """Building CAME where Megatron builds its optimizers."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,14 +10,7 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.momentum import MOMENTUM_DTYPES
-from megatron_came.megatron import parameter_rules
-from megatron_came.megatron.agreement import (
-    Groups,
-    agree,
-    connecting,
-    refused_on_all,
-    tell_optimizer,
-)
+from megatron_came.megatron import agreement, parameter_rules
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.cpu_offload import OffloadedCAME
 from megatron_came.megatron.distributed import CameDistributedOptimizer
@@ -50,14 +40,14 @@ def with_came(
     """Stand in for ``get_megatron_optimizer``."""
     given = inspect.signature(original).bind(config, model_chunks, *args, **kwargs).arguments
     collection = kwargs.get("pg_collection", given.get("pg_collection"))
-    # Others' wrappers may lead here twice.
+    everyone = agreement.connecting(collection)
     is_came = getattr(config, "optimizer", None) == "came"
+    # Ranks with other optimizers have this setting in common with those of CAME. Others' wrappers
+    # may lead here twice.
+    if is_came or (collection is None and arguments() and not hasattr(config, "as_asked")):
+        agreement.refuse_other_settings({"--optimizer": str(config.optimizer)}, everyone)
     if is_came:
-        everyone = connecting(collection)
-        tell_optimizer(config, everyone)
         config = _agreed(config, model_chunks, collection, everyone)
-    elif arguments() and collection is None and not hasattr(config, "as_asked"):
-        tell_optimizer(config)
     optimizer = original(config, model_chunks, *args, **kwargs)
     share_gradient_dtype(chain_of(optimizer))
     if is_came and config.spike_guard is not None:
@@ -66,25 +56,16 @@ def with_came(
 
 
 def _agreed(
-    given: Any, model_chunks: list[Any], collection: Any | None, everyone: Groups
+    given: Any, model_chunks: list[Any], collection: Any | None, everyone: agreement.Groups
 ) -> CameOptimizerConfig:
-    """Make sure that all ranks can and do train one model alike; a collective.
-
-    Returns:
-        A configuration for Megatron's builder.
-
-    Raises:
-        UnsupportedError: on all ranks, if one of them cannot.
-    """
+    """Return a configuration for Megatron's builder, if all ranks can train one model alike."""
     groups = ModelGroups.of(collection)
     # What is refused may be of this rank alone, which has another stage of the model than others,
     # and from here on Megatron lets all ranks wait for each other.
-    with refused_on_all(everyone):
-        config = (
-            given
-            if isinstance(given, CameOptimizerConfig)
-            else CameOptimizerConfig.from_plain(given, arguments())
-        )
+    with agreement.refused_on_all(everyone):
+        config = given
+        if not isinstance(given, CameOptimizerConfig):
+            config = CameOptimizerConfig.from_plain(given, arguments())
         refuse(settings_of_model(config, model_chunks))
         params = [
             original_of(param) for _, param in named_parameters(model_chunks) if param.requires_grad
@@ -92,12 +73,12 @@ def _agreed(
         check_trainable(params)
         for param in params:
             shard_of(param, groups)
-    config = agree(config, model_chunks, collection)
+    config = agreement.agree(config, model_chunks, collection, everyone)
     parameter_rules.note(config.rule, model_chunks, everyone)
     # Megatron-FSDP makes what it takes for replicas equal; otherwise weights may hold nothing yet.
     is_made = model_chunks[0].config.perform_initialization
     if is_made and not model_chunks[0].ddp_config.use_megatron_fsdp:
-        with refused_on_all(everyone):
+        with agreement.refused_on_all(everyone):
             check_replicas(params, groups)
     return config.as_standard()
 
@@ -105,9 +86,9 @@ def _agreed(
 def share_gradient_dtype(chain: Iterable[Any]) -> None:
     """Let optimizers whose gradients go into one norm show them in one dtype."""
     ours = [each for each in chain if isinstance(each, CameDistributedOptimizer)]
-    is_mixed = len(set().union(*(each.gradient_dtypes for each in ours))) > 1
+    dtypes = {buffer.grad_dtype for each in ours for buffer in getattr(each, "buffers", ())}
     for each in ours:
-        each.copies_gradients = is_mixed
+        each.copies_gradients = len(dtypes) > 1
 
 
 def settings_of_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> SimpleNamespace:
@@ -159,26 +140,27 @@ def build(
     by_place = config.momentum_dtype != "fp32" or arguments().get("came_log_diagnostics")
     known = identities(model_chunks) if by_place else None
 
-    sharded: partial[Any] = partial(CameDistributedOptimizer, identities=known)
-    if has_fsdp:
-        sharded = partial(CameMegatronFSDP, params=model_params)
+    of_distributed = {
+        "distributed_optimizer_instance_id": 0,
+        "model_chunks": model_chunks,
+        "model_groups": model_groups,
+        **of_distributed,
+    }
     wrapper: Any
-    if has_fsdp or config.use_distributed_optimizer:
-        wrapper = sharded(
-            came,
-            config,
-            _grad_scaler(config),
-            _init_state,
-            model_chunks=model_chunks,
-            model_groups=model_groups,
-            **{"distributed_optimizer_instance_id": 0, **of_distributed},
+    if has_fsdp:
+        wrapper = CameMegatronFSDP(
+            came, config, _grad_scaler(config), _init_state, params=model_params, **of_distributed
         )
-        wrapper.grad_stats_parallel_group = intra_dist_opt_group
+    elif config.use_distributed_optimizer:
+        wrapper = CameDistributedOptimizer(
+            came, config, _grad_scaler(config), _init_state, identities=known, **of_distributed
+        )
+    elif config.fp16 or config.bf16:
+        wrapper = CameFloat16Optimizer(came, config, _grad_scaler(config), _init_state)
     else:
-        if config.fp16 or config.bf16:
-            wrapper = CameFloat16Optimizer(came, config, _grad_scaler(config), _init_state)
-        else:
-            wrapper = CameFP32Optimizer(came, config, _init_state)
+        wrapper = CameFP32Optimizer(came, config, _init_state)
+    wrapper.grad_stats_parallel_group = intra_dist_opt_group
+    if not (has_fsdp or config.use_distributed_optimizer):
         wrapper.adopt(model_params, model_groups, known)
         wrapper.grad_stats_parallel_group = model_parallel_group
     wrapper.tp_group, wrapper.expert_tp_group = model_groups.tp, model_groups.expert_tp

@@ -1,7 +1,5 @@
 """Megatron's optimizer configuration with CAME's hyperparameters."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -113,9 +111,9 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
             return made
         usual = {**asdict(Hyperparameters()), **{name: getattr(cls, name) for name in OWN}}
         said = [
-            f"{name} {known[name]}"
-            for name in known
-            if known[name] != usual[name.removeprefix(_PREFIX)]
+            f"{name} {value}"
+            for name, value in known.items()
+            if value != usual[name.removeprefix(_PREFIX)]
         ]
         say_once(
             f"OptimizerConfig(optimizer='came') trains with {', '.join(said)}, and otherwise with "
@@ -179,9 +177,6 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         """As ``OptimizerConfig``, which Megatron logs, with the name that was asked for."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self) if f.repr)
-        return "CameOptimizerConfig({})".format(
-            ", ".join(
-                f"{name}={'came' if name == 'optimizer' else value!r}" for name, value in values
-            )
-        )
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        shown["optimizer"] = "came"
+        return f"CameOptimizerConfig({', '.join(f'{k}={v!r}' for k, v in shown.items())})"

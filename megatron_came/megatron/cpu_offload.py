@@ -1,14 +1,14 @@
-"""``--optimizer-cpu-offload``: some main weights and their momentum lie, and are updated, on a CPU.
+"""What of an optimizer lies on the CPU while the model is on a GPU.
 
+With ``--optimizer-cpu-offload`` some main weights and their momentum lie, and are updated, there.
 Which ones, all ranks that hold slices or copies of a parameter must decide alike: they compute its
-factors each for itself, and other kernels round otherwise.
+factors each for itself, and other kernels round otherwise. With
+``--rl-offload-optimizer-during-inference`` all lies there for a while.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -62,24 +62,16 @@ def evenly(params: Iterable[Tensor], fraction: float, *, has_copies: bool) -> se
 
 @dataclass(slots=True)
 class HostSlice:
-    """What travels of a slice whose main weights lie on the CPU.
+    """What travels of a slice whose main weights lie on the CPU."""
 
-    Attributes:
-        home: device of the model.
-        weight: the slice of the model's own weights, there.
-        rounded: the same in the model's dtype on the CPU, where that is not the main weights'.
-        pins_gradients: whether the gradient's copy is pinned.
-        gradient: that copy, made when the first one comes.
-    """
-
-    home: torch.device
-    weight: Tensor
-    rounded: Tensor | None
-    pins_gradients: bool = True
-    gradient: Tensor | None = None
+    home: torch.device  # of the model
+    weight: Tensor  # the slice of the model's own weights, there
+    rounded: Tensor | None  # the same on the CPU in the model's dtype, if the main weights' differs
+    pins_gradients: bool = True  # whether the gradient's copy is pinned
+    gradient: Tensor | None = None  # that copy, made when the first one comes
 
     @classmethod
-    def move(cls, local: Tensor, weight: Tensor, dtype: torch.dtype, config: Any) -> HostSlice:
+    def move(cls, local: Tensor, weight: Tensor, dtype: torch.dtype, config: Any) -> Self:
         """Move main weights to the CPU, in a dtype; they stay the same object.
 
         They may be the model's own, or another tensor on their memory.
@@ -158,8 +150,9 @@ class OffloadedCAME(CAME):
 
     def set_model_weights(self, weights: Mapping[Tensor, Tensor]) -> None:
         """As CAME's; of what lies on the CPU, the copies there are written."""
-        here = {local: each.rounded for local, each in self.on_host.items()}
-        copies = {local: copy for local, copy in here.items() if copy is not None}
+        copies = {
+            local: each.rounded for local, each in self.on_host.items() if each.rounded is not None
+        }
         super().set_model_weights({**weights, **copies})
 
     def _begin(self) -> Begun:
@@ -184,11 +177,10 @@ class OffloadedCAME(CAME):
 
     def _bits(self) -> Tensor | None:
         """Sums of the bits of the model's weights where these are of the main weights' dtype."""
-        own = [each.weight for each in self.on_host.values() if each.rounded is None]
-        own = [weight for weight in own if weight.numel()]  # those without may be of any dtype
-        return (
-            torch.cat([sums for weight in own for sums in _sums_of_bits(weight)]) if own else None
-        )
+        own = (each.weight for each in self.on_host.values() if each.rounded is None)
+        # Those without elements may be of any dtype.
+        sums = [each for weight in own if weight.numel() for each in _sums_of_bits(weight)]
+        return torch.cat(sums) if sums else None
 
 
 def _sums_of_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,3 +194,37 @@ def _sums_of_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def on_host_of(came: CAME) -> dict[Tensor, HostSlice]:
     """What of an optimizer lies on the CPU while the model is elsewhere."""
     return came.on_host if isinstance(came, OffloadedCAME) else {}
+
+
+class Offloaded:
+    """Moves what is the optimizer's alone to the CPU and back.
+
+    Megatron's own moves every parameter of the optimizer, and puts copies in their place: of an
+    fp32 model, and with remainders, these are the model's weights, which would stay on the CPU
+    during inference and not be updated afterwards.
+    """
+
+    optimizer: Any  # CAME
+    # Parameters of the model, each with the local tensor that the optimizer updates.
+    _pairs: list[tuple[Tensor, Tensor]]
+
+    def offload_to_cpu(self) -> None:
+        """Move main weights, momentum and factors to the CPU; weights of the model's stay."""
+        self._move(_CPU)
+        torch.cuda.empty_cache()
+
+    def restore_from_cpu(self) -> None:
+        """Move them back to where the model is."""
+        self._move(None)
+
+    def _move(self, to: torch.device | None) -> None:
+        on_host = on_host_of(self.optimizer)
+        for param, local in self._pairs:
+            if local in on_host:
+                continue  # it stays there
+            device = to or param.device
+            if local.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
+                local.data = local.data.to(device)
+            state = self.optimizer.state[local]
+            for key, value in state.items():
+                state[key] = value.to(device)

@@ -1,7 +1,5 @@
 """``--came-log-diagnostics``: what CAME's steps do, in Megatron's own logs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """CAME on Megatron's ZeRO-1 distributed optimizer."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection
 from itertools import chain
@@ -30,9 +28,8 @@ from megatron_came.megatron.compat.distributed_optimizer import (
     DistributedOptimizer,
     precision_aware,
 )
-from megatron_came.megatron.cpu_offload import HostSlice, chosen, on_host_of
+from megatron_came.megatron.cpu_offload import HostSlice, Offloaded, chosen, on_host_of
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.offload import Offloaded
 from megatron_came.megatron.parameter_names import Identity
 from megatron_came.megatron.sharding import ModelGroups, adopt
 from megatron_came.megatron.spikes import WithSpikeGuard
@@ -57,19 +54,12 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
     be, and the factors under ``came``: in distributed checkpoints by the names of the parameters,
     in legacy ones by their order.
 
-    Args:
-        optimizer: None on a rank without parameter groups.
-        config: see :class:`megatron_came.megatron.config.CameOptimizerConfig`.
-        args: further arguments of ``DistributedOptimizer``, as ``kwargs`` are.
-        model_groups: process groups of the parameters' other shards.
-        identities: of the parameters, where the rounding of momentum depends on these.
-        kwargs: as ``args``.
-
-    Attributes:
-        copies_gradients: whether 16-bit gradients are copied to fp32 even without a loss scale.
+    To the arguments of ``DistributedOptimizer`` come the process groups of the parameters' other
+    shards and, where the rounding of momentum depends on these, the parameters' identities. The
+    optimizer is None on a rank without parameter groups.
     """
 
-    copies_gradients = False
+    copies_gradients = False  # 16-bit ones to fp32, even without a loss scale
 
     def __init__(
         self,
@@ -102,9 +92,9 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         if config.optimizer_cpu_offload and not has_remainders:
             self._make_main_weights(moved)
         of_float16 = self.shard_float16_groups if has_remainders else mains
-        whole = [*self.model_fp32_groups, *self.model_float16_groups]
-        for params, here in zip(whole, [*self.shard_fp32_groups, *of_float16], strict=True):
-            self._owned.update(zip(params, here, strict=True))
+        whole = chain(*self.model_fp32_groups, *self.model_float16_groups)
+        here = chain(*self.shard_fp32_groups, *of_float16)
+        self._owned.update(zip(whole, here, strict=True))
         on_host: dict[Tensor, HostSlice] = {}
         for group, params in zip(self.optimizer.param_groups, model_params, strict=True):
             for param in params:
@@ -121,11 +111,9 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         if config.optimizer_cpu_offload:
             self.optimizer.keep_on_host(on_host)
         adopt(self.optimizer, self._pairs, model_groups, identities, self._where)
-        if self._in_place and not (has_remainders or self._quantizes):
-            weights = chain.from_iterable(self.shard_float16_groups)
-            self.optimizer.set_model_weights(
-                dict(zip(chain.from_iterable(mains), weights, strict=True))
-            )
+        if self._in_place and not (has_remainders or self.ddp_config.fp8_param_gather):
+            weights = zip(chain(*mains), chain(*self.shard_float16_groups), strict=True)
+            self.optimizer.set_model_weights(dict(weights))
 
     def _make_main_weights(self, moved: Collection[Tensor]) -> None:
         """Make fp32 main weights of 16-bit weights on the device; of those that move, no copies.
@@ -162,19 +150,11 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
     def _in_place(self) -> bool:
         return bool(getattr(self.config, PRECISION_AWARE))
 
-    @property
-    def _quantizes(self) -> bool:
-        """Whether Megatron writes the model's weights: it quantises them on all ranks together."""
-        return bool(self.ddp_config.fp8_param_gather)
-
     def _copy_main_params_to_model_params(self) -> None:
-        with precision_aware(self.config, self._in_place and not self._quantizes):
+        # Megatron writes weights that it quantises, on all ranks together.
+        written = self._in_place and not self.ddp_config.fp8_param_gather
+        with precision_aware(self.config, written):
             super()._copy_main_params_to_model_params()
-
-    @property
-    def gradient_dtypes(self) -> set[torch.dtype]:
-        """Of Megatron's buffers that it reads gradients from."""
-        return {buffer.grad_dtype for buffer in getattr(self, "buffers", ())}
 
     def _copy_model_grads_to_main_grads(self) -> None:
         if not self._in_place or self.is_stub_optimizer:
@@ -298,13 +278,12 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         state: dict[Any, Any] = super().get_parameter_state_dp_reshardable()
         group, device = self.data_parallel_group, self._pairs[0][0].device
         dtypes = {"param": torch.float32, "exp_avg": self._saved_dtype}
+        ranks = group.rank(), group.size()
         for index, ranges in enumerate(self.gbuf_ranges):
             for dtype in ranges:
                 found = zip(state[index][dtype], self.buffers[index].buckets, strict=True)
                 state[index][dtype] = [
-                    buckets.with_padding(
-                        pieces, bucket, (group.rank(), group.size()), dtypes, device
-                    )
+                    buckets.with_padding(pieces, bucket, ranks, dtypes, device)
                     for pieces, bucket in found
                 ]
         return state
@@ -370,7 +349,10 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
         if problem := factors_problem(saved):
             return damaged(problem)
         shapes = [
-            [{key: _shape_of(value) for key, value in factors.items()} for factors in parameters]
+            [
+                {key: torch.is_tensor(value) and value.shape for key, value in factors.items()}
+                for factors in parameters
+            ]
             for parameters in (saved["parameters"], self._legacy_factors())
         ]
         if shapes[0] != shapes[1]:
@@ -383,7 +365,3 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
                 if value.dtype != torch.float32:
                     return damaged(f"its distrib_optim.pt has {key} in {value.dtype}, not in fp32")
         return buckets.arrangement_problem(state_dict, self.buffers)
-
-
-def _shape_of(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -1,7 +1,5 @@
 """Errors whose messages are sentences for the user; launchers show them without a stack trace."""
 
-from __future__ import annotations
-
 import re
 import traceback
 

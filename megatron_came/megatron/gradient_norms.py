@@ -1,7 +1,5 @@
 """Norms that Megatron takes wrongly: of 16-bit gradients, and of FSDP2's weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -13,12 +11,7 @@ from megatron_came.voice import collectives_device
 
 @around
 def in_fp32(
-    original: Function,
-    chunk_size: Any,
-    noop_flag: Any,
-    tensor_lists: Any,
-    per_tensor: bool,
-    *args: Any,
+    original: Function, chunk_size: Any, noop_flag: Any, tensor_lists: Any, *args: Any
 ) -> Any:
     """Let Megatron's fallback for apex's and Transformer Engine's norm compute in fp32.
 
@@ -27,7 +20,7 @@ def in_fp32(
     """
     tensors = [tensor for tensors in tensor_lists for tensor in tensors]
     if not any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors):
-        return original(chunk_size, noop_flag, tensor_lists, per_tensor, *args)
+        return original(chunk_size, noop_flag, tensor_lists, *args)
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 

@@ -4,8 +4,6 @@ Of one name, the later row is called first. What is replaced on a CPU is in
 ``cpu_megatron/install.py``, for memory in ``memory/__init__.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container
 
 from megatron_came.patching import put_in_place, table

@@ -5,8 +5,6 @@ data-parallel rank, and hands over DTensors of what lies in this rank's part: ro
 happens to be, or none. CAME gets the plain tensors in them, with the place of their first row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,15 +36,9 @@ class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
     """Megatron's ``DistributedOptimizer`` around :class:`megatron_came.CAME`, for Megatron-FSDP.
 
     Megatron-FSDP keeps main weights and gradients, and copies the weights to the model. The buffers
-    are cut among the data-parallel group.
-
-    Args:
-        optimizer: of the groups that :func:`local_groups` returns; None on a rank without any.
-        args: further arguments of ``DistributedOptimizer``, as ``kwargs`` are.
-        params: the DTensors, by parameter group.
-        model_groups: process groups of the parameters' other shards.
-        data_parallel_group: ranks among which the buffers are cut.
-        kwargs: as ``args``.
+    are cut among the data-parallel group. The optimizer is of the groups that :func:`local_groups`
+    returns, and None on a rank without any; to the arguments of ``DistributedOptimizer`` come the
+    DTensors, by parameter group, and the process groups of the parameters' other shards.
 
     Raises:
         UnsupportedError: Megatron-FSDP and a parameter disagree on how tensor parallelism cuts it.
@@ -106,11 +98,7 @@ class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
         return state
 
     def state_dict(self) -> Any:
-        """Refuse: other formats than fsdp_dtensor have no place for it.
-
-        Raises:
-            UnsupportedError: always.
-        """
+        """Refuse, always: other formats than fsdp_dtensor have no place for it."""
         raise UnsupportedError(
             "--optimizer came with --use-megatron-fsdp saves its state in --ckpt-format "
             "fsdp_dtensor alone (sharded_state_dict): use that."
@@ -129,11 +117,7 @@ class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
 
 
 def _starts(pairs: Sequence[tuple[Any, Tensor]], group: dist.ProcessGroup | None) -> list[int]:
-    """Return the first element of each slice in its parameter; a collective.
-
-    Raises:
-        UnsupportedError: the slices of a parameter are not all of it.
-    """
+    """Return the first element of each slice in its parameter; a collective."""
     if group is None:
         return [0] * len(pairs)
     counts = of_all_ranks([local.numel() for _, local in pairs], group)

@@ -4,8 +4,6 @@ Momentum in 16 or 8 bits is rounded with random bits that depend on both. The mo
 dictionary knows them: it is what makes checkpoints independent of the layout.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,18 +28,12 @@ FACTORED = "factored"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a parameter is in the whole model.
+    """What a parameter is in the whole model."""
 
-    Attributes:
-        name: with its layer and expert.
-        offsets: where it begins in the full tensor; two of them for SwiGLU's projections, which are
-            stacked.
-        is_local: whether it is what a rank has of a parameter, where no place in the whole fits.
-    """
-
-    name: str
+    name: str  # with its layer and expert
+    # Where it begins in the full tensor; two of them for SwiGLU's projections, which are stacked.
     offsets: tuple[tuple[int, ...], ...]
-    is_local: bool = False
+    is_local: bool = False  # what a rank has of a parameter, where no place in the whole fits
 
     def fits(self, shape: tuple[int, ...], tp_dim: int, tp_size: int, tp_rank: int) -> bool:
         """Whether tensor parallelism cuts a parameter of this local shape so that it begins there.

@@ -1,7 +1,5 @@
 """``--came-rule``: other hyperparameters for parameters whose names match a pattern."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -33,17 +31,11 @@ _TIED = "embedding.word_embeddings.weight"
 
 
 class ParameterRule(NamedTuple):
-    """One ``--came-rule``.
+    """One ``--came-rule``."""
 
-    Attributes:
-        pattern: of names, with the wildcards of a shell.
-        settings: by name.
-        typed: the whole, for messages.
-    """
-
-    pattern: str
-    settings: dict[str, Any]
-    typed: str
+    pattern: str  # of names, with the wildcards of a shell
+    settings: dict[str, Any]  # by name
+    typed: str  # the whole, for messages
 
 
 def parsed(given: Sequence[Sequence[str] | str] | None) -> list[ParameterRule]:
@@ -126,16 +118,12 @@ def _parts(rule: ParameterRule, names: Sequence[str]) -> bool:
     """Whether a rule for ``factored`` goes by the number of a layer or expert."""
     if FACTORED not in rule.settings:
         return False
-    seen = set()
-    for name in names:
-        for found in _NUMBER.finditer(name):
-            around = name[: found.start()], name[found.end() :]
-            if around not in seen:
-                seen.add(around)
-                numbered = (str(number).join(around) for number in range(_MOST))
-                if len({fnmatchcase(each, rule.pattern) for each in numbered}) > 1:
-                    return True
-    return False
+    found = ((name, number) for name in names for number in _NUMBER.finditer(name))
+    surroundings = {(name[: number.start()], name[number.end() :]) for name, number in found}
+    return any(
+        len({fnmatchcase(str(number).join(each), rule.pattern) for number in range(_MOST)}) > 1
+        for each in surroundings
+    )
 
 
 def give(rules: Sequence[ParameterRule], model_chunks: Sequence[Any]) -> list[tuple[str, Tensor]]:

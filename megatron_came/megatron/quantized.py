@@ -4,8 +4,6 @@ Such a tensor says that it is in bf16 and has no memory of its own: its bytes an
 others. What is asked about its layout, or about its values, is asked of a plain copy.
 """
 
-from __future__ import annotations
-
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 

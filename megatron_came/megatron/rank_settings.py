@@ -4,8 +4,6 @@ Ranks are started by one command, but not always: a launch script reads a variab
 lacks, or a node has other packages. Replicas then drift apart, and nothing says so.
 """
 
-from __future__ import annotations
-
 import enum
 import os
 import re
@@ -36,17 +34,9 @@ _OWN_BUSINESS = re.compile(
 _ON_ALL_OR_NONE = ("load", "save", "pretrained_checkpoint")
 # Variables of the environment that decide how the same numbers are computed.
 _ENVIRONMENT = (
-    "TRITON_INTERPRET",
-    "NUMBA_DISABLE_JIT",
-    "NUMBA_CPU_NAME",
-    "NUMBA_CPU_FEATURES",
-    "NUMBA_ENABLE_AVX",
-    "NUMBA_OPT",
-    "NUMBA_LOOP_VECTORIZE",
-    "NUMBA_SLP_VECTORIZE",
-    "NVIDIA_TF32_OVERRIDE",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "CUBLAS_WORKSPACE_CONFIG",
+    *("TRITON_INTERPRET", "NUMBA_DISABLE_JIT", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"),
+    *("NUMBA_ENABLE_AVX", "NUMBA_OPT", "NUMBA_LOOP_VECTORIZE", "NUMBA_SLP_VECTORIZE"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
 )
 
@@ -131,13 +121,11 @@ def _clause(name: str, ranks: Mapping[str | None, list[int]]) -> str:
     order = sorted(ranks.items(), key=lambda item: (len(item[1]), -item[1][0]))
     said: list[str] = []
     for value, those in order[:4]:
-        have = "has" if len(those) == 1 else "have"
-        if value is None:
-            said.append(f"{names_of(those)} {have} no {name}")
-        elif not said or None in ranks:
-            said.append(f"{names_of(those)} {have} {name} {value}")
-        else:
-            said.append(f"{names_of(those)} {value}")
+        have = "has " if len(those) == 1 else "have "
+        what = f"no {name}" if value is None else f"{name} {value}"
+        if said and None not in ranks:
+            have, what = "", str(value)
+        said.append(f"{names_of(those)} {have}{what}")
     return ", ".join(said)
 
 

@@ -1,8 +1,6 @@
 """Conditions of rules: on several settings, and on the model, where it has been built."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,24 +91,13 @@ def fsdp2_saves_unlike_rows(s: Settings) -> bool:
 # Experts whose layout a release before 0.19 does not say.
 
 
-def _experts(s: Settings) -> Iterator[Any]:
+def _experts(s: Settings) -> list[Any]:
     """All modules that hold the experts of a layer."""
     from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 
-    if s.num_moe_experts:
-        for chunk in s.model_chunks or ():
-            for module in chunk.modules():
-                if isinstance(module, BaseMoELayer):
-                    yield module.experts
-
-
-def reduces_experts_wrongly(s: Settings) -> bool:
-    """Whether experts are cut unlike dense layers and not over ranks."""
-    return bool(
-        s.num_moe_experts
-        and s.expert_model_parallel_size == 1
-        and s.expert_tensor_parallel_size != s.tensor_model_parallel_size
-    )
+    chunks = s.model_chunks if s.num_moe_experts else None
+    modules = (module for chunk in chunks or () for module in chunk.modules())
+    return [module.experts for module in modules if isinstance(module, BaseMoELayer)]
 
 
 def packs_experts(s: Settings) -> bool:

@@ -1,7 +1,5 @@
 """What --optimizer came does not go with: on the command line, and where it is built."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +23,6 @@ _FSDP, _FSDP2 = "--use-megatron-fsdp", "--use-torch-fsdp2"
 _SHARDING = "use --use-distributed-optimizer, which shards CAME's momentum and main weights"
 _DISTRIBUTED = "the distributed optimizer: add --use-distributed-optimizer"
 _ONE, _OUT = "leave one of them out", "leave it out"
-_OTHER_OPTIMIZER = "leave it out, or use --optimizer adam"
 _OLDER = before("0.19")
 
 
@@ -36,13 +33,10 @@ def _not_with(flag: str, remedy: str, what: str = "{given}", **more: Any) -> Rul
 def _beside(
     other: str, *rows: tuple[Any, ...], when: Callable[[Settings], object] | None = None
 ) -> tuple[Rule, ...]:
-    """Refuse flags beside another one.
+    """Refuse flags beside another one, which is given if its value or ``when`` says so.
 
-    Args:
-        other: the other one.
-        rows: of each flag what to do, perhaps values that are not refused, and the flag's name
-            among the settings where it is another.
-        when: what says that the other is given, where that is not its value.
+    Rows have of each flag what to do, perhaps values that are not refused, and the flag's name
+    among the settings where it is another.
     """
     return tuple(
         Rule(
@@ -92,7 +86,7 @@ RULES = (
             s.optimizer_cpu_offload and not 0 <= (s.optimizer_offload_fraction or 0) <= 1
         ),
     ),
-    _not_with("--use-precision-aware-optimizer", _OTHER_OPTIMIZER),
+    _not_with("--use-precision-aware-optimizer", f"{_OUT}, or use --optimizer adam"),
     # What has not been shown to be exact, or does not work, with Megatron-FSDP.
     _not_with(
         _FSDP,
@@ -356,7 +350,11 @@ RULES = (
         "{given} at --tensor-model-parallel-size {at.tensor_model_parallel_size} and "
         "--expert-model-parallel-size 1 on Megatron {release}, which reduces the gradients of such "
         "experts over the wrong ranks",
-        when=conditions.reduces_experts_wrongly,
+        when=lambda s: (
+            s.num_moe_experts
+            and s.expert_model_parallel_size == 1
+            and s.expert_tensor_parallel_size != s.tensor_model_parallel_size
+        ),
         releases=_OLDER,
     ),
     _not_with(

@@ -1,10 +1,8 @@
 """From Megatron's optimizers and parameters to CAME's shards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -13,12 +11,7 @@ from torch import Tensor
 from megatron_came import dtensors
 from megatron_came.core.shard import ProcessGroup, Shard
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.parameter_names import (
-    Identity,
-    identity_of,
-    is_factored,
-    own_settings,
-)
+from megatron_came.megatron.parameter_names import Identity, identity_of, is_factored, own_settings
 from megatron_came.optimizer import CAME
 
 
@@ -29,22 +22,15 @@ def chain_of(optimizer: Any) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class ModelGroups:
-    """The process groups that matter to a parameter's statistics, beside data parallelism.
+    """The process groups that matter to a parameter's statistics, beside data parallelism."""
 
-    Attributes:
-        tp: tensor-parallel group of dense parameters.
-        expert_tp: tensor-parallel group of expert parameters.
-        tp_dp: ``tp`` times the data-parallel group of dense parameters, as one group.
-        embedding: ranks that hold copies of tied embeddings; None on stages that hold none.
-    """
-
-    tp: dist.ProcessGroup
-    expert_tp: dist.ProcessGroup
-    embedding: dist.ProcessGroup | None
-    tp_dp: dist.ProcessGroup | None = None
+    tp: dist.ProcessGroup  # tensor-parallel group of dense parameters
+    expert_tp: dist.ProcessGroup  # and of expert parameters
+    embedding: dist.ProcessGroup | None  # of copies of tied embeddings; None on stages without
+    tp_dp: dist.ProcessGroup | None = None  # ``tp`` times the dense data-parallel group, as one
 
     @classmethod
-    def of(cls, collection: Any | None) -> ModelGroups:
+    def of(cls, collection: Any | None) -> Self:
         """Take them from a ``ProcessGroupCollection``; None stands for Megatron's global groups."""
         from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -103,14 +89,13 @@ def shard_of(
             "say along which dimension it is cut (partition_dim); use layers that do, or "
             "--tensor-model-parallel-size 1."
         )
-    tp_group = groups.tp_of(param)
-    tp_rank, tp_parts = 0, 1
-    whole = None if identity is None or identity.is_local else identity
     if dtensors.is_dtensor(param):  # FSDP2's: rows of the local tensor, by data-parallel rank
         rows = dtensors.shard_of(param)
         start, stop, dp_group = rows.start, rows.stop, rows.dp_group
-    if whole is not None and tp_dim is not None and tp_group.size() > 1:
-        tp_rank, tp_parts = tp_group.rank(), len(whole.offsets)
+    tp_group = groups.tp_of(param)
+    tp_rank, tp_parts = 0, 1
+    if identity and not identity.is_local and tp_dim is not None and tp_group.size() > 1:
+        tp_rank, tp_parts = tp_group.rank(), len(identity.offsets)
     return Shard(
         shape=tuple(param.shape),
         start=start,
@@ -135,24 +120,19 @@ def adopt(
 ) -> None:
     """Tell an optimizer where what it updates lies and what settings it has; create its state.
 
-    Args:
-        came: the optimizer.
-        pairs: the model's parameters, each with what the optimizer updates of it.
-        groups: where their other shards and copies are.
-        identities: of the parameters, where the rounding of momentum depends on these.
-        where: returns of a parameter what :func:`shard_of` takes to describe the slice.
+    Pairs are the model's parameters, each with what the optimizer updates of it. Their identities
+    are given where the rounding of momentum depends on these; ``where`` returns of a parameter what
+    :func:`shard_of` takes to describe the slice.
     """
     at = {}
     if identities is not None:
         at = {param: identity_of(param, identities, groups.tp_of(param)) for param, _ in pairs}
-    came.set_shards(
-        {
-            local: shard_of(param, groups, identity=at.get(param), **where(param))
-            for param, local in pairs
-        },
-        {local: at[param].name for param, local in pairs} if at else None,
-        {local: own_settings(param) for param, local in pairs},
-    )
+    shards = {
+        local: shard_of(param, groups, identity=at.get(param), **where(param))
+        for param, local in pairs
+    }
+    names = {local: at[param].name for param, local in pairs} if at else None
+    came.set_shards(shards, names, {local: own_settings(param) for param, local in pairs})
     came.init_state()
 
 
@@ -171,7 +151,8 @@ def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
     for group in dict.fromkeys((groups.tp, groups.expert_tp)):
         here = [param for param in whole if groups.tp_of(param) is group]
         if group.size() > 1 and here:
-            prints = torch.stack([_fingerprint(param) for param in here])
+            values = (dtensors.local_of(param).detach().double() for param in here)
+            prints = torch.stack([torch.stack([v.sum(), v.square().sum()]) for v in values])
             extremes = torch.stack([prints, -prints])
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
             differs = (extremes[0] != -extremes[1]).any(dim=1)
@@ -182,8 +163,3 @@ def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
             "tensor-parallel ranks but does not say that it is cut (tensor_model_parallel, "
             "partition_dim); use layers that do, or --tensor-model-parallel-size 1."
         )
-
-
-def _fingerprint(param: Tensor) -> Tensor:
-    values = dtensors.local_of(param).detach().double()
-    return torch.stack([values.sum(), values.square().sum()])

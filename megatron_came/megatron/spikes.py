@@ -1,7 +1,5 @@
 """``--came-spike-guard``: one decision for all optimizers of a model, on all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +13,9 @@ from megatron_came.voice import say
 
 
 class WithSpikeGuard:
-    """A wrapper of Megatron's that reports a skipped step as Megatron's own skipped ones.
+    """A wrapper of Megatron's that reports a skipped step as Megatron's own skipped ones."""
 
-    Attributes:
-        spike_guard: of the model; None without the flag.
-    """
-
-    spike_guard: SpikeGuard | None = None
+    spike_guard: SpikeGuard | None = None  # of the model; None without the flag
     optimizer: Any
 
     def step_with_ready_grads(self) -> bool:
@@ -39,12 +33,9 @@ class WithSpikeGuard:
 def guard_spikes(chain: Sequence[Any], factor: float) -> None:
     """Let a chain's optimizers, which Megatron steps one after another, ask one guard."""
     guard = SpikeGuard(factor, say)
-
-    def add_up(sums: Sequence[Tensor]) -> Tensor:
-        return sum(map(reduced, sums, chain), start=torch.zeros(2, dtype=torch.float64))
-
     guard.members = [each.optimizer or each for each in chain]
-    guard.add_up = add_up
+    nothing = torch.zeros(2, dtype=torch.float64)
+    guard.add_up = lambda sums: sum(map(reduced, sums, chain), start=nothing)
     guard.name_step = lambda: f"iteration {arguments().get('curr_iteration', 0) + 1}"
     for each in (*chain, *guard.members):
         each.spike_guard = guard

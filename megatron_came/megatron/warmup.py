@@ -5,8 +5,6 @@ divided by both start at zero, and the instability grows more slowly, so iterati
 about 1/sqrt(1 - beta3^t) times as large as later ones. A warm-up keeps the rate small meanwhile.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math
@@ -75,10 +73,16 @@ def sufficient_warmup(settings: Hyperparameters) -> int | None:
 def warning(args: argparse.Namespace, settings: Hyperparameters) -> str | None:
     """One sentence, if a run's first updates are too large for its rate; of validated arguments."""
     run = Settings(args)
-    iterations = _iterations(run)
-    if iterations <= _TRY or _resumes(run) or settings.bias_correction:
+    # Samples of an iteration at the start, where the batch may still grow.
+    batch = int(run.rampup_batch_size[0] if run.rampup_batch_size else run.global_batch_size or 1)
+    iterations = int(run.train_iters or (run.train_samples or 0) // batch)
+    iterations = min(iterations, int(run.exit_interval or iterations))
+    anew = not run.load or run.finetune or run.no_load_optim
+    # A run that goes on from an optimizer's state has statistics that are no longer young.
+    resumes = not anew and Path(run.load, "latest_checkpointed_iteration.txt").exists()
+    if iterations <= _TRY or resumes or settings.bias_correction:
         return None
-    warmup = _warmup(run, iterations)
+    warmup = _warmup(run, iterations, batch)
     largest = largest_update(settings, warmup)
     if largest <= LIMIT:
         return None
@@ -106,29 +110,11 @@ def _remedy(settings: Hyperparameters, room: int) -> str:
     return said
 
 
-def _batch(run: Settings) -> int:
-    """Samples of an iteration at the start, where the batch may still grow."""
-    return int(run.rampup_batch_size[0] if run.rampup_batch_size else run.global_batch_size or 1)
-
-
-def _iterations(run: Settings) -> int:
-    """How many iterations the run has at most."""
-    total = int(run.train_iters or (run.train_samples or 0) // _batch(run))
-    return min(total, int(run.exit_interval or total))
-
-
-def _warmup(run: Settings, iterations: int) -> float:
+def _warmup(run: Settings, iterations: int, batch: int) -> float:
     """Iterations over which the rate rises from 0 to its peak; less if it starts higher."""
-    batch = _batch(run)
     if run.lr_warmup_fraction is not None:
         decay = run.lr_decay_iters or (run.lr_decay_samples or 0) / batch
         return float(run.lr_warmup_fraction * (decay or iterations))
     if run.train_samples:
         return float((run.lr_warmup_samples or 0) / batch)
     return float((run.lr_warmup_iters or 0) * (run.global_batch_size or 1) / batch)
-
-
-def _resumes(run: Settings) -> bool:
-    """Whether the run goes on from an optimizer's state, whose statistics are no longer young."""
-    anew = not run.load or run.finetune or run.no_load_optim
-    return not anew and Path(run.load, "latest_checkpointed_iteration.txt").exists()

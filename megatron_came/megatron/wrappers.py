@@ -1,9 +1,6 @@
 """CAME in Megatron's fp32 and fp16/bf16 wrappers, which hold whole local tensors."""
 
-from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,7 +15,7 @@ from megatron_came.megatron.checkpoints import fsdp2
 from megatron_came.megatron.checkpoints.digests.verifying import watched
 from megatron_came.megatron.checkpoints.factors import load_factors, sharded_factors
 from megatron_came.megatron.checkpoints.groups import own_settings_kept
-from megatron_came.megatron.offload import Offloaded
+from megatron_came.megatron.cpu_offload import Offloaded
 from megatron_came.megatron.parameter_names import Identity
 from megatron_came.megatron.sharding import ModelGroups, adopt
 from megatron_came.megatron.spikes import WithSpikeGuard
@@ -42,7 +39,7 @@ class _WholeTensors(WithSpikeGuard, Offloaded):
         self,
         model_params: list[list[Tensor]],
         model_groups: ModelGroups,
-        identities: dict[Tensor, Identity] | None = None,
+        identities: dict[Tensor, Identity] | None,
     ) -> None:
         """Tell the optimizer of the model's parameters, by parameter group: see :func:`.adopt`.
 
@@ -62,7 +59,9 @@ class _WholeTensors(WithSpikeGuard, Offloaded):
         parent = super().sharded_state_dict  # type: ignore[misc]
         if self.optimizer is None:
             return parent(model_sharded_state_dict, is_loading, **kwargs)
-        with _as_megatron_knows_it(self.optimizer, is_loading), fsdp2.parameters_found():
+        # What is loaded is asked for in fp32, whatever it was saved in.
+        hook = partial(_leave_momentum, torch.float32 if is_loading else None)
+        with self.optimizer.register_state_dict_post_hook(hook), fsdp2.parameters_found():
             state = parent(model_sharded_state_dict, is_loading, **kwargs)
         state["came"] = sharded_factors(self.optimizer, self._pairs, model_sharded_state_dict)
         return state
@@ -108,22 +107,7 @@ class CameFloat16Optimizer(_WholeTensors, Float16OptimizerWithFloat16Params):  #
     """Megatron's ``Float16OptimizerWithFloat16Params`` around :class:`megatron_came.CAME`."""
 
 
-@contextlib.contextmanager
-def _as_megatron_knows_it(came: CAME, is_loading: bool) -> Iterator[None]:
-    """Leave of the state in the optimizer's ``state_dict()`` the momentum alone, in floats.
-
-    What is loaded is asked for in fp32, whatever it was saved in.
-    """
-
-    def state_dict() -> dict[str, Any]:
-        full = CAME.state_dict(came)
-        for index, state in full["state"].items():
-            momentum = saved_momentum(state_here(state), torch.float32 if is_loading else None)
-            full["state"][index] = {MOMENTUM: momentum}
-        return full
-
-    came.state_dict = state_dict  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del came.state_dict
+def _leave_momentum(dtype: torch.dtype | None, _: CAME, state_dict: dict[str, Any]) -> None:
+    """Leave of a state the momentum alone, in floats, as Megatron knows it."""
+    for index, state in state_dict["state"].items():
+        state_dict["state"][index] = {MOMENTUM: saved_momentum(state_here(state), dtype)}

@@ -15,7 +15,7 @@ import torch
 
 from megatron_came import cpu_megatron, launch
 from megatron_came.cpu_megatron import switch
-from megatron_came.cpu_megatron.rules import RULES
+from megatron_came.cpu_megatron.arguments import RULES
 from megatron_came.quickstart import command
 from megatron_came.rules import refusal
 from tests.support.running import run_python

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_came.cpu_megatron import devices
+from megatron_came.cpu_megatron.arguments import RULES
 from megatron_came.cpu_megatron.parallel_layers import _center_at_zero
-from megatron_came.cpu_megatron.rules import RULES
 from megatron_came.rules import refusal
 from tests.support.running import run_python
 

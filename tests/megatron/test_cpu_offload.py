@@ -9,8 +9,7 @@ from megatron_came import CAME, Shard
 from megatron_came.core import sums
 from megatron_came.core.sums import Request, SumBuffer
 from megatron_came.kernels.cpu.launch import NumbaBackend
-from megatron_came.megatron.cpu_offload import HostSlice, OffloadedCAME, evenly
-from megatron_came.megatron.offload import Offloaded
+from megatron_came.megatron.cpu_offload import HostSlice, Offloaded, OffloadedCAME, evenly
 from megatron_came.step import Plan
 from tests.support.second_device import DEVICE, DeviceTensor, SecondDevice, on_cpu, on_device
 

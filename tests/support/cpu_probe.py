@@ -111,7 +111,7 @@ def parser() -> dict[str, Any]:
     """What Megatron's parser makes of no flags and of all those that are refused."""
     from megatron.training import arguments as megatron_arguments
 
-    from megatron_came.cpu_megatron.rules import RULES
+    from megatron_came.cpu_megatron.arguments import RULES
     from megatron_came.rules import refusal
 
     flags = megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

@@ -1,7 +1,5 @@
 """Megatron's ``DistributedOptimizer``, with what 0.19 lets an optimizer other than Adam say."""
 
-from __future__ import annotations
-
 import contextlib
 import types
 from collections.abc import Iterator
@@ -46,11 +44,7 @@ def _copied(method: Function, constants: tuple[Any, ...], **names: Any) -> Funct
 
 
 def _with_keys(method: Function) -> Function:
-    """Copy a method in which the keys of Adam's state are written out, with those of CAME.
-
-    Raises:
-        MegatronError: the method does not hold Adam's keys.
-    """
+    """Copy a method in which the keys of Adam's state are written out, with those of CAME."""
     constants = method.__code__.co_consts
     if _ADAMS_KEYS not in constants:
         raise MegatronError(

@@ -1,7 +1,5 @@
 """FSDP2 before Megatron 0.19, whose training loop gives it an argument that it does not take."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_came.patching import Function, around

@@ -5,8 +5,6 @@ takes the container and a function that builds the model; 0.17 and 0.16 read the
 The helpers that hand out a batch among ranks have moved and changed their arguments, too.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
