@@ -1,7 +1,5 @@
 """How ``torch.compile`` goes around a step."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

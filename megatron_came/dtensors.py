@@ -27,10 +27,6 @@ from megatron_came.voice import of_all_ranks
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_REFUSED = (
-    "CAME: a parameter of shape {shape} with placements {placements} on a mesh of {mesh} cannot be "
-    "updated exactly: {why}."
-)
 _ORDER = "distribute it in the default order of mesh dimensions"
 
 
@@ -75,13 +71,6 @@ class _Cut(NamedTuple):
     mesh_dim: int
     dim: int
     chunks: int
-
-
-class _Range(NamedTuple):
-    """Elements along a dimension that this rank holds."""
-
-    start: int
-    length: int
 
 
 def _cuts_of(param: DTensor) -> list[_Cut]:
@@ -137,18 +126,16 @@ def _equal_of(param: DTensor, cuts: list[_Cut]) -> _Cut | None:
     return max(equal, key=lambda cut: (0 < cut.dim < param.dim() - 2, cut.dim > 0), default=None)
 
 
-def _ranges(param: DTensor, cuts: Iterable[_Cut], *, of_first: bool = False) -> list[_Range]:
+def _ranges(param: DTensor, cuts: Iterable[_Cut], *, of_first: bool = False) -> list[range]:
     """Return what cuts leave of each dimension, one after another as ``torch.chunk`` cuts.
 
     With ``of_first`` that is what the first rank has, whose chunks are the longest.
     """
-    ranges = [_Range(0, size) for size in param.shape]
+    ranges = [range(size) for size in param.shape]
     for mesh_dim, dim, chunks in cuts:
-        start, length = ranges[dim]
-        chunk = -(-length // chunks)
+        chunk = -(-len(ranges[dim]) // chunks)
         rank = 0 if of_first else param.device_mesh.get_local_rank(mesh_dim)
-        offset = min(rank * chunk, length)
-        ranges[dim] = _Range(start + offset, min(chunk, length - offset))
+        ranges[dim] = ranges[dim][rank * chunk : (rank + 1) * chunk]
     return ranges
 
 
@@ -161,15 +148,15 @@ def shard_of(param: DTensor) -> Shard:
     mesh, cuts = param.device_mesh, _cuts_of(param)
     equal = _equal_of(param, cuts)
     part, ranges = _ranges(param, [equal] if equal else []), _ranges(param, cuts)
-    found = [each.length for each in ranges]
-    if list(local_of(param).shape) != found:
+    found = tuple(map(len, ranges))
+    if local_of(param).shape != found:
         raise _refusal(
             param,
             f"this rank holds {tuple(local_of(param).shape)} of it where the placements say "
-            f"{tuple(found)}; distribute it with fully_shard or distribute_tensor",
+            f"{found}; distribute it with fully_shard or distribute_tensor",
         )
-    ranges = [_Range(r.start - p.start, r.length) for r, p in zip(ranges, part, strict=True)]
-    shape = tuple(each.length for each in part)
+    ranges = [range(r.start - p.start, r.stop - p.start) for r, p in zip(ranges, part, strict=True)]
+    shape = tuple(map(len, part))
     window = _window(param, cuts, ranges, shape)
     start = 0 if window or not shape else ranges[0].start * math.prod(shape[1:])
     groups = [mesh.get_group(cut.mesh_dim) for cut in cuts if cut is not equal]
@@ -187,7 +174,7 @@ def shard_of(param: DTensor) -> Shard:
 
 
 def _window(
-    param: DTensor, cuts: list[_Cut], ranges: list[_Range], shape: tuple[int, ...]
+    param: DTensor, cuts: list[_Cut], ranges: list[range], shape: tuple[int, ...]
 ) -> tuple[slice, slice, slice] | None:
     """Return ranges of dimensions as ranges of (batch, rows, columns); None if they are flat.
 
@@ -195,7 +182,7 @@ def _window(
         ValueError: the matrices are no range of the batch.
     """
     # The longest, so that all ranks find the same.
-    lengths = [each.length for each in _ranges(param, cuts, of_first=True)]
+    lengths = [*map(len, _ranges(param, cuts, of_first=True))]
     if math.prod(lengths[1:]) == math.prod(shape[1:]):
         return None
     start, count, is_range = 0, 1, True
@@ -204,18 +191,15 @@ def _window(
         start, count = start * size + ranges[dim].start, count * lengths[dim]
     if not is_range:
         raise _refusal(param, "cut its dimensions before the last two once, into equal parts")
-    batch = math.prod(each.length for each in ranges[:-2])
-    rows, columns = (slice(first, first + length) for first, length in ranges[-2:])
+    batch = math.prod(map(len, ranges[:-2]))
+    rows, columns = (slice(each.start, each.stop) for each in ranges[-2:])
     return slice(start, start + batch), rows, columns
 
 
 def check(params: Iterable[Tensor], named: Mapping[Tensor, Shard], flat_convolutions: bool) -> None:
     """Refuse parameters that cannot be updated exactly.
 
-    Args:
-        params: all that have no shard of their own.
-        named: those of which a shard says where they lie, as tensor parallelism has cut them.
-        flat_convolutions: as of :class:`megatron_came.CAME`.
+    Of the named ones a shard says where they lie, as tensor parallelism has cut them.
 
     Raises:
         ValueError: there is one.
@@ -279,9 +263,10 @@ def agreed(values: Tensor, params: Iterable[Tensor]) -> Tensor:
 
 
 def _refusal(param: DTensor, why: str) -> ValueError:
-    shape, mesh = tuple(param.shape), tuple(param.device_mesh.shape)
     return ValueError(
-        _REFUSED.format(shape=shape, placements=tuple(param.placements), mesh=mesh, why=why)
+        f"CAME: a parameter of shape {tuple(param.shape)} with placements "
+        f"{tuple(param.placements)} on a mesh of {tuple(param.device_mesh.shape)} cannot be "
+        f"updated exactly: {why}."
     )
 
 
@@ -381,5 +366,5 @@ def _cut(param: DTensor, key: str, value: Tensor) -> Tensor:
         cuts = [equal] if equal else []
     ranges = _ranges(param, cuts)
     for index, dim in enumerate(kept):
-        value = value.narrow(index, *ranges[dim])
+        value = value.narrow(index, ranges[dim].start, len(ranges[dim]))
     return _wrapped(param, key, value.clone(memory_format=torch.contiguous_format))

@@ -1,7 +1,5 @@
 """Parameter groups as a step reads them, and what single parameters have otherwise."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_came.core.hyperparameters import (
-    GroupSettings,
-    Hyperparameters,
-    at_step,
-    check_step,
-)
+from megatron_came.core.hyperparameters import GroupSettings, Hyperparameters, at_step, check_step
 from megatron_came.core.momentum import MOMENTUM
 from megatron_came.core.parameter_slice import gradient_of
 from megatron_came.core.shard import Shard
@@ -85,23 +78,14 @@ class GroupTable:
 
 
 def count_steps(
-    groups: Sequence[Group],
-    states: States,
-    state_of: Callable[[Tensor], dict[str, Tensor]],
+    groups: Sequence[Group], states: States, state_of: Callable[[Tensor], dict[str, Tensor]]
 ) -> bool:
     """Let each parameter count its own steps where a group has bias correction.
 
     So that, as Adam's, goes by what a parameter's averages have seen: also of one that gets its
     first gradient late, or not in each step. All of them count, so that state of a new optimizer
-    has what checkpoints hold: PyTorch loads nothing else.
-
-    Args:
-        groups: the optimizer's.
-        states: of parameters, as they are.
-        state_of: returns a parameter's, made anew if there is none.
-
-    Returns:
-        Whether there is one more that counts.
+    has what checkpoints hold: PyTorch loads nothing else. Return whether there is one more that
+    counts; ``state_of`` returns a parameter's state, made anew if there is none.
     """
     is_new = False
     for group in groups:

@@ -53,12 +53,11 @@ def prepare(*, training_loop: bool = False) -> None:
         megatron.install()
         memory.install()
     except (ValueError, MegatronError) as error:
-        _stop(PREFIX, str(error))
+        _stop(f"{PREFIX}{error}")
     if training_loop and not has_training_loop():
         _stop(
-            PREFIX,
-            f"megatron-core {check_version()} of pip has no training loop: install 0.17 or newer, "
-            "or use -m megatron_came.launch with the script of a Megatron-LM checkout.",
+            f"{PREFIX}megatron-core {check_version()} of pip has no training loop: install 0.17 or "
+            "newer, or use -m megatron_came.launch with the script of a Megatron-LM checkout."
         )
 
 
@@ -74,8 +73,8 @@ def refusals_in_a_sentence() -> Iterator[None]:
         raise SystemExit(_INTERRUPTED) from None
 
 
-def _stop(prefix: str, problem: str) -> NoReturn:
-    print(prefix + problem, file=sys.stderr)
+def _stop(problem: str) -> NoReturn:
+    print(problem, file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -91,7 +90,7 @@ def _script(arguments: list[str]) -> Path:
             return script
         what = "is a directory: name the script in it" if script.is_dir() else "does not exist"
         problem = f"{script} {what}."
-    _stop("megatron_came.launch: ", problem)
+    _stop(f"megatron_came.launch: {problem}")
 
 
 def main(arguments: list[str]) -> None:

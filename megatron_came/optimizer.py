@@ -1,7 +1,5 @@
 """The CAME optimizer: a ``torch.optim.Optimizer`` over whole tensors or slices of them."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable, Mapping
@@ -89,6 +87,10 @@ class CAME(WithStateDicts):
             does not fit its parameter; kernels that are not installed; ``cuda_graph`` without a
             GPU, or with other kernels.
     """
+
+    # Fairseq asks: fp16 parameters are updated as they are, with state in fp32; and not flat ones,
+    # since a flat vector has no rows and columns.
+    supports_memory_efficient_fp16, supports_flat_params = True, False
 
     def __init__(
         self,
@@ -216,16 +218,6 @@ class CAME(WithStateDicts):
         for param in self._params():
             for key, value in self._new_state(param).items():
                 self.state[param].setdefault(key, value)
-
-    @property
-    def supports_memory_efficient_fp16(self) -> bool:
-        """Fairseq asks: fp16 parameters are updated as they are, with state in fp32."""
-        return True
-
-    @property
-    def supports_flat_params(self) -> bool:
-        """Fairseq asks: not, since a flat vector has no rows and columns."""
-        return False
 
     @overload
     def step(self, closure: None = None) -> None: ...

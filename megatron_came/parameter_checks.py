@@ -1,7 +1,5 @@
 """Parameters that CAME would train wrongly are refused, in a sentence that says what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -12,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from megatron_came import dtensors
 from megatron_came.core.hyperparameters import HyperparameterError
-from megatron_came.core.momentum import check_momentum_dtype
+from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.core.parameter_slice import ParameterSlice
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import MATRIX_FACTORS, VECTOR_FACTORS
@@ -22,35 +20,6 @@ from megatron_came.voice import warn_once
 LONG_VECTOR = 1_000_000
 _NO_STATE: dict[Tensor, dict[str, Any]] = {}
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-_FSDP = (
-    "CAME: FullyShardedDataParallel has made flat vectors of the matrices (here {numel} elements), "
-    "so that CAME would have no rows and columns: give it use_orig_params=True with "
-    "ShardingStrategy.NO_SHARD, or use DistributedDataParallel or Megatron's distributed optimizer."
-)
-_FLAT = (
-    "CAME: parameter group {index} was built with matrices and now holds other parameters, "
-    "vectors alone (here one of {numel} elements), as DeepSpeed's ZeRO makes them, so that CAME "
-    "would have no rows and columns: use DistributedDataParallel or Megatron's distributed "
-    "optimizer (--use-distributed-optimizer)."
-)
-_UNFACTORED = (
-    "CAME: a parameter group with factored=False holds a DTensor of shape {shape}, of which ranks "
-    "have parts: leave factored out for it."
-)
-_CHANGED = (
-    "CAME: a parameter group has factored={factored}, but the state {other} of its last step, with "
-    "which it was otherwise: set it back, or make a new optimizer."
-)
-_LONG = (
-    "CAME: a parameter is a vector of {numel} elements: vectors have a whole second moment, as "
-    "Adam's, and no confidence; if it is a matrix that was made flat, give CAME the matrix."
-)
-_META = (
-    "CAME: {count} of {all} parameters are on the meta device, without values, and a step changes "
-    "nothing of them: to_empty() and load_state_dict(assign=True) put others in their place in the "
-    "model, so make the optimizer after them."
-)
 
 
 class Guard:
@@ -98,17 +67,25 @@ class Guard:
         _check_unfactored(groups, set(loose), states)
         dtensors.check(loose, shards, flat_convolutions)
         _check_flat(loose)
-        known = self._vectors
-        for index, (group, had_matrices) in enumerate(
-            zip(groups, self._had_matrices, strict=False)
-        ):
+        had = self._had_matrices
+        for index, (group, had_matrices) in enumerate(zip(groups, had, strict=False)):
             params = [param for param in group["params"] if not is_lazy(param)]
-            new = [p.numel() for p in params if p not in known and p not in shards]
+            new = [p.numel() for p in params if p not in self._vectors and p not in shards]
             if had_matrices and new and all(param.dim() < 2 for param in params):
-                raise ValueError(_FLAT.format(index=index, numel=max(new)))
-        vectors = [p.numel() for p in loose if p.dim() < 2 and p.requires_grad]
-        if max(vectors, default=0) > LONG_VECTOR:
-            warn_once(_LONG.format(numel=max(vectors)))
+                raise ValueError(
+                    f"CAME: parameter group {index} was built with matrices and now holds other "
+                    f"parameters, vectors alone (here one of {max(new)} elements), as DeepSpeed's "
+                    "ZeRO makes them, so that CAME would have no rows and columns: use "
+                    "DistributedDataParallel or Megatron's distributed optimizer "
+                    "(--use-distributed-optimizer)."
+                )
+        longest = max((p.numel() for p in loose if p.dim() < 2 and p.requires_grad), default=0)
+        if longest > LONG_VECTOR:
+            warn_once(
+                f"CAME: a parameter is a vector of {longest} elements: vectors have a whole second "
+                "moment, as Adam's, and no confidence; if it is a matrix that was made flat, give "
+                "CAME the matrix."
+            )
 
     def compare_ranks(
         self,
@@ -126,7 +103,12 @@ class Guard:
         if not self._has_compared:
             without = [param for param in slices if param.is_meta and param.grad is None]
             if without:
-                warn_once(_META.format(count=len(without), all=len(slices)))
+                warn_once(
+                    f"CAME: {len(without)} of {len(slices)} parameters are on the meta device, "
+                    "without values, and a step changes nothing of them: to_empty() and "
+                    "load_state_dict(assign=True) put others in their place in the model, so make "
+                    "the optimizer after them."
+                )
             group_of = {
                 param: index for index, each in enumerate(groups) for param in each["params"]
             }
@@ -157,16 +139,28 @@ def _check_unfactored(
             if param not in params or param.dim() < 2:
                 continue
             if not factored and dtensors.is_dtensor(param):
-                raise ValueError(_UNFACTORED.format(shape=tuple(param.shape)))
+                raise ValueError(
+                    "CAME: a parameter group with factored=False holds a DTensor of shape "
+                    f"{tuple(param.shape)}, of which ranks have parts: leave factored out for it."
+                )
             if other in states.get(param, {}):
-                raise ValueError(_CHANGED.format(factored=factored, other=other))
+                raise ValueError(
+                    f"CAME: a parameter group has factored={factored}, but the state {other} of "
+                    "its last step, with which it was otherwise: set it back, or make a new "
+                    "optimizer."
+                )
 
 
 def _check_flat(params: Sequence[Tensor]) -> None:
     # FSDP's mark, which parameters keep that it leaves in their shape (NO_SHARD).
     flat = [param for param in params if getattr(param, "_fsdp_flattened", False)]
     if flat and all(param.dim() < 2 for param in flat):
-        raise ValueError(_FSDP.format(numel=max(param.numel() for param in flat)))
+        raise ValueError(
+            "CAME: FullyShardedDataParallel has made flat vectors of the matrices (here "
+            f"{max(param.numel() for param in flat)} elements), so that CAME would have no rows "
+            "and columns: give it use_orig_params=True with ShardingStrategy.NO_SHARD, or use "
+            "DistributedDataParallel or Megatron's distributed optimizer."
+        )
 
 
 def trainable(params: Iterable[Tensor]) -> list[Tensor]:
@@ -202,7 +196,10 @@ def check_settings(momentum_dtype: torch.dtype, seed: int, **switches: bool) -> 
     Raises:
         ValueError: another kind of thing.
     """
-    check_momentum_dtype(momentum_dtype)
+    if momentum_dtype not in (dtypes := MOMENTUM_DTYPES.values()):
+        raise ValueError(
+            f"CAME: momentum_dtype {momentum_dtype} is not one of {', '.join(map(str, dtypes))}."
+        )
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise HyperparameterError(name, value, "True or False")

@@ -5,8 +5,6 @@ Each room that changes Megatron has one table of rows: ``megatron/install.py``,
 Megatron's, but those of ``memory/stand_ins.py``, for as long as a prediction lasts.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect
@@ -37,24 +35,17 @@ _KNOWN = {"megatron", "megatron_came", "torch", "typing_extensions", *sys.stdlib
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A name of Megatron's that something stands in for.
+    """A name of Megatron's that something stands in for."""
 
-    Attributes:
-        target: as ``module:function`` or ``module:Class.method``.
-        by: as ``module:function``; it takes the original and returns what stands in for it, or the
-            original where there is nothing to do.
-        why: a clause.
-        releases: those in which it is replaced.
-        adds: whether these releases lack the name, and it is added.
-        everywhere: whether it is also replaced where another module of Megatron's has somebody
-            else's function under that name, which calls the original.
-    """
-
-    target: str
+    target: str  # as ``module:function`` or ``module:Class.method``
+    # As ``module:function``; it takes the original and returns what stands in for it, or the
+    # original where there is nothing to do.
     by: str
-    why: str
-    releases: tuple[str, ...] = SUPPORTED
-    adds: bool = False
+    why: str  # a clause
+    releases: tuple[str, ...] = SUPPORTED  # those in which it is replaced
+    adds: bool = False  # whether these releases lack the name, and it is added
+    # Whether it is also replaced where another module of Megatron's has somebody else's function
+    # under that name, which calls the original.
     everywhere: bool = False
 
     @property

@@ -116,23 +116,14 @@ def get_batch(data: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | No
 def _check_loss(loss: torch.Tensor) -> None:
     """Let Megatron's rerun machine judge ``loss``, as the flags ask, before it is averaged."""
     args, machine = get_args(), get_rerun_state_machine()
+    validate = partial(machine.validate_result, result=loss, tolerance=0.0)
     if args.check_for_nan_in_loss_and_grad:
         for what, found in (("NaN", torch.isnan), ("Inf", torch.isinf)):
-            machine.validate_result(
-                result=loss,
-                rejection_func=found,
-                message=f"found {what} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+            message = f"found {what} in local forward loss calculation"
+            validate(rejection_func=found, message=message, fatal=True)
     if args.check_for_spiky_loss:
-        machine.validate_result(
-            result=loss,
-            rejection_func=partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss"),
-            message="Spiky loss",
-            tolerance=0.0,
-            fatal=False,
-        )
+        is_spike = partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+        validate(rejection_func=is_spike, message="Spiky loss", fatal=False)
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> Loss:

@@ -1,7 +1,5 @@
 """What is refused: one kind of rule, of which each room that refuses something has a table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,22 +25,16 @@ class Settings:
 class Rule:
     """A flag of which some values are refused, or settings that do not go together.
 
-    Attributes:
-        sentence: says what is wrong and what to do, with ``{given}`` for the flag as it was typed,
-            ``{at.NAME}`` for another of the settings and ``{release}`` for Megatron's.
-        flag: whose values are refused; none where ``when`` alone decides.
-        works: values that are not, beside "not given" (None, False, 0 or nothing).
-        when: a further condition, on all settings.
-        argument: the flag's name among the settings, where it is another.
-        releases: of Megatron in which the rule holds.
+    The sentence says what is wrong and what to do, with ``{given}`` for the flag as it was typed,
+    ``{at.NAME}`` for another of the settings and ``{release}`` for Megatron's.
     """
 
     sentence: str
-    flag: str = ""
-    works: tuple[object, ...] = ()
-    when: Callable[[Settings], object] = lambda settings: True
-    argument: str = ""
-    releases: tuple[str, ...] = SUPPORTED
+    flag: str = ""  # whose values are refused; none where ``when`` alone decides
+    works: tuple[object, ...] = ()  # that are not, beside "not given" (None, False, 0 or nothing)
+    when: Callable[[Settings], object] = lambda settings: True  # a further condition
+    argument: str = ""  # the flag's name among the settings, where it is another
+    releases: tuple[str, ...] = SUPPORTED  # of Megatron in which the rule holds
 
     @property
     def destination(self) -> str:

@@ -1,7 +1,5 @@
 """Which ``megatron`` package a script trains with: that of the checkout in which it lies."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

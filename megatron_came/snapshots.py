@@ -3,8 +3,6 @@
 A snapshot holds no tensor longer than a step, so that others can let go of gradients and state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, call, is_
@@ -17,15 +15,10 @@ _address, _dtype = Tensor.data_ptr, attrgetter("dtype")
 
 
 class Snapshot(NamedTuple):
-    """The tensors of a step.
+    """The tensors of a step."""
 
-    Attributes:
-        facts: what kernels go by: addresses of all, and what may change at an address.
-        state: of all parameters, whose tensors are known by identity.
-    """
-
-    facts: tuple[list[Any], ...]
-    state: list[Any]
+    facts: tuple[list[Any], ...]  # what kernels go by: addresses, and what may change at one
+    state: list[Any]  # of all parameters, whose tensors are known by identity
 
     @classmethod
     def of(
@@ -37,8 +30,7 @@ class Snapshot(NamedTuple):
     ) -> Self | None:
         """Look at all parameters, their gradients and states, and 16-bit copies.
 
-        Returns:
-            None where something is no tensor in memory of its own, as it lies there.
+        It is None where something is no tensor in memory of its own, as it lies there.
         """
         present = [grad for grad in grads if grad is not None]
         lacking = [] if len(present) == len(grads) else [grad is None for grad in grads]
@@ -69,7 +61,7 @@ class Snapshot(NamedTuple):
         """
         return self._replace(state=list(map(ref, self.state)))
 
-    def has_become(self, now: Snapshot) -> bool:
+    def has_become(self, now: Self) -> bool:
         """Whether nothing has changed since a snapshot that has let go."""
         return (
             now.facts == self.facts

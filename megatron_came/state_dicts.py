@@ -1,7 +1,5 @@
 """State dictionaries are checked before anything of them is taken over."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
@@ -78,8 +76,8 @@ class WithStateDicts(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, final: Any) -> dict[str, Any]:
             # Of sharded parameters, Megatron's wrappers load the factors themselves.
             is_partial = bool(self._shards)
-            states.update(states_in(final, self.param_groups, self._new_state, is_partial))
-            groups = complete_groups(final, self.defaults, self.param_groups)
+            states.update(_states_in(final, self.param_groups, self._new_state, is_partial))
+            groups = _complete_groups(final, self.defaults, self.param_groups)
             return {"state": {}, "param_groups": groups}  # PyTorch would cast state, all at once
 
         if not isinstance(state_dict, Mapping):
@@ -91,14 +89,14 @@ class WithStateDicts(torch.optim.Optimizer):
             hook.remove()
         for param, saved in states.items():  # one at a time: the old state is gone by now
             own = {key: saved.pop(key) for key in [*saved] if key in KNOWN}
-            state = as_state(own, self._new_state(param), param) if own else {}
+            state = _as_state(own, self._new_state(param), param) if own else {}
             for key, value in saved.items():  # what others keep beside it, and counts of steps
                 device = torch.device("cpu") if key == STEP else param.device
                 state[key] = value.to(device, copy=True) if isinstance(value, Tensor) else value
             self.state[param] = state
 
 
-def states_in(
+def _states_in(
     state_dict: Any,
     groups: Sequence[Mapping[str, Any]],
     new_state: Callable[[Tensor], dict[str, Tensor]],
@@ -106,16 +104,8 @@ def states_in(
 ) -> dict[Tensor, dict[str, Tensor]]:
     """Return by parameter the state that a state dictionary holds, checked and as it was saved.
 
-    What a wrapper keeps beside CAME's own is among it.
-
-    Args:
-        state_dict: what was given to ``load_state_dict``, of ``came_pytorch.CAME`` too.
-        groups: the optimizer's own.
-        new_state: returns a parameter's state before the first step.
-        is_partial: whether Megatron's wrappers load the rest.
-
-    Raises:
-        ValueError: it is another optimizer's, or another model's.
+    What a wrapper keeps beside CAME's own is among it. ``new_state`` returns a parameter's state
+    before the first step; if it ``is_partial``, Megatron's wrappers load the rest.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
@@ -164,10 +154,8 @@ def _checked(
     return saved | others
 
 
-def complete_groups(
-    state_dict: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    own: Sequence[Mapping[str, Any]],
+def _complete_groups(
+    state_dict: Mapping[str, Any], defaults: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return its parameter groups, and in them what an older version's or the authors' lack.
 
@@ -223,7 +211,7 @@ def _check_state(
             )
 
 
-def as_state(
+def _as_state(
     saved: Mapping[str, Tensor], own: dict[str, Tensor], param: Tensor
 ) -> dict[str, Tensor]:
     """Fill a parameter's own state, of before the first step, with loaded state of any layout."""

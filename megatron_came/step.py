@@ -39,6 +39,7 @@ class Bundle:
     what they support, eager PyTorch the others.
 
     Attributes:
+        agreement: of ranks, seen in the sums of the first pass, where its ``marks`` are.
         left: of each parameter that the backend leaves to eager PyTorch, why.
         totals: sums of u^2 by parameter, complete from the second reduction to the next step.
     """
@@ -53,8 +54,8 @@ class Bundle:
         device = slices[0].sums_device
         requests = [slice_.square_requests() for slice_ in slices]
         more_requests = [slice_.instability_requests() for slice_ in slices]
-        self._agreement = Agreement(slices)
-        marks = self._agreement.requests
+        self.agreement = Agreement(slices)
+        marks = self.agreement.requests
         self.squares, self.instability = (
             SumBuffer(
                 [*chain.from_iterable(own), *rest],
@@ -69,7 +70,7 @@ class Bundle:
         for slice_, squares, rest in zip(slices, requests, more_requests, strict=True):
             total, *instability = (next(more_views) for _ in rest)
             sums[slice_] = SliceSums(tuple(next(views) for _ in squares), total, tuple(instability))
-        self._marks = list(views)
+        self.marks = list(views)
         self.totals = {slice_: own.total for slice_, own in sums.items()}
         is_local = not (in_passes or self.squares.is_reduced or self.instability.is_reduced)
         reasons = {each: backends[each.param.device].unsupported(each) for each in slices}
@@ -92,31 +93,19 @@ class Bundle:
     def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> _BundleStep:
         """Take up what a step brings to those of the parameters that take part in it."""
         self.zero_sums()
-        self._agreement.mark(inputs, self._marks)
+        self.agreement.mark(inputs, self.marks)
         steps = [
             passes.begin({each: inputs[each] for each in members if each in inputs})
             for members, passes in self._passes
         ]
         return _BundleStep(self, steps, [each for each in inputs if each in self.totals])
 
-    def finish_squares(self, taken: Collection[ParameterSlice]) -> None:
-        """Wait for the sums of the first pass.
-
-        Raises:
-            ValueError: ranks do not agree on what they update, or how.
-        """
-        self.squares.finish()
-        self._agreement.check(taken, self._marks)
-
 
 class _BundleStep:
     """The passes of one step, with the reductions between them."""
 
     def __init__(
-        self,
-        bundle: Bundle,
-        steps: Sequence[Step],
-        taken: Collection[ParameterSlice],
+        self, bundle: Bundle, steps: Sequence[Step], taken: Collection[ParameterSlice]
     ) -> None:
         self._bundle, self._steps, self._taken = bundle, steps, taken
 
@@ -135,7 +124,8 @@ class _BundleStep:
         self._bundle.squares.start()
 
     def add_instability_sums(self) -> None:
-        self._bundle.finish_squares(self._taken)
+        self._bundle.squares.finish()
+        self._bundle.agreement.check(self._taken, self._bundle.marks)
         for step in self._steps:
             step.add_instability_sums()
         self._bundle.instability.start()
@@ -155,19 +145,14 @@ class _BundleStep:
 
 
 class Begun(NamedTuple):
-    """A step of which the last pass is to come, with the arguments of :meth:`Plan.begin`.
-
-    Attributes:
-        plan: that has begun it.
-        steps: by bundle.
-        moments: r, c and v of all parameters, if it may be undone, and what they were before.
-    """
+    """A step of which the last pass is to come, with the arguments of :meth:`Plan.begin`."""
 
     plan: Plan
     steps: dict[Bundle, _BundleStep]
     settings: Sequence[GroupSettings]
     inputs: Mapping[ParameterSlice, StepInputs] | None
     now: Snapshot | None
+    # r, c and v of all parameters, if it may be undone, and what they were before.
     moments: tuple[list[Tensor], list[Tensor]]
 
     def squared_update(self, of_rank: bool) -> Tensor:

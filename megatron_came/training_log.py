@@ -1,7 +1,5 @@
 """Trainings of this package's own GPT script, in processes of their own, followed by their log."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -41,19 +39,12 @@ class TrainingError(Exception):
 
 @dataclass
 class TrainingLog:
-    """What Megatron logs of each iteration, in milliseconds but for the losses.
-
-    Attributes:
-        losses: of the iterations.
-        milliseconds: that they took.
-        timers: by name, what Megatron's timers counted on the slowest rank.
-        iterations: how many there are to be.
-    """
+    """What Megatron logs of each iteration, in milliseconds but for the losses."""
 
     losses: list[float] = field(default_factory=list)
-    milliseconds: list[float] = field(default_factory=list)
-    timers: dict[str, list[float]] = field(default_factory=dict)
-    iterations: int = 0
+    milliseconds: list[float] = field(default_factory=list)  # that iterations took
+    timers: dict[str, list[float]] = field(default_factory=dict)  # by name, on the slowest rank
+    iterations: int = 0  # how many there are to be
 
     def read(self, line: str) -> bool:
         """Take up a line; return whether it ends an iteration."""
@@ -82,8 +73,7 @@ def choose_port(port: int | None) -> int:
                 f"Port {port} cannot be used ({(error.strerror or '').lower()}): name another one,"
                 " or none to have a free one chosen."
             ) from error
-        chosen: int = probe.getsockname()[1]
-        return chosen
+        return int(probe.getsockname()[1])
 
 
 def follow(

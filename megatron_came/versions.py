@@ -1,7 +1,5 @@
 """Which Megatron is installed, and which releases are known to be fit for use."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

@@ -1,7 +1,5 @@
 """What users are told: on one rank, once; and how all ranks end with one sentence."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -190,8 +190,8 @@ FAULTS = (
     Fault(
         "the guess used as the clip divisor",
         "kernels/eager.py",
-        "            divisor,\n            row_scale[box.in_rows],",
-        "            guess,\n            row_scale[box.in_rows],",
+        "            divisor,\n            row_scale[box.batch, box.rows],",
+        "            guess,\n            row_scale[box.batch, box.rows],",
     ),
     Fault(
         "instability with the guess",

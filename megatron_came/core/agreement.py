@@ -3,8 +3,6 @@
 The numbers ride along with the sums of the first pass, so that this costs no collective of its own.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -16,15 +14,6 @@ from torch import Tensor
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs
 from megatron_came.core.sums import Request
 
-_LACKING = (
-    "CAME: a parameter of which this rank holds {numel} elements of {shape} has a gradient on "
-    "{count} of {ranks} ranks alone, and here {here}: give it one on all, of zeros if need be, or "
-    "on none."
-)
-_DIFFERENT = (
-    "CAME: ranks differ in lr, weight_decay, betas, eps, clip_threshold or step of a parameter "
-    "of which this rank holds {numel} elements of {shape}: give all ranks the same."
-)
 # Marks are at most that, so that sums of their squares over two million ranks are exact.
 _MARKS = 2**16 - 1
 
@@ -86,9 +75,15 @@ def _mark(given: StepInputs) -> int:
 
 
 def _difference(slice_: ParameterSlice, total: int, squares: int, ranks: int, has: bool) -> str:
-    of = {"numel": slice_.shard.numel, "shape": slice_.shard.shape}
+    held = f"{slice_.shard.numel} elements of {slice_.shard.shape}"
     mark = squares // total
     if mark * total == squares and total % mark == 0:  # all that have a mark have the same
-        here = "one" if has else "none"
-        return _LACKING.format(**of, count=total // mark, ranks=ranks, here=here)
-    return _DIFFERENT.format(**of)
+        return (
+            f"CAME: a parameter of which this rank holds {held} has a gradient on {total // mark} "
+            f"of {ranks} ranks alone, and here {'one' if has else 'none'}: give it one on all, of "
+            "zeros if need be, or on none."
+        )
+    return (
+        "CAME: ranks differ in lr, weight_decay, betas, eps, clip_threshold or step of a parameter "
+        f"of which this rank holds {held}: give all ranks the same."
+    )

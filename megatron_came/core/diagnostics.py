@@ -5,12 +5,10 @@ the next step. All else is taken of every vector and of ``SAMPLED_ROWS`` rows of
 same in every layout: u is computed anew, momentum and weights are read as the step has left them.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -50,18 +48,13 @@ def kind_of(name: str) -> str:
 
 
 class Sums(NamedTuple):
-    """What figures are made of, of what this rank holds; float64, on the CPU.
+    """What figures are made of, of what this rank holds; float64, on the CPU."""
 
-    Attributes:
-        added: (kinds, names), to be added up over ranks that together hold the model once.
-        largest: (kinds,), clip divisors; the largest over ranks counts.
-    """
-
-    added: Tensor
-    largest: Tensor
+    added: Tensor  # (kinds, names), to be added up over ranks that together hold the model once
+    largest: Tensor  # (kinds,), clip divisors; the largest over ranks counts
 
     @classmethod
-    def zero(cls) -> Sums:
+    def zero(cls) -> Self:
         """Return those of no parameters."""
         zeros = torch.zeros(len(KINDS), len(_NAMES) + 1, **_HERE)
         return cls(zeros[:, 1:], zeros[:, 0])
@@ -178,23 +171,14 @@ def on_cpu(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class _Look(NamedTuple):
-    """Elements of a slice.
+    """Elements of a slice."""
 
-    Attributes:
-        take: takes them out of a flat slice.
-        places: returns where in it they are.
-        inside: which of them count; None for all.
-        scale: u / g.
-        confidence: 1 / sqrt(S); None of a vector.
-        weight: elements of the full tensor that each stands for.
-    """
-
-    take: Callable[[Tensor], Tensor]
-    places: Callable[[], Tensor]
-    inside: Tensor | None
-    scale: Tensor
-    confidence: Tensor | None
-    weight: float
+    take: Callable[[Tensor], Tensor]  # takes them out of a flat slice
+    places: Callable[[], Tensor]  # returns where in it they are
+    inside: Tensor | None  # which of them count; None for all
+    scale: Tensor  # u / g
+    confidence: Tensor | None  # 1 / sqrt(S); None of a vector
+    weight: float  # elements of the full tensor that each stands for
 
 
 def _addends(slice_: ParameterSlice, given: StepInputs, divisor: float, look: _Look) -> Tensor:

@@ -12,28 +12,26 @@ does but for a chance of about 2^-30. Bits are those of the stored number, as a 
 so -0 is not 0 and a NaN is a number like any other.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from megatron_came.core.rounding import mix
 
 WEIGHTS, MAIN_WEIGHTS, MOMENTUM = "weights", "main weights", "momentum"
 
 Shape = tuple[int, ...]
 
-_MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
+_MASK64 = (1 << 64) - 1
 # Elements that are taken at once: on a CPU their products, in 64 bits, stay in the cache;
 # a GPU would wait for so many small launches.
 _AT_ONCE, _AT_ONCE_OF_GPU = 1 << 16, 1 << 22
-# So many slices are remembered: training sums up the same ones at every save.
-_REMEMBERED = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Bits of infinity, from which on a number without its sign is none.
 INFINITY = {
@@ -54,10 +52,7 @@ def row_keys(rows: Tensor) -> Tensor:
 
 def column_keys(columns: Tensor) -> Tensor:
     """Return an odd 32-bit number for each column (MurmurHash3's finalizer), as int32."""
-    value = (columns * 0x9E3779B1 + 0x7F4A7C15) & _MASK32
-    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK32
-    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK32
-    return ((value ^ (value >> 16)) | 1).to(torch.int32)
+    return (mix(columns * 0x9E3779B1 + 0x7F4A7C15) | 1).to(torch.int32)
 
 
 @cache
@@ -67,49 +62,33 @@ def _table(keys: Callable[[Tensor], Tensor], log2: int, device: torch.device) ->
 
 @dataclass(frozen=True, slots=True)
 class PlacedBox:
-    """A box of a local tensor, and where it stands in the whole tensor.
+    """A box of a local tensor, and where it stands in the whole tensor."""
 
-    Attributes:
-        place: where it begins in the local tensor, along each dimension.
-        size: of it, along each dimension.
-        offset: where it begins in the whole tensor.
-        shape: of the whole tensor.
-    """
-
-    place: Shape
-    size: Shape
-    offset: Shape
-    shape: Shape
+    place: Shape  # where it begins in the local tensor, along each dimension
+    size: Shape  # of the box, along each dimension
+    offset: Shape  # where it begins in the whole tensor
+    shape: Shape  # of the whole tensor
 
     @classmethod
-    def whole(cls, shape: Shape) -> PlacedBox:
+    def whole(cls, shape: Shape) -> Self:
         """Return the box of a reader who has all of a tensor."""
         return cls.alone(shape, (0,) * len(shape), shape)
 
     @classmethod
-    def alone(cls, size: Shape, offset: Shape, shape: Shape) -> PlacedBox:
+    def alone(cls, size: Shape, offset: Shape, shape: Shape) -> Self:
         """Return the box that is all of a local tensor."""
         return cls((0,) * len(size), size, offset, shape)
 
 
 class Matrix(NamedTuple):
-    """A rectangle of a flat slice that is one of the whole tensor, too.
+    """A rectangle of a flat slice that is one of the whole tensor, too."""
 
-    Attributes:
-        position: of its first element in the slice.
-        rows: how many.
-        columns: how many.
-        stride: elements from one row to the next.
-        row: of the whole tensor, that it begins in.
-        column: likewise.
-    """
-
-    position: int
+    position: int  # of its first element in the slice
     rows: int
     columns: int
-    stride: int
-    row: int
-    column: int
+    stride: int  # elements from one row to the next
+    row: int  # of the whole tensor, that it begins in
+    column: int  # likewise
 
     def keys(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the keys of its rows and columns, views of tables that are kept."""
@@ -120,19 +99,12 @@ class Matrix(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What is added to a digest: a matrix of a flat tensor of integers, times 2^shift.
-
-    Attributes:
-        bits: the tensor.
-        matrix: of it.
-        shift: of the sum.
-        dtype: of the numbers whose bits these are.
-    """
+    """What is added to a digest: a matrix of a flat tensor of integers, times 2^shift."""
 
     bits: Tensor
     matrix: Matrix
     shift: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the numbers whose bits these are
 
 
 class Added(NamedTuple):
@@ -210,7 +182,7 @@ def digest_whole(values: Tensor, *, as_fp32: bool = False, add: Adder = add_up) 
     return digest(terms(values, shape, PlacedBox.whole(shape), as_fp32=as_fp32), add)
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(1 << 16)  # training sums up the same slices at every save
 def _matrices(start: int, numel: int, local: Shape, box: PlacedBox) -> tuple[Matrix, ...]:
     """Cut what a slice holds of a box into matrices."""
     if not local:

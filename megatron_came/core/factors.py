@@ -5,8 +5,6 @@ authors' arithmetic on vectors of statistics. Sums are float64; factors are fp32
 float64 weights).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -73,12 +71,8 @@ def guessed_divisor(
     average. A good guess matters for the rounding of :func:`true_instability` only, whose error
     grows with (d/d0)^2.
 
-    Args:
-        moment: a factor that this rank holds whole, already updated, (batch, n).
-        sums: the sums that it was updated with.
-        count: as in :func:`update_moment`.
-        eps: eps1.
-        clip_threshold: the paper's d.
+    ``moment`` is a factor that this rank holds whole, already updated with these sums and the
+    ``count`` and ``eps`` of :func:`update_moment`.
     """
     squared_rms = _mean(sums, count, eps, moment).div_(moment).mean()
     return (squared_rms.sqrt_() / clip_threshold).clamp_(min=1.0).to(moment.dtype)

@@ -1,13 +1,11 @@
 """CAME's hyperparameters, validated in one place for the class and for the command line."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
-from typing import Any, NamedTuple, Self, SupportsIndex, cast
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 
@@ -29,7 +27,7 @@ class HyperparameterError(ValueError):
         """Return the sentence for who knows the hyperparameter by another name."""
         return f"{name} {self.value} is not allowed: it must be {self.allowed}."
 
-    def within(self, where: str) -> HyperparameterError:
+    def within(self, where: str) -> "HyperparameterError":
         """Return the same error with a place, in words, in its sentence."""
         return HyperparameterError(f"{self.name} in {where}", self.value, self.allowed)
 
@@ -84,7 +82,8 @@ def _hyperparameter(default: float, allowed: _Range, help_: str, *, key: str | N
     ``key`` is that of parameter groups, of a tuple of all that have it, in order; None for its own
     name.
     """
-    return field(default=default, metadata={"allowed": allowed, "help": help_, "key": key})
+    own_key = {} if key is None else {"key": key}
+    return field(default=default, metadata={"allowed": allowed, "help": help_, **own_key})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +129,7 @@ class Hyperparameters:
             if not row.allowed.holds(value):
                 raise HyperparameterError(row.name, value, row.allowed.words)
 
-    def at(self, iteration: int) -> Hyperparameters:
+    def at(self, iteration: int) -> "Hyperparameters":
         """Return what the arithmetic of an iteration, from 1 on, takes: decays carry out options.
 
         An average divided by 1 - b^t is an average with the decay b (1 - b^(t-1)) / (1 - b^t). So
@@ -155,8 +154,8 @@ class Hyperparameters:
         """
         return 1 - self.beta1**iteration if self.bias_correction else 1.0
 
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> Self:
+    @staticmethod
+    def from_group(group: Mapping[str, Any]) -> "Hyperparameters":
         """Read a ``torch.optim`` parameter group; one that it lacks has its default.
 
         Raises:
@@ -175,10 +174,9 @@ class Hyperparameters:
                 values.update(zip(names, found, strict=True))
         plain = {name: _plain(value) for name, value in values.items()}
         try:
-            known: Self = _checked(cast("Any", cls), **plain)
-            return known
+            return _once(**plain)
         except TypeError:  # what has no hash
-            return cls(**plain)
+            return Hyperparameters(**plain)
 
     def as_group(self) -> dict[str, Any]:
         """Return the keys of a ``torch.optim`` parameter group that hold them."""
@@ -190,51 +188,31 @@ class Hyperparameters:
         }
 
 
-@lru_cache(typed=True)
-def _checked(make: Callable[..., Any], **values: Any) -> Any:
-    """Make hyperparameters, once of the same values: every step reads every group."""
-    return make(**values)
+# Once of the same values: every step reads every group.
+_once = lru_cache(typed=True)(Hyperparameters)
 
 
 class _AtIteration(Hyperparameters):
     """What :meth:`Hyperparameters.at` returns; a decay may be one."""
-
-    __slots__ = ()
 
     def __post_init__(self) -> None:
         pass
 
 
 class Row(NamedTuple):
-    """One hyperparameter, for whoever makes something of all of them.
+    """One hyperparameter, for whoever makes something of all of them."""
 
-    Attributes:
-        name: of the field; its flag is ``--came-`` and the name.
-        type: of its value.
-        default: the authors'; of options, off.
-        allowed: its range.
-        help: of the flag.
-        key: in parameter groups.
-    """
-
-    name: str
+    name: str  # of the field; its flag is --came- and the name
     type: type
-    default: float
+    default: float  # the authors'; of options, off
     allowed: _Range
-    help: str
-    key: str
+    help: str  # of the flag
+    key: str  # in parameter groups
 
 
 TABLE = tuple(
-    Row(
-        each.name,
-        type(each.default),
-        cast(float, each.default),
-        each.metadata["allowed"],
-        each.metadata["help"],
-        each.metadata["key"] or each.name,
-    )
-    for each in fields(Hyperparameters)
+    Row(one.name, type(one.default), cast(float, one.default), **{"key": one.name, **one.metadata})
+    for one in fields(Hyperparameters)
 )
 # By key of a parameter group: the names of what it holds.
 GROUP_KEYS = {row.key: [each.name for each in TABLE if each.key == row.key] for row in TABLE}
@@ -303,18 +281,12 @@ class GroupSettings(NamedTuple):
     """What a step reads of a parameter group.
 
     Bias correction is carried out by these: of the momentum by the rate.
-
-    Attributes:
-        hyper: hyperparameters.
-        lr: learning rate; a scalar tensor may lie on the device.
-        weight_decay: decoupled.
-        step: number of steps before this one.
     """
 
     hyper: Hyperparameters
-    lr: float | torch.Tensor
-    weight_decay: float
-    step: int
+    lr: float | torch.Tensor  # a scalar tensor may lie on the device
+    weight_decay: float  # decoupled
+    step: int  # number of steps before this one
 
 
 def at_step(group: Mapping[str, Any]) -> GroupSettings:

@@ -5,8 +5,6 @@ A scale is the least power of two with which the largest element of its block fi
 has been rounded once is not changed by being rounded again.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

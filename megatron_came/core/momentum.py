@@ -4,8 +4,6 @@ What is kept in fewer bits than the arithmetic takes is rounded stochastically b
 nearest where it is loaded. A codec is all that the rest of the package knows of a dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,19 +21,12 @@ Take = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Momentum that is kept as the arithmetic takes it: fp32 and float64.
+    """Momentum that is kept as the arithmetic takes it: fp32 and float64."""
 
-    Attributes:
-        dtype: of the state ``exp_avg``.
-        exact: a floating dtype that holds the values by itself: that of checkpoints.
-        is_rounded: whether a step reads copies and rounds them back; else it updates what is kept.
-        block: elements that share an fp32 scale, and are written together; 0 without scales.
-    """
-
-    dtype: torch.dtype
-    exact: torch.dtype
-    is_rounded: bool = False
-    block: int = 0
+    dtype: torch.dtype  # of the state ``exp_avg``
+    exact: torch.dtype  # a floating one that holds the values by itself: that of checkpoints
+    is_rounded: bool = False  # a step reads copies and rounds them back; else it updates in place
+    block: int = 0  # elements that share an fp32 scale and are written together; 0 without scales
 
     def new(self, like: Tensor) -> dict[str, Tensor]:
         """Return the momentum of a parameter before its first step, with what belongs to it."""
@@ -64,8 +55,6 @@ class Codec:
 class _BF16(Codec):
     """Momentum in bf16."""
 
-    __slots__ = ()
-
     def read(self, state: State, start: int, stop: int) -> Tensor:
         return Codec.read(self, state, start, stop).to(torch.float32)
 
@@ -81,8 +70,6 @@ class _BF16(Codec):
 
 class _Int8(Codec):
     """Momentum in int8, with scales; see :mod:`megatron_came.core.int8`."""
-
-    __slots__ = ()
 
     def new(self, like: Tensor) -> dict[str, Tensor]:
         scales = torch.zeros(int8.blocks(like.numel()), dtype=torch.float32, device=like.device)
@@ -115,24 +102,6 @@ _BY_DTYPE = {codec.dtype: codec for codec in CODECS.values()}
 def codec_of(dtype: torch.dtype) -> Codec:
     """Return the codec of a dtype; of others than those of flags, momentum is kept as it is."""
     return _BY_DTYPE.get(dtype) or Codec(dtype, dtype)
-
-
-def codec_for(param: Tensor, wanted: torch.dtype) -> Codec:
-    """Return the codec of a parameter's momentum: float64 parameters keep theirs in float64."""
-    return codec_of(torch.float64 if param.dtype == torch.float64 else wanted)
-
-
-def check_momentum_dtype(wanted: object) -> None:
-    """Refuse a dtype that momentum cannot have.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    dtypes = MOMENTUM_DTYPES.values()
-    if wanted not in dtypes:
-        raise ValueError(
-            f"CAME: momentum_dtype {wanted} is not one of {', '.join(map(str, dtypes))}."
-        )
 
 
 def is_complete(state: State) -> bool:

@@ -1,7 +1,5 @@
 """One parameter on this rank: its slice, what it sums over ranks, and what a step brings to it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.shard import Shard
-from megatron_came.core.state import has_remainder, state_dtype
+from megatron_came.core.state import state_dtype
 from megatron_came.core.sums import Request
 
 # Bytes of sums from which on a bundle is worth a reduction of its own, and the most bundles.
@@ -38,71 +36,42 @@ def gradient_of(param: Tensor) -> Tensor | None:
 
 
 class StepInputs(NamedTuple):
-    """What one step brings to one parameter; nobody keeps it longer than the step.
+    """What one step brings to one parameter; nobody keeps it longer than the step."""
 
-    Attributes:
-        state: of the parameter; see :class:`megatron_came.CAME`.
-        grad: of the slice, of any shape and floating dtype.
-        settings: of the parameter's group.
-        model_weight: 16-bit copy of the slice that the step rewrites, or None.
-    """
-
-    state: dict[str, Tensor]
-    grad: Tensor
+    state: dict[str, Tensor]  # see :func:`megatron_came.core.state.new_state`
+    grad: Tensor  # of the slice, of any shape and floating dtype
     settings: GroupSettings
-    model_weight: Tensor | None = None
+    model_weight: Tensor | None = None  # 16-bit copy of the slice that the step rewrites
 
 
 class SliceSums(NamedTuple):
-    """A parameter's sums over elements: float64 views of buffers that all ranks' sums complete.
+    """A parameter's sums over elements: float64 views of buffers that all ranks' sums complete."""
 
-    Attributes:
-        squares: row and column sums of g^2, (batch, rows) and (batch, columns); of a vector, g^2
-            itself, (1, rows).
-        total: sum of u^2, a scalar.
-        instability: row and column sums of e^2, u e and u^2, (3, batch, rows) and (3, batch,
-            columns); of a vector, none.
-    """
-
+    # Row and column sums of g^2, (batch, rows) and (batch, columns); of a vector g^2, (1, rows).
     squares: tuple[Tensor, ...]
-    total: Tensor
+    total: Tensor  # sum of u^2, a scalar
+    # Likewise of e^2, u e and u^2, (3, batch, rows) and (3, batch, columns); of a vector, none.
     instability: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterSlice:
-    """The slice of one parameter on this rank.
+    """The slice of one parameter on this rank."""
 
-    Args:
-        param: the slice, of any shape with ``shard.numel`` elements.
-        shard: where the slice lies in the full tensor.
-        group: number of its parameter group.
-        key: of the random bits that round its momentum.
-        remainders: whether a bf16 slice is the upper halves of fp32 weights.
-        cautious: whether its group's updates are, which kernels do not know.
-        may_be_skipped: whether a step without its gradient is right, if it lacks on all ranks.
-        home: device of the model that a slice on the CPU belongs to, whose sums are reduced there;
-            None for the slice's own.
-    """
-
-    param: Tensor
-    shard: Shard
-    group: int = 0
-    key: int = 0
-    remainders: bool = False
-    cautious: bool = False
-    may_be_skipped: bool = False
+    param: Tensor  # the slice, of any shape with ``shard.numel`` elements
+    shard: Shard  # where the slice lies in the full tensor
+    group: int = 0  # number of its parameter group
+    key: int = 0  # of the random bits that round its momentum
+    remainders: bool = False  # whether a bf16 slice is the upper halves of fp32 weights
+    cautious: bool = False  # whether its group's updates are, which kernels do not know
+    may_be_skipped: bool = False  # a step without its gradient is right, if it lacks on all ranks
+    # Device of the model that a slice on the CPU belongs to, whose sums are reduced there.
     home: torch.device | None = None
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of the state, and of the arithmetic."""
         return state_dtype(self.param)
-
-    @cached_property
-    def has_fp32_weights(self) -> bool:
-        """Whether the weights are fp32, in one tensor or two."""
-        return self.param.dtype == torch.float32 or has_remainder(self.param, self.remainders)
 
     # What this parameter sums over ranks.
 

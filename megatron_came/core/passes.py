@@ -6,8 +6,6 @@ have no columns. Sums over elements are added to float64 tensors, so that boxes 
 added in any order.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -19,12 +17,9 @@ _UPDATE_SCALE = 2.0**-16
 
 
 def add_squared_sums(grad: Tensor, row_sums: Tensor, column_sums: Tensor | None) -> None:
-    """Pass 1: add the row and column sums of g^2, in place.
+    """Pass 1: add the row and column sums of g^2, (batch, rows) and (batch, columns), in place.
 
-    Args:
-        grad: (batch, rows, columns), fp32 or float64.
-        row_sums: (batch, rows), float64.
-        column_sums: (batch, columns), float64; None for a vector.
+    The gradient is fp32 or float64; a vector has no column sums.
     """
     squares = torch.mul(grad, _SQUARE_SCALE).square_()
     row_sums.add_(squares.sum(-1), alpha=_SQUARE_SCALE**-2)
@@ -49,14 +44,8 @@ def add_instability_sums(
 ) -> None:
     """Pass 2 of a matrix: add the sums of e^2, u e and u^2 with e = u/d0 - m, in place.
 
-    Args:
-        grad: (batch, rows, columns), fp32 or float64.
-        exp_avg: the momentum m of the last step, like ``grad``.
-        row_scale: (batch, rows).
-        column_scale: (batch, columns).
-        guess: d0, the guess of the clip divisor, a scalar.
-        row_sums: (3, batch, rows), float64.
-        column_sums: (3, batch, columns), float64.
+    ``exp_avg`` is the momentum m of the last step, like the gradient fp32 or float64; ``guess`` is
+    d0, a scalar; the sums are (3, batch, rows) and (3, batch, columns).
     """
     update = normalized(grad, row_scale * _UPDATE_SCALE, column_scale)
     error = torch.sub(update / guess, exp_avg, alpha=_UPDATE_SCALE)
@@ -92,19 +81,10 @@ def apply_update(
 
     m <- b1 m + (1-b1) u/d, p <- p (1 - lr wd) - lr m / sqrt(R C / mean(R)); paper, algorithm 2.
 
-    Args:
-        param: weights of the box, of any floating dtype.
-        grad: gradient, in the dtype of ``exp_avg``.
-        exp_avg: momentum.
-        row_scale: as in :func:`normalized`.
-        column_scale: as in :func:`normalized`.
-        row_confidence: inverse roots of the row factor of the instability; None for a vector.
-        column_confidence: likewise of the column factor.
-        divisor: d, a scalar.
-        beta1: decay of the momentum.
-        lr: learning rate.
-        weight_decay: decoupled weight decay.
-        cautious: leave out of the last term what has another sign than ``grad``.
+    Weights are of any floating dtype, the gradient in that of ``exp_avg``, the momentum. The scales
+    are those of :func:`normalized`; the confidence, which vectors lack, is the inverse roots of the
+    factors of the instability. ``divisor`` is d, a scalar. ``cautious`` leaves out of the last term
+    what has another sign than ``grad``.
     """
     update = normalized(grad, row_scale * _UPDATE_SCALE, column_scale)
     exp_avg.mul_(beta1).add_(update.div_(divisor * _UPDATE_SCALE), alpha=1.0 - beta1)

@@ -30,8 +30,6 @@ It stands under :data:`KEY` of the common state (``torch_dist``) or of every ``m
   ranks, tied embeddings): copies are equal, and each is the whole part.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -86,18 +84,13 @@ def pack(record: Record) -> str:
         "step": record.step,
         "tensors": {
             kind: {
-                name: [list(one.shape), one.dtype, f"{one.digest:016x}"]
-                for name, one in named.items()
+                name: [one.shape, one.dtype, f"{one.digest:016x}"] for name, one in named.items()
             }
             for kind, named in record.tensors.items()
         },
         "buckets": {
             key: [
-                [
-                    one.start,
-                    list(one.shape),
-                    [[name, *map(list, (b.place, b.size, b.offset))] for name, b in one.boxes],
-                ]
+                [one.start, one.shape, [(name, b.place, b.size, b.offset) for name, b in one.boxes]]
                 for one in inside
             ]
             for key, inside in record.buckets.items()

@@ -10,8 +10,6 @@ moment and no confidence, since a vector has no second axis to factor over. Ther
 correction, unless it is asked for.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

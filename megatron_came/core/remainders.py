@@ -5,8 +5,6 @@ is the nearest one, but that of two equally near ones it is the one farther from
 even one; and every fp32 value comes back bit for bit. NaN comes back as one NaN, whatever its bits.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ The bits are a function of a key (of seed, parameter and step) and of the elemen
 full tensor. So every layout, and every run that resumes, draws the same bits.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -4,8 +4,6 @@ Checkpoints hold int8 momentum as bf16, and remainders and their weights as fp32
 goes to the CPU, where it is saved from and loaded to: beside the state its device holds a few MiB.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

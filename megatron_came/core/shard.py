@@ -4,12 +4,10 @@ Every tensor is seen as a batch of matrices, ``(batch, rows, columns)``: the las
 rows and columns, the leading ones the batch; a vector of n elements is one (n, 1) matrix.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +20,6 @@ class ProcessGroup(Protocol):
 
     def size(self) -> int:
         """Return the number of ranks."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,7 @@ class Shard:
             )
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Shard:
+    def whole(cls, shape: tuple[int, ...]) -> Self:
         """Return the shard of a rank that holds the full tensor alone."""
         return cls(shape=shape, start=0, stop=math.prod(shape))
 
@@ -181,7 +178,7 @@ class Shard:
         """Columns of one full matrix: the divisor of row means."""
         return self.local_matrix[2] * (self.tp_size if self.tp_axis == "columns" else 1)
 
-    def full_offsets(self, box: Box, device: torch.device) -> Tensor:
+    def full_offsets(self, box: "Box", device: torch.device) -> Tensor:
         """Return the offset in the flattened full tensor of each element of a box, int64."""
         batch, rows, columns = (
             torch.arange(axis.start, axis.stop, device=device) + offset
@@ -208,26 +205,14 @@ class Box(NamedTuple):
     columns: slice
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Sizes along batch, rows and columns."""
-        sizes = (axis.stop - axis.start for axis in (self.batch, self.rows, self.columns))
-        batch, rows, columns = sizes
-        return batch, rows, columns
+        return _sizes((self.batch, self.rows, self.columns))
 
     @property
     def flat(self) -> slice:
         """Index of its elements in the flat slice."""
         return slice(self.start, self.stop)
-
-    @property
-    def in_rows(self) -> tuple[slice, slice]:
-        """Index of what belongs to its rows, in tensors of (batch, rows)."""
-        return self.batch, self.rows
-
-    @property
-    def in_columns(self) -> tuple[slice, slice]:
-        """Index of what belongs to its columns, in tensors of (batch, columns)."""
-        return self.batch, self.columns
 
 
 def boxes(shard: Shard, limit: int) -> Iterator[Box]:

@@ -4,8 +4,6 @@ What counts is the root mean square of u, over all parameters, before clipping: 
 the last pass writes anything but r, c and v.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Sequence

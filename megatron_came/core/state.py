@@ -1,14 +1,12 @@
 """A parameter's state: keys, shapes and dtypes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_came.core.momentum import codec_for
+from megatron_came.core.momentum import codec_of
 from megatron_came.core.shard import Shard
 
 # Factors, in the order r, c, R, C, v; and the axis of the parameter that each is an average over.
@@ -66,10 +64,7 @@ def trust_all(state: dict[str, Tensor]) -> None:
 
 
 def new_state(
-    param: Tensor,
-    shard: Shard,
-    momentum: torch.dtype = torch.float32,
-    remainders: bool = False,
+    param: Tensor, shard: Shard, momentum: torch.dtype = torch.float32, remainders: bool = False
 ) -> dict[str, Tensor]:
     """Return a parameter's state before its first step.
 
@@ -99,7 +94,8 @@ def new_state(
         remainders: keep the lower halves of the fp32 weights of bf16 parameters.
     """
     device = param.device
-    state = codec_for(param, momentum).new(param)
+    # Float64 parameters keep their momentum in float64, too.
+    state = codec_of(torch.float64 if param.dtype == torch.float64 else momentum).new(param)
     if has_remainder(param, remainders):
         state[REMAINDER] = torch.zeros(param.shape, dtype=torch.int16, device=device)
     for key in VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS:

@@ -4,40 +4,30 @@ The number of collectives does not grow with the number of parameters, a group o
 none, and they run while the caller computes something else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_came.core.shard import ProcessGroup
+from megatron_came.core.shard import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Sums that a parameter needs, and the ranks that hold their addends.
+    """Sums that a parameter needs, and the ranks that hold their addends."""
 
-    Args:
-        shape: of the view that they are read and written through.
-        dp_group: first summed over these ranks.
-        more_groups: then over each of these, one after another.
-        tp_group: then over these.
-        copies_group: these ranks then hold the same sums, added up in another order: all go on
-            from the largest, so that what they compute stays the same to the last bit. Of equal
-            numbers, however many, that is the number itself.
-    """
-
-    shape: tuple[int, ...]
-    dp_group: ProcessGroup | None = None
-    tp_group: ProcessGroup | None = None
+    shape: tuple[int, ...]  # of the view that they are read and written through
+    dp_group: ProcessGroup | None = None  # first summed over these ranks
+    tp_group: ProcessGroup | None = None  # last over these
+    # These ranks then hold the same sums, added up in another order: all go on from the largest, so
+    # that what they compute stays the same to the last bit. Of equal numbers, however many, that is
+    # the number itself.
     copies_group: ProcessGroup | None = None
-    more_groups: tuple[ProcessGroup, ...] = ()
+    more_groups: tuple[ProcessGroup, ...] = ()  # between the two, over one after another
 
     @property
     def numel(self) -> int:
@@ -50,13 +40,11 @@ class Request:
         groups = (self.dp_group, *self.more_groups, self.tp_group)
         return [group for group in groups if group is not None]
 
-    def of_several_ranks(self) -> Request:
+    def of_several_ranks(self) -> "Request":
         """Return the request without groups of one rank."""
-        dp_group, tp_group, copies_group = map(
-            _several, (self.dp_group, self.tp_group, self.copies_group)
-        )
-        more_groups = tuple(filter(_several, self.more_groups))
-        return Request(self.shape, dp_group, tp_group, copies_group, more_groups)
+        dp_group, tp_group = _several(self.dp_group), _several(self.tp_group)
+        copies_group, more = _several(self.copies_group), tuple(filter(_several, self.more_groups))
+        return Request(self.shape, dp_group, tp_group, copies_group, more)
 
 
 class _Reduction(NamedTuple):

@@ -6,8 +6,6 @@ step brings a :class:`Step`, which is taken again as long as no tensor has moved
 methods are the three passes; between them ``step.py`` completes the sums over ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from megatron_came.core.hyperparameters import GroupSettings
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
+from megatron_came.core.state import has_remainder
 
 # A batch of more matrices, each of fewer elements, is left to eager PyTorch: tiles of it would be
 # mostly empty.
@@ -23,11 +22,7 @@ _MANY_MATRICES, _SMALL_MATRIX = 64, 1024
 
 
 class UnusableError(Exception):
-    """Kernels that are installed and do not run: the message is the reason, in a clause.
-
-    Attributes:
-        remedy: what to do, in a clause.
-    """
+    """Kernels that are installed and do not run: the reason and what to do, each in a clause."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -43,19 +38,15 @@ class Step(Protocol):
     @property
     def lasts(self) -> bool:
         """Whether it may be taken again: it knows where tensors lie, and holds none of a step's."""
-        ...
 
     def again(self, settings: Sequence[GroupSettings]) -> None:
         """Take up what a later step brings to the same tensors, none of which has moved.
 
-        Args:
-            settings: of all parameter groups.
+        The settings are those of all parameter groups.
         """
-        ...
 
     def add_square_sums(self) -> None:
         """Pass 1: add the row and column sums of g^2; of a vector, write g^2."""
-        ...
 
     def add_instability_sums(self) -> None:
         """With the sums of pass 1 complete: update r and c (v), and add the sums of pass 2.
@@ -63,18 +54,15 @@ class Step(Protocol):
         They are the row and column sums of e^2, u e and u^2 with e = u/d0 - m, and the total of
         u^2; of a vector, the total alone.
         """
-        ...
 
     def apply(self) -> None:
         """With the sums of pass 2 complete: update R and C; pass 3 updates momentum and weights.
 
         The model's 16-bit weights, where there are some, are rewritten as well.
         """
-        ...
 
     def run(self) -> None:
         """All three, where no sum goes over ranks: matrix by matrix, if that saves traffic."""
-        ...
 
 
 class Passes(Protocol):
@@ -92,28 +80,18 @@ class Passes(Protocol):
         Raises:
             ValueError: state that does not fit its parameter.
         """
-        ...
 
 
 class Backend(Protocol):
-    """Who computes the passes on one device.
+    """Who computes the passes on one device."""
 
-    Attributes:
-        name: one of ``dispatch.CHOICES``; of others than "plain" the package that compiles the
-            kernels.
-    """
-
-    @property
-    def name(self) -> str:
-        """See above."""
-        ...
+    name: str  # one of dispatch.CHOICES; but for "plain", the package that compiles the kernels
 
     def unsupported(self, slice_: ParameterSlice) -> str | None:
         """Return why it does not update a parameter, as "with float64 weights"; None if it does.
 
         What one backend does not update, eager PyTorch does.
         """
-        ...
 
     def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> Passes:
         """Return the passes over some parameters, all of which it supports, on one device.
@@ -123,7 +101,6 @@ class Backend(Protocol):
             is_local: whether no sum goes over ranks, so that matrices may go through all passes
                 one after another, see :meth:`Step.run`.
         """
-        ...
 
 
 def unsupported_by_kernels(slice_: ParameterSlice) -> str | None:
@@ -131,7 +108,7 @@ def unsupported_by_kernels(slice_: ParameterSlice) -> str | None:
     param = slice_.param
     if slice_.cautious:
         return "with cautious updates"
-    if not slice_.has_fp32_weights:
+    if param.dtype != torch.float32 and not has_remainder(param, slice_.remainders):
         return f"with {str(param.dtype).removeprefix('torch.')} weights"
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"in tensors of type {type(param).__name__}"

@@ -1,15 +1,15 @@
-"""Who computes a step: Triton on GPUs, Numba on CPUs, plain PyTorch for all else."""
-
-from __future__ import annotations
+"""Who computes a step, and digests: Triton on GPUs, Numba on CPUs, plain PyTorch for all else."""
 
 import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from megatron_came.core.digests import Adder, PlacedBox, add_up, terms
 from megatron_came.kernels.backend import Backend
 from megatron_came.kernels.cpu import threads  # imported at once: it remembers the process
 from megatron_came.kernels.eager import EagerBackend
@@ -20,25 +20,17 @@ _INSTALL = {"numba": "pip install 'megatron-came[cpu]'", "triton": "pip install 
 
 
 class Choice(NamedTuple):
-    """Who computes a step on one device.
-
-    Attributes:
-        backend: that computes.
-        reason: one sentence.
-        should_warn: whether a faster backend, or one that starts sooner, is not usable.
-    """
+    """Who computes a step on one device."""
 
     backend: Backend
-    reason: str
-    should_warn: bool = False
+    reason: str  # one sentence
+    should_warn: bool = False  # a faster backend, or one that starts sooner, is not usable
 
 
 def left_to_plain(reasons: Sequence[str], total: int) -> str:
-    """Return a sentence about parameters that kernels leave to plain PyTorch.
+    """Return a sentence about parameters, of so many, that kernels leave to plain PyTorch.
 
-    Args:
-        reasons: of each of them, see :meth:`Backend.unsupported`.
-        total: number of all parameters.
+    The reasons are those of :meth:`Backend.unsupported`, one of each that is left.
     """
     counts = [f"{count} {reason}" for reason, count in Counter(reasons).most_common()]
     return (
@@ -76,17 +68,16 @@ def choose(wanted: str, device: torch.device, *, cuda_graph: bool = False) -> Ch
             EagerBackend(),
             f"CAME's step runs in plain PyTorch: there are no kernels for {device.type}.",
         )
-    name = usual if wanted == "auto" else wanted
-    runs_there = name == usual or (name == "triton" and interpreted)
-    if not runs_there:
+    name = str(usual if wanted == "auto" else wanted)
+    if name != usual and not (name == "triton" and interpreted):
         raise ValueError(
             f"CAME: kernels {wanted!r} do not run on {device.type}: use 'auto' or 'plain'."
         )
     try:
-        return _compiled(str(name), device, cuda_graph)
+        return _compiled(name, device, cuda_graph)
     except Exception as error:  # not installed, or not working here, for whatever reason
         reason = _why_not(error)
-        command = getattr(error, "remedy", _INSTALL[str(name)])
+        command = getattr(error, "remedy", _INSTALL[name])
         if wanted != "auto":
             raise ValueError(
                 f"CAME: kernels {wanted!r} need {name}, which cannot be used ({reason}): {command}."
@@ -100,11 +91,8 @@ def choose(wanted: str, device: torch.device, *, cuda_graph: bool = False) -> Ch
 
 
 def choose_on_host(wanted: str) -> Choice:
-    """Decide who computes what lies on the CPU while the model is elsewhere.
-
-    Args:
-        wanted: as for :func:`choose`; "triton" is for the model's device.
-    """
+    """Decide who computes what lies on the CPU while the model is elsewhere."""
+    # "triton" is for the model's device.
     return choose("auto" if wanted == "triton" else wanted, torch.device("cpu"))
 
 
@@ -123,10 +111,9 @@ def _compiled(name: str, device: torch.device, cuda_graph: bool) -> Choice:
         from megatron_came.kernels.cpu.launch import NumbaBackend
 
         why = "the weights are on a CPU, and Numba is installed"
-        note = threads.note()
-        return Choice(
-            NumbaBackend(), f"CAME's step runs in Numba's kernels ({why}).{note and ' ' + note}"
-        )
+        note = " All is done on one thread: this process was forked from one that had loaded CAME."
+        note = note if threads.is_forked() else ""
+        return Choice(NumbaBackend(), f"CAME's step runs in Numba's kernels ({why}).{note}")
     from megatron_came.kernels.triton import probe
     from megatron_came.kernels.triton.passes import TritonBackend
 
@@ -135,3 +122,17 @@ def _compiled(name: str, device: torch.device, cuda_graph: bool) -> Choice:
     why = f"the weights are on {device}, and Triton is installed"
     backend = TritonBackend(device, replays=cuda_graph)
     return Choice(backend, f"CAME's step runs in Triton's kernels ({why}).")
+
+
+@cache
+def adder(device: torch.device) -> Adder:
+    """Return what adds up the digests of tensors on a device."""
+    if device.type != "cpu":
+        return add_up
+    try:
+        from megatron_came.kernels.cpu.digests import add_up_fast
+
+        add_up_fast(terms(torch.ones(1), (1,), PlacedBox.whole((1,))))  # compiles, or cannot
+    except Exception:  # not installed, or not working here: of no consequence but the time
+        return add_up
+    return add_up_fast

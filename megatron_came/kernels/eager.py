@@ -35,20 +35,17 @@ class EagerBackend:
         """Nothing is."""
         return None
 
-    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> EagerPasses:
+    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> _Passes:
         """Make the passes, one parameter after another."""
-        return EagerPasses(sums)
+        return _Passes(sums)
 
 
-class EagerPasses:
-    """:class:`megatron_came.kernels.backend.Passes` in plain PyTorch."""
-
+class _Passes:
     def __init__(self, sums: Mapping[ParameterSlice, SliceSums]) -> None:
         self._sums = sums
 
-    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> EagerStep:
-        """Take up a step's gradients."""
-        return EagerStep(
+    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> _Step:
+        return _Step(
             [
                 (_update_vector if slice_.shard.is_vector else _update_matrix)(
                     _Boxes(slice_, given), given, self._sums[slice_]
@@ -58,27 +55,22 @@ class EagerPasses:
         )
 
 
-class EagerStep:
-    """:class:`megatron_came.kernels.backend.Step` in plain PyTorch."""
+class _Step:
+    lasts = False  # it holds the gradients
 
     def __init__(self, updates: Sequence[Iterator[None]]) -> None:
         self._updates = updates
 
-    lasts = False  # it holds the gradients
-
     def again(self, settings: Sequence[GroupSettings]) -> None:
-        """Not to be called."""
-        raise NotImplementedError
+        raise NotImplementedError  # since it does not last
 
-    def add_square_sums(self) -> None:
-        """Go on from pass to pass, as do the next two."""
+    def add_square_sums(self) -> None:  # each goes on to the next pass
         for update in self._updates:
             next(update, None)
 
     add_instability_sums = apply = add_square_sums
 
     def run(self) -> None:
-        """All passes, parameter by parameter."""
         for update in self._updates:
             for _ in update:
                 pass
@@ -94,7 +86,9 @@ def _update_matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterato
     row_squares, column_squares = sums.squares
     for box in boxes:
         passes.add_squared_sums(
-            boxes.gradient(box), row_squares[box.in_rows], column_squares[box.in_columns]
+            boxes.gradient(box),
+            row_squares[box.batch, box.rows],
+            column_squares[box.batch, box.columns],
         )
     yield
 
@@ -108,11 +102,11 @@ def _update_matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterato
         passes.add_instability_sums(
             boxes.gradient(box),
             boxes.momentum(box),
-            row_scale[box.in_rows],
-            column_scale[box.in_columns],
+            row_scale[box.batch, box.rows],
+            column_scale[box.batch, box.columns],
             guess,
-            row_sums[:, *box.in_rows],
-            column_sums[:, *box.in_columns],
+            row_sums[:, box.batch, box.rows],
+            column_sums[:, box.batch, box.columns],
         )
     sums.total.copy_(row_sums[2].sum())
     yield
@@ -130,10 +124,10 @@ def _update_matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterato
         boxes.apply_update(
             box,
             divisor,
-            row_scale[box.in_rows],
-            column_scale[box.in_columns],
-            row_confidence[box.in_rows],
-            column_confidence[box.in_columns],
+            row_scale[box.batch, box.rows],
+            column_scale[box.batch, box.columns],
+            row_confidence[box.batch, box.rows],
+            column_confidence[box.batch, box.columns],
         )
     boxes.finish()
 
@@ -143,21 +137,21 @@ def _update_vector(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterato
     shard, hyper = boxes.shard, given.settings.hyper
     (squares,) = sums.squares
     for box in boxes:
-        passes.add_squared_sums(boxes.gradient(box), squares[box.in_rows], None)
+        passes.add_squared_sums(boxes.gradient(box), squares[box.batch, box.rows], None)
     yield
 
     (v,) = (boxes.factor(key) for key in VECTOR_FACTORS)
     factors.update_moment(v, squares, count=1, eps=hyper.eps1, beta=hyper.beta2)
     scale = v.rsqrt()
     for box in boxes:
-        passes.add_squared_update(boxes.gradient(box), scale[box.in_rows], sums.total)
+        passes.add_squared_update(boxes.gradient(box), scale[box.batch, box.rows], sums.total)
     yield
 
     divisor = factors.clip_divisor(
         sums.total, numel=shard.full_numel, clip_threshold=hyper.clip_threshold
     )
     for box in boxes:
-        boxes.apply_update(box, divisor, scale[box.in_rows])
+        boxes.apply_update(box, divisor, scale[box.batch, box.rows])
     boxes.finish()
 
 

@@ -1,10 +1,7 @@
 """What the tensors of a state must be, so that kernels neither read nor write beyond their ends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 
@@ -18,12 +15,7 @@ from megatron_came.core.state import (
     without_averaged_axis,
 )
 
-
-class Wanted(NamedTuple):
-    """What a tensor of the state must be."""
-
-    numel: int
-    dtypes: tuple[torch.dtype, ...]
+Wanted = tuple[int, tuple[torch.dtype, ...]]  # how many elements, of one of these dtypes
 
 
 def is_int8_momentum(state: State) -> bool:
@@ -39,14 +31,14 @@ def has_remainder(slice_: ParameterSlice) -> bool:
 def wanted_state(slice_: ParameterSlice, is_int8: bool) -> dict[str, Wanted]:
     """Return all that kernels touch of a parameter's state."""
     numel = slice_.shard.numel
-    wanted = {MOMENTUM: Wanted(numel, tuple(MOMENTUM_DTYPES.values()))}
+    wanted: dict[str, Wanted] = {MOMENTUM: (numel, tuple(MOMENTUM_DTYPES.values()))}
     if is_int8:
-        wanted[SCALE] = Wanted(int8.blocks(numel), (torch.float32,))
+        wanted[SCALE] = int8.blocks(numel), (torch.float32,)
     if has_remainder(slice_):
-        wanted[REMAINDER] = Wanted(numel, (torch.int16,))
+        wanted[REMAINDER] = numel, (torch.int16,)
     for key in VECTOR_FACTORS if slice_.shard.is_vector else MATRIX_FACTORS:
         shape = without_averaged_axis(key, slice_.shard.shape)
-        wanted[key] = Wanted(math.prod(shape), (torch.float32,))
+        wanted[key] = math.prod(shape), (torch.float32,)
     return wanted
 
 

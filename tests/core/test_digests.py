@@ -11,7 +11,7 @@ import torch
 from megatron_came.core import digests, records
 from megatron_came.core.digests import PlacedBox
 from megatron_came.core.records import InBucket, Record, Saved
-from megatron_came.kernels.digests import adder
+from megatron_came.kernels.dispatch import adder
 
 _SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (9, 1), (3, 4, 5), (2, 3, 1, 4)]
 

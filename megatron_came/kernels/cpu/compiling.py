@@ -2,8 +2,6 @@
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,attr-defined"
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

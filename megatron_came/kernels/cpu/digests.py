@@ -2,8 +2,6 @@
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,attr-defined"
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,10 +18,8 @@ from megatron_came.kernels.cpu.compiling import inline, serial, to_int16, to_int
 # sum, and 0 if all elements are finite.
 _COLUMNS = 10
 # The sign bits of the numbers in a word of 64 bits.
-_SIGNS_OF_4, _SIGNS_OF_2 = (
-    np.int64(signed(0x80000000 << 32 | 0x80000000)),
-    np.int64(signed(0x8000800080008000)),
-)
+_SIGNS_OF_4 = np.int64(signed(0x8000000080000000))
+_SIGNS_OF_2 = np.int64(signed(0x8000800080008000))
 # Elements that a thread takes at once, if there are several: about as long as starting it takes.
 _TAKEN = 1 << 20
 
@@ -141,22 +137,11 @@ def add_up_fast(terms: Sequence[Term]) -> list[Added]:
             continue
         rows, columns = matrix.keys(bits.device)
         address, row_address = bits.data_ptr() + width * matrix.position, rows.data_ptr()
-        step = max(1, _TAKEN // matrix.columns)
+        lowest, step = _lowest_of_exponents(dtype), max(1, _TAKEN // matrix.columns)
         for top in range(0, matrix.rows, step):
-            lines.append(
-                (
-                    width,
-                    min(step, matrix.rows - top),
-                    matrix.columns,
-                    matrix.stride,
-                    address + width * matrix.stride * top,
-                    row_address + 8 * top,
-                    columns.data_ptr(),
-                    _lowest_of_exponents(dtype),
-                    0,
-                    0,
-                )
-            )
+            height, start = min(step, matrix.rows - top), address + width * matrix.stride * top
+            keys = row_address + 8 * top, columns.data_ptr()
+            lines.append((width, height, matrix.columns, matrix.stride, start, *keys, lowest, 0, 0))
             owners.append(index)
     table = np.array(lines, np.int64).reshape(-1, _COLUMNS)
     _fill_on_threads(table)

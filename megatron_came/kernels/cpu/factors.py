@@ -2,8 +2,6 @@
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 
@@ -22,21 +20,13 @@ from megatron_came.kernels.cpu.compiling import (
 
 
 class Axis(NamedTuple):
-    """A factor of a batch of matrices, along rows or columns; of vectors, no rows.
+    """A factor of a batch of matrices, along rows or columns; of vectors, no rows."""
 
-    Attributes:
-        moment: (batch, n), fp32.
-        sums: that update it, float64: (batch, n), or (3, batch, n) of e^2, u e and u^2.
-        scale: the moment's inverse roots, (batch, n), fp32.
-        full_length: elements in such a sum, over the full matrix.
-        is_whole: whether this rank has all n of the full matrix.
-    """
-
-    moment: Any
-    sums: Any
-    scale: Any
-    full_length: int
-    is_whole: bool
+    moment: Any  # (batch, n), fp32
+    sums: Any  # that update it, float64: (batch, n), or (3, batch, n) of e^2, u e and u^2
+    scale: Any  # the moment's inverse roots, (batch, n), fp32
+    full_length: int  # elements in such a sum, over the full matrix
+    is_whole: bool  # whether this rank has all n of the full matrix
 
 
 @inline
@@ -78,15 +68,9 @@ def _update_scales(rows, columns, matrix, row_mean, column_mean):
 
 @serial
 def update_second_moments(rows, columns, inverse_guesses, eps, beta, clip_threshold):
-    """Update r and c, the scales of u, and the guesses of the clip divisor.
+    """Update r and c, each an ``Axis``, the scales of u, and the guesses of the clip divisor.
 
-    Args:
-        rows: an ``Axis``.
-        columns: likewise.
-        inverse_guesses: 1/d0 of each matrix, fp32, out.
-        eps: eps1.
-        beta: beta2.
-        clip_threshold: of the update's RMS.
+    ``eps`` is eps1, ``beta`` beta2; ``inverse_guesses``, out, has 1/d0 of each matrix, fp32.
     """
     for matrix in range(inverse_guesses.size):
         row_mean, row_ratio = _update_moment(
@@ -128,16 +112,10 @@ def _update_instability(
 
 @serial
 def update_instabilities(rows, columns, inverse_guesses, inverse_divisor, eps, beta, beta1):
-    """Update R and C and the scales of the confidence.
+    """Update R and C, each an ``Axis``, and the scales of the confidence.
 
-    Args:
-        rows: an ``Axis``.
-        columns: likewise.
-        inverse_guesses: 1/d0 of each matrix, fp32.
-        inverse_divisor: 1/d.
-        eps: eps2.
-        beta: beta3.
-        beta1: of the momentum.
+    ``eps`` is eps2, ``beta`` beta3, ``inverse_divisor`` 1/d; ``inverse_guesses`` has 1/d0 of each
+    matrix, fp32.
     """
     for matrix in range(inverse_guesses.size):
         guess = np.float64(inverse_guesses[matrix])

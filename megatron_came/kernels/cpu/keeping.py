@@ -2,8 +2,6 @@
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,attr-defined"
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import pickle
@@ -17,16 +15,10 @@ from numba.core.serialize import dumps
 from megatron_came.core import factors, int8
 from megatron_came.voice import warn_once
 
-
-def _digest_of_sources() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    files += [Path(str(module.__file__)) for module in (factors, int8)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
 # Of all that kernels are made from: Numba looks at one file alone. Read when they are imported:
 # the files may have changed by the time that the first is compiled.
-_SOURCES = _digest_of_sources()
+_FILES = [*sorted(Path(__file__).parent.glob("*.py")), Path(factors.__file__), Path(int8.__file__)]
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
 
 
 class _Checked(CompileResultCacheImpl):
@@ -46,9 +38,7 @@ class _Checked(CompileResultCacheImpl):
 class _Cache(FunctionCache):
     """Numba's, but what cannot be loaded is compiled anew, and what cannot be saved is not.
 
-    Args:
-        function: of Python.
-        variant: tells apart what is compiled from the same function in several ways.
+    ``variant`` tells apart what is compiled from the same function in several ways.
     """
 
     _impl_class = _Checked
@@ -80,12 +70,7 @@ class _Cache(FunctionCache):
 
 
 def keep(dispatcher: Any, variant: str = "") -> Any:
-    """Let a function that Numba compiles be loaded from its cache, if it is there and whole.
-
-    Args:
-        dispatcher: what ``njit`` returns.
-        variant: as for :class:`_Cache`.
-    """
+    """Let what ``njit`` returns be loaded from its cache, if it is there and whole."""
     try:
         dispatcher._cache = _Cache(dispatcher.py_func, variant)
     except Exception as error:  # no folder for it, or a variable of Numba's names nonsense

@@ -57,63 +57,48 @@ class NumbaBackend:
         """Nothing beyond what hinders all kernels."""
         return unsupported_by_kernels(slice_)
 
-    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> NumbaPasses:
+    def passes(self, sums: Mapping[ParameterSlice, SliceSums], *, is_local: bool) -> _Passes:
         """Make the passes, one parameter after another."""
-        return NumbaPasses(sums)
+        return _Passes(sums)
 
 
-class NumbaPasses:
-    """:class:`megatron_came.kernels.backend.Passes` on a CPU."""
-
+class _Passes:
     def __init__(self, sums: Mapping[ParameterSlice, SliceSums]) -> None:
         self._matrices = {slice_: _Matrices(slice_, own) for slice_, own in sums.items()}
-        largest = max(matrices.partial_size for matrices in self._matrices.values())
+        largest = max(math.prod(each.partial_shape) for each in self._matrices.values())
         scratch = np.empty(largest, np.float32)  # all use the same, one after another
-        for matrices in self._matrices.values():
-            matrices.take_scratch(scratch)
+        for each in self._matrices.values():
+            each.partial = scratch[: math.prod(each.partial_shape)].reshape(each.partial_shape)
 
-    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> NumbaStep:
-        """Take up a step's gradients, and tensors that have moved.
-
-        Raises:
-            ValueError: state that does not fit its parameter.
-        """
+    def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> _Step:
         count = threads.usable()
         taken = [self._matrices[slice_] for slice_ in inputs]
         found = [self._matrices[slice_].find(given, count) for slice_, given in inputs.items()]
-        return NumbaStep(taken, count, [copy for copy in found if copy is not None])
+        return _Step(taken, count, [copy for copy in found if copy is not None])
 
 
-class NumbaStep:
-    """:class:`megatron_came.kernels.backend.Step` on a CPU."""
-
+class _Step:
     def __init__(self, taken: Sequence[_Matrices], count: int, copies: Sequence[Tensor]) -> None:
         self._taken, self._count, self._copies = taken, count, copies
 
     @property
-    def lasts(self) -> bool:
-        """Copies of gradients are of one step."""
+    def lasts(self) -> bool:  # copies of gradients are of one step
         return not self._copies and self._count == threads.usable()
 
     def again(self, settings: Sequence[GroupSettings]) -> None:
-        """Take up what the parameter groups say now."""
         for each in self._taken:
             each.settings = settings[each.slice.group]
 
     def add_square_sums(self) -> None:
-        """Pass 1."""
         self._go(_Matrices.add_square_sums)
 
     def add_instability_sums(self) -> None:
-        """Second moments and pass 2."""
         self._go(_Matrices.add_instability_sums)
 
     def apply(self) -> None:
-        """Instabilities and pass 3."""
         self._go(_Matrices.apply)
 
-    def run(self) -> None:
-        """All passes of one parameter after another, which may stay in the cache."""
+    def run(self) -> None:  # one parameter after another, which may stay in the cache
         self._go(_Matrices.add_square_sums, _Matrices.add_instability_sums, _Matrices.apply)
 
     def _go(self, *passes: Callable[[_Matrices], None]) -> None:
@@ -143,33 +128,24 @@ def _is_written(weight: Tensor | None) -> bool:
 
 
 class _Matrices:
-    """One parameter, a batch of matrices (see ``Geometry``), and the passes over it.
+    """One parameter, a batch of matrices (see ``Geometry``), and the passes over it."""
 
-    Attributes:
-        arrays: of the slice.
-        second_moment: r and c; of a vector, the columns alone are v.
-        instability: R and C; of a vector, empty.
-        settings: of the parameter's group in this step.
-        grad: the gradient, as a flat array, valid as long as it is where it is.
-        model_weight: 16-bit copy of the slice, or None.
-        count: of threads.
-    """
-
-    arrays: Arrays
-    second_moment: tuple[Axis, Axis]
-    instability: tuple[Axis, Axis]
-    settings: GroupSettings
-    grad: Array
-    model_weight: Tensor | None
-    count: int
+    partial: Array  # scratch for sums of columns
+    arrays: Arrays  # of the slice
+    second_moment: tuple[Axis, Axis]  # r and c; of a vector, the columns alone are v
+    instability: tuple[Axis, Axis]  # R and C; of a vector, empty
+    settings: GroupSettings  # of the parameter's group in this step
+    grad: Array  # flat, valid as long as the gradient is where it is
+    model_weight: Tensor | None  # 16-bit copy of the slice
+    count: int  # of threads
 
     def __init__(self, slice_: ParameterSlice, sums: SliceSums) -> None:
         self.slice, self.total = slice_, sums.total.numpy()
         self.geometry = Geometry.of(slice_.shard)
         self.tiles, self.row_places = tiles_of(self.geometry), row_places(slice_.shard)
-        self.partial_size = len(self.tiles) * 3 * self.geometry.columns
+        self.partial_shape = len(self.tiles), 3, self.geometry.columns
         self.is_vector, self.full_numel = slice_.shard.is_vector, slice_.shard.full_numel
-        batch, rows, columns = self.geometry.matrices
+        _, _, batch, rows, columns = self.geometry
         sizes = batch * rows, (batch, columns), batch * rows, (batch, columns)
         self.scales = Scales(*(np.ones(size, np.float32) for size in sizes))
         self.inverse_guesses = np.empty(batch, np.float32)
@@ -185,24 +161,10 @@ class _Matrices:
         self.column_sums = instability[1]
         self._seen: tuple[Any, ...] = ()
 
-    def take_scratch(self, scratch: Array) -> None:
-        """Use the beginning of an array for sums of columns."""
-        self.partial = scratch[: self.partial_size].reshape(
-            len(self.tiles), 3, self.geometry.columns
-        )
-
     def find(self, given: StepInputs, count: int) -> Tensor | None:
         """Look where this step's tensors lie, and view those anew that have moved.
 
-        Args:
-            given: what the step brings.
-            count: of threads.
-
-        Returns:
-            A copy of a gradient that kernels cannot read, to be kept as long as they read it.
-
-        Raises:
-            ValueError: state that does not fit its parameter.
+        Return a copy of a gradient that kernels cannot read, to be kept as long as they read it.
         """
         state, grad, self.settings, weight = given
         self.count = count if self.geometry.size >= _SMALL else 1
@@ -232,26 +194,15 @@ class _Matrices:
             block_scales=np.empty(0, np.float32) if block_scales is None else _array(block_scales),
         )
         shard, batch = self.slice.shard, self.geometry.batch
-        counts, are_whole = (
-            (shard.full_columns, shard.full_rows),
-            (shard.tp_axis != "rows", shard.tp_axis != "columns"),
-        )
+        counts = shard.full_columns, shard.full_rows
+        are_whole = shard.tp_axis != "rows", shard.tp_axis != "columns"
         keys = VECTOR_FACTORS if shard.is_vector else MATRIX_FACTORS
         moments = [_array(state[key]).reshape(batch, -1) for key in keys]
         if shard.is_vector:
             none = np.empty((batch, 0), np.float32)
             moments, counts, are_whole = [none, *moments, none, none], (1, 1), (False, True)
-        r, c, R, C = (
-            Axis(moment, own_sums, scale.reshape(batch, -1), count, is_whole)
-            for moment, own_sums, scale, count, is_whole in zip(
-                moments,
-                self._sums,
-                self.scales,
-                counts * 2,
-                are_whole * 2,
-                strict=True,
-            )
-        )
+        scales = [scale.reshape(batch, -1) for scale in self.scales]
+        r, c, R, C = map(Axis, moments, self._sums, scales, counts * 2, are_whole * 2)
         self.second_moment, self.instability = (r, c), (R, C)
 
     def add_square_sums(self) -> None:

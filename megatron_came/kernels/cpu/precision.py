@@ -6,8 +6,6 @@ the loops that use the numbers, so that the arithmetic hides behind the wait for
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
-from __future__ import annotations
-
 import numpy as np
 from numba import types
 from numba.extending import overload
@@ -55,11 +53,8 @@ def _read_int8(values, scales, low, high, scratch):
     start = low
     while start < high:
         stop = min((start // BLOCK + 1) * BLOCK, high)
-        scale, out, small = (
-            scales[start // BLOCK],
-            scratch[start - low : stop - low],
-            values[start:stop],
-        )
+        scale, small = scales[start // BLOCK], values[start:stop]
+        out = scratch[start - low : stop - low]
         for i in range(small.size):
             out[i] = np.float32(small[i]) * scale
         start = stop

@@ -1,9 +1,7 @@
 """A slice as the kernels see it: a batch of matrices, and tiles of their rows."""
 
-from __future__ import annotations
-
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,28 +24,16 @@ class Geometry(NamedTuple):
     """A slice of a batch of matrices.
 
     A vector is a batch of its parts (see ``Shard.tp_parts``), each a matrix of one row.
-
-    Attributes:
-        start: first element of the slice, in the flattened local tensor.
-        size: its elements.
-        batch: matrices.
-        rows: of a matrix.
-        columns: likewise.
     """
 
-    start: int
-    size: int
-    batch: int
-    rows: int
-    columns: int
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        """The shape of the batch."""
-        return self.batch, self.rows, self.columns
+    start: int  # first element of the slice, in the flattened local tensor
+    size: int  # its elements
+    batch: int  # matrices
+    rows: int  # of a matrix
+    columns: int  # likewise
 
     @classmethod
-    def of(cls, shard: Shard) -> Geometry:
+    def of(cls, shard: Shard) -> Self:
         """Return the geometry of a shard."""
         batch, rows, columns = shard.local_matrix
         if shard.is_vector:

@@ -6,8 +6,6 @@ threads changes no bit.
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
-from __future__ import annotations
-
 import numpy as np
 from numba import prange
 
@@ -105,16 +103,10 @@ def _square_tile(grad, geometry, row, stop, row_sums, sums):
 
 @Kernel
 def add_square_sums(grad, geometry, tiles, row_sums, column_sums, partial, threads):
-    """Pass 1: sums of g^2.
+    """Pass 1: sums of g^2 of a slice, fp32 or bf16, with its tiles of rows.
 
-    Args:
-        grad: of the slice, fp32 or bf16.
-        geometry: of the slice.
-        tiles: of its rows.
-        row_sums: (batch rows,), float64, out.
-        column_sums: (batch, columns), float64, zeros, out.
-        partial: scratch for sums of columns, (tiles, 3, columns), fp32.
-        threads: to use.
+    ``row_sums`` (batch rows,) and ``column_sums`` (batch, columns), zeros before, are float64;
+    ``partial``, scratch for sums of columns, is fp32: (tiles, 3, columns).
     """
     count = len(tiles)
     for thread in prange(threads):
@@ -218,19 +210,9 @@ def add_instability_sums(
 ):  # fmt: skip
     """Pass 2: sums of e^2, u e and u^2, where e = u/d0 - m.
 
-    Args:
-        grad: of the slice, fp32 or bf16.
-        momentum: likewise, fp32, bf16 or int8.
-        block_scales: of int8 momentum.
-        geometry: of the slice.
-        tiles: of its rows.
-        row_scale: (batch rows,), fp32.
-        column_scale: (batch, columns), fp32.
-        inverse_guesses: 1/d0 of each matrix, fp32.
-        row_sums: (3, batch rows), float64, out.
-        column_sums: (3, batch, columns), float64, zeros, out; of vectors, (3, batch, 0).
-        partial: scratch for sums of columns, (tiles, 3, columns), fp32.
-        threads: to use.
+    As in pass 1, but that ``row_sums`` are (3, batch rows) and ``column_sums`` (3, batch, columns),
+    of vectors (3, batch, 0). Momentum is fp32, bf16 or int8, which has ``block_scales``;
+    ``row_scale`` (batch rows,), ``column_scale`` (batch, columns) and 1/d0 of each matrix are fp32.
     """
     count = len(tiles)
     for thread in prange(threads):

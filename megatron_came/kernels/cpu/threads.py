@@ -5,8 +5,6 @@ right after a backward pass: threads of Numba's own would have to share the proc
 Where PyTorch is imported before Numba, both use the same OpenMP library and so the same threads.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Iterator
@@ -96,10 +94,3 @@ def _start() -> bool:
             "before numba."
         )
     return True
-
-
-def note() -> str:
-    """Return why kernels run on one thread, in a sentence; empty if they need not."""
-    if is_forked():
-        return "All is done on one thread: this process was forked from one that had loaded CAME."
-    return ""

@@ -2,8 +2,6 @@
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,55 +28,32 @@ _ABSOLUTE = np.int32(0x7FFFFFFF)
 
 
 class Arrays(NamedTuple):
-    """What a slice consists of between steps.
+    """What a slice consists of between steps."""
 
-    Attributes:
-        weights: fp32; or int16, the upper halves of fp32 weights.
-        remainders: int16, their lower halves; otherwise empty.
-        model_weights: bf16 copy of the weights, or empty.
-        momentum: fp32, bf16 or int8.
-        block_scales: of int8 momentum, fp32; otherwise empty.
-    """
-
-    weights: Any
-    remainders: Any
-    model_weights: Any
-    momentum: Any
-    block_scales: Any
+    weights: Any  # fp32; or int16, the upper halves of fp32 weights
+    remainders: Any  # int16, their lower halves; otherwise empty
+    model_weights: Any  # bf16 copy of the weights, or empty
+    momentum: Any  # fp32, bf16 or int8
+    block_scales: Any  # of int8 momentum, fp32; otherwise empty
 
 
 class Scales(NamedTuple):
-    """Inverse roots of factors, fp32: (batch rows,) and (batch, columns).
+    """Inverse roots of factors, fp32: (batch rows,) and (batch, columns)."""
 
-    Attributes:
-        row: of r.
-        column: of c.
-        row_confidence: of R.
-        column_confidence: of C.
-    """
-
-    row: Any
-    column: Any
-    row_confidence: Any
-    column_confidence: Any
+    row: Any  # of r
+    column: Any  # of c
+    row_confidence: Any  # of R
+    column_confidence: Any  # of C
 
 
 class Rates(NamedTuple):
-    """What all elements of a slice share in a step.
-
-    Attributes:
-        lr: learning rate.
-        decay: learning rate times weight decay.
-        beta1: of the momentum.
-        inverse_divisor: 1/d.
-        key: of random bits.
-    """
+    """What all elements of a slice share in a step."""
 
     lr: float
-    decay: float
+    decay: float  # learning rate times weight decay
     beta1: float
-    inverse_divisor: float
-    key: int
+    inverse_divisor: float  # 1/d
+    key: int  # of random bits
 
 
 @fast
@@ -134,14 +109,8 @@ def _rest_of_row(geometry, row_places, low, stop):
 def update(grad, arrays, geometry, row_places, scales, rates, threads):
     """Pass 3 over flat ranges of a slice, which for int8 are its blocks.
 
-    Args:
-        grad: of the slice, fp32 or bf16.
-        arrays: ``Arrays`` of the slice.
-        geometry: of the slice.
-        row_places: of all rows, see ``shapes.row_places``.
-        scales: ``Scales``.
-        rates: ``Rates``.
-        threads: to use.
+    The arguments are the gradient, fp32 or bf16, ``Arrays``, ``Geometry``, what
+    ``shapes.row_places`` returns, ``Scales`` and ``Rates``.
     """
     weights, remainders, model_weights, momentum, block_scales = arrays
     # Tuples of arrays are taken apart here: to hand one on counts references to all of them.

@@ -24,7 +24,7 @@ from megatron_came.core.digests import (
 from megatron_came.core.records import Saved
 from megatron_came.core.saved import Ranges
 from megatron_came.core.state import FACTORS, without_averaged_axis
-from megatron_came.kernels.digests import adder
+from megatron_came.kernels.dispatch import adder
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
 from megatron_came.megatron.quantized import is_quantized, plain
 from megatron_came.voice import collectives_device
