@@ -1,7 +1,5 @@
 """The command line of ``megatron-came bench``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """The optimizers that are timed."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 from collections.abc import Callable, Mapping
@@ -73,15 +71,13 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("torch AdamW, foreach", _other(partial(torch.optim.AdamW, foreach=True)), 28),
         Contender("torch Adafactor", _other(torch.optim.Adafactor)),
     ]
-    optional: list[tuple[str, str, str, int | None]] = [
-        ("came_pytorch", "came_pytorch", "CAME", None)
-    ]
-    if device.type == "cuda":
-        optional += [
-            ("apex FusedAdam", "apex.optimizers", "FusedAdam", 28),
-            ("TE FusedAdam", "transformer_engine.pytorch.optimizers", "FusedAdam", 28),
-        ]
-    for name, module, attribute, floor in optional:
+    for name, module, attribute, floor, on_cpu in (
+        ("came_pytorch", "came_pytorch", "CAME", None, True),
+        ("apex FusedAdam", "apex.optimizers", "FusedAdam", 28, False),
+        ("TE FusedAdam", "transformer_engine.pytorch.optimizers", "FusedAdam", 28, False),
+    ):
+        if device.type != "cuda" and not on_cpu:
+            continue
         with contextlib.suppress(ImportError, AttributeError):
             make = getattr(importlib.import_module(module), attribute)
             found.append(Contender(name, _other(make), floor))

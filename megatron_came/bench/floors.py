@@ -5,8 +5,6 @@ A processor reads and writes at different speeds, so that the bandwidth of a cop
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from functools import cache

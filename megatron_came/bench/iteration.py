@@ -1,7 +1,5 @@
 """A whole iteration of Megatron, with CAME and with Adam."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import sys

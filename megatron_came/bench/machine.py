@@ -1,7 +1,5 @@
 """What a result was measured on."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Time, memory and traffic of optimizer steps."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

@@ -1,7 +1,5 @@
 """How much memory a call takes at its peak."""
 
-from __future__ import annotations
-
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Shapes of the parameters of well-known models, and two small ones, as Megatron lays them out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

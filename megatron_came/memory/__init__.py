@@ -4,8 +4,6 @@
 ``report`` measures the run itself (``--came-report-memory``) and prints both side by side.
 """
 
-from __future__ import annotations
-
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.patching import put_in_place, table
 from megatron_came.versions import release

@@ -7,8 +7,6 @@ shorter sequence), full recomputation, experts, and fp32. Attention scores are n
 flash attention or selective recomputation.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import math

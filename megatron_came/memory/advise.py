@@ -1,7 +1,5 @@
 """The cheapest changes after which a launch fits into a GPU."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

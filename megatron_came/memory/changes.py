@@ -1,7 +1,5 @@
 """What can be changed of a launch to make it smaller, and what each change costs."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """``megatron-came memory``: predict the memory of a launch, or compare reports with predictions."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

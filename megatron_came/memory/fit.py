@@ -1,7 +1,5 @@
 """What fits into a GPU: the largest micro-batch, and the fewest GPUs."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence

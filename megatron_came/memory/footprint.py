@@ -1,7 +1,5 @@
 """CAME in the theoretical memory footprint that Megatron logs, which knows Adam's alone."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

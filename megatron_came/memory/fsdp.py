@@ -1,7 +1,5 @@
 """What ranks hold with PyTorch's FSDP2 and with Megatron-FSDP: parts of weights and gradients."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 from collections.abc import Iterable, Sequence
@@ -10,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_came.memory import stages
 from megatron_came.memory.grid import Grid
@@ -95,7 +95,6 @@ def _buckets(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> list[Any]:
         BucketingPolicy,
         _get_parameter_groups,
     )
-    from megatron.core.transformer.transformer_layer import TransformerLayer
 
     _, size = stages.bucketing(args, grid, chunk.params)
     strategy = args.data_parallel_sharding_strategy
@@ -124,11 +123,6 @@ def made_whole(args: argparse.Namespace, chunks: Sequence[Chunk]) -> tuple[int, 
 
 def _units(chunk: Chunk) -> list[list[Any]]:
     """Parameters of layers, of the embeddings, and all others."""
-    from megatron.core.models.common.embeddings.language_model_embedding import (
-        LanguageModelEmbedding,
-    )
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
     kinds = (TransformerLayer, LanguageModelEmbedding)
     modules = (module for module in chunk.model.modules() if isinstance(module, kinds))
     found: list[list[Any]] = [list(module.parameters()) for module in modules]

@@ -1,7 +1,5 @@
 """The sizes of a parallel layout."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass, replace
 from typing import Self

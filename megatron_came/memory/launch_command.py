@@ -1,7 +1,5 @@
 """From a launch script, a torchrun command or bare flags to Megatron's flags and a world size."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """The memory of a running rank, from the tensors themselves and from CUDA's allocator."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Megatron's flags read by Megatron's own parser and validation, for a run of any size."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -224,7 +222,7 @@ def _refuse_validated(args: argparse.Namespace) -> None:
             "--use-distributed-optimizer out."
         )
     for flag in PRECISE_DTYPES:
-        dtype = getattr(args, flag.strip("-").replace("-", "_"), None)
+        dtype = getattr(args, name_of(flag), None)
         if dtype not in (None, torch.float32) and not args.use_precision_aware_optimizer:
             raise CommandError(
                 f"{flag} goes with --use-precision-aware-optimizer alone: leave it out or add that."

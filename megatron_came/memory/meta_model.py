@@ -1,7 +1,5 @@
 """The modules of a pipeline stage, built by Megatron without memory, GPU or other processes."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 from dataclasses import dataclass

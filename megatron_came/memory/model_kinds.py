@@ -1,7 +1,5 @@
 """Models of Megatron's training scripts other than GPT's, built as those scripts build them."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 from collections.abc import Callable

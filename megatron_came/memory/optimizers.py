@@ -180,9 +180,12 @@ def sgd(args: argparse.Namespace) -> Optimizer:
 
 def compared(args: argparse.Namespace) -> list[Optimizer]:
     """The columns of a prediction: CAME in every precision, and the others."""
+    # Of CAME with FSDP on tensor-parallel ranks, and with Megatron's, the momentum is fp32.
+    is_fp32 = has_fsdp(args) and (args.use_megatron_fsdp or args.tensor_model_parallel_size > 1)
+    precisions = ("fp32",) if is_fp32 else ("fp32", "bf16", "int8")
+    columns = [came(args, momentum) for momentum in precisions]
     if has_fsdp(args):
-        return _compared_with_fsdp(args)
-    columns = [came(args, momentum) for momentum in ("fp32", "bf16", "int8")]
+        return [*columns, ADAMW]
     if args.bf16:
         columns.append(came(args, "int8", "remainder"))
     columns.append(ADAMW)
@@ -194,13 +197,6 @@ def compared(args: argparse.Namespace) -> list[Optimizer]:
     if not args.fp16:  # with which Megatron refuses them
         columns += [by_matrix("Lion"), by_matrix("Muon")]
     return columns
-
-
-def _compared_with_fsdp(args: argparse.Namespace) -> list[Optimizer]:
-    """CAME in the precisions that it has with FSDP, and AdamW."""
-    is_fp32 = args.use_megatron_fsdp or args.tensor_model_parallel_size > 1
-    precisions = ("fp32",) if is_fp32 else ("fp32", "bf16", "int8")
-    return [*(came(args, momentum) for momentum in precisions), ADAMW]
 
 
 def of_launch(args: argparse.Namespace) -> Optimizer | None:

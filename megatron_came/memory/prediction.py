@@ -1,16 +1,10 @@
 """The memory of every rank of a run, from its flags alone."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 from dataclasses import replace
 from functools import cached_property
 
-from megatron.core import __version__
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.memory import fsdp
 from megatron_came.memory.activations import activation_bytes
 from megatron_came.memory.grid import Grid
@@ -26,17 +20,11 @@ class Launch:
         args: Megatron's arguments, validated, with ``padded_vocab_size``; left as they are.
 
     Raises:
-        UnsupportedError: a release of Megatron that does not tell how it lays memory out, or, from
-            the properties, a model that cannot be predicted.
+        UnsupportedError: from the properties, a model that cannot be predicted.
         ValueError: parallel sizes that do not fit into each other.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        if not hasattr(DistributedOptimizer, "compute_full_param_layout"):
-            raise UnsupportedError(
-                f"memory is laid out by functions of Megatron 0.19, and this is {__version__}: "
-                "predict it with megatron-core 0.19."
-            )
         self.args = args
         self.grid = Grid.of(args)
         self._stages: dict[int, list[Stage]] = {}

@@ -3,8 +3,6 @@
 Every rank makes a :class:`Report`, with what was predicted of it: a JSON file, and text.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,11 +1,9 @@
 """How a training run lays a pipeline stage out in memory: Megatron's buffers, and their shards."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
@@ -203,7 +201,7 @@ class Stage:
         kept = self.components(optimizer).total
         return kept + max(self.working(optimizer), self.checkpoint(optimizer))
 
-    def of_fullest_ranks(self, grid: Grid) -> Stage:
+    def of_fullest_ranks(self, grid: Grid) -> Self:
         """The stage, seen from the ranks that hold most elements."""
         return replace(
             self,

@@ -4,8 +4,6 @@ Every tensor is on torch's meta device, and objects that know their size take th
 process groups, so that a rank of any layout can be built anywhere, a training run included.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -174,11 +172,7 @@ class _OnMeta(TorchFunctionMode):
     """Every tensor that is asked for on a device comes without memory."""
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):

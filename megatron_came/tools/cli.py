@@ -1,7 +1,5 @@
 """The command ``megatron-came``."""
 
-from __future__ import annotations
-
 import sys
 
 from megatron_came._version import __version__

@@ -1,7 +1,5 @@
 """``megatron-came flags``: what CAME adds to a launch of Megatron, flags and variables."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
 

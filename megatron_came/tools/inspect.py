@@ -3,8 +3,6 @@
 Nothing in a checkpoint is run: see :mod:`megatron_came.checkpoint_files`.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os
@@ -24,9 +22,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-came inspect", description="List what a checkpoint of Megatron holds."
     )
-    parser.add_argument(
-        "checkpoint", type=named_path, help="folder of --save, or of one iteration in it"
-    )
+    help = "folder of --save, or of one iteration in it"
+    parser.add_argument("checkpoint", type=named_path, help=help)
     parser.add_argument("--summary", action="store_true", help="leave out the single tensors")
     parser.add_argument(
         "--verify",

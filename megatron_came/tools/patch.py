@@ -4,8 +4,6 @@ The patches, one for each release, are in ``patches/``. Each adds one line, the 
 :mod:`megatron_came.hook`, and says above which other it goes.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Sequence

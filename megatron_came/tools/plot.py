@@ -1,7 +1,5 @@
 """``megatron-came plot RUN ...``: loss, rate and other scalars of Megatron's TensorBoard logs."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

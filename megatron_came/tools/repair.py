@@ -1,7 +1,5 @@
 """``megatron-came repair CHECKPOINT OUTPUT``: main weights made anew from the model's weights."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import shutil
@@ -32,12 +30,10 @@ def main(argv: list[str]) -> int:
         "are the fully reshardable checkpoints that Megatron 0.16 to 0.19.2 saved shifted "
         "(NVIDIA/Megatron-LM#5077).",
     )
-    parser.add_argument(
-        "checkpoint", type=named_path, help="folder of --save, or of one iteration in it"
-    )
-    parser.add_argument(
-        "output", type=named_path, help="folder to write, for --load; must not be there"
-    )
+    help = "folder of --save, or of one iteration in it"
+    parser.add_argument("checkpoint", type=named_path, help=help)
+    help = "folder to write, for --load; must not be there"
+    parser.add_argument("output", type=named_path, help=help)
     options = parser.parse_args(argv)
     lines: list[str] = []
 
