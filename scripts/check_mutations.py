@@ -358,16 +358,8 @@ def survives(fault: Fault, folder: Path) -> bool:
     if source.count(fault.before) != 1:
         raise SystemExit(f"{fault.name}: {fault.file} does not hold its line exactly once.")
     file.write_text(source.replace(fault.before, fault.after))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *fault.tests.split(),
-    ]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += fault.tests.split()
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     if done.returncode > 1:  # negative: a signal ended it, as a kernel may that reads elsewhere
         raise SystemExit(

@@ -63,12 +63,7 @@ TRAINING = """
     --optimizer came --came-momentum-dtype int8 --came-main-params remainder --came-report-memory
 """
 # (model, layers)
-SIZES = [
-    ("gpt2-nano", None),
-    ("gpt2-small", None),
-    ("gpt2-medium", None),
-    ("gpt2-xl", 36),
-]
+SIZES = [("gpt2-nano", None), ("gpt2-small", None), ("gpt2-medium", None), ("gpt2-xl", 36)]
 
 
 def check_cases() -> None:

@@ -69,12 +69,8 @@ MODELS = ("gpt2-small", "gpt2-medium", "gpt2-xl", "llama-7b-layer")
 LAUNCHES, LAUNCH_SECONDS = 13, 2.5e-6
 # A program that is alone on its SM waits for each instruction before the next.
 CLOCKS_ALONE = 4.5
-# Warps of the kernels over factors, and parameters that one of their programs takes.
-FACTOR_KERNELS = {
-    "update_second_moments": (4, 1024),
-    "scale_factors": (4, 1024),
-    "update_instabilities": (4, 1024),
-}
+FACTOR_KERNELS = ("update_second_moments", "scale_factors", "update_instabilities")
+FACTOR_WARPS, FACTOR_ELEMENTS = 4, 1024  # of one of their programs: warps, and what it takes
 FACTOR_SHAPE = (50304, 1024)
 
 
@@ -164,10 +160,10 @@ def factor_milliseconds(
     clocks = 0.0
     for row in rows:
         if row.architecture == gpu.architecture and row.kernel in FACTOR_KERNELS:
-            warps, elements = FACTOR_KERNELS[row.kernel]
-            program = row.instructions_per_parameter * elements / (32 * warps)
-            programs = sum(math.ceil(size / elements) for size in sizes)
-            clocks += max(program * CLOCKS_ALONE, programs * program * warps / (4 * gpu.sms))
+            program = row.instructions_per_parameter * FACTOR_ELEMENTS / (32 * FACTOR_WARPS)
+            programs = sum(math.ceil(size / FACTOR_ELEMENTS) for size in sizes)
+            issued = programs * program * FACTOR_WARPS / (4 * gpu.sms)
+            clocks += max(program * CLOCKS_ALONE, issued)
         elif row.architecture == gpu.architecture and row.kernel == "sum_squared_updates":
             most = max(sizes, default=0)  # whose row sums one program adds up
             clocks += row.instructions_per_parameter * most / 256 * CLOCKS_ALONE

@@ -34,23 +34,14 @@ KINDS |= {f"{name}, unaligned": KINDS[name]._replace(ALIGNED=False) for name in 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of a kernel.
-
-    Attributes:
-        kernel: of the package.
-        name: of the variant.
-        constants: its constexpr arguments.
-        options: of Triton's compiler.
-        elements: parameters that a program takes in one turn of its main loop, or in all.
-        whole: whether it takes them in all, and a loop adds up something else.
-    """
+    """One compilation of a kernel of the package."""
 
     kernel: Any
-    name: str
-    constants: dict[str, Any]
-    options: dict[str, int]
-    elements: int
-    whole: bool = False
+    name: str  # of the variant
+    constants: dict[str, Any]  # its constexpr arguments
+    options: dict[str, int]  # of Triton's compiler
+    elements: int  # parameters that a program takes in one turn of its main loop, or in all
+    whole: bool = False  # whether it takes them in all, and a loop adds up something else
 
 
 def _variants() -> list[Variant]:

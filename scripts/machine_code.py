@@ -13,24 +13,16 @@ _ENDS = ("BRA", "EXIT", "RET")
 
 @dataclass(frozen=True)
 class Code:
-    """Of one kernel.
+    """Of one kernel."""
 
-    Attributes:
-        registers: of a thread.
-        spilled_bytes: of a thread, in local memory.
-        instructions: that a warp issues in one turn of the main loop, along its longest path; in
-            the whole kernel where there is no such loop.
-        barriers: of these.
-        shuffles: of these.
-        widths: kinds of accesses to global memory among these, such as ``LDG.128``.
-    """
-
-    registers: int
-    spilled_bytes: int
+    registers: int  # of a thread
+    spilled_bytes: int  # of a thread, in local memory
+    # That a warp issues in one turn of the main loop, along its longest path; in the whole kernel
+    # where there is no such loop. Barriers and shuffles are of these.
     instructions: int
     barriers: int
     shuffles: int
-    widths: tuple[str, ...]
+    widths: tuple[str, ...]  # kinds of accesses to global memory among these, such as LDG.128
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def losses(settings: Settings, mode: str, seed: int) -> list[float]:
     """Train once; return the loss of every iteration."""
     bf16, flags, _ = MODES[mode]
     own = replace(settings, bf16=bf16)
-    optimizer = replace(_CAME, name=f"{mode}, seed {seed}", flags=(*_CAME.flags, *flags))
-    optimizer = replace(optimizer, flags=(*optimizer.flags, "--seed", str(seed)))
+    flags = (*_CAME.flags, *flags, "--seed", str(seed))
+    optimizer = replace(_CAME, name=f"{mode}, seed {seed}", flags=flags)
     train(own, optimizer)
     return Result.load(own.result(optimizer)).losses
 

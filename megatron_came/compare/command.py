@@ -1,12 +1,11 @@
 """``megatron-came compare PRESET``: several optimizers, the same weights and data."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from megatron_came.compare.optimizers import Contender, parse
 from megatron_came.compare.presets import PRESETS, Preset
 from megatron_came.compare.runs import Key, Results, train
 from megatron_came.compare.tasks import TASKS
-from megatron_came.data.locks import locked
+from megatron_came.data.files import locked
 from megatron_came.terminal.console import show, table
 from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.progress import Progress
@@ -61,8 +60,9 @@ def _compare(options: argparse.Namespace, folder: Path) -> None:
                 progress.reach(done, note)  # what a run that diverged leaves, too
         runs = [results.runs[key] for key in keys]
         about = f"{preset.task}, {runs[0].weights} weights, {preset.iterations} iterations"
-        report.write(folder, runs, [each.name for each in contenders], about)
-    rows = report.summary(report.cells(runs), [each.name for each in contenders])
+        cells = report.cells(runs)
+        report.write(folder, cells, list(by_name), about)
+    rows = report.summary(cells, list(by_name))
     show([*table(rows), "", f"Tables, pictures and runs: {folder.resolve()}"])
 
 
@@ -98,13 +98,10 @@ def _preset(options: argparse.Namespace) -> Preset:
     Raises:
         CommandError: what is refused before anything is trained.
     """
-    changes = {name: getattr(options, name) for name in ("optimizers", "rates", "batches")}
-    changes = {name: tuple(dict.fromkeys(value)) for name, value in changes.items() if value}
-    changes |= {
-        name: value
-        for name in ("seeds", "iterations")
-        if (value := getattr(options, name)) is not None
-    }
+    changes: dict[str, Any] = {}
+    for name in ("optimizers", "rates", "batches", "seeds", "iterations"):
+        if (value := getattr(options, name)) is not None:
+            changes[name] = tuple(dict.fromkeys(value)) if isinstance(value, list) else value
     preset = replace(PRESETS[options.preset], **changes)
     for name, most in _MOST.items():
         value = getattr(preset, name)

@@ -1,10 +1,8 @@
 """The optimizers that are compared, by name, and what they keep."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,19 +17,14 @@ type Betas = tuple[float, float, float]
 type Built = list[torch.optim.Optimizer]
 
 _MOMENTA = {"int8": torch.int8, "bf16": torch.bfloat16}
-_USUAL = (3e-4, 1e-3, 3e-3, 1e-2)
-_LIONS = {"emerging_optimizers.scalar_optimizers": "emerging-optimizers", "lion_pytorch": ""}
+_LIONS = ("emerging_optimizers.scalar_optimizers", "lion_pytorch")
 
 
 def _came(model: nn.Module, betas: Betas, options: Mapping[str, Any]) -> Built:
     beta2, beta3 = (options.get(f"beta{i}", betas[i - 1]) for i in (2, 3))
-    switches = {name.replace("-", "_"): True for name in options if name in _CAME_SWITCHES}
+    own: dict[str, Any] = {name.replace("-", "_"): True for name in options.keys() & _CAME_SWITCHES}
     momentum = next((_MOMENTA[name] for name in options if name in _MOMENTA), torch.float32)
-    own: dict[str, Any] = {
-        "betas": (betas[0], beta2, beta3),
-        "momentum_dtype": momentum,
-        **switches,
-    }
+    own |= {"betas": (betas[0], beta2, beta3), "momentum_dtype": momentum}
     return [CAME(model.parameters(), lr=1.0, **own)]
 
 
@@ -51,10 +44,6 @@ def _muon(model: nn.Module, betas: Betas, options: Mapping[str, Any]) -> Built:
     ]
 
 
-def _lion(model: nn.Module, betas: Betas, options: Mapping[str, Any]) -> Built:
-    return [_class(tuple(_LIONS), "Lion")(model.parameters(), weight_decay=0.0)]
-
-
 def _class(modules: Sequence[str], name: str) -> Any:
     for module in modules:
         try:
@@ -69,7 +58,7 @@ class _Family:
     """A kind of optimizer: how it is built, its usual rates, its options, and where it is from."""
 
     build: Callable[[nn.Module, Betas, Mapping[str, Any]], Built]
-    rates: tuple[float, ...] = _USUAL
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     options: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     remedy: str = ""
@@ -81,15 +70,18 @@ _FAMILIES = {
     "adamw": _Family(_adamw, options=("beta2",)),
     # PyTorch's multiplies its rate with the root mean square of the weight.
     "adafactor": _Family(
-        lambda model, betas, options: [torch.optim.Adafactor(model.parameters())],
+        lambda model, *_: [torch.optim.Adafactor(model.parameters())],
         rates=(1e-2, 3e-2, 1e-1, 3e-1),
     ),
     "sgd": _Family(
-        lambda model, betas, options: [torch.optim.SGD(model.parameters(), momentum=betas[0])],
+        lambda model, betas, _: [torch.optim.SGD(model.parameters(), momentum=betas[0])],
         rates=(3e-2, 1e-1, 3e-1, 1.0),
     ),
     "lion": _Family(
-        _lion, (1e-4, 3e-4, 1e-3, 3e-3), modules=tuple(_LIONS), remedy="pip install lion-pytorch"
+        lambda model, *_: [_class(_LIONS, "Lion")(model.parameters(), weight_decay=0.0)],
+        rates=(1e-4, 3e-4, 1e-3, 3e-3),
+        modules=_LIONS,
+        remedy="pip install lion-pytorch",
     ),
     "muon": _Family(_muon, modules=("torch.optim",), remedy="install PyTorch 2.9 or newer"),
 }
@@ -98,34 +90,13 @@ _CONTRADICTIONS = (("int8", "bf16"), ("no-confidence", "beta3"))
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer with its options.
+    """An optimizer with its options."""
 
-    Attributes:
-        name: as it was written, which heads its rows.
-        family: a key of the families.
-        options: by name; True for those that are switches.
-    """
-
-    name: str
-    family: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates to try."""
-        return _FAMILIES[self.family].rates
-
-    @property
-    def missing(self) -> str | None:
-        """Say what has to be installed for it, if something has."""
-        family = _FAMILIES[self.family]
-        if not family.modules or _class(family.modules, self.family.capitalize()):
-            return None
-        return f"{self.name} is in none of the installed packages: {family.remedy}, or leave it out"
-
-    def build(self, model: nn.Module, betas: Betas) -> Built:
-        """Make the optimizers of all parameters of a model, each exactly once."""
-        return _FAMILIES[self.family].build(model, betas, self.options)
+    name: str  # as it was written, which heads its rows
+    rates: tuple[float, ...]  # learning rates to try
+    missing: str | None  # what has to be installed for it, if something has
+    # Makes the optimizers of all parameters of a model, each exactly once.
+    build: Callable[[nn.Module, Betas], Built]
 
 
 def parse(name: str) -> Contender:
@@ -134,15 +105,16 @@ def parse(name: str) -> Contender:
     Raises:
         CommandError: an unknown optimizer or option, or options that contradict each other.
     """
-    family, *words = name.split("+")
-    if family not in _FAMILIES:
-        raise CommandError(f"{family} is no optimizer here: take one of {', '.join(_FAMILIES)}.")
+    kind, *words = name.split("+")
+    if kind not in _FAMILIES:
+        raise CommandError(f"{kind} is no optimizer here: take one of {', '.join(_FAMILIES)}.")
+    family = _FAMILIES[kind]
     options: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key not in _FAMILIES[family].options:
-            known = ", ".join(_FAMILIES[family].options) or "none"
-            raise CommandError(f"{name}: {family} has no option {word}; it has {known}.")
+        if key not in family.options:
+            known = ", ".join(family.options) or "none"
+            raise CommandError(f"{name}: {kind} has no option {word}; it has {known}.")
         if key in options:
             raise CommandError(f"{name} says {key} twice: leave one out.")
         options[key] = _decay(name, word) if key.startswith("beta") else not value
@@ -151,7 +123,12 @@ def parse(name: str) -> Contender:
     for one, other in _CONTRADICTIONS:
         if one in options and other in options:
             raise CommandError(f"{name}: {one} and {other} contradict each other: leave one out.")
-    return Contender(name, family, options)
+    missing = None
+    if family.modules and not _class(family.modules, kind.capitalize()):
+        missing = f"{name} is in none of the installed packages: {family.remedy}, or leave it out"
+    return Contender(
+        name, family.rates, missing, lambda model, betas: family.build(model, betas, options)
+    )
 
 
 def _decay(name: str, word: str) -> float:

@@ -1,43 +1,26 @@
 """What can be compared: one table of experiments."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One experiment. Every optimizer of it starts from the same weights and sees the same data.
+    """One experiment. Every optimizer of it starts from the same weights and sees the same data."""
 
-    Attributes:
-        about: one line for the help.
-        task: a key of ``tasks.TASKS``.
-        optimizers: as ``optimizers.parse`` takes them; the first one is what others are held to.
-        rates: the same for all; None for those of each optimizer's own.
-        seeds: how many, from 1 on.
-        batches: samples a step.
-        iterations: steps of a run, a tenth of them warm-up.
-        length: bytes of a sequence.
-        width: of the model.
-        layers: of the model.
-        heads: of the model.
-        betas: of CAME; the first two are AdamW's.
-        gpu: whether it needs one.
-    """
-
-    about: str
-    task: str
+    about: str  # one line for the help
+    task: str  # a key of ``tasks.TASKS``
+    # As ``optimizers.parse`` takes them; the first one is what others are held to.
     optimizers: tuple[str, ...]
-    rates: tuple[float, ...] | None = None
-    seeds: int = 3
-    batches: tuple[int, ...] = (16,)
-    iterations: int = 300
-    length: int = 64
+    rates: tuple[float, ...] | None = None  # the same for all; None for those of each one's own
+    seeds: int = 3  # how many, from 1 on
+    batches: tuple[int, ...] = (16,)  # samples a step
+    iterations: int = 300  # steps of a run, a tenth of them warm-up
+    length: int = 64  # bytes of a sequence
     width: int = 64
     layers: int = 2
     heads: int = 4
-    betas: tuple[float, float, float] = (0.9, 0.95, 0.995)
-    gpu: bool = False
+    betas: tuple[float, float, float] = (0.9, 0.95, 0.995)  # CAME's; the first two are AdamW's
+    gpu: bool = False  # whether it needs one
 
 
 _NO_CONFIDENCE = "came+no-confidence"  # Adafactor with momentum
@@ -63,7 +46,6 @@ PRESETS = {
         "gpt",
         ("adamw", "came", "came+int8", "adafactor"),
         rates=(1e-4, 2e-4, 4e-4),
-        batches=(16,),
         iterations=2000,
         length=1024,
         width=1024,

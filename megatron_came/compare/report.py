@@ -1,13 +1,10 @@
 """Tables and pictures of what was compared."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
-import operator
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +35,16 @@ class Cell:
     rate: float
     runs: dict[int, Run]
 
-    def values(self, key: Callable[[Run], float]) -> list[float]:
-        """Return something of every run."""
-        return [key(run) for run in self.runs.values()]
+    def values(self, name: str) -> list[float]:
+        """Return a number of every run."""
+        return [getattr(run, name) for run in self.runs.values()]
 
     @property
     def final(self) -> float:
         """Mean of the final losses; infinite if one diverged."""
-        return statistics.mean(self.values(lambda run: run.final))
+        return statistics.mean(self.values("final"))
 
-    def differences(self, other: Cell) -> list[float]:
+    def differences(self, other: "Cell") -> list[float]:
         """Return how much larger final losses are than another's of the same seeds."""
         shared = self.runs.keys() & other.runs.keys()
         return [self.runs[seed].final - other.runs[seed].final for seed in sorted(shared)]
@@ -97,11 +94,11 @@ def summary(every: Sequence[Cell], optimizers: Sequence[str]) -> list[list[str]]
                 str(cell.batch),
                 f"{cell.rate:g}",
                 str(len(cell.runs)),
-                _with_interval(cell.values(lambda run: run.final)),
+                _with_interval(cell.values("final")),
                 _with_interval(off) if off and all(map(math.isfinite, off)) else "",
-                _with_interval(cell.values(lambda run: run.best)),
-                f"{statistics.mean(cell.values(lambda run: run.seconds)):.2f}",
-                f"{statistics.mean(cell.values(lambda run: run.step_seconds)):.2f}",
+                _with_interval(cell.values("best")),
+                f"{statistics.mean(cell.values('seconds')):.2f}",
+                f"{statistics.mean(cell.values('step_seconds')):.2f}",
                 f"{first_run.state_bytes / first_run.weights:.2f}",
             ]
         )
@@ -131,9 +128,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *others])
 
 
-def write(folder: Path, runs: Iterable[Run], optimizers: Sequence[str], about: str) -> None:
+def write(folder: Path, every: Sequence[Cell], optimizers: Sequence[str], about: str) -> None:
     """Write the tables as Markdown and CSV, and the pictures."""
-    every = [cell for cell in cells(runs) if cell.optimizer in optimizers]
     tables = [markdown(make(every, optimizers)) for make in (summary, by_rate)]
     heads = ["Each at the rate with the smallest mean final loss", "Mean final loss by rate"]
     text = [f"{head}:\n\n{rows}\n" for head, rows in zip(heads, tables, strict=True)]
@@ -146,7 +142,7 @@ def write(folder: Path, runs: Iterable[Run], optimizers: Sequence[str], about: s
     for cell in every:
         numbers = []
         for name in measures:
-            values = cell.values(operator.attrgetter(name))
+            values = cell.values(name)
             numbers += [statistics.mean(values), interval(values)]
         writer.writerow([cell.optimizer, cell.batch, cell.rate, len(cell.runs), *numbers])
     write_whole(folder / "results.csv", file.getvalue().encode())
@@ -171,7 +167,7 @@ def _draw(folder: Path, every: Sequence[Cell], optimizers: Sequence[str]) -> Non
         for optimizer in optimizers:
             mine = [cell for cell in every if (cell.optimizer, cell.batch) == (optimizer, batch)]
             mine = [cell for cell in mine if math.isfinite(cell.final)]
-            error = [interval(cell.values(lambda run: run.final)) for cell in mine]
+            error = [interval(cell.values("final")) for cell in mine]
             error = [0.0 if math.isnan(half) else half for half in error]
             rates, finals = [cell.rate for cell in mine], [cell.final for cell in mine]
             by_rate[title][optimizer] = Line(rates, finals, error)

@@ -1,11 +1,10 @@
 """One run after another, each kept as a line of a file."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,41 +22,26 @@ _POINTS = 20  # of a curve
 
 @dataclass(frozen=True)
 class Key:
-    """What tells a run from the others of a comparison.
-
-    Attributes:
-        optimizer: its name.
-        rate: the highest of the schedule.
-        seed: of weights and batches.
-        batch: samples a step.
-    """
+    """What tells a run from the others of a comparison."""
 
     optimizer: str
-    rate: float
-    seed: int
-    batch: int
+    rate: float  # the highest of the schedule
+    seed: int  # of weights and batches
+    batch: int  # samples a step
 
 
 @dataclass(frozen=True)
 class Run(Key):
-    """What a run measured.
+    """What a run measured."""
 
-    Attributes:
-        curve: iteration, seconds of training so far, mean training loss since the point before,
-            and held-out loss.
-        seconds: of training, held-out losses left out.
-        step_seconds: of them, in the optimizer.
-        state_bytes: what the optimizer keeps, measured from its tensors.
-        weights: number of the model's parameters.
-        diverged: whether a loss was not finite, which ended it.
-    """
-
+    # Iteration, seconds of training so far, mean training loss since the point before, held-out
+    # loss.
     curve: list[tuple[int, float, float, float]]
-    seconds: float
-    step_seconds: float
-    state_bytes: int
-    weights: int
-    diverged: bool
+    seconds: float  # of training, held-out losses left out
+    step_seconds: float  # of them, in the optimizer
+    state_bytes: int  # what the optimizer keeps, measured from its tensors
+    weights: int  # number of the model's parameters
+    diverged: bool  # whether a loss was not finite, which ended it
 
     @property
     def key(self) -> Key:
@@ -87,7 +71,11 @@ class Results:
                 f"{folder} holds runs of unknown settings, since {about.name} is gone: name another"
                 " folder with --output."
             )
-        if about.exists() and (found := _settings(about)) != settings:
+        found = settings
+        if about.exists():
+            with _undamaged(str(about)):
+                found = dict(json.loads(about.read_text()))
+        if found != settings:
             every = {**settings, **found}
             changed = next(key for key in every if settings.get(key) != found.get(key))
             raise CommandError(
@@ -100,7 +88,9 @@ class Results:
             write_whole(self._file, text.encode())
         self.runs = {}
         for number, line in enumerate(text.splitlines(), start=1):
-            run = _run(line, f"{self._file}, line {number},")
+            with _undamaged(f"{self._file}, line {number},"):
+                run = Run(**json.loads(line))
+                _ = run.final + run.best + hash(run.key)
             self.runs[run.key] = run
 
     def add(self, run: Run) -> None:
@@ -110,26 +100,14 @@ class Results:
             file.write(json.dumps(asdict(run)) + "\n")
 
 
-def _settings(file: Path) -> dict[str, object]:
+@contextmanager
+def _undamaged(place: str) -> Iterator[None]:
     try:
-        return dict(json.loads(file.read_text()))
-    except (TypeError, ValueError):
-        raise _damaged(str(file)) from None
-
-
-def _run(line: str, place: str) -> Run:
-    try:
-        run = Run(**json.loads(line))
-        _ = run.final + run.best + hash(run.key)
+        yield
     except (IndexError, TypeError, ValueError):
-        raise _damaged(place) from None
-    return run
-
-
-def _damaged(place: str) -> CommandError:
-    return CommandError(
-        f"{place} is not what a comparison writes: name another folder with --output."
-    )
+        raise CommandError(
+            f"{place} is not what a comparison writes: name another folder with --output."
+        ) from None
 
 
 def train(

@@ -1,7 +1,5 @@
 """What is trained: small models in plain PyTorch, and their data."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,21 +23,13 @@ _MASKED = 0.15
 
 @dataclass(frozen=True)
 class Task:
-    """A model and its data.
+    """A model and its data."""
 
-    Attributes:
-        build: makes the model, from PyTorch's seed.
-        draw: so many samples of a generator's, to train on.
-        held_out: a batch that is never trained on, the same for all runs.
-        loss: of the model's outputs and the targets.
-        data: a digest of the data.
-    """
-
-    build: Callable[[], nn.Module]
-    draw: Callable[[int, torch.Generator], Batch]
-    held_out: Batch
-    loss: Callable[[Tensor, Tensor], Tensor]
-    data: str
+    build: Callable[[], nn.Module]  # from PyTorch's seed
+    draw: Callable[[int, torch.Generator], Batch]  # so many samples, to train on
+    held_out: Batch  # never trained on, the same for all runs
+    loss: Callable[[Tensor, Tensor], Tensor]  # of the model's outputs and the targets
+    data: str  # a digest of the data
 
 
 class Transformer(nn.Module):

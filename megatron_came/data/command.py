@@ -1,7 +1,5 @@
 """``megatron-came data INPUT ...``: text in, Megatron's indexed datasets out."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os
@@ -16,8 +14,7 @@ from megatron_came.data.encoding import Encoder
 from megatron_came.data.files import LateInterrupt, clear_away, whole_files
 from megatron_came.data.launch_flags import launch_flags
 from megatron_came.data.records import Layout
-from megatron_came.data.tokenizer import SentencePiece
-from megatron_came.data.tokenizer_training import train_tokenizer
+from megatron_came.data.tokenizer import SentencePiece, train_tokenizer
 from megatron_came.terminal.progress import Progress
 from megatron_came.terminal.quiet import quiet
 from megatron_came.terminal.sentences import CommandError, reason_of, status_of
@@ -28,11 +25,7 @@ _WORKERS_PER_CORE = 8  # more wait for each other, and may not find room
 
 
 def run(options: argparse.Namespace, corpus: Corpus | None = None) -> str:
-    """Make the datasets.
-
-    Args:
-        options: see ``arguments``.
-        corpus: their text; None for that of the files that the options name.
+    """Make the datasets, of a corpus or of the files that the options name.
 
     Returns:
         What was made and how to train with it.

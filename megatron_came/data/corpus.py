@@ -23,26 +23,17 @@ _LIBRARY_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "encoding
 
 @dataclass
 class Corpus:
-    """The documents of some files, read as they are iterated over.
-
-    Attributes:
-        files: The files, in order.
-        named: Those a person named one by one. A fault in one of these is an error; other files
-            are skipped and counted. A faulty line of JSON Lines is an error in any file.
-        layout: How documents lie in the files.
-        tolerant: Whether nothing is an error, and all that is faulty is skipped and counted.
-        left_out: What the folders hold that is no file to read.
-        skipped: What was skipped; complete once iterated over.
-        separated: Whether a separator, or the end of a line, has cut any file in two by now.
-    """
+    """The documents of some files, read in order as they are iterated over."""
 
     files: list[Path]
+    # Those a person named one by one. A fault in one of these is an error; other files are skipped
+    # and counted. A faulty line of JSON Lines is an error in any file.
     named: frozenset[Path] = frozenset()
     layout: Layout = field(default_factory=Layout)
-    tolerant: bool = False
-    left_out: Skipped = field(default_factory=Skipped)
-    skipped: Skipped = field(default_factory=Skipped)
-    separated: bool = False
+    tolerant: bool = False  # whether nothing is an error: what is faulty is skipped and counted
+    left_out: Skipped = field(default_factory=Skipped)  # what is no file to read, in folders
+    skipped: Skipped = field(default_factory=Skipped)  # complete once iterated over
+    separated: bool = False  # whether a separator, or an end of line, has cut any file in two yet
     _bytes_before: int = field(default=0, repr=False)
     _file: BinaryIO | None = field(default=None, repr=False)
 

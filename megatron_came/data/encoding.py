@@ -43,19 +43,14 @@ def is_for_validation(text: str, share: float) -> bool:
 class Encoder:
     """What is done to each document.
 
-    Args:
-        files: The tokenizer.
-        append_eod: Whether an end-of-document token follows those of a document that has any.
-        validation: The share of the documents that goes into the validation set, from 0 to 1.
-
-    Attributes:
-        tokenizer: The tokenizer, loaded.
+    With ``append_eod`` an end-of-document token follows those of a document that has any;
+    ``validation`` is the share of the documents that goes into the validation set, from 0 to 1.
 
     Raises:
         CommandError: If the tokenizer cannot be loaded or cannot end a document.
     """
 
-    def __init__(self, files: TokenizerFiles, append_eod: bool, validation: float = 0.0) -> None:
+    def __init__(self, files: TokenizerFiles, append_eod: bool, validation: float) -> None:
         self._files, self._append_eod, self.validation = files, append_eod, validation
         self.tokenizer = files.load()
         if append_eod and self.tokenizer.eod is None:

@@ -72,16 +72,11 @@ def walk(
     """Yield the files of a folder, then those of the folders in it, by name.
 
     Links to folders are followed; each folder is read once, so that links cannot lead in circles.
-    Names that begin with a dot are left out.
-
-    Args:
-        root: The folder.
-        left_out: Where to count what is there and cannot be read.
-        required: Whether the folder itself must be readable.
-        ignored: Names to leave out as well.
+    Names that begin with a dot are left out, as are the ``ignored`` ones. What is there and cannot
+    be read is counted in ``left_out``.
 
     Raises:
-        CommandError: If a required folder cannot be read.
+        CommandError: If the folder itself is ``required`` and cannot be read.
     """
 
     def fail(error: OSError) -> None:

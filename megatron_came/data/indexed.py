@@ -26,10 +26,7 @@ def dataset_files(prefixes: Sequence[Path]) -> tuple[Path, ...]:
 class DatasetWriter:
     """Write one dataset, byte for byte as Megatron's ``tools/preprocess_data.py`` does.
 
-    Args:
-        bin_path: The file of tokens; it is opened at once.
-        idx_path: The file of documents.
-        vocab_size: Number of tokens there are; it decides how many bytes each takes.
+    The number of tokens that there are, ``vocab_size``, decides how many bytes each takes.
     """
 
     def __init__(self, bin_path: Path, idx_path: Path, *, vocab_size: int) -> None:
@@ -60,24 +57,13 @@ class DatasetWriter:
 
 
 def write_datasets(
-    corpus: Corpus,
-    encoder: Encoder,
-    files: Sequence[Path],
-    *,
-    progress: Progress,
-    workers: int = 1,
+    corpus: Corpus, encoder: Encoder, files: Sequence[Path], *, progress: Progress, workers: int
 ) -> list[DatasetWriter]:
     """Write a dataset of all documents, or one for training and one for validation.
 
-    Args:
-        corpus: The documents; its ``skipped`` is complete afterwards.
-        encoder: What is done to each.
-        files: What :func:`dataset_files` gives of one prefix, or of two with a validation share.
-        progress: Where to show how many bytes of the corpus are done.
-        workers: How many processes encode; with 1, little text is encoded in this one.
-
-    Returns:
-        What was written, in the order of the prefixes.
+    The files are what :func:`dataset_files` gives of one prefix, or of two with a validation share;
+    returned is what was written, in the order of the prefixes. The ``skipped`` of the corpus is
+    complete afterwards.
 
     Raises:
         CommandError: If a dataset would be empty, or a document that must be usable is not.

@@ -1,7 +1,5 @@
 """What the training launch is to be told about datasets and their tokenizer."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ from functools import partial
 
 import megatron_came
 from megatron_came import cpu_megatron
-from megatron_came.data.locks import locked
+from megatron_came.data.files import locked
 from megatron_came.quickstart.prepare import prepare
 from megatron_came.quickstart.report import check_same_start, summary
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
@@ -29,27 +29,23 @@ def run(settings: Settings, device: str) -> None:
     settings.folder.mkdir(parents=True, exist_ok=True)
     choose_port(settings.port)  # before the work that a port in use would waste
     with locked(settings.steps):
-        _run(settings, device)
-
-
-def _run(settings: Settings, device: str) -> None:
-    dataset = prepare(settings)
-    for optimizer in OPTIMIZERS:
-        inputs = {
-            "dataset": dataset,
-            "ranks": settings.ranks,
-            "device": device,
-            "flags": settings.megatron_flags(optimizer),
-            "version": megatron_came.__version__,
-        }
-        make = partial(train, settings, optimizer)
-        name, result = f"Training with {optimizer.name}", settings.result(optimizer)
-        run_once(settings.steps, name, inputs, [result], make)
-    results = {each.name: Result.load(settings.result(each)) for each in OPTIMIZERS}
-    check_same_start(results)
-    picture = settings.folder / "loss.png"
-    draw_losses({name: result.losses for name, result in results.items()}, picture)
-    print(f"\n{summary(settings, results, device)}\n\nLoss curves: {picture.resolve()}")
+        dataset = prepare(settings)
+        for optimizer in OPTIMIZERS:
+            inputs = {
+                "dataset": dataset,
+                "ranks": settings.ranks,
+                "device": device,
+                "flags": settings.megatron_flags(optimizer),
+                "version": megatron_came.__version__,
+            }
+            make = partial(train, settings, optimizer)
+            name, result = f"Training with {optimizer.name}", settings.result(optimizer)
+            run_once(settings.steps, name, inputs, [result], make)
+        results = {each.name: Result.load(settings.result(each)) for each in OPTIMIZERS}
+        check_same_start(results)
+        picture = settings.folder / "loss.png"
+        draw_losses({name: result.losses for name, result in results.items()}, picture)
+        print(f"\n{summary(settings, results, device)}\n\nLoss curves: {picture.resolve()}")
 
 
 def main(arguments: list[str] | None = None) -> int:

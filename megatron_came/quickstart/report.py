@@ -1,7 +1,5 @@
 """The summary of both runs."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 

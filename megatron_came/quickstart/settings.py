@@ -27,34 +27,22 @@ OPTIMIZERS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """One quick start. Lengths are in tokens.
+    """One quick start. Lengths are in tokens."""
 
-    Attributes:
-        folder: where everything goes.
-        text: files and folders of text; none for the Python library's sources.
-        ranks: processes to train with.
-        port: TCP port on which they meet; None for any free one.
-        bf16: whether weights are bf16 with fp32 main weights, or fp32.
-        iterations: training steps.
-        global_batch: sequences a step, over all ranks.
-        micro_batch: the most sequences that a rank takes at a time.
-        smallest_text: bytes of text below which the tokenizer would learn nothing worth having.
-    """
-
-    folder: Path = Path("quickstart")
-    text: tuple[Path, ...] = ()
-    ranks: int = 2
-    port: int | None = None
-    bf16: bool = False
+    folder: Path = Path("quickstart")  # where everything goes
+    text: tuple[Path, ...] = ()  # files and folders; none for the Python library's sources
+    ranks: int = 2  # processes to train with
+    port: int | None = None  # TCP port on which they meet; None for any free one
+    bf16: bool = False  # whether weights are bf16 with fp32 main weights, or fp32
     iterations: int = 100
     layers: int = 4
     hidden: int = 256
     heads: int = 4
     sequence: int = 256
     vocabulary: int = 4096
-    global_batch: int = 16
-    micro_batch: int = 8
-    smallest_text: int = 200_000
+    global_batch: int = 16  # sequences a step, over all ranks
+    micro_batch: int = 8  # the most sequences that a rank takes at a time
+    smallest_text: int = 200_000  # bytes; of less the tokenizer would learn nothing worth having
 
     def __post_init__(self) -> None:
         if self.iterations < 1:

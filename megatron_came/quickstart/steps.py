@@ -17,15 +17,8 @@ def run_once(
 ) -> str:
     """Run ``make`` unless the outputs are there and were made from the same inputs.
 
-    Args:
-        file: where it is remembered what each step was made from.
-        name: of the step, as it is announced.
-        inputs: all that the outputs depend on, of JSON's types.
-        outputs: the files that ``make`` writes.
-        make: makes them.
-
-    Returns:
-        A digest of the inputs, for the steps that depend on this one.
+    ``file`` remembers what each step was made from: all that its outputs depend on, of JSON's
+    types. A digest of it is returned, for the steps that depend on this one.
     """
     try:
         made = dict(json.loads(file.read_text()))

@@ -1,7 +1,5 @@
 """Trains with one optimizer and keeps what was measured."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -22,21 +20,13 @@ from megatron_came.training_log import TrainingError, follow
 
 @dataclass(frozen=True)
 class Result:
-    """What a run measured.
+    """What a run measured."""
 
-    Attributes:
-        losses: of every iteration.
-        milliseconds: that each iteration took.
-        step_milliseconds: of them, in the optimizer's own step on the slowest rank.
-        memory: of the rank that keeps most, as ``--came-report-memory`` measured it.
-        weights: number of the model's parameters.
-    """
-
-    losses: list[float]
-    milliseconds: list[float]
-    step_milliseconds: list[float]
-    memory: Components
-    weights: int
+    losses: list[float]  # of every iteration
+    milliseconds: list[float]  # that each iteration took
+    step_milliseconds: list[float]  # of them, in the optimizer's own step on the slowest rank
+    memory: Components  # of the rank that keeps most, as ``--came-report-memory`` measured it
+    weights: int  # number of the model's parameters
 
     @classmethod
     def load(cls, file: Path) -> Self:

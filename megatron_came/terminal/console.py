@@ -4,8 +4,6 @@
 80 columns or as many as ``COLUMNS`` says.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import os

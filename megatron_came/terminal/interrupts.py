@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and SIGHUP: one line, and nothing that a command has started stays behind."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Paths on the command line, and files that are written there."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """Pictures that commands draw, with matplotlib, which is imported for them alone."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,12 +74,9 @@ def draw_losses(losses: Mapping[str, Sequence[float]], file: Path) -> None:
 
 
 def draw_bars(bars: Mapping[str, Mapping[str, float]], unit: str, file: Path) -> None:
-    """Draw stacked bars, with the total above each.
+    """Draw stacked bars, with the total above each, into a file; its suffix is the format.
 
-    Args:
-        bars: by name, the heights by label, from the bottom up; the same labels in each.
-        unit: of the heights.
-        file: of the picture; its suffix is the format.
+    The bars are by name, their heights by label, from the bottom up; the same labels in each.
 
     Raises:
         OSError: the file cannot be written.

@@ -1,7 +1,5 @@
 """A progress bar that is also readable in a log file."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import TYPE_CHECKING, Self, TextIO
@@ -34,7 +32,6 @@ class Progress:
         self._speed, self._quarters, self._drawn_at = speed, 0, 0.0
         self._label, self._total, self._done, self._note = label, total, 0.0, ""
         self._stream = stream or sys.stdout
-        self._started = time.monotonic()
         self._bar = _bar(self._stream) if is_terminal(self._stream) else None
 
     def __enter__(self) -> Self:
@@ -79,13 +76,13 @@ class Progress:
         minutes, seconds = divmod(round(taken / self._fraction - taken), 60)
         return f", {minutes} min {seconds} s left" if minutes else f", {seconds} s left"
 
-    def _draw(self, bar: rich_progress.Progress) -> None:
+    def _draw(self, bar: "rich_progress.Progress") -> None:
         note = self._note + self._remaining()
         bar.update(bar.task_ids[0], completed=self._fraction, note=note)
         bar.refresh()
 
 
-def _bar(stream: TextIO) -> rich_progress.Progress:
+def _bar(stream: TextIO) -> "rich_progress.Progress":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 

@@ -1,7 +1,5 @@
 """Silence while others' modules are imported and called."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """How a command that cannot go on ends: with one sentence, which names a remedy."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_came.data.tokenizer import GPT2_END, Gpt2Bpe, HuggingFace
-from megatron_came.data.tokenizer_training import train_tokenizer
+from megatron_came.data.tokenizer import GPT2_END, Gpt2Bpe, HuggingFace, train_tokenizer
 from tests.support.datasets import TEXTS
 
 

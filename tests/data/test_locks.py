@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_came.data import files as data_files
-from megatron_came.data import locks
-from megatron_came.data.locks import locked
+from megatron_came.data.files import locked
 from megatron_came.terminal.sentences import CommandError
 from tests.support.datasets import TEXTS, run
 
@@ -96,15 +95,15 @@ class TestLocks:
     ) -> None:
         ended = subprocess.Popen(["true"])
         ended.wait()
-        names = {"dead": ended.pid, "here": socket.gethostname(), "boot": locks._boot()}
+        names = {"dead": ended.pid, "here": socket.gethostname(), "boot": data_files._boot()}
         assert names["boot"]
         (tmp_path / ".file.lock").write_text(holder.format(**names))
         if not works:
-            monkeypatch.setattr(locks, "_try", lambda file: None)
+            monkeypatch.setattr(data_files, "_try", lambda file: None)
         if free:
             with locked(tmp_path / "file"):
                 said = (tmp_path / ".file.lock").read_text()
-                assert said == f"{os.getpid()} {socket.gethostname()} {locks._boot()}\n"
+                assert said == f"{os.getpid()} {socket.gethostname()} {data_files._boot()}\n"
             assert not (tmp_path / ".file.lock").exists()
         else:
             with pytest.raises(CommandError, match="is being written by process 1 on"):

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_came.data.files import LateInterrupt, whole_files
+from megatron_came.data.files import LateInterrupt, locked, whole_files
 from megatron_came.data.indexed import DatasetWriter, dataset_files
-from megatron_came.data.locks import locked
 from megatron_came.terminal.interrupts import in_one_line
 from tests.support.datasets import (
     ROOT,

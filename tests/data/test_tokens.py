@@ -11,9 +11,14 @@ import pytest
 from megatron.core.tokenizers import MegatronTokenizer
 from sentencepiece import SentencePieceProcessor
 
-from megatron_came.data import tokenizer_training
-from megatron_came.data.tokenizer import GPT2_END, Gpt2Bpe, HuggingFace, SentencePiece
-from megatron_came.data.tokenizer_training import train_tokenizer
+from megatron_came.data import tokenizer
+from megatron_came.data.tokenizer import (
+    GPT2_END,
+    Gpt2Bpe,
+    HuggingFace,
+    SentencePiece,
+    train_tokenizer,
+)
 from megatron_came.terminal.sentences import CommandError
 from tests.support.datasets import (
     AWKWARD,
@@ -120,7 +125,7 @@ class TestTokenizer:
     def test_a_sample_is_the_same_each_time(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tokenizer_training, "_SAMPLED_LINES", 10)
+        monkeypatch.setattr(tokenizer, "_SAMPLED_LINES", 10)
         models = tmp_path / "one", tmp_path / "two"
         for model in models:
             train_tokenizer((words(200, seed) for seed in range(99)), model, vocab_size=300)

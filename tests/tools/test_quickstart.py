@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_came.data.locks import locked
+from megatron_came.data.files import locked
 from megatron_came.memory.optimizers import Components
 from megatron_came.quickstart import command as command_line
 from megatron_came.quickstart import prepare
