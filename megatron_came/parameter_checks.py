@@ -164,12 +164,16 @@ def _check_flat(params: Sequence[Tensor]) -> None:
 
 
 def trainable(params: Iterable[Tensor]) -> list[Tensor]:
-    """Leave out frozen parameters of other dtypes, as quantized layers have, and lazy ones."""
-    return [param for param in params if param.dtype in TRAINABLE and not is_lazy(param)]
+    """Leave out frozen parameters of other kinds, as quantized layers have, and lazy ones."""
+    return [param for param in params if _has_arithmetic(param) and not is_lazy(param)]
+
+
+def _has_arithmetic(param: Tensor) -> bool:
+    return param.dtype in TRAINABLE and param.layout == torch.strided
 
 
 def check_trainable(params: Iterable[Tensor]) -> None:
-    """Refuse parameters of dtypes that there is no arithmetic for, unless they are frozen.
+    """Refuse parameters of dtypes and layouts that there is no arithmetic for, unless frozen.
 
     Raises:
         ValueError: there is one, or one is given twice.
@@ -183,10 +187,13 @@ def check_trainable(params: Iterable[Tensor]) -> None:
                 "list(dict.fromkeys(params))."
             )
         seen.add(id(param))
-        if param.dtype not in TRAINABLE and (param.requires_grad or param.grad is not None):
+        if not _has_arithmetic(param) and (param.requires_grad or param.grad is not None):
+            is_dense = param.layout == torch.strided
             raise ValueError(
-                f"CAME updates parameters of {', '.join(map(str, TRAINABLE))}, not of "
-                f"{param.dtype}: freeze it (requires_grad=False), or leave it out."
+                f"CAME updates {'' if is_dense else 'dense '}parameters of "
+                f"{', '.join(map(str, TRAINABLE))}, not of "
+                f"{param.dtype if is_dense else param.layout}: freeze it (requires_grad=False), or "
+                "leave it out."
             )
 
 

@@ -368,8 +368,12 @@ def are_same(objects: Sequence[object], others: Sequence[object]) -> bool:
     return len(objects) == len(others) and all(map(is_, objects, others))
 
 
+def _is_contiguous(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.is_contiguous()  # sparse rows cannot say
+
+
 def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """Device, dtype, shape, contiguity and lazy sign, which decide who updates a tensor."""
     kinds = map(attrgetter("device", "dtype", "shape"), tensors)
-    lies = map(Tensor.is_contiguous, tensors), map(Tensor.is_neg, tensors)
+    lies = map(_is_contiguous, tensors), map(Tensor.is_neg, tensors)
     return list(zip(kinds, *lies, strict=True))

@@ -139,6 +139,8 @@ def summary_problem(folder: Path) -> str | None:
         return "is no JSON"
     if not isinstance(summary, dict) or "sharded_backend" not in summary:
         return "has no sharded_backend"
+    if unknown := sorted(summary.keys() - _SUMMARY.keys()):
+        return f"has a {shown(unknown[0])}, which Megatron does not know"
     for key, wanted in _SUMMARY.items():
         if (found := summary.get(key, wanted)) != wanted:
             return f"has {key} {shown(found)}, and not {wanted!r}"

@@ -18,6 +18,7 @@ from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepIn
 from megatron_came.core.rounding import random_bits, step_key
 from megatron_came.core.shard import Box, Shard, boxes
 from megatron_came.core.state import MATRIX_FACTORS, REMAINDER, VECTOR_FACTORS
+from megatron_came.kernels.state_checks import check_eager_state
 
 # Elements of a box: large enough to keep the device busy, small enough that temporaries stay within
 # a few MiB on a CPU, and a few dozen on a GPU.
@@ -45,6 +46,13 @@ class _Passes:
         self._sums = sums
 
     def begin(self, inputs: Mapping[ParameterSlice, StepInputs]) -> _Step:
+        """Take up a step's gradients.
+
+        Raises:
+            ValueError: state that does not fit its parameter.
+        """
+        for slice_, given in inputs.items():
+            check_eager_state(slice_, given.state)
         return _Step(
             [
                 (_update_vector if slice_.shard.is_vector else _update_matrix)(

@@ -1,4 +1,4 @@
-"""What the tensors of a state must be, so that kernels neither read nor write beyond their ends."""
+"""What the tensors of a state must be, so that nothing is read or written beyond their ends."""
 
 import math
 from collections.abc import Mapping
@@ -34,12 +34,28 @@ def wanted_state(slice_: ParameterSlice, is_int8: bool) -> dict[str, Wanted]:
     wanted: dict[str, Wanted] = {MOMENTUM: (numel, tuple(MOMENTUM_DTYPES.values()))}
     if is_int8:
         wanted[SCALE] = int8.blocks(numel), (torch.float32,)
-    if has_remainder(slice_):
+    if has_remainder(slice_) and slice_.remainders:
         wanted[REMAINDER] = numel, (torch.int16,)
     for key in VECTOR_FACTORS if slice_.shard.is_vector else MATRIX_FACTORS:
         shape = without_averaged_axis(key, slice_.shard.shape)
         wanted[key] = math.prod(shape), (torch.float32,)
     return wanted
+
+
+def check_eager_state(slice_: ParameterSlice, state: State) -> None:
+    """Compare a parameter's state with what eager PyTorch computes with: as kernels, or in float64.
+
+    In fewer bits a slow moving average stands still, and nothing else would say so.
+
+    Raises:
+        ValueError: as :func:`check_state`.
+    """
+    wanted = wanted_state(slice_, is_int8_momentum(state))
+    check_state(
+        slice_,
+        state,
+        {key: (numel, (*dtypes, torch.float64)) for key, (numel, dtypes) in wanted.items()},
+    )
 
 
 def check_state(slice_: ParameterSlice, state: State, wanted: Mapping[str, Wanted]) -> None:

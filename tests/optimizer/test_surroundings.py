@@ -60,6 +60,43 @@ def test_a_weight_of_another_dtype_that_is_unfrozen_is_refused(dtype):
     assert torch.equal(other, before)
 
 
+LAYOUTS = {
+    "rows": lambda: torch.eye(4).to_sparse_csr(),
+    "coordinates": lambda: torch.eye(4).to_sparse(),
+    "mkldnn": lambda: torch.eye(4).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([torch.eye(4)] * 2, layout=torch.jagged),
+}
+
+
+@on_cpu_kernels
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_weight_of_another_layout_is_refused_unless_it_is_frozen(name, kernels):
+    with pytest.raises(ValueError, match=r"not of torch\.\w+: freeze it"):
+        CAME([torch.nn.Parameter(LAYOUTS[name]())], lr=1e-2, kernels=kernels)
+    (other,) = parameters([(6, 5)])
+    start = other.detach().clone()
+    frozen = torch.nn.Parameter(LAYOUTS[name](), requires_grad=False)
+    optimizer = CAME([other, frozen], lr=1e-2, kernels=kernels)
+    for number in range(2):
+        other.grad = history(other.shape, number + 1)[-1]
+        optimizer.step()
+    assert_exact(other, start, 2)
+
+
+@on_cpu_kernels
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq_row", "exp_avg_res_col", "exp_avg_sq"])
+def test_state_that_somebody_made_16_bit_is_refused(key, kernels):
+    optimizer = CAME(parameters(), lr=1e-2, kernels=kernels)
+    step(optimizer, 1)
+    for state in optimizer.state.values():
+        if key in state:
+            state[key] = state[key].half()
+    before = [param.detach().clone() for param in optimizer.param_groups[0]["params"]]
+    with pytest.raises(ValueError, match=f"CAME: state '{key}' of a parameter .*torch.float16"):
+        step(optimizer, 1, first=1)
+    assert all(map(torch.equal, optimizer.param_groups[0]["params"], before))
+
+
 def test_a_parameter_given_twice_is_refused():
     """The authors' class takes a step with each."""
     weight, other = parameters([(6, 5), (4, 3)])

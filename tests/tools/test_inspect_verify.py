@@ -174,7 +174,16 @@ def test_a_file_of_another_iteration(tmp_path, capsys):
     assert verify(tmp_path / "a", capsys, 1).count("damaged:") == 12
 
 
-@pytest.mark.parametrize("text", [None, "", '{"sharded_backend": "uorch_dist"}', "[]"])
+SUMMARIES = [
+    None,
+    "",
+    '{"sharded_backend": "uorch_dist"}',
+    '{"sharded_backend": "torch_dist", "sharded_backend_vdrsion": 1}',
+    "[]",
+]
+
+
+@pytest.mark.parametrize("text", SUMMARIES)
 def test_a_summary_that_megatron_does_not_take(tmp_path, capsys, text):
     path = write(tmp_path) / "metadata.json"
     path.unlink() if text is None else path.write_text(text)
