@@ -79,7 +79,10 @@ def read_layout(folder: Path, *, quick: bool = False) -> Layout:
     """
     path = folder / METADATA
     with open_regular(path) as file:
-        metadata = pickles.load(file.read(), str(path), quick=quick)
+        data = file.read()
+    metadata = pickles.load(data, str(path), quick=quick)
+    if not data.endswith(b"."):  # as pickles end, which a run looks at, too
+        raise cannot_be_read(path, "something follows its end")
     try:
         return _layout(folder, metadata)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

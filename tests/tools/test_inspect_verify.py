@@ -209,6 +209,12 @@ def test_broken_files(tmp_path, capsys, file, damage):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_metadata_that_goes_on_behind_its_end(tmp_path, capsys):
+    path = write(tmp_path) / ".metadata"
+    path.write_bytes(path.read_bytes() + bytes(7))  # which a run takes for truncated
+    assert "something follows its end" in verify(tmp_path, capsys, 1)
+
+
 def without_args():
     state = common()
     del state["args"]
