@@ -110,11 +110,13 @@ class Nursery(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
 def main() -> None:
     module, path = sys.argv[1:]
     sys.argv = [module]
+    gc.disable()  # what is imported lives to the end
     importlib.import_module(module)
     if threading.active_count() > 1:
         raise RuntimeError("processes with threads cannot be forked safely")
     gc.collect()
     gc.freeze()  # the ranks then collect in a moment, and do not copy what they share
+    gc.enable()
     Nursery(path).serve_forever()
 
 
