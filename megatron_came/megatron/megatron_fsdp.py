@@ -20,6 +20,7 @@ from megatron_came.megatron.checkpoints.megatron_fsdp import sharded_state
 from megatron_came.megatron.compat.distributed_optimizer import DistributedOptimizer
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.sharding import ModelGroups, adopt
+from megatron_came.megatron.spikes import WithSpikeGuard
 from megatron_came.optimizer import CAME
 from megatron_came.voice import of_all_ranks
 
@@ -32,7 +33,7 @@ def local_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     ]
 
 
-class CameMegatronFSDP(DistributedOptimizer):  # type: ignore[misc]
+class CameMegatronFSDP(WithSpikeGuard, DistributedOptimizer):  # type: ignore[misc]
     """Megatron's ``DistributedOptimizer`` around :class:`megatron_came.CAME`, for Megatron-FSDP.
 
     Megatron-FSDP keeps main weights and gradients, and copies the weights to the model. The buffers

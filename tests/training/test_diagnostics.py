@@ -16,6 +16,9 @@ from tests.training.layouts import DO, EP, MODELS, PP, TP
 # of the usual size: its figures are no two layouts' the same.
 PLAIN = "--disable-bias-linear --num-layers 2 --untie-embeddings-and-output-weights "
 START = {"gpt2": PLAIN, "moe": MODELS["moe"]}
+MEGATRON_FSDP = (
+    "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy "
+)
 FSDP2 = "--use-torch-fsdp2 --ckpt-format torch_dist "
 # PyTorch 2.6 has no fully_shard on a CPU.
 ON_FSDP2 = {} if torch.__version__.startswith("2.6.") else {"fsdp2": FSDP2}
@@ -33,6 +36,12 @@ ONLY_SPIKES = {
 }
 SAVED = ("guard-dp2", "guard-fsdp2")
 MOE_SPIKES = {1: {"guard-moe": ""}, 2: {"guard-moe-ep2-do": EP + DO}}
+# From the seed, since Megatron-FSDP loads checkpoints of its own format alone.
+SEEDED = {
+    "do": DO,
+    "zero3": f"{MEGATRON_FSDP}optim_grads_params ",
+    "no-shard": f"{MEGATRON_FSDP}no_shard ",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +61,9 @@ def seen(tmp_path_factory):
             "--optimizer came "
         )
     found, logs = {}, {}
+    start["seeded"] = f"{PLAIN}--optimizer came "
+    seeded = {2: SEEDED}
+    guarded = {2: {f"guard-{name}": flags for name, flags in SEEDED.items()}}
     for ranks in (1, 2):
         cases = begin if ranks == 1 else []
         for names, model, flags, variant in (
@@ -59,8 +71,10 @@ def seen(tmp_path_factory):
             (MOE, "moe", "--train-iters 10 --log-interval 5 ", "came"),
             (ONLY_SPIKES, "gpt2", GUARD, "came+spike-late"),
             (MOE_SPIKES, "moe", GUARD, "came+spike-late"),
+            (seeded, "seeded", "--train-iters 10 --log-interval 5 ", "came"),
+            (guarded, "seeded", GUARD, "came+spike-late"),
         ):
-            for name, layout in names[ranks].items():
+            for name, layout in names.get(ranks, {}).items():
                 logs[name] = folder / "logs" / name
                 log = f"--tensorboard-dir {logs[name]} --came-log-diagnostics "
                 if name in SAVED:
@@ -83,7 +97,12 @@ def figures(folder: Path):
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [*((name, "dp1") for name in LAYOUTS[2]), *((name, "moe") for name in MOE[2])],
+    [
+        *((name, "dp1") for name in LAYOUTS[2]),
+        *((name, "moe") for name in MOE[2]),
+        ("zero3", "do"),
+        ("no-shard", "do"),
+    ],
 )
 def test_figures_are_those_of_one_rank(seen, name, whole):
     _, logs, _ = seen
@@ -101,6 +120,8 @@ def test_figures_are_those_of_one_rank(seen, name, whole):
     [
         ("guard-tp2-do", "guard"),
         ("guard-moe-ep2-do", "guard-moe"),
+        ("guard-zero3", "guard-do"),
+        ("guard-no-shard", "guard-do"),
         *((name, whole) for name in ON_FSDP2_GUARDED for whole in ("guard", "guard-dp2")),
     ],
 )
