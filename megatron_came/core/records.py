@@ -7,6 +7,7 @@ It stands under :data:`KEY` of the common state (``torch_dist``) or of every ``m
      "iteration": 4, "optimizer": "came",
      "step": 4,                       # steps of the optimizer; null without its state
      "tensors": {kind: {name: [[shape], dtype, "digest, 16 hexadecimal digits"]}},
+     "copies": {kind: {name: "digest"}},
      "buckets": {key: [[start, [shape], [[name, [place], [size], [offset]], ...]], ...]},
      "checksum": "of all that, without this entry"}
 
@@ -22,6 +23,9 @@ It stands under :data:`KEY` of the common state (``torch_dist``) or of every ``m
   of ``fsdp_dtensor`` have ``model.module.`` before the name.
 - ``shape`` is that of the whole tensor without these axes; ``dtype`` is ``float32``, but of
   ``weights`` the model's own, such as ``bfloat16``.
+- ``copies`` is there for kinds of which each rank saves its own, those in buckets and all of
+  ``torch``: of each tensor the sum of all copies but the first, which tensor-parallel ranks and
+  pipeline stages with tied embeddings hold. Checkpoints of earlier versions do not have it.
 - ``buckets`` is there for Megatron's default format of the distributed optimizer
   (``dp_reshardable``) alone, whose files hold flat buckets ``<key>.param`` and ``<key>.exp_avg``:
   a parameter begins at ``start``, is a flat tensor of ``shape``, and the box of it at ``place`` of
@@ -33,7 +37,7 @@ It stands under :data:`KEY` of the common state (``torch_dist``) or of every ``m
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_came.core.digests import WEIGHTS, PlacedBox, Shape
@@ -73,6 +77,7 @@ class Record:
     step: int | None
     tensors: Mapping[str, Mapping[str, Saved]]
     buckets: Mapping[str, tuple[InBucket, ...]]
+    copies: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def pack(record: Record) -> str:
@@ -87,6 +92,10 @@ def pack(record: Record) -> str:
                 name: [one.shape, one.dtype, f"{one.digest:016x}"] for name, one in named.items()
             }
             for kind, named in record.tensors.items()
+        },
+        "copies": {
+            kind: {name: f"{digest:016x}" for name, digest in named.items()}
+            for kind, named in record.copies.items()
         },
         "buckets": {
             key: [
@@ -127,6 +136,10 @@ def unpack(text: object) -> Record:
             key: tuple(_in_bucket(start, shape, boxes, weights) for start, shape, boxes in inside)
             for key, inside in content["buckets"].items()
         }
+        copies = {
+            kind: {name: int(digits, 16) for name, digits in named.items()}
+            for kind, named in content.get("copies", {}).items()
+        }
         step = content["step"]
         return Record(
             _typed(content["iteration"], int),
@@ -134,6 +147,7 @@ def unpack(text: object) -> Record:
             step if step is None else _typed(step, int),
             tensors,
             buckets,
+            copies,
         )
     except RecordError:
         raise

@@ -16,9 +16,7 @@ from tests.training.layouts import DO, EP, MODELS, PP, TP
 # of the usual size: its figures are no two layouts' the same.
 PLAIN = "--disable-bias-linear --num-layers 2 --untie-embeddings-and-output-weights "
 START = {"gpt2": PLAIN, "moe": MODELS["moe"]}
-MEGATRON_FSDP = (
-    "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy "
-)
+MEGATRON_FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy "
 FSDP2 = "--use-torch-fsdp2 --ckpt-format torch_dist "
 # PyTorch 2.6 has no fully_shard on a CPU.
 ON_FSDP2 = {} if torch.__version__.startswith("2.6.") else {"fsdp2": FSDP2}

@@ -19,7 +19,17 @@ RANKS = 3
 def _entry(name, tensor):
     shape = tuple(tensor.shape)
     return Entry(
-        tensor, (Leaf(name, PlacedBox.whole(shape), is_main=True, is_first=True, copy=None),)
+        tensor,
+        (
+            Leaf(
+                name,
+                PlacedBox.whole(shape),
+                is_main=True,
+                is_first=True,
+                is_dp_first=True,
+                copy=None,
+            ),
+        ),
     )
 
 

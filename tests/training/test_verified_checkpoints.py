@@ -10,6 +10,7 @@ import torch
 
 from tests.training import damaged_files as damage
 from tests.training.harness import Case, losses, run
+from tests.training.layouts import PP, TP
 
 SMALL = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8 "
@@ -26,6 +27,10 @@ FORMATS = {
     "async": DO + "--async-save --async-strategy mcore --use-persistent-ckpt-worker ",
     "legacy": DO + "--ckpt-format torch ",
     "legacywhole": "--ckpt-format torch --came-momentum-dtype int8 ",
+    # Ranks hold copies, of which each saves its own.
+    "pp": DO + BUCKETS + PP,
+    "tp": DO + BUCKETS + TP,
+    "legacytp": TP + "--ckpt-format torch ",
 }
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 FACTOR = f"optimizer.state.exp_avg_res_row.{FC1}"
@@ -72,6 +77,10 @@ IN_COMMON = {
 
 def _legacy_model(state):
     return next(v for k, v in state["model"].items() if k.endswith("linear_fc1.weight"))
+
+
+def _legacy_norm(state):
+    return state["model"]["decoder.final_layernorm.weight"]
 
 
 def _legacy_buffers(state):
@@ -222,6 +231,22 @@ DAMAGES["legacy-optimizer-bit"] = _of_disk(
 DAMAGES["legacy-other-iteration"] = _of_another_iteration(f"mp_rank_00/{OPTIMIZER}")
 for _name, _how in IN_LEGACY_WHOLE.items():
     DAMAGES[f"legacywhole-{_name}"] = _in_file(*_how)
+DAMAGES["pp-copy"] = _in_tensors(
+    lambda found: "dp_group_idx_1." in found and found.endswith("bucket_idx_0.exp_avg"),
+    damage.flip,
+    "momentum of embedding.word_embeddings.weight in ",
+)
+DAMAGES["tp-copy"] = _in_tensors(
+    lambda found: "dp_group_idx_1." in found and found.endswith("bucket_idx_0.param"),
+    damage.flip,
+    "main weights of decoder.final_layernorm",
+)
+DAMAGES["legacytp-copy"] = (
+    lambda iteration, saved: damage.legacy(
+        iteration / "mp_rank_01" / MODEL, _in_place(_legacy_norm, damage.flip)
+    ),
+    "weights of decoder.final_layernorm.weight in .*mp_rank_01/",
+)
 
 # Where a format or a damage takes a path of its own.
 QUICK_DAMAGES = [
@@ -246,13 +271,17 @@ QUICK_DAMAGES = [
     "legacy-factor-integer",
     "legacy-common-bit",
     "legacywhole-factor-half",
+    "pp-copy",
+    "tp-copy",
+    "legacytp-copy",
 ]
 
 
 def _forget(iteration):
-    if (iteration / "mp_rank_00").is_dir():
-        damage.legacy(iteration / "mp_rank_00" / MODEL, damage.forget_digests)
-    else:
+    ranks = list(iteration.glob("mp_rank_*"))
+    for rank in ranks:
+        damage.legacy(rank / MODEL, damage.forget_digests)
+    if not ranks:
         damage.common(iteration, damage.forget_digests)
 
 

@@ -192,9 +192,15 @@ def _compared(record: Record, found: Found) -> tuple[list[Named], list[str]]:
                 unlike.append(f"{kind} of {name}, of shape {one.shape} there, {other.shape} here")
             elif one.dtype != other.dtype:
                 unlike.append(f"{kind} of {name}, in {one.dtype} there, in {other.dtype} here")
-            elif one != other:
+            elif one != other or _copies_differ(record, found.totals, kind, name):
                 damaged.append((kind, name))
     return damaged, unlike
+
+
+def _copies_differ(record: Record, loaded: Totals, kind: str, name: str) -> bool:
+    """Say whether copies are not what was saved, where each rank has read its own."""
+    saved, found = record.copies.get(kind, {}).get(name), loaded.copies.get(kind, {}).get(name)
+    return saved is not None and found is not None and saved != found.digest
 
 
 def _refusal(damaged: Sequence[Named], source: Source, found: Found) -> str:
@@ -204,8 +210,10 @@ def _refusal(damaged: Sequence[Named], source: Source, found: Found) -> str:
     rebuild = ""
     in_16_bits = source.rounded in (torch.bfloat16, torch.float16)
     if in_16_bits and {kind for kind, _ in damaged} == {MAIN_WEIGHTS}:
-        repair = f"megatron-came repair {source.folder} OUT"
-        rebuild = f"rebuild them from the model's weights with {repair}, or "
+        repair = f"rebuild them from the model's weights with megatron-came repair {source.folder}"
+        rebuild = f"{repair} OUT, or "
+        if source.record is not None and source.record.buckets:  # which repair does not write
+            rebuild = "start the optimizer afresh from the weights with --no-load-optim, or "
     return source.damaged(f"{kind} of {name}{more}{where} is not what was saved", rebuild)
 
 

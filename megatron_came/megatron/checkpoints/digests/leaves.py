@@ -28,6 +28,7 @@ class Leaf:
         box: where it lies in the rank's own tensor and in the whole one.
         is_main: whether this rank stands for all that hold the same.
         is_first: whether it does so together with its data-parallel group.
+        is_dp_first: whether it stands for its data-parallel group, which may hold a copy.
         copy: its values, where it does not lie in the rank's own tensor; otherwise None.
     """
 
@@ -35,6 +36,7 @@ class Leaf:
     box: PlacedBox
     is_main: bool
     is_first: bool
+    is_dp_first: bool
     copy: Tensor | None
 
 
@@ -78,7 +80,7 @@ class Entry:
             seen.add((own.place, own.size))
             # Ranks that hold other parts of the averaged dimension hold the same factor.
             is_main = leaf.is_main and (axis is None or box.offset[axis] < box.size[axis])
-            yield Leaf(leaf.name, own, is_main, leaf.is_first, None)
+            yield Leaf(leaf.name, own, is_main, leaf.is_first, leaf.is_dp_first, None)
 
 
 # By chunk of a model: its tensors as they were, and what :func:`_read` said of them. Making a
@@ -161,12 +163,13 @@ def _read_fsdp(chunk: Any) -> dict[int, Entry]:
         if cut is not None:
             offset[cut.dim] = tp_rank * size[cut.dim]
         is_first = cut is not None or tp_rank == 0
-        is_main = is_first and param.device_mesh.get_local_rank(0) == 0
+        is_dp_first = param.device_mesh.get_local_rank(0) == 0
+        is_main = is_first and is_dp_first
         leaves = []
         for number, (part, tensor) in enumerate(parts.items()):
             place = (number * size[0], *(0 for _ in shape[1:]))
             box = PlacedBox(place, size, tuple(offset), tuple(tensor.shape))
-            leaves.append(Leaf(part, box, is_main, is_first, None))
+            leaves.append(Leaf(part, box, is_main, is_first, is_dp_first, None))
         start = megatron_fsdp.start_of(param, cut, tp_rank)
         entries[id(param)] = Entry(local_of(param), tuple(leaves), start=start, shape=shape)
     return entries
@@ -186,5 +189,6 @@ def _leaf(leaf: ShardedTensor, whole: Tensor) -> Leaf:
         box=PlacedBox(place, size, offset, tuple(leaf.global_shape[axes:])),
         is_main=is_main_replica(leaf.replica_id),
         is_first=not any(replica[:-1]),
+        is_dp_first=replica[-1] == 0,
         copy=copy,
     )

@@ -18,12 +18,13 @@ from megatron_came.megatron.checkpoints.digests.leaves import (
     untrained,
     unwrapped,
 )
-from megatron_came.megatron.checkpoints.digests.sums import Sums, Totals, distinct
+from megatron_came.megatron.checkpoints.digests.sums import KINDS, Sums, Totals, distinct
 from megatron_came.megatron.checkpoints.unwritten import failures_said
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function, around
 from megatron_came.voice import of_all_ranks, say, stop
 
+OF_BUCKETS = (MAIN_WEIGHTS, MOMENTUM)
 # What goes into the checkpoint that is being saved.
 _record: ContextVar[str | None] = ContextVar("record", default=None)
 
@@ -44,7 +45,8 @@ def with_digests(
         and settings.ckpt_format == "torch_dist"
         and not settings.dist_ckpt_optim_fully_reshardable
     )
-    record, flaw = record_of(iteration, unwrapped(model), saved, buckets=has_buckets)
+    own = KINDS if settings.ckpt_format == "torch" else OF_BUCKETS if has_buckets else ()
+    record, flaw = record_of(iteration, unwrapped(model), saved, buckets=has_buckets, own=own)
     if flaw is not None:
         _refuse_or_say(f"iteration {iteration}, {flaw}", settings)
     token = _record.set(pack(record))
@@ -78,12 +80,18 @@ def _refuse_or_say(flaw: str, settings: Any) -> None:
 
 @torch.no_grad()
 def record_of(
-    iteration: int, model_chunks: Sequence[Any], optimizer: Any, *, buckets: bool = False
+    iteration: int,
+    model_chunks: Sequence[Any],
+    optimizer: Any,
+    *,
+    buckets: bool = False,
+    own: Sequence[str] = (),
 ) -> tuple[Record, str | None]:
     """Compute the record of a model and its optimizer; a collective over all ranks.
 
     Chunks are without their wrappers; without an optimizer it is that of the weights alone.
-    ``buckets`` says whether the optimizer's state is saved in Megatron's buckets.
+    ``buckets`` says whether the optimizer's state is saved in Megatron's buckets, ``own`` of which
+    kinds each rank saves its own, copies too.
 
     Returns:
         The record, and in a clause which of them on which rank holds NaN, an infinity or, of what
@@ -109,6 +117,11 @@ def record_of(
         optimizer="came",
         step=all_steps.pop() if len(all_steps) == 1 else None,
         tensors=totals.tensors,
+        copies={
+            kind: {name: one.digest for name, one in named.items()}
+            for kind, named in totals.copies.items()
+            if kind in own
+        },
         buckets=dict(chain.from_iterable(found.items() for found in inside)),
     )
     return record, _flaw(totals, sums)

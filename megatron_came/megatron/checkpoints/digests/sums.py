@@ -1,8 +1,9 @@
 """What a rank adds to the digests of a model and its optimizer, and their sums over all ranks."""
 
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +47,13 @@ class Totals:
 
     Attributes:
         tensors: by kind and name.
+        copies: likewise, of all copies that other ranks' parts stand for in ``tensors``.
         flaws: kind and name of tensors that no state of CAME's can be, and why.
         differing: by name, how many weights are not their main weights, rounded.
     """
 
     tensors: Mapping[str, Mapping[str, Saved]]
+    copies: Mapping[str, Mapping[str, Saved]]
     flaws: list[tuple[str, str, str]]
     differing: Mapping[str, int]
 
@@ -73,19 +76,20 @@ class Sums:
                 for leaf in entry.leaves
             )
         )
-        self._totals: dict[tuple[str, str], int] = {}
+        # Of what stands for all that hold the same, and of these others, the copies.
+        self._totals: tuple[dict[tuple[str, str], int], ...] = ({}, {})
         self._untrained: set[str] = set()
         self._infinite: set[tuple[str, str]] = set()
         self._negative: set[tuple[str, str]] = set()
         self.differing: Counter[str] = Counter()
-        self._waiting: list[tuple[Kinds, str, Term]] = []
+        self._waiting: list[tuple[dict[tuple[str, str], int], Kinds, str, Term]] = []
         self._least: list[tuple[set[tuple[str, str]], Tensor]] = []
         self._size = 0
 
     @property
     def held(self) -> list[tuple[str, str]]:
         """Kind and name of all that this rank has added to."""
-        return list(self._totals)
+        return list(dict.fromkeys(itertools.chain(*self._totals)))
 
     @property
     def flawed(self) -> set[tuple[str, str]]:
@@ -93,13 +97,13 @@ class Sums:
         return self._infinite | self._negative
 
     def add_weights(self, entry: Entry, *, is_trained: bool = True) -> None:
-        """Add the weights of an entry, where this rank stands for all that hold them."""
+        """Add the weights of an entry, where this rank stands for its data-parallel group."""
         if not is_trained:
             self._untrained.update(leaf.name for leaf in entry.leaves)
         if entry.start is not None:
             self.add_slice((WEIGHTS,), entry, in_one_range(entry.tensor), entry.start)
             return
-        self._add((WEIGHTS,), plain(entry.tensor), [leaf for leaf in entry.views if leaf.is_main])
+        self._add((WEIGHTS,), plain(entry.tensor), _of_groups(entry.views))
         for leaf in entry.leaves:
             if leaf.copy is not None and leaf.is_main:
                 self.add_box(leaf.name, leaf.copy, leaf.box.offset, leaf.box.shape)
@@ -107,7 +111,7 @@ class Sums:
     def add_box(self, name: str, values: Tensor, offset: Shape, shape: Shape) -> None:
         """Add a box of a weight of this shape, which does not lie in the rank's own tensor."""
         box = PlacedBox.alone(tuple(values.shape), offset, shape)
-        self._add((WEIGHTS,), values, [Leaf(name, box, True, True, None)])
+        self._add((WEIGHTS,), values, [Leaf(name, box, True, True, True, None)])
 
     def add_slice(self, kinds: Kinds, entry: Entry, ranges: Ranges, start: int | None) -> None:
         """Add a slice of main weights or momentum: of all kinds that have these values.
@@ -119,19 +123,16 @@ class Sums:
             start: where the slice begins in the parameter; None for all of the parameter, of which
                 the other data-parallel ranks have copies.
         """
-        leaves = [
-            leaf for leaf in entry.views if (leaf.is_first if start is not None else leaf.is_main)
-        ]
+        leaves = list(entry.views) if start is not None else _of_groups(entry.views)
         shape = entry.shape or tuple(entry.tensor.shape)
         for begin, values in ranges if leaves else ():
-            self._add(kinds, values, leaves, shape, (start or 0) + begin)
+            self._add(kinds, values, leaves, shape, (start or 0) + begin, start is not None)
 
     def add_factors(self, entry: Entry, state: Mapping[str, Tensor]) -> None:
         """Add the factors of a parameter."""
         for key in FACTORS:
             if key in state:
-                leaves = [leaf for leaf in entry.factor(key) if leaf.is_main]
-                self._add((key,), state[key], leaves)
+                self._add((key,), state[key], _of_groups(entry.factor(key)))
 
     def _add(
         self,
@@ -140,14 +141,16 @@ class Sums:
         leaves: list[Leaf],
         local: tuple[int, ...] | None = None,
         start: int = 0,
+        is_slice: bool = False,
     ) -> None:
         local = tuple(values.shape) if local is None else local
         as_fp32 = kinds != (WEIGHTS,)
         for leaf in leaves:
+            totals = self._totals[not (leaf.is_first if is_slice else leaf.is_main)]
             for kind in kinds:
-                self._totals.setdefault((kind, leaf.name), 0)
+                totals.setdefault((kind, leaf.name), 0)
             found = terms(values, local, leaf.box, start=start, as_fp32=as_fp32)
-            self._waiting += ((kinds, leaf.name, term) for term in found)
+            self._waiting += ((totals, kinds, leaf.name, term) for term in found)
         if kinds[0] in FACTORS and leaves and values.numel():
             names = {(kinds[0], leaf.name) for leaf in leaves}
             self._least.append((names, values.detach().amin().double()))
@@ -157,13 +160,13 @@ class Sums:
 
     def flush(self) -> None:
         """Add up what waits; the tensors may change afterwards."""
-        devices = {term.bits.device for _, _, term in self._waiting}
+        devices = {term.bits.device for *_, term in self._waiting}
         for device in devices:
-            here = [each for each in self._waiting if each[2].bits.device == device]
-            sums = adder(device)([term for _, _, term in here])
-            for (kinds, name, _), added in zip(here, sums, strict=True):
+            here = [each for each in self._waiting if each[-1].bits.device == device]
+            sums = adder(device)([term for *_, term in here])
+            for (totals, kinds, name, _), added in zip(here, sums, strict=True):
                 for kind in kinds:
-                    self._totals[kind, name] += added.total
+                    totals[kind, name] += added.total
                 if name not in self._untrained and not added.is_finite:
                     self._infinite.add((kinds[0], name))
         if self._least:
@@ -184,39 +187,47 @@ class Sums:
         for name, shape, dtype in names:
             known.setdefault(name, (shape, dtype))
         order = {name: place for place, name in enumerate(known)}
-        table = np.zeros((5, len(KINDS), len(known)), np.int64)
-        for (kind, name), total in self._totals.items():
-            table[:2, KINDS.index(kind), order[name]] = signed(unsigned(total)), 1
-        for line, flawed in ((2, self._infinite), (3, self._negative)):
+        table = np.zeros((7, len(KINDS), len(known)), np.int64)
+        for line, totals in zip((0, 2), self._totals, strict=True):
+            for (kind, name), total in totals.items():
+                table[line : line + 2, KINDS.index(kind), order[name]] = signed(unsigned(total)), 1
+        for line, flawed in ((4, self._infinite), (5, self._negative)):
             for kind, name in flawed:
                 table[line, KINDS.index(kind), order[name]] = 1
         for name, count in self.differing.items():
-            table[4, 0, order[name]] = count
+            table[6, 0, order[name]] = count
         summed = torch.from_numpy(table)
         if dist.is_initialized():
             summed = summed.to(collectives_device())
             dist.all_reduce(summed)  # of integers, modulo 2^64
-        tensors: dict[str, dict[str, Saved]] = {}
         flaws = []
-        totals, held, infinite, negative, differing = summed.tolist()
+        first, held, others, copied, infinite, negative, differing = summed.tolist()
+        tensors: dict[str, dict[str, Saved]] = {}
+        copies: dict[str, dict[str, Saved]] = {}
         for at, kind in enumerate(KINDS):
             for place, (name, (shape, dtype)) in enumerate(known.items()):
-                if not held[at][place]:
-                    continue
-                tensors.setdefault(kind, {})[name] = Saved(
-                    without_averaged_axis(kind, shape) if kind in FACTORS else shape,
-                    dtype if kind == WEIGHTS else "float32",
-                    unsigned(totals[at][place]),
-                )
+                for found, totals, are in ((tensors, first, held), (copies, others, copied)):
+                    if are[at][place]:
+                        found.setdefault(kind, {})[name] = Saved(
+                            without_averaged_axis(kind, shape) if kind in FACTORS else shape,
+                            dtype if kind == WEIGHTS else "float32",
+                            unsigned(totals[at][place]),
+                        )
                 if infinite[at][place]:
                     flaws.append((kind, name, "a number that is not finite"))
                 elif negative[at][place]:
                     flaws.append((kind, name, "a negative number"))
         return Totals(
             tensors,
+            copies,
             flaws,
             {name: differing[0][at] for name, at in order.items() if differing[0][at]},
         )
+
+
+def _of_groups(leaves: Iterable[Leaf]) -> list[Leaf]:
+    """The boxes of which this rank stands for its data-parallel group."""
+    return [leaf for leaf in leaves if leaf.is_main or leaf.is_dp_first]
 
 
 def _dtype_of(entry: Entry, leaf: Leaf, *, is_loaded: bool) -> str:
