@@ -169,7 +169,12 @@ def trainable(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _has_arithmetic(param: Tensor) -> bool:
-    return param.dtype in TRAINABLE and param.layout == torch.strided
+    return param.dtype in TRAINABLE and _is_dense(param)
+
+
+def _is_dense(param: Tensor) -> bool:
+    # Of nested tensors the default layout calls itself strided.
+    return param.layout == torch.strided and not param.is_nested
 
 
 def check_trainable(params: Iterable[Tensor]) -> None:
@@ -188,11 +193,12 @@ def check_trainable(params: Iterable[Tensor]) -> None:
             )
         seen.add(id(param))
         if not _has_arithmetic(param) and (param.requires_grad or param.grad is not None):
-            is_dense = param.layout == torch.strided
+            is_dense = _is_dense(param)
+            layout = "nested tensors" if param.is_nested else param.layout
             raise ValueError(
                 f"CAME updates {'' if is_dense else 'dense '}parameters of "
                 f"{', '.join(map(str, TRAINABLE))}, not of "
-                f"{param.dtype if is_dense else param.layout}: freeze it (requires_grad=False), or "
+                f"{param.dtype if is_dense else layout}: freeze it (requires_grad=False), or "
                 "leave it out."
             )
 

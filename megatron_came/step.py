@@ -374,6 +374,7 @@ def _is_contiguous(tensor: Tensor) -> bool:
 
 def _layouts(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """Device, dtype, shape, contiguity and lazy sign, which decide who updates a tensor."""
+    tensors = [tensor for tensor in tensors if not tensor.is_nested]  # which have no shape
     kinds = map(attrgetter("device", "dtype", "shape"), tensors)
     lies = map(_is_contiguous, tensors), map(Tensor.is_neg, tensors)
     return list(zip(kinds, *lies, strict=True))

@@ -51,11 +51,10 @@ def check_eager_state(slice_: ParameterSlice, state: State) -> None:
         ValueError: as :func:`check_state`.
     """
     wanted = wanted_state(slice_, is_int8_momentum(state))
-    check_state(
-        slice_,
-        state,
-        {key: (numel, (*dtypes, torch.float64)) for key, (numel, dtypes) in wanted.items()},
-    )
+    for key, (numel, dtypes) in wanted.items():
+        if torch.float32 in dtypes and key != SCALE:
+            wanted[key] = numel, (*dtypes, torch.float64)
+    check_state(slice_, state, wanted)
 
 
 def check_state(slice_: ParameterSlice, state: State, wanted: Mapping[str, Wanted]) -> None:

@@ -39,8 +39,10 @@ def check_release() -> None:
     Raises:
         UnsupportedError: it is not.
     """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
     installed = release()
-    if installed < (0, 19):
+    if installed < (0, 19) or not hasattr(DistributedOptimizer, "compute_full_param_layout"):
         raise UnsupportedError(
             "memory is predicted with Megatron 0.19 or newer, and here is {}.{}: use "
             "megatron-core 0.19.2 for it.".format(*installed)

@@ -64,14 +64,15 @@ LAYOUTS = {
     "rows": lambda: torch.eye(4).to_sparse_csr(),
     "coordinates": lambda: torch.eye(4).to_sparse(),
     "mkldnn": lambda: torch.eye(4).to_mkldnn(),
-    "nested": lambda: torch.nested.nested_tensor([torch.eye(4)] * 2, layout=torch.jagged),
+    "jagged": lambda: torch.nested.nested_tensor([torch.eye(4)] * 2, layout=torch.jagged),
+    "nested": lambda: torch.nested.nested_tensor([torch.eye(4)] * 2),
 }
 
 
 @on_cpu_kernels
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_weight_of_another_layout_is_refused_unless_it_is_frozen(name, kernels):
-    with pytest.raises(ValueError, match=r"not of torch\.\w+: freeze it"):
+    with pytest.raises(ValueError, match=r"not of (torch\.\w+|nested tensors): freeze it"):
         CAME([torch.nn.Parameter(LAYOUTS[name]())], lr=1e-2, kernels=kernels)
     (other,) = parameters([(6, 5)])
     start = other.detach().clone()

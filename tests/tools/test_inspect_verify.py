@@ -192,6 +192,13 @@ def test_a_summary_that_megatron_does_not_take(tmp_path, capsys, text):
     assert said.count("\ndamaged: ") == 1
 
 
+def test_a_summary_of_a_newer_release(tmp_path, capsys):
+    path = write(tmp_path) / "metadata.json"
+    keys = '"sharded_backend": "torch_dist", "sharded_backend_version": 1, "added_later": 1'
+    path.write_text(f"{{{keys}}}")
+    verify(tmp_path, capsys, 0)
+
+
 @pytest.mark.parametrize("damage", ["gone", "truncated", "empty", "garbage"])
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
 def test_broken_files(tmp_path, capsys, file, damage):
