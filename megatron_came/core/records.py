@@ -93,10 +93,6 @@ def pack(record: Record) -> str:
             }
             for kind, named in record.tensors.items()
         },
-        "copies": {
-            kind: {name: f"{digest:016x}" for name, digest in named.items()}
-            for kind, named in record.copies.items()
-        },
         "buckets": {
             key: [
                 [one.start, one.shape, [(name, b.place, b.size, b.offset) for name, b in one.boxes]]
@@ -105,6 +101,11 @@ def pack(record: Record) -> str:
             for key, inside in record.buckets.items()
         },
     }
+    if record.copies:  # a record of an earlier version, rewritten, is as long as it was
+        content["copies"] = {
+            kind: {name: f"{digest:016x}" for name, digest in named.items()}
+            for kind, named in record.copies.items()
+        }
     return _canonical({**content, "checksum": _checksum(content)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -191,6 +192,16 @@ def _record() -> Record:
 
 def test_a_record_is_read_as_it_was_written() -> None:
     assert records.unpack(records.pack(_record())) == _record()
+    copied = dataclasses.replace(_record(), copies={"momentum": {"a[0][1]": 7}})
+    assert records.unpack(records.pack(copied)) == copied
+
+
+def test_a_record_of_an_earlier_version_keeps_its_length_when_it_is_written_anew() -> None:
+    """It said nothing of copies, and is replaced within its file."""
+    assert "copies" not in json.loads(records.pack(_record()))
+
+
+def test_names_have_their_axes() -> None:
     assert digests.split_name("a[0][1]") == ("a", (0, 1))
     assert digests.name_of("a", (0, 1)) == "a[0][1]"
     assert digests.split_name("b") == ("b", ())
