@@ -75,7 +75,8 @@ def main(argv: list[str]) -> int:
 def _run(options: argparse.Namespace) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.flags and not options.iteration:
-        raise CommandError("flags after -- are for --iteration alone.")
+        given = options.flags[0]
+        raise CommandError(f"bench takes no {given}: flags after -- are for --iteration alone.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda, but there is no GPU: use cpu.")
     if options.json:

@@ -42,7 +42,8 @@ _LEFT_OUT = {
     _ENGINE: "--fp8-format=fp8 --fp4-format=fp4 --tp-comm-overlap --use-te-activation-func "
     "--use-transformer-engine-op-fuser --te-rng-tracker --fused-residual-rmsnorm "
     "--moe-permute-fusion --moe-router-fusion --experimental-attention-variant "
-    "--multi-latent-attention --moe-latent-size --fp32-residual-connection",
+    "--multi-latent-attention --moe-latent-size --fp32-residual-connection --save-dgrads-interval "
+    "--save-activations-interval",
     _NCCL: "--use-nccl-ub=nccl_ub --nccl-communicator-config-path "
     "--pipeline-model-parallel-comm-backend --use-sharp",
     _ATTENTION: "--use-flash-attn",
@@ -105,6 +106,24 @@ RULES = (
         _needs(flag, what, _OUT, argument=argument)
         for what, flags in _LEFT_OUT.items()
         for flag, _, argument in (each.partition("=") for each in flags.split())
+    ),
+    Rule(
+        "--recompute-modules mlp with biases does not end: add --disable-bias-linear.",
+        when=lambda s: (
+            s.recompute_granularity == "selective"
+            and "mlp" in (s.recompute_modules or ())
+            and s.add_bias_linear
+        ),
+    ),
+    Rule(
+        "--num-experts {at.num_experts} with biases ends in an error of PyTorch's where Megatron's "
+        "own experts lie whole on one rank, and this run is on the CPU: add --disable-bias-linear.",
+        when=lambda s: (
+            s.num_experts
+            and s.add_bias_linear
+            and s.expert_model_parallel_size == 1
+            and (s.expert_tensor_parallel_size or s.tensor_model_parallel_size) == 1
+        ),
     ),
     *(
         _needs(

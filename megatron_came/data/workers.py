@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -78,6 +79,8 @@ def _start(
     # A fork has what is loaded here already; nothing runs beside it that could hold a lock.
     method = "spawn" if afresh else "fork" if sys.platform == "linux" else None
     context: Any = multiprocessing.get_context(method)
+    if afresh:  # else the first start lets Ctrl-C through again, which is held back below
+        resource_tracker.ensure_running()
     ours: list[Connection] = []
     for _ in range(workers):
         here, there = context.Pipe()

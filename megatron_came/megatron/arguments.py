@@ -1,6 +1,7 @@
 """``--optimizer came`` and its flags in Megatron's command line."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -83,6 +84,13 @@ _IGNORED = (
 )
 
 
+# Numbers of Megatron's that are no schedule of CAME's if negative or not finite.
+_RATES = (
+    *("lr", "min_lr", "lr_warmup_init", "lr_warmup_fraction", "decoupled_lr", "decoupled_min_lr"),
+    *("weight_decay", "start_weight_decay", "end_weight_decay"),
+)
+
+
 def given_flags(argv: Iterable[str]) -> list[str]:
     """Return the flags of a command line, in order, without their values."""
     return [word.split("=", 1)[0] for word in argv if word.startswith("--")]
@@ -108,6 +116,10 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
     """
     if args.optimizer == "came":
         hyperparameters(args)
+        for name in _RATES:
+            if (value := getattr(args, name, None)) is not None and not 0 <= value < math.inf:
+                what = "it must be a finite number at least 0"
+                raise ValueError(f"{flag_of(name)} {value} is not allowed: {what}.")
         parameter_rules.parsed(getattr(args, "came_rule", None))
         rules.refuse(args)
         return
@@ -198,6 +210,9 @@ def _validated(original: Function, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     except (AssertionError, ValueError) as error:
         stop(refused_by_megatron(error), error)
+
+
+in_a_sentence = around(_validated)
 
 
 def _stop_if_refused(args: argparse.Namespace, flags: list[str]) -> None:

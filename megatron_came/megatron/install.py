@@ -85,6 +85,8 @@ REPLACEMENTS = table("megatron_came.megatron", {
     ),
     "megatron.training.training": (
         ("get_megatron_optimizer_config", "config:with_came", "a configuration says: CAME"),
+        ("get_optimizer_param_scheduler", "arguments:in_a_sentence",
+         "its assertions end in a sentence"),
         ("setup_model_and_optimizer", "checkpoints.shifted:with_warning",
          "a run whose checkpoints Megatron shifts is warned"),
         ("setup_model_and_optimizer", "checkpoints.unwritten:looked_at_first",

@@ -41,12 +41,12 @@ def has_tied_mtp_behind_others(s: Settings) -> bool:
 
 
 def warms_up_to_the_end(unit: str) -> Callable[[Settings], bool]:
-    """Return whether a warm-up in iterations or samples leaves nothing of the schedule."""
+    """Return whether a warm-up, also as a fraction, leaves nothing of the schedule."""
 
     def leaves_nothing(s: Settings) -> bool:
         if s.skip_train:  # there is none
             return False
-        whole = getattr(s, f"lr_decay_{unit}") or getattr(s, f"train_{unit}")
+        whole = getattr(s, f"lr_decay_{unit}") or getattr(s, f"train_{unit}") or unit == "fraction"
         return bool(whole) and getattr(s, f"lr_warmup_{unit}") >= whole
 
     return leaves_nothing

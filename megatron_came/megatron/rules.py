@@ -214,12 +214,12 @@ RULES = (
     _not_with("--freeze-all-layers", f"{_OUT}, since nothing would be trained"),
     *(
         Rule(
-            "{given} is not shorter than the schedule of the learning rate "
-            f"(--lr-decay-{unit}, by default --train-{unit}), as Megatron wants it: give fewer.",
+            "{given} is not shorter than the schedule of the learning rate (--lr-decay-iters or "
+            "-samples, by default --train-iters or -samples), as Megatron wants it: give less.",
             f"--lr-warmup-{unit}",
             when=conditions.warms_up_to_the_end(unit),
         )
-        for unit in ("iters", "samples")
+        for unit in ("iters", "samples", "fraction")
     ),
     _not_with(
         "--mtp-num-layers",

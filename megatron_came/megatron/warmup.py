@@ -48,15 +48,16 @@ def update_sizes(settings: Hyperparameters) -> Iterator[float]:
         yield size / settings.momentum_weight(iteration)
 
 
-def largest_update(settings: Hyperparameters, warmup: float) -> float:
+def largest_update(settings: Hyperparameters, warmup: float, start: float = 0.0) -> float:
     """The largest of the updates while the rate rises, in units of the peak rate.
 
-    It rises from 0 over the warm-up's iterations, as Megatron counts them: the first iteration of a
-    run with a warm-up has the rate 0.
+    It rises from ``start`` over the warm-up's iterations, as Megatron counts them: the first
+    iteration of a run with a warm-up has that rate.
     """
     shown = islice(update_sizes(settings), min(int(warmup), _FARTHEST) + 1)
     return max(
-        size * (min(done / warmup, 1.0) if warmup > 0 else 1.0) for done, size in enumerate(shown)
+        size * (min(start + (1 - start) * done / warmup, 1.0) if warmup > 0 else 1.0)
+        for done, size in enumerate(shown)
     )
 
 
@@ -83,35 +84,40 @@ def warning(args: argparse.Namespace, settings: Hyperparameters) -> str | None:
     if iterations <= _TRY or resumes or settings.bias_correction:
         return None
     warmup = _warmup(run, iterations, batch)
-    largest = largest_update(settings, warmup)
+    largest = largest_update(settings, warmup, (run.lr_warmup_init or 0.0) / (run.lr or 1.0))
     if largest <= LIMIT:
         return None
     return (
         f"--came-beta3 {settings.beta3:g} with a warm-up of {warmup:.0f} iterations makes the "
         f"first updates up to about {largest:.1f} times --lr in RMS, as CAME has no bias "
         "correction, where AdamW's are at most 1 and CAME's later ones 0.25: "
-        f"{_remedy(settings, max(int(warmup), iterations // 10))} (or --came-bias-correction), see "
-        "docs/tuning.md."
+        f"{_remedy(run, batch, settings, max(int(warmup), iterations // 10))} (or "
+        "--came-bias-correction), see docs/tuning.md."
     )
 
 
-def _remedy(settings: Hyperparameters, room: int) -> str:
+def _remedy(run: Settings, batch: int, settings: Hyperparameters, room: int) -> str:
     """What to do in a run that has room for so many iterations of warm-up."""
     enough = sufficient_warmup(settings)
     if enough is None:
         return "use a smaller --came-beta3 or a larger --came-beta1"
     digits: int = 10 ** max(len(str(enough)) - 2, 0)  # a recommendation: two of them do
-    said = f"use --lr-warmup-iters {-(-enough // digits) * digits} or more"
+    unit, each = ("samples", batch) if run.train_samples else ("iters", 1)
+    said = f"use --lr-warmup-{unit} {-(-enough // digits) * digits * each} or more"
+    if run.lr_warmup_fraction is not None:  # Megatron takes one of them
+        said += " in place of --lr-warmup-fraction"
+    if run.lr_warmup_init:
+        said += " with --lr-warmup-init 0"
     for beta3 in _SHORTER if enough > room else ():
         if settings.beta2 <= beta3 < settings.beta3:
             needed = sufficient_warmup(dataclasses.replace(settings, beta3=beta3))
             if needed is not None and needed <= room:
-                return f"{said}, or --came-beta3 {beta3:g} with {max(needed, 1)} or more"
+                return f"{said}, or --came-beta3 {beta3:g} with {max(needed, 1) * each} or more"
     return said
 
 
 def _warmup(run: Settings, iterations: int, batch: int) -> float:
-    """Iterations over which the rate rises from 0 to its peak; less if it starts higher."""
+    """Iterations over which the rate rises to its peak."""
     if run.lr_warmup_fraction is not None:
         decay = run.lr_decay_iters or (run.lr_decay_samples or 0) / batch
         return float(run.lr_warmup_fraction * (decay or iterations))

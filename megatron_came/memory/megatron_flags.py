@@ -185,7 +185,8 @@ def _sentence(error: BaseException) -> str:
 
 def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:
     def stop(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-        raise CommandError(_sentence(ValueError(message)))
+        said = " ".join(message.split()).rstrip(".")
+        raise CommandError(f"these flags are not a launch of Megatron: {said}.")
 
     from megatron.training import arguments
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -38,6 +39,7 @@ _ANYWHERE: dict[str, object] = {
     **dict.fromkeys(_OFF.split(), False),
     **dict.fromkeys(_UNSET.split()),
     "transformer_impl": "local",
+    "attention_backend": AttnBackend.auto,
     "init_model_with_meta_device": True,
     "context_parallel_size": 1,
     "no_persist_layer_norm": True,

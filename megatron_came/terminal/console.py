@@ -122,8 +122,11 @@ def counted(number: int, thing: str) -> str:
 def show(lines: Iterable[str]) -> None:
     """Print lines as they are; a :class:`Head` is bold where that can be seen."""
     if not is_styled(sys.stdout):
-        sys.stdout.writelines(f"{line}\n" for line in lines)
-        sys.stdout.flush()
+        try:
+            sys.stdout.writelines(f"{line}\n" for line in lines)
+            sys.stdout.flush()
+        except OSError as error:  # of nobody's file; what was to be printed is dropped
+            raise BrokenPipeError(*error.args) from error
         return
     from rich.console import Console
     from rich.text import Text

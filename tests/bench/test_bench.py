@@ -35,6 +35,7 @@ def test_a_step_is_timed_and_written(tmp_path, capsys, monkeypatch):
         (["--only", "lion"], "--only matches none of 'CAME, fused'"),
         (["--iteration", "--model", "llama-7b-layer"], "--iteration needs a whole model"),
         (["--", "--seq-length", "64"], "flags after -- are for --iteration alone"),
+        (["gpt2-small"], "bench takes no gpt2-small: flags after --"),
     ],
 )
 def test_bad_options_are_one_sentence(options, message, capsys):

@@ -157,6 +157,24 @@ def test_a_flag_that_cannot_be_had_stops_before_training(
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local needs CUDA graphs"),
         ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload needs"),
         ({"profile": True}, "--use-pytorch-profiler"),
+        (
+            {
+                "recompute_granularity": "selective",
+                "recompute_modules": ["core_attn", "mlp"],
+                "add_bias_linear": True,
+            },
+            "--recompute-modules mlp with biases does not end: add --disable-bias-linear",
+        ),
+        (
+            {
+                "num_experts": 4,
+                "add_bias_linear": True,
+                "expert_model_parallel_size": 1,
+                "expert_tensor_parallel_size": None,
+                "tensor_model_parallel_size": 1,
+            },
+            "on the CPU: add --disable-bias-linear",
+        ),
     ],
 )
 def test_refused(arguments: dict[str, object], sentence: str) -> None:

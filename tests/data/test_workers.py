@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_came.data import encoding, workers
+from megatron_came.terminal.children import ENDS
 from megatron_came.terminal.sentences import CommandError
 from tests.support.datasets import AWKWARD, SOURCES, TEXTS, fails, files, run, write_json
+from tests.support.running import run_python
 
 
 class TestWorkers:
@@ -90,6 +92,16 @@ class TestWorkers:
         monkeypatch.setattr(workers, "_send", send_some)
         with pytest.raises(CommandError, match="most likely because memory ran out: buy more"):
             list(workers.ordered_map(abs, range(9), workers=2, remedy="buy more"))
+
+    def test_one_that_starts_afresh_takes_no_signal(self) -> None:
+        mask = "partial(signal.pthread_sigmask, signal.SIG_BLOCK)"
+        result = run_python(
+            "-c",
+            "import signal; from functools import partial; from megatron_came.data import workers; "
+            f"print(*workers.ordered_map({mask}, [[]], workers=1, afresh=True))",
+        )
+        for number in ENDS:
+            assert number.name in result.stdout, result.stderr
 
     def test_no_more_is_read_than_they_can_use(self) -> None:
         read = 0

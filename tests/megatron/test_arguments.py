@@ -101,6 +101,9 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
             "--mtp-num-layers 1, tied embeddings and checkpoints at --pipeline",
         ),
         ({"lr_warmup_samples": 8, "train_samples": 8}, "--lr-warmup-samples 8 is not shorter"),
+        ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction 1.0 is not shorter"),
+        ({"weight_decay": -0.1}, "--weight-decay -0.1 is not allowed: it must be a finite number"),
+        ({"lr": float("inf")}, "--lr inf is not allowed"),
         (
             {"use_torch_fsdp2": True, "came_rule": [["*", "factored=no"]]},
             "factored in a --came-rule does not go with FSDP",

@@ -111,7 +111,17 @@ def test_what_is_recommended_is_enough_and_no_less_is(chosen):
         (
             {"train_samples": 10**6, "lr_warmup_samples": 640, "global_batch_size": 64},
             settings(),
-            ["warm-up of 10 iterations"],
+            ["warm-up of 10 iterations", "use --lr-warmup-samples 10240 or more"],
+        ),
+        (
+            {"train_iters": 1000, "lr_warmup_fraction": 0.005},
+            settings(),
+            ["use --lr-warmup-iters 160 or more in place of --lr-warmup-fraction, or"],
+        ),
+        (
+            {"train_iters": 1000, "lr_warmup_iters": 200, "lr_warmup_init": 1e-3, "lr": 1e-3},
+            settings(),
+            ["11.1 times", "use --lr-warmup-iters 160 or more with --lr-warmup-init 0"],
         ),
         ({"train_iters": 1000}, settings(beta1=0.0), ["a larger --came-beta1"]),
         ({"train_iters": 1000}, settings(beta2=0.95, beta3=0.999), ["3.5 times", "iters 15 or"]),

@@ -67,6 +67,7 @@ FSDP = (
 )
 FAILING = {
     "unknown flag": (SMALL + "--gpus 1 --nonsense 3", "unrecognized arguments: --nonsense 3."),
+    "bad choice": (SMALL + "--gpus 1 --tokenizer-type Gpt2", "invalid choice: 'Gpt2'"),
     "bad value": (SMALL + "--gpus 1 --num-layers x", "--num-layers: invalid int value: 'x'."),
     "impossible sizes": (SMALL + "--gpus 8 " + tp(3), "world size (8) is not divisible"),
     "uneven experts": (

@@ -36,6 +36,7 @@ def replaced():
     [
         ("", 1, 30592),
         ("--spec local ", 2, 30592),
+        ("--attention-backend flash ", 1, 30592),
         (tp(2) + pp(2), 4, 30720),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_came.terminal.console import Head, counted, table, wrapped
+from megatron_came.terminal.console import Head, counted, show, table, wrapped
 from megatron_came.terminal.sentences import status_of
 
 
@@ -73,13 +73,12 @@ def test_things_are_counted():
 class TestNoRoom:
     """For what is printed, or for a file: only the second is the command's to name."""
 
-    def test_printed(self, monkeypatch):
+    @pytest.mark.parametrize("lines", [["x"], ["x" * 79] * 500], ids=["some", "many"])
+    def test_printed(self, lines, monkeypatch):
         with suppress(OSError), open("/dev/full", "w") as full:  # closing it fails as well
             monkeypatch.setattr(sys, "stdout", full)
             with pytest.raises(OSError, match="No space left"):
-                status_of(
-                    lambda: print("x", flush=True), "", remedy="name another", place=Path("y")
-                )
+                status_of(lambda: show(lines), "", remedy="name another", place=Path("y"))
 
     def test_written(self, capsys):
         def work():

@@ -33,6 +33,10 @@ REFUSED = {
         "--optimizer adam --load {came}",
         "--optimizer came, this run has",
     ),
+    "pretrained": (
+        "--optimizer came --finetune --pretrained-checkpoint {came}-not",
+        "came-not cannot be read (FileNotFoundError: No checkpoint found in",
+    ),
     "schedules": (
         "--optimizer came --override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
         "of the flags and of the checkpoint: leave one of them out",
@@ -61,6 +65,10 @@ UNFINISHED = {
     "warm-up": (
         f"{SIZES} --lr 1e-3 --train-iters 2 --lr-warmup-iters 2",
         "--lr-warmup-iters 2 is not shorter than the schedule of the learning rate",
+    ),
+    "schedule": (
+        f"{SIZES} --lr 1e-3 --train-iters 2 --eval-interval 9 --lr-decay-style WSD",
+        "Megatron stops at 'assert self.wsd_decay_steps is not None'",
     ),
     "adam": ("--optimizer adam --num-layers 2", "Megatron needs --hidden-size: add it"),
 }

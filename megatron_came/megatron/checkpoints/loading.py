@@ -85,7 +85,7 @@ def _checked(
     except Exception as error:
         if run.optimizer != "came" or LOST in str(error):
             raise
-        folder = load.folder or run.load
+        folder = load.folder or run.load or getattr(run, "pretrained_checkpoint", None)
         stop(folders.misread(folder, run, opening=True) or _unreadable(folder, error), error)
     finally:
         current.reset(token)
