@@ -41,8 +41,12 @@ def local_of(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: a plain tensor on the same memory."""
     if not is_dtensor(tensor):
         return tensor
-    local: Any = tensor._local_tensor
-    return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
+    return _arrived(tensor._local_tensor)
+
+
+def _arrived(tensor: Any) -> Tensor:
+    """Wait for what a functional collective returns; it has no memory of its own."""
+    return tensor.wait() if hasattr(tensor, "wait") else tensor  # type: ignore[no-any-return]
 
 
 def local_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
@@ -51,10 +55,18 @@ def local_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
     Tensor parallelism leaves gradients that are sums over ranks yet to be made (Partial).
 
     Raises:
-        ValueError: the gradient of a ``DTensor`` is none, or lies on another mesh.
+        ValueError: the gradient of a ``DTensor`` is none, or lies on another mesh; or that of
+            another tensor is one.
     """
-    if grad is None or not is_dtensor(param):
-        return grad
+    if grad is None:
+        return None
+    if not is_dtensor(param):
+        if is_dtensor(grad):
+            raise ValueError(
+                f"CAME: the gradient of a plain tensor of shape {tuple(param.shape)} is a DTensor: "
+                "set it to the DTensor's full_tensor()."
+            )
+        return _arrived(grad)
     if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
         raise ValueError(
             f"CAME: the gradient of a DTensor of shape {tuple(param.shape)} must be a DTensor on "

@@ -34,12 +34,13 @@ class Snapshot(NamedTuple):
         """
         present = [grad for grad in grads if grad is not None]
         lacking = [] if len(present) == len(grads) else [grad is None for grad in grads]
-        state = list(chain.from_iterable(map(dict.values, states.values())))
         rest = [*present, *weights]
         others = [*params, *rest]
         try:
-            if any(map(Tensor.is_neg, others)):  # what is at the address has another sign
+            # Of other classes data may be elsewhere; what is at the address may have another sign.
+            if {*map(type, present)} - {Tensor} or any(map(Tensor.is_neg, others)):
                 return None
+            state = list(chain.from_iterable(map(dict.values, states.values())))
             facts = (
                 list(map(_address, others)),
                 list(map(_dtype, others)),

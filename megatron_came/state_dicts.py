@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_came import dtensors
-from megatron_came.core.hyperparameters import check_group, check_step
+from megatron_came.core.hyperparameters import check_group, check_step, with_plain_numbers
 from megatron_came.core.momentum import MOMENTUM, SCALE, is_complete
 from megatron_came.core.saved import momentum_ranges, set_momentum
 from megatron_came.core.shard import Shard
@@ -51,7 +51,10 @@ class WithStateDicts(torch.optim.Optimizer):
         def make_portable(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             params = list(chain.from_iterable(group["params"] for group in self.param_groups))
             for key, state in state_dict["state"].items():
-                state_dict["state"][key] = dtensors.portable(params[key], state)
+                if isinstance(key, int):  # or a wrapper's, of no parameter
+                    state_dict["state"][key] = dtensors.portable(params[key], state)
+            for group in state_dict["param_groups"]:  # schedules may have put in NumPy's
+                with_plain_numbers(group)
 
         if self._shards:
             return super().state_dict()
@@ -78,22 +81,31 @@ class WithStateDicts(torch.optim.Optimizer):
             is_partial = bool(self._shards)
             states.update(_states_in(final, self.param_groups, self._new_state, is_partial))
             groups = _complete_groups(final, self.defaults, self.param_groups)
-            return {"state": {}, "param_groups": groups}  # PyTorch would cast state, all at once
+            # Of parameters PyTorch would cast it, all at once.
+            return {"state": _without_parameter(final), "param_groups": groups}
+
+        def fill(_: torch.optim.Optimizer) -> None:
+            for param, saved in states.items():  # one at a time: the old state is gone by now
+                own = {key: saved.pop(key) for key in [*saved] if key in KNOWN}
+                state = _as_state(own, self._new_state(param), param) if own else {}
+                for key, value in saved.items():  # what others keep beside it, counts of steps
+                    device = torch.device("cpu") if key == STEP else param.device
+                    is_tensor = isinstance(value, Tensor)
+                    state[key] = value.to(device, copy=True) if is_tensor else value
+                self.state[param] = state
 
         if not isinstance(state_dict, Mapping):
             take(self, state_dict)  # says so
-        hook = self.register_load_state_dict_pre_hook(take)  # the last: others may change it
+        # The last and the first: others may change what is loaded, before and after.
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        for param, saved in states.items():  # one at a time: the old state is gone by now
-            own = {key: saved.pop(key) for key in [*saved] if key in KNOWN}
-            state = _as_state(own, self._new_state(param), param) if own else {}
-            for key, value in saved.items():  # what others keep beside it, and counts of steps
-                device = torch.device("cpu") if key == STEP else param.device
-                state[key] = value.to(device, copy=True) if isinstance(value, Tensor) else value
-            self.state[param] = state
+            for hook in hooks:
+                hook.remove()
 
 
 def _states_in(
@@ -122,7 +134,10 @@ def _states_in(
     mine = chain.from_iterable(group["params"] for group in groups)
     pairs = dict(zip(saved_params, mine, strict=True))
     states = {}
+    others = _without_parameter(state_dict)
     for key, state in state_dict["state"].items():
+        if key in others:
+            continue
         if key not in pairs:
             raise ValueError(
                 f"CAME: the state dictionary holds state of a parameter {key!r} that its "
@@ -130,6 +145,18 @@ def _states_in(
             )
         states[pairs[key]] = _checked(state, key, pairs[key], new_state, is_partial)
     return states
+
+
+def _without_parameter(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a wrapper keeps of no parameter: under a name, and without a key of CAME's."""
+    listed = {*chain.from_iterable(group["params"] for group in state_dict["param_groups"])}
+    return {
+        key: value
+        for key, value in state_dict["state"].items()
+        if isinstance(key, str)
+        and key not in listed
+        and (not isinstance(value, Mapping) or value.keys().isdisjoint(KNOWN))
+    }
 
 
 def _checked(
@@ -160,16 +187,18 @@ def _complete_groups(
     """Return its parameter groups, and in them what an older version's or the authors' lack.
 
     The authors' class counts steps with each parameter, and bias correction needs them. What the
-    state was made for stays this optimizer's.
+    state was made for stays this optimizer's, and so does what PyTorch's named state dictionaries
+    lack of a group without parameters.
     """
-    steps = [state.get("step") for state in state_dict["state"].values()]
+    states = [state for state in state_dict["state"].values() if isinstance(state, Mapping)]
+    steps = [state.get("step") for state in states if MOMENTUM in state]
     taken = max((step for step in steps if isinstance(step, int)), default=0)
     complete = {**defaults, "step": taken}
     groups = []
     for group, mine in zip(state_dict["param_groups"], own, strict=True):
         made = {key: value for key, value in group.items() if key != "factored"}
         kept = {"factored": mine["factored"]} if "factored" in mine else {}
-        groups.append({**complete, **made, **kept})
+        groups.append({**complete, **({} if group["params"] else mine), **made, **kept})
     return groups
 
 
@@ -245,7 +274,7 @@ def _check_groups(saved: Any, groups: Sequence[Mapping[str, Any]], is_partial: b
                 f"a list 'params', not this {_kind(group)}."
             )
         lacking = [key for key in _SETTINGS if key not in group]
-        if lacking and not is_partial:
+        if lacking and not is_partial and group["params"]:
             has = ", ".join(repr(key) for key in group if key != "params")
             raise ValueError(
                 f"CAME: parameter group {index} of the state dictionary has no "

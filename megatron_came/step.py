@@ -301,7 +301,8 @@ class Plan:
             now: all tensors of it.
             states: of all parameters, where the step may be undone.
         """
-        kept = (state.get(key) for state in states.values() for key in SECOND_MOMENTS)
+        own = (state for param, state in states.items() if isinstance(param, Tensor))
+        kept = (state.get(key) for state in own for key in SECOND_MOMENTS)
         moments = [dtensors.local_of(moment) for moment in kept if moment is not None]
         old = list(torch._foreach_mul(moments, 1.0)) if moments else []
         before, self._steps, self.settings = self._steps, {}, None  # until it is taken

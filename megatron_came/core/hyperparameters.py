@@ -2,10 +2,10 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
-from typing import Any, NamedTuple, SupportsIndex, cast
+from typing import Any, NamedTuple, SupportsIndex, TypeGuard, cast
 
 import torch
 
@@ -32,14 +32,18 @@ class HyperparameterError(ValueError):
         return HyperparameterError(f"{self.name} in {where}", self.value, self.allowed)
 
 
+# What a schedule that ends at 0 may be below it: LinearLR's last rate is -4e-19.
+_ROUNDING = 1e-12
+
+
 def check_number(name: str, value: object, low: float) -> float:
-    """Return ``value`` as a float if it is finite and at least ``low``.
+    """Return ``value`` as a float if it is finite and, but for rounding, at least ``low``.
 
     Raises:
         HyperparameterError: if it is not.
     """
     number = _number(value)
-    if not math.isfinite(number) or number < low:
+    if not math.isfinite(number) or number < low - _ROUNDING:
         raise HyperparameterError(name, value, f"a finite number at least {low:g}")
     return number
 
@@ -56,6 +60,11 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return math.nan
+
+
+def _is_tuple(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a tuple, a list, or a list of a configuration, as OmegaConf's."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
 def _plain(value: Any) -> Any:
@@ -168,7 +177,7 @@ class Hyperparameters:
             found = group[key]
             if names == [key]:
                 values[key] = found
-            elif not isinstance(found, tuple | list) or len(found) != len(names):
+            elif not _is_tuple(found) or len(found) != len(names):
                 raise HyperparameterError(key, found, f"a tuple of {len(names)} numbers")
             else:
                 values.update(zip(names, found, strict=True))
@@ -318,7 +327,7 @@ def with_plain_numbers(group: MutableMapping[str, Any]) -> None:
     """
     for key in ("lr", "weight_decay", *GROUP_KEYS):
         value = group.get(key)
-        if isinstance(value, tuple | list):
+        if _is_tuple(value):
             group[key] = tuple(map(float, value))
         elif key == "lr" and isinstance(value, torch.Tensor):
             continue

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from collections import UserList
 
 import came_pytorch
 import pytest
@@ -165,6 +166,35 @@ def test_groups_added_after_steps_and_schedules_are_followed(kernels):
     optimizer.step()
     assert torch.equal(first, before)
     assert not torch.equal(second, other)
+
+
+@with_all_kernels
+def test_a_schedule_may_miss_zero_by_rounding(kernels):
+    """The last rate of LinearLR may be -4e-19."""
+    start, history = torch.randn(6, 5), random_history((6, 5), steps=8)
+    params = [torch.nn.Parameter(start.clone().to(DEVICES[kernels])) for _ in range(2)]
+    optimizers = CAME([params[0]], lr=1e-2, kernels=kernels), came_pytorch.CAME([params[1]], 1e-2)
+    for optimizer, param in zip(optimizers, params, strict=True):
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, 7)
+        for gradient in history:
+            train(optimizer, param, [gradient])
+            rate = optimizer.param_groups[0]["lr"]
+            schedule.step()
+    assert -1e-18 < rate < 0.0
+    assert distance(*params, start.to(DEVICES[kernels])) <= TOLERANCE[torch.float32]
+    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    optimizers[0].param_groups[0]["lr"] = -1e-9
+    with pytest.raises(ValueError, match="at least 0"):
+        optimizers[0].step()
+
+
+def test_lists_of_a_configuration_are_taken_for_tuples():
+    """OmegaConf's are no lists of Python's."""
+    betas, eps = UserList([0.8, 0.99, 0.999]), UserList([1e-30, 1e-16])
+    (group,) = CAME([torch.nn.Parameter(torch.ones(2, 2))], betas=betas, eps=eps).param_groups
+    assert (group["betas"], group["eps"]) == ((0.8, 0.99, 0.999), (1e-30, 1e-16))
+    with pytest.raises(ValueError, match="eps = b'ab' is not allowed"):
+        CAME([torch.nn.Parameter(torch.ones(2, 2))], eps=b"ab")
 
 
 def test_closure():

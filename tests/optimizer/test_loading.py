@@ -5,6 +5,7 @@ import math
 import re
 
 import came_pytorch
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +191,51 @@ def test_hooks_see_and_change_what_is_loaded():
     handle.remove()
     assert optimizer.param_groups[0]["lr"] == 3e-2
     assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+def test_hooks_see_and_change_what_was_loaded():
+    optimizer = step(CAME(parameters(), lr=1e-2))
+    saved = snapshot(optimizer)
+
+    def forget_momentum(loaded):
+        for state in loaded.state.values():
+            state["exp_avg"].zero_()
+
+    optimizer.register_load_state_dict_post_hook(forget_momentum)
+    optimizer.load_state_dict(saved)
+    assert len(optimizer.state) == 2
+    assert not any(state["exp_avg"].any() for state in optimizer.state.values())
+    assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1
+
+
+@pytest.mark.parametrize("momentum", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("guard", [None, 50.0])
+@pytest.mark.parametrize("value", [3, {"count": 3.0}, {"step": 7, "scale": torch.ones(2)}], ids=str)
+def test_what_a_wrapper_keeps_of_no_parameter_is_saved_and_loaded(value, guard, momentum):
+    """As pytorch_optimizer's TRAC does: state has its own name there."""
+    settings = {"lr": 1e-2, "spike_guard": guard, "momentum_dtype": momentum}
+    plain, optimizer, other = (CAME(parameters(), **settings) for _ in range(3))
+    optimizer.state["wrapper"] = value
+    step(step(optimizer))
+    other.load_state_dict(snapshot(optimizer))
+    assert repr(other.state["wrapper"]) == repr(value)
+    step(step(plain))
+    assert other.param_groups[0]["step"] == 2
+    mine = plain.state_dict()["state"]
+    assert repr([other.state_dict()["state"][place] for place in mine]) == repr([*mine.values()])
+    step(other)
+    saved = snapshot(plain)
+    saved["state"]["0"] = saved["state"].pop(0)
+    assert_refused(plain, saved, "state of a parameter '0' that its parameter groups do not list")
+
+
+def test_numbers_of_a_schedule_in_numpy_go_through_a_file(tmp_path):
+    optimizer = step(CAME(parameters(), lr=1e-2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(0.5))
+    assert isinstance(optimizer.param_groups[0]["lr"], np.float64)
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True)
+    assert saved["param_groups"][0]["lr"] == schedule.get_last_lr()[0] == 5e-3
 
 
 def test_the_authors_state_with_its_own_keys_is_taken():

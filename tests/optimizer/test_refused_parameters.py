@@ -140,6 +140,10 @@ def test_dtensors_whose_placement_is_not_known_are_refused():
         sharded.decoupled_grad = torch.ones(6, 4, 4)
         with pytest.raises(ValueError, match="must be a DTensor on"):
             optimizer.step()
+        (plain,) = params = [torch.nn.Parameter(torch.ones(6, 4, 4))]
+        plain.grad = tensor.distribute_tensor(torch.ones(6, 4, 4), mesh)
+        with pytest.raises(ValueError, match=r"plain tensor of shape .* is a DTensor"):
+            CAME(params, lr=1e-2).step()
     finally:
         if made:
             dist.destroy_process_group()

@@ -6,6 +6,7 @@ import came_pytorch
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -96,6 +97,20 @@ def test_state_that_somebody_made_16_bit_is_refused(key, kernels):
     with pytest.raises(ValueError, match=f"CAME: state '{key}' of a parameter .*torch.float16"):
         step(optimizer, 1, first=1)
     assert all(map(torch.equal, optimizer.param_groups[0]["params"], before))
+
+
+@on_cpu_kernels
+def test_gradients_that_a_collective_has_yet_to_bring(kernels):
+    """They have no memory of their own, and each step has another at the same address, 0."""
+    waited, plain = parameters(), parameters()
+    for params in (waited, plain):
+        optimizer = CAME(params, lr=1e-2, kernels=kernels)
+        for number in range(4):
+            for param in params:
+                gradient = history(param.shape, number + 1)[-1]
+                param.grad = AsyncCollectiveTensor(gradient) if params is waited else gradient
+            optimizer.step()
+    assert all(map(torch.equal, waited, plain))
 
 
 def test_a_parameter_given_twice_is_refused():
@@ -260,6 +275,26 @@ def test_pytorchs_named_state_dictionaries(momentum, is_flat):
     assert other.param_groups[0]["step"] == 4
     for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-7 if momentum != torch.int8 else 1e-3)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_pytorchs_named_state_dictionaries_know_no_group_without_parameters(place):
+    model = torch.nn.Linear(30, 7)
+    optimizers = []
+    for each in (model, copy.deepcopy(model)):
+        groups = [{"params": each.weight, "lr": 1e-2}, {"params": each.bias, "lr": 1e-3}]
+        groups.insert(place, {"params": [], "lr": 0.5, "betas": (0.8, 0.9, 0.9)})
+        optimizers.append((each, CAME(groups, lr=1e-2)))
+    step(optimizers[0][1], 3)
+    saved = copy.deepcopy(get_optimizer_state_dict(*optimizers[0]))
+    set_optimizer_state_dict(*optimizers[1], saved)
+    optimizers[1][0].load_state_dict(model.state_dict())
+    for _, optimizer in optimizers:
+        assert optimizer.param_groups[place]["lr"] == 0.5
+        assert optimizer.param_groups[place]["betas"] == (0.8, 0.9, 0.9)
+        step(optimizer, 1, first=3)
+    weights = [[*each.parameters()] for each, _ in optimizers]
+    assert all(map(torch.equal, *weights))
 
 
 @pytest.mark.parametrize("empty", [(5, 0), (0, 5), (2, 0, 3), (0,)], ids=str)
