@@ -186,7 +186,7 @@ def compared(args: argparse.Namespace) -> list[Optimizer]:
     columns = [came(args, momentum) for momentum in precisions]
     if has_fsdp(args):
         return [*columns, ADAMW]
-    if args.bf16:
+    if args.bf16 and is_sharded(args):
         columns.append(came(args, "int8", "remainder"))
     columns.append(ADAMW)
     if args.bf16 and is_sharded(args):

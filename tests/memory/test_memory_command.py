@@ -228,7 +228,6 @@ def test_json_plot_and_fit(tmp_path, capsys, monkeypatch):
     assert f"{stage['parameters']:,} parameters" in text
     assert "micro-batch: the largest --micro-batch-size on 4 GPUs" in text
     assert "CAME bf16" in text
-    assert "CAME int8 + rem." in text
     assert values["fit"]["optimizers"][0]["micro_batch"] == 32
 
 
