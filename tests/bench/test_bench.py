@@ -6,8 +6,9 @@ import re
 import tempfile
 
 import pytest
+import torch
 
-from megatron_came.bench import command
+from megatron_came.bench import command, floors
 from megatron_came.bench.shapes import shapes_of
 
 
@@ -15,10 +16,16 @@ def test_gpt2_sizes():
     assert sum(a * b for a, *rest in shapes_of("gpt2-medium") for b in rest or [1]) == 354_871_296
 
 
-def test_a_step_is_timed_and_written(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_came.bench.floors._ELEMENTS", 1 << 20)
+@pytest.mark.parametrize("every_floor", [False, pytest.param(True, marks=pytest.mark.matrix)])
+def test_a_step_is_timed_and_written(tmp_path, capsys, monkeypatch, every_floor):
+    monkeypatch.setattr(floors, "_ELEMENTS", 1 << 20)
+    floor = floors.seconds_per_parameter
+    if not every_floor:  # which are loops that take seconds to compile for each dtype
+        monkeypatch.setattr(
+            floors, "seconds_per_parameter", lambda traffic, _: floor(traffic, torch.float32)
+        )
     file = tmp_path / "results" / "one.json"
-    options = ["--model", "gpt2-mini", "--layers", "1", "--steps", "1", "--device", "cpu"]
+    options = ["--model", "nanogpt-char", "--layers", "1", "--steps", "1", "--device", "cpu"]
     assert command.main([*options, "--only", "came,", "adamw, fused", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     names = [one["name"] for one in report["results"]]

@@ -1,6 +1,7 @@
 """Momentum in 16 and 8 bits, and fp32 weights as bf16 weights and remainders."""
 
 import copy
+import itertools
 
 import came_pytorch
 import numpy as np
@@ -25,6 +26,7 @@ from tests.support.oracle import (
 # are halves of rows of 512.
 SHAPES = ((20, 150), (334,), (34000,), (2, 5, 61), (10, 1100), (6, 512))
 SMALL = (torch.bfloat16, torch.int8)
+CUTS = ("whole", "sliced", "aligned", "stacked projections")
 on_all = pytest.mark.parametrize("kernels", DEVICES)
 
 
@@ -147,8 +149,19 @@ def weights_of(params, optimizer):
     ]
 
 
-@on_all
-@pytest.mark.parametrize("momentum", [torch.float32, *SMALL], ids=str)
+@pytest.mark.parametrize(
+    ("momentum", "kernels"),
+    [
+        pytest.param(
+            momentum,
+            kernels,
+            marks=INTERPRETED if kernels == "triton" and momentum != torch.int8 else (),
+        )
+        for momentum in (torch.float32, *SMALL)
+        for kernels in DEVICES
+    ],
+    ids=str,
+)
 def test_remainders_train_as_fp32_weights_do(kernels, momentum):
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -163,9 +176,18 @@ def test_remainders_train_as_fp32_weights_do(kernels, momentum):
         assert torch.equal(fp32, two_halves)
 
 
-@pytest.mark.parametrize("kernels", COMPILED)
-@pytest.mark.parametrize("momentum", SMALL, ids=str)
-@pytest.mark.parametrize("cut", ["whole", "sliced", "aligned", "stacked projections"])
+@pytest.mark.parametrize(
+    ("cut", "momentum", "kernels"),
+    [
+        *itertools.product(CUTS, SMALL, ["numba"]),
+        *zip(CUTS, itertools.cycle(SMALL), itertools.repeat("triton"), strict=False),
+        *(
+            pytest.param(cut, momentum, "triton", marks=INTERPRETED)
+            for cut, momentum in zip(CUTS, itertools.cycle(SMALL[::-1]), strict=False)
+        ),
+    ],
+    ids=str,
+)
 def test_kernels_round_as_the_plain_path_does(kernels, momentum, cut, monkeypatch):
     """The same random bits, but where a number was on the verge of another rounding."""
     monkeypatch.setattr("megatron_came.core.sums.dist.all_reduce", lambda *_, **__: None)

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_came.data.indexed import DatasetWriter
+from megatron_came.terminal.children import end_with_parent
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -31,6 +33,7 @@ def run(
         for name, value in os.environ.items()
         if name not in ours and not name.startswith(("SLURM", "RANK", "WORLD_SIZE", "MASTER"))
     }
+    parent = os.getpid()
     return subprocess.run(
         # On a SIGTERM torchrun ends its workers; a SIGKILL would leave them behind.
         ["timeout", "300", str(EXAMPLES / script), *arguments],
@@ -38,6 +41,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=lambda: end_with_parent(parent, signal.SIGTERM),
     )
 
 

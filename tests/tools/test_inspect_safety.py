@@ -72,13 +72,8 @@ def list_of(iterator):
 
 REFUSED = list(attacks(Path("nothing")))
 PLACES = (
-    "metadata",
-    "common.pt",
-    "common_state",
-    "rng_state",
-    "shard",
-    "model_optim_rng.pt",
-    "distrib_optim.pt",
+    *("metadata", "common.pt", "common_state", "rng_state", "shard"),
+    *("model_optim_rng.pt", "distrib_optim.pt"),
 )
 
 
@@ -163,7 +158,6 @@ def opcodes(*parts: bytes | str | int) -> bytes:
 
 GLOBAL, REDUCE, BUILD, EMPTY, TUPLE1, TUPLE2 = b"\x93", b"R", b"b", b")", b"\x85", b"\x86"
 NAMESPACE = ("argparse", "Namespace", GLOBAL)
-WITH_ATTRIBUTES = (NAMESPACE, EMPTY, b"\x81")
 CRAFTED = {
     # Attributes of what is allowed, all the way to what is not.
     "dotted": opcodes("argparse", "Namespace.__init__.__globals__", GLOBAL),
@@ -197,18 +191,8 @@ CRAFTED = {
     "storage-outside": opcodes("a", b"Q"),
     "reconstructor": opcodes("copyreg", "_reconstructor", GLOBAL, "os", "x", TUPLE2, REDUCE),
     "type-v2": opcodes(
-        "torch._tensor",
-        "_rebuild_from_type_v2",
-        GLOBAL,
-        b"(",
-        "builtins",
-        "list",
-        GLOBAL,
-        b"N",
-        b"N",
-        b"N",
-        b"t",
-        REDUCE,
+        *("torch._tensor", "_rebuild_from_type_v2", GLOBAL),
+        *(b"(", "builtins", "list", GLOBAL, b"NNNt", REDUCE),
     ),
     "tensor-without-storage": opcodes(
         "torch._utils", "_rebuild_tensor_v2", GLOBAL, b"(", "x", 0, EMPTY, EMPTY, b"t", REDUCE

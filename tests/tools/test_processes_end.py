@@ -136,7 +136,9 @@ def test_a_launch_script_hears_signals() -> None:
 
 
 _TRAINER = """
-import os, sys, time
+import multiprocessing, os, sys, time
+from pathlib import Path
+import torch
 if __name__ == "__mp_main__":
     raise RuntimeError("the queue's process runs the script")
 if __name__ == "__main__":
@@ -152,10 +154,12 @@ if __name__ == "__main__":
     queue_of = next(vars(filesystem_async)[n] for n in names if n in vars(filesystem_async))
     queue = queue_of(how)
     assert queue is queue_of(how)
-    queue.put(3)
-    assert queue.get() == 3
+    queue.put(torch.float32)
+    assert queue.get_nowait() == torch.float32
+    (pid,) = [child.pid for child in multiprocessing.active_children()]
+    assert how == "fork" or "torch" not in Path(f"/proc/{pid}/maps").read_text()
     worker = async_utils.PersistentAsyncCaller._get_process(0, how)
-    print("pids", worker.pid, queue._manager._process.pid, flush=True)
+    print("pids", worker.pid, pid, flush=True)
     if ending == "exit":
         os._exit(1)
     if ending == "error":

@@ -205,6 +205,7 @@ def run_chains(chains: Sequence[list[Case]], folder: Path) -> dict[str, list[dic
     Returns:
         By name of the case, what its rank saw.
     """
+    _nursery(WORKER)  # of which both would start one
     halves = [list(itertools.chain.from_iterable(chains[first::2])) for first in range(2)]
     with ThreadPoolExecutor() as pool:
         results = pool.map(run, (1, 1), halves, (folder / "first", folder / "second"))

@@ -24,6 +24,8 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from megatron_came.terminal.children import end_with_parent
+
 
 def free_port() -> int:
     with socket.socket() as server:
@@ -35,6 +37,7 @@ class Run(socketserver.StreamRequestHandler):
     """One run, in a process of its own."""
 
     def handle(self) -> None:
+        end_with_parent(self.server.pid)
         request = json.loads(self.rfile.readline())
         with Path(request["log"]).open("w") as log:
             for descriptor in (1, 2):
@@ -86,6 +89,7 @@ def _end(rank: BaseProcess) -> None:
 
 
 def _be_rank(rank: int, worker: str, arguments: list[str]) -> None:
+    end_with_parent(multiprocessing.parent_process().pid)
     os.setpgid(0, 0)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     sys.argv = [worker, *arguments]
@@ -99,7 +103,7 @@ class Nursery(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
 
     def __init__(self, path: str) -> None:
         super().__init__(path, Run)
-        self._parent = os.getppid()
+        self.pid, self._parent = os.getpid(), os.getppid()
 
     def service_actions(self) -> None:
         super().service_actions()

@@ -41,7 +41,10 @@ LAYOUTS = {
     },
     4: {"tp2-dp2": (DO + TP, (0.5, 1)), "tp2-dp2-bf16": (OVERLAP + TP + "--bf16 ", (0.5,))},
 }
-MATRIX = ("one-bf16", "triton", "moe", "plain", "bf16-gradients", "tp2-dp2-bf16", "full")
+MATRIX = (
+    *("one-bf16", "triton", "moe", "plain", "bf16-gradients", "tp2-dp2", "tp2-dp2-bf16", "full"),
+    "weights-fp32",
+)
 # Every layout offloads half; other fractions are quick here.
 OTHER_FRACTIONS = {("fp32", 0), ("fp32", 1), ("bf16", 1)}
 # What is saved at 3 of 6 iterations, and goes on with the other choice.
@@ -68,6 +71,12 @@ OFFLOADED = {"": "", "-half": offload(0.5)}
 
 def _is_quick(name, fraction):
     return name not in MATRIX and (fraction == 0.5 or (name, fraction) in OTHER_FRACTIONS)
+
+
+def _mark(names):
+    return [
+        pytest.param(name, marks=pytest.mark.matrix if name in MATRIX else ()) for name in names
+    ]
 
 
 def _names(ranks):
@@ -138,7 +147,7 @@ def _from_weights(name, flags, folder):
     ]
 
 
-@pytest.mark.parametrize("name", FROM_WEIGHTS)
+@pytest.mark.parametrize("name", _mark(FROM_WEIGHTS))
 def test_training_starts_from_loaded_weights(seen, name):
     assert losses(seen[name])[0] < losses(seen[f"{name}-first"])[0] - 0.1
     for plain, ours in zip(seen[name], seen[f"{name}-half"], strict=True):
@@ -158,10 +167,7 @@ def test_what_is_offloaded_is_updated_to_the_same_bits(seen, ranks, name, fracti
 
 
 @pytest.mark.parametrize("way", ["to", "from"])
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.matrix if name in MATRIX else ()) for name in SAVED],
-)
+@pytest.mark.parametrize("name", _mark(SAVED))
 def test_checkpoints_resume_with_and_without_it(seen, name, way):
     straight, second = seen[f"{name}-straight"], seen[f"{name}-{way}"]
     assert losses(second) == losses(straight)[3:]

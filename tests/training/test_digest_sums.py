@@ -1,17 +1,21 @@
 """Sums of digests over ranks of which none holds all, nor knows all names."""
 
 import gc
+import pickle
+import sys
 import weakref
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from megatron_came.core.digests import MOMENTUM, WEIGHTS, PlacedBox, digest_whole
 from megatron_came.megatron.checkpoints.digests import leaves
 from megatron_came.megatron.checkpoints.digests.leaves import Entry, Leaf
 from megatron_came.megatron.checkpoints.digests.saving import record_of
 from megatron_came.megatron.checkpoints.digests.sums import Sums, distinct
+from tests.training.groups import connect, meet
+from tests.training.harness import fork
 
 RANKS = 3
 
@@ -38,10 +42,10 @@ def _tensors():
     return {name: torch.randn(7, 5, generator=generator) for name in ("a", "b", "c")}
 
 
-def _ranks_add(rank, store, results):
+def main():
     """Ranks 0 and 1 hold unlike slices of a and b, rank 2 all of c, as the last stage would."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    whole = _tensors()
+    connect("sums", meet())
+    rank, whole = dist.get_rank(), _tensors()
     mine = {name: whole[name].clone() for name in (("c",) if rank == 2 else ("a", "b"))}
     entries = {id(tensor): _entry(name, tensor) for name, tensor in mine.items()}
     by_name = {entry.leaves[0].name: entry for entry in entries.values()}
@@ -57,15 +61,14 @@ def _ranks_add(rank, store, results):
     added.differing["c" if rank == 2 else "a"] += 2
     values = distinct(added.names)
     names = tuple(name for each in values for name in each)
-    results[rank] = (len(values), distinct(rank == 1), added.over_all_ranks(names))
+    seen = (len(values), distinct(rank == 1), added.over_all_ranks(names))
+    Path(sys.argv[1], f"{rank}").write_bytes(pickle.dumps(seen))
     dist.destroy_process_group()
 
 
 def test_sums_over_ranks_that_hold_unlike_parts_are_those_of_the_whole(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_ranks_add, (str(tmp_path / "store"), results), nprocs=RANKS)
-        (first, *others) = [results[rank] for rank in range(RANKS)]
+    assert not fork(__name__, RANKS, [str(tmp_path)], tmp_path / "log")
+    first, *others = (pickle.loads((tmp_path / f"{rank}").read_bytes()) for rank in range(RANKS))
     assert all(other == first for other in others)
     lists, flags, totals = first
     assert (lists, flags) == (2, [False, True])

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import os
 import signal
 import sys
@@ -152,21 +153,21 @@ def _killed_while_saving():
     return mock.patch.object(writer, "retrieve_write_results", die)
 
 
-def _exploding():
-    """The loss, and with it every gradient, is 1e25 times too large from the third iteration on.
-
-    An iteration is two micro-batches.
-    """
+def _loss_times(factor):
+    """The loss of a micro-batch is so many times as large, by its number; an iteration has two."""
     from megatron_came import pretrain_gpt
 
-    original, calls = pretrain_gpt.loss_func, []
+    original, numbers = pretrain_gpt.loss_func, itertools.count(1)
 
-    def explode(*args):
-        calls.append(args)
-        loss, *rest = original(*args)
-        return loss * (1e25 if len(calls) > 2 * 2 else 1.0), *rest
+    def changed(mask, output):
+        return original(mask, output * factor(next(numbers)))
 
-    return mock.patch.object(pretrain_gpt, "loss_func", explode)
+    return mock.patch.object(pretrain_gpt, "loss_func", changed)
+
+
+def _spiky(iteration=3, factor=100.0):
+    """The loss of one iteration is many times as large."""
+    return _loss_times(lambda number: factor if (number + 1) // 2 == iteration else 1.0)
 
 
 def _is_last():
@@ -267,20 +268,6 @@ def _fp8_on_last():
     return stack
 
 
-def _bad_loss(first):
-    """From iteration ``first`` on, the last rank's loss is NaN."""
-    from megatron_came import pretrain_gpt
-
-    original, calls = pretrain_gpt.loss_func, []
-
-    def spoiled(mask, output):
-        calls.append(mask)
-        bad = len(calls) > 2 * (first - 1) and dist.get_rank() == dist.get_world_size() - 1
-        return original(mask, output * float("nan") if bad else output)
-
-    return mock.patch.object(pretrain_gpt, "loss_func", spoiled)
-
-
 def _released():
     """A checkpoint is made a release once it is saved."""
     from megatron.training import checkpointing, training
@@ -301,20 +288,6 @@ def _all_documents():
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
     return mock.patch.object(MockGPTLowLevelDataset, "size", 100_000)
-
-
-def _spiky(iteration=3, factor=100.0):
-    """The loss of one iteration is many times as large; an iteration is two micro-batches."""
-    from megatron_came import pretrain_gpt
-
-    original, calls = pretrain_gpt.loss_func, []
-
-    def spoiled(mask, output):
-        calls.append(mask)
-        is_large = len(calls) in (2 * iteration - 1, 2 * iteration)
-        return original(mask, output * (factor if is_large else 1.0))
-
-    return mock.patch.object(pretrain_gpt, "loss_func", spoiled)
 
 
 def _broadcasting():
@@ -393,7 +366,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "oracle": lambda: mock.patch.object(builder, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         **{name: functools.partial(other_models.in_place, name) for name in other_models.MODELS},
-        "exploding": _exploding,
+        "exploding": lambda: _loss_times(lambda n: 1e25 if n > 4 else 1.0),
         "no-numba-on-last": _without_numba_on_last,
         "frozen-on-last": lambda: _frozen_on_last("decoder.layers.1.mlp.linear_fc1.weight"),
         "tied-frozen-on-last": lambda: _frozen_on_last("output_layer.weight"),
@@ -403,7 +376,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "nan-gradient-at-first": lambda: _bad_gradient(float("nan"), 1),
         "nan-gradient-once": lambda: _bad_gradient(float("nan"), 3, times=1),
         "inf-gradient": lambda: _bad_gradient(float("inf"), 3),
-        "nan-loss": lambda: _bad_loss(3),
+        "nan-loss": lambda: _loss_times(lambda n: float("nan") if n > 4 and _is_last() else 1.0),
         "nan-main-weight": lambda: _bad_main_weight(4),
         "fp8-on-last": _fp8_on_last,
         "released": _released,

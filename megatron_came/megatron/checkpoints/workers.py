@@ -6,6 +6,7 @@ ever, and hold the job's memory, files and ports.
 
 import multiprocessing
 import os
+import pickle
 import sys
 from multiprocessing.managers import SyncManager
 from types import ModuleType
@@ -33,6 +34,22 @@ def loop(*args: Any, **kwargs: Any) -> None:
     _loop(*args, **kwargs)
 
 
+class _Results:
+    """The queue of what was written, which its process has as bytes.
+
+    To hold Megatron's own it would import PyTorch, for seconds and in 450 MB of memory.
+    """
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, results: Any) -> None:
+        self._queue.put(pickle.dumps(results))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self._queue.get_nowait())
+
+
 @around
 def with_queue(original: Function, mp_mode: str = "spawn") -> Any:
     """Have the process of the queue of results end with the one that starts it.
@@ -48,5 +65,5 @@ def with_queue(original: Function, mp_mode: str = "spawn") -> Any:
             manager.start(end_with_parent, (os.getpid(),))
         finally:
             sys.modules["__main__"] = script
-        filesystem_async._results_queue = manager.Queue()
+        filesystem_async._results_queue = _Results(manager.Queue())
     return filesystem_async._results_queue
