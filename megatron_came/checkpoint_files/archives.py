@@ -164,6 +164,7 @@ class Archive:
         info = self.members.get(member)
         if info is None or numel * kind.dtype.itemsize > info.file_size:
             raise ValueError(f"storage {key!r:.40} is not in it, or shorter than it should be")
+        self.offset_of(member)  # it has a header, which PyTorch wants
         return Storage(self.name, member, partial(self._read, member), kind.dtype, numel)
 
     def whole(self, member: str) -> bytearray:

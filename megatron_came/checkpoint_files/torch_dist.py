@@ -112,7 +112,9 @@ def _layout(folder: Path, metadata: Any) -> Layout:
             raise ValueError("a name in it is no string")
         if entry.kind.endswith(".TensorStorageMetadata"):
             tensors[name] = _tensor(name, entry, items, has_prefix=is_fsdp(saved))
-        elif (name, None) in items:
+        elif (name, None) not in items:
+            raise ValueError(f"no file is named for {name}")
+        else:
             objects[name] = items[name, None]
     return Layout(tensors, objects)
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.folder import find
+from megatron_came.checkpoint_files.stored import Item
 from tests.support.stored_checkpoints import common, saved, write_distributed, write_legacy
 from tests.support.strangers import Call, refused
 
@@ -51,6 +54,17 @@ def test_archives_that_torch_does_not_write(tmp_path, capsys, change):
     file = rank / "model_optim_rng.pt"
     file.write_bytes(rewritten(file.read_bytes(), change))
     assert str(file) in refused(tmp_path, capsys, tmp_path / "marker")
+
+
+def test_a_tensor_whose_header_is_gone_is_noticed_when_the_pickle_is_read(tmp_path):
+    """A run looks that far alone before it says what it could not read."""
+    file = write_legacy(tmp_path) / "model_optim_rng.pt"
+    data = file.read_bytes()
+    headers = [found.start() for found in re.finditer(rb"PK\x03\x04", data)]
+    place = next(each for each in headers if b"/data/" in data[each : each + 60])
+    file.write_bytes(data[:place] + bytes(4) + data[place + 4 :])
+    with pytest.raises(CheckpointError, match="data/0 in it has no header"):
+        Item(file).load()
 
 
 def sound() -> bytes:

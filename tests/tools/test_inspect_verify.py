@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_came.core import digests, int8, records
 from megatron_came.tools import inspect
@@ -214,6 +215,16 @@ def test_broken_files(tmp_path, capsys, file, damage):
     assert "Traceback" not in said
     assert inspect.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_metadata_that_names_what_no_file_holds(tmp_path, capsys):
+    """A run would look for it in vain, as after a flipped bit of the name."""
+    path = write(tmp_path) / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["mlp._extra_state/shard_0_1"] = BytesStorageMetadata()
+    path.write_bytes(pickle.dumps(metadata))
+    said = verify(tmp_path, capsys, 1)
+    assert "no file is named for mlp._extra_state/shard_0_1" in said
 
 
 def test_metadata_that_goes_on_behind_its_end(tmp_path, capsys):

@@ -32,6 +32,7 @@ def seen(tmp_path_factory):
         Case("resumed", f"{SMALLER}{DO}--load {folder / 'full'}"),
         Case("stages", f"{STAGES}{saves}{folder / 'stages'}"),
         Case("unlisted", f"{STAGES}--load {folder / 'stages'}", "unlisted-on-last", fails=True),
+        Case("no memory", f"{STAGES}--load {folder / 'stages'}", "no-memory", fails=True),
         Case("file", f"{SMALLER}{DO}{saves}{file}", fails=True),
     ]
     for kind, numbers in READ.items():
@@ -69,6 +70,13 @@ def test_a_file_that_one_rank_cannot_write(seen):
 
 def test_a_stage_that_cannot_say_what_it_would_load(seen):
     assert "/stages cannot be read (AssertionError: a list)" in error_of(seen["unlisted"])
+
+
+def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(seen):
+    for rank, ended in enumerate(seen["no memory"]):
+        said = f"rank {rank} ran out of memory while the checkpoint in .*/stages was loaded"
+        assert re.search(said, ended["error"])
+        assert "damaged" not in ended["error"]
 
 
 def test_a_file_in_the_place_of_a_folder(seen):

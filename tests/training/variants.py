@@ -207,6 +207,12 @@ def _unlisted_on_last():
     return _with_models(break_)
 
 
+def _without_memory():
+    """No model can be loaded."""
+    fail = mock.Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    return _with_models(lambda model: setattr(model, "load_state_dict", fail))
+
+
 def _bad_gradient(value, first, times=1000):
     """From iteration ``first`` on, the last rank's gradient of one weight has three bad elements.
 
@@ -372,6 +378,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "tied-frozen-on-last": lambda: _frozen_on_last("output_layer.weight"),
         "uncut-on-last": _uncut_on_last,
         "unlisted-on-last": _unlisted_on_last,
+        "no-memory": _without_memory,
         "nan-gradient": lambda: _bad_gradient(float("nan"), 3),
         "nan-gradient-at-first": lambda: _bad_gradient(float("nan"), 1),
         "nan-gradient-once": lambda: _bad_gradient(float("nan"), 3, times=1),

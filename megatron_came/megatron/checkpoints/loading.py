@@ -6,6 +6,7 @@ ranks agree whether one of them has found a problem, so that they end together.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ def _checked(
     token = current.set(load)
     try:
         result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
-    except (UnsupportedError, torch.OutOfMemoryError, dist.DistError):
+    except (UnsupportedError, dist.DistError):
         raise  # the checkpoint is not to blame
     except SystemExit as end:
         if run.optimizer != "came" or end.code or load.is_finished:
@@ -86,7 +87,8 @@ def _checked(
         if run.optimizer != "came" or LOST in str(error):
             raise
         folder = load.folder or run.load or getattr(run, "pretrained_checkpoint", None)
-        stop(folders.misread(folder, run, opening=True) or _unreadable(folder, error), error)
+        problem = _out_of_memory(folder, error) or folders.misread(folder, run, opening=True)
+        stop(problem or _unreadable(folder, error), error)
     finally:
         current.reset(token)
     if run.optimizer == "came":
@@ -329,9 +331,10 @@ def _reason(load: Load, error: BaseException, args: Any) -> str:
     errors = [error]
     if isinstance(error, CheckpointException):
         errors += [failure[0] for failure in error.failures.values()]
+    if problem := next(filter(None, (_out_of_memory(load.folder, each) for each in errors)), None):
+        return problem
     if load.other_buckets and any("bucket_idx" in str(each) for each in errors):
         return load.other_buckets
-    problem = None
     if load.asked is not None:
         try:
             folder = folders.name_of(load.folder, args, return_base_dir=True)
@@ -340,6 +343,17 @@ def _reason(load: Load, error: BaseException, args: Any) -> str:
             pass  # that it is unreadable is said below
     problem = problem or folders.misread(load.folder, args, opening=True)
     return problem or _of_flags(load.folder, error, args) or _unreadable(load.folder, error)
+
+
+def _out_of_memory(load_dir: Any, error: BaseException) -> str | None:
+    """Say in one sentence that memory ran out, if so; a CPU's allocator raises a RuntimeError."""
+    said = re.search("an(no|')t allocate memory", str(error))
+    if not said and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return None
+    return (
+        f"rank {rank()} ran out of memory while the checkpoint in {load_dir} was loaded "
+        f"({_first_line(error)}): give it more, or share the model among more ranks."
+    )
 
 
 def _of_flags(load_dir: Any, error: BaseException, args: Any) -> str | None:
@@ -363,9 +377,14 @@ def _unreadable(load_dir: Any, error: BaseException) -> str:
     """Say in one sentence that a checkpoint cannot be read, and what to do."""
     if isinstance(error, CheckpointException):  # of several ranks: one of theirs
         error = next(iter(error.failures.values()))[0]
-    reason = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, CheckpointError):
+        return str(error)
     return (
-        f"the checkpoint in {load_dir} cannot be read ({type(error).__name__}: {reason}); if it is "
+        f"the checkpoint in {load_dir} cannot be read ({_first_line(error)}); if it is "
         "truncated or not Megatron's, resume from an earlier one with --ckpt-step ITERATION, or "
         f"{AFRESH}."
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
