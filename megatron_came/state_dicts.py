@@ -81,7 +81,7 @@ class WithStateDicts(torch.optim.Optimizer):
             is_partial = bool(self._shards)
             states.update(_states_in(final, self.param_groups, self._new_state, is_partial))
             groups = _complete_groups(final, self.defaults, self.param_groups)
-            # Of parameters PyTorch would cast it, all at once.
+            # PyTorch would cast the parameters' state, all at once.
             return {"state": _without_parameter(final), "param_groups": groups}
 
         def fill(_: torch.optim.Optimizer) -> None:
@@ -274,7 +274,7 @@ def _check_groups(saved: Any, groups: Sequence[Mapping[str, Any]], is_partial: b
                 f"a list 'params', not this {_kind(group)}."
             )
         lacking = [key for key in _SETTINGS if key not in group]
-        if lacking and not is_partial and group["params"]:
+        if lacking and not is_partial and group != {"params": []}:
             has = ", ".join(repr(key) for key in group if key != "params")
             raise ValueError(
                 f"CAME: parameter group {index} of the state dictionary has no "

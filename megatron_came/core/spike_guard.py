@@ -40,7 +40,7 @@ class SpikeGuard:
     """
 
     def __init__(self, factor: float, say: Callable[[str], None]) -> None:
-        if check_number("spike_guard", factor, 1.0) == 1.0:
+        if check_number("spike_guard", factor, 1.0) <= 1.0:
             raise HyperparameterError("spike_guard", factor, "a finite number above 1")
         self.factor, self.say, self.skipped = factor, say, 0
         self.members: Sequence[Any] = ()

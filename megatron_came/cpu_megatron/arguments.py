@@ -110,7 +110,8 @@ RULES = (
     Rule(
         "--recompute-modules mlp with biases does not end: add --disable-bias-linear.",
         when=lambda s: (
-            s.recompute_granularity == "selective"
+            not s.skip_train
+            and s.recompute_granularity == "selective"
             and "mlp" in (s.recompute_modules or ())
             and s.add_bias_linear
         ),
@@ -119,7 +120,8 @@ RULES = (
         "--num-experts {at.num_experts} with biases ends in an error of PyTorch's where Megatron's "
         "own experts lie whole on one rank, and this run is on the CPU: add --disable-bias-linear.",
         when=lambda s: (
-            s.num_experts
+            not s.skip_train
+            and s.num_experts
             and s.add_bias_linear
             and s.expert_model_parallel_size == 1
             and (s.expert_tensor_parallel_size or s.tensor_model_parallel_size) == 1

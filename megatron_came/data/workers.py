@@ -79,7 +79,7 @@ def _start(
     # A fork has what is loaded here already; nothing runs beside it that could hold a lock.
     method = "spawn" if afresh else "fork" if sys.platform == "linux" else None
     context: Any = multiprocessing.get_context(method)
-    if afresh:  # else the first start lets Ctrl-C through again, which is held back below
+    if method != "fork":  # its first start lets Ctrl-C through again, which is held back below
         resource_tracker.ensure_running()
     ours: list[Connection] = []
     for _ in range(workers):

@@ -46,7 +46,8 @@ def warms_up_to_the_end(unit: str) -> Callable[[Settings], bool]:
     def leaves_nothing(s: Settings) -> bool:
         if s.skip_train:  # there is none
             return False
-        whole = getattr(s, f"lr_decay_{unit}") or getattr(s, f"train_{unit}") or unit == "fraction"
+        is_share = unit == "fraction"
+        whole = 1.0 if is_share else getattr(s, f"lr_decay_{unit}") or getattr(s, f"train_{unit}")
         return bool(whole) and getattr(s, f"lr_warmup_{unit}") >= whole
 
     return leaves_nothing

@@ -191,6 +191,13 @@ def test_refused(arguments: dict[str, object], sentence: str) -> None:
         {"attention_backend": SimpleNamespace(name="local")},
         {"sequence_parallel": True, "tensor_model_parallel_size": 2},
         {"num_experts": 4, "context_parallel_size": 2},
+        {
+            "skip_train": True,
+            "num_experts": 4,
+            "add_bias_linear": True,
+            "expert_model_parallel_size": 1,
+            "expert_tensor_parallel_size": 1,
+        },
         {"profile": True, "use_pytorch_profiler": True},
         {"context_parallel_size": 1, "cuda_graph_impl": "none"},
     ],

@@ -240,10 +240,12 @@ def test_numbers_of_a_schedule_in_numpy_go_through_a_file(tmp_path):
 
 def test_the_authors_state_with_its_own_keys_is_taken():
     theirs = step(came_pytorch.CAME(parameters(), lr=1e-2))
+    theirs.state["wrapper"] = {"step": 9}  # of its own
     optimizer = CAME(parameters(), lr=1e-3)
     optimizer.load_state_dict(theirs.state_dict())
-    for state in optimizer.state.values():
-        assert not {"step", "RMS"} & state.keys()
+    assert optimizer.param_groups[0]["step"] == 1
+    for param in optimizer.param_groups[0]["params"]:
+        assert not {"step", "RMS"} & optimizer.state[param].keys()
     step(optimizer)
 
 

@@ -34,7 +34,7 @@ REFUSED = {
         "--optimizer came, this run has",
     ),
     "pretrained": (
-        "--optimizer came --finetune --pretrained-checkpoint {came}-not",
+        "--optimizer came --finetune --load {came}-none --pretrained-checkpoint {came}-not",
         "came-not cannot be read (FileNotFoundError: No checkpoint found in",
     ),
     "schedules": (

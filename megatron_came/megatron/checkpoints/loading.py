@@ -86,7 +86,7 @@ def _checked(
     except Exception as error:
         if run.optimizer != "came" or LOST in str(error):
             raise
-        folder = load.folder or run.load or getattr(run, "pretrained_checkpoint", None)
+        folder = load.folder or getattr(run, "pretrained_checkpoint", None) or run.load
         problem = _out_of_memory(folder, error) or folders.misread(folder, run, opening=True)
         stop(problem or _unreadable(folder, error), error)
     finally:
