@@ -25,11 +25,11 @@ venv:  ## build .venv (PYTHON=path, TORCH=newest or a version)
 quickstart: venv  ## train a small GPT-2 with CAME and AdamW (TEXT="files", RANKS=2, PORT=, ITERATIONS=)
 	@text=$(call quoted,TEXT); $(BIN)/python -m megatron_came.quickstart $(OPTIONS)
 
-# The tests start several processes of their own, so two files at a time are enough.
+# Three files at a time, since tests wait for processes that they start: two leave a quarter of two cores idle.
 QUICK = not matrix and not interpreted
 
-test: venv  ## run the tests: two files at a time, then those that measure time
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK) and not alone"
+test: venv  ## run the tests: three files at a time, then those that measure time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "$(QUICK) and not alone"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(QUICK) and alone" $$(grep -rl --include=test_*.py mark.alone tests)
 
 test-all: venv  ## run the full matrix of layouts and checkpoints as well
