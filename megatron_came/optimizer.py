@@ -21,7 +21,7 @@ from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.core.state import new_state
 from megatron_came.group_table import GroupTable, Own, count_steps, whole_shard
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
-from megatron_came.state_dicts import COPIED, KNOWN, WithStateDicts
+from megatron_came.state_dicts import COPIED, KNOWN, WithStateDicts, check_not_cast
 from megatron_came.step import Begun, Plan
 from megatron_came.voice import warn_once
 
@@ -82,10 +82,10 @@ class CAME(WithStateDicts):
         differentiable: not supported; nor is ``capturable``.
 
     Raises:
-        ValueError: a setting out of range; a parameter that is float8 or complex; a DTensor whose
-            placements are not of a known kind; matrices that a wrapper has made flat; a shard that
-            does not fit its parameter; kernels that are not installed; ``cuda_graph`` without a
-            GPU, or with other kernels.
+        ValueError: a setting out of range; a parameter that is float8 or complex, or overlaps
+            itself; a DTensor whose placements are not of a known kind; matrices that a wrapper has
+            made flat; a shard that does not fit its parameter; kernels that are not installed;
+            ``cuda_graph`` without a GPU, or with other kernels.
     """
 
     # Fairseq asks: fp16 parameters are updated as they are, with state in fp32; and not flat ones,
@@ -257,10 +257,13 @@ class CAME(WithStateDicts):
             plan = self._current_plan()
             settings = plan.table.at_step(self.state)
             inputs = plan.inputs(settings, self._state_of, self._model_weights)
+            now = plan.snapshot(self.state, self._model_weights.values())  # with state just made
         return plan.begin(settings, inputs, now, self.state if self.spike_guard else {})
 
     def begin_guarded(self, of_rank: bool) -> Tensor:
         """See :class:`megatron_came.core.spike_guard.SpikeGuard`."""
+        if self._plan is not None and not self._plan.in_passes:
+            self._plan = None  # the guard was set after it was made
         self._begun = [self._begin()]
         sums = self._begun[0].squared_update(of_rank)
         return sums if of_rank else dtensors.agreed(sums, self._params())
@@ -286,6 +289,8 @@ class CAME(WithStateDicts):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what was copied or pickled, also by an older version; or a state dictionary."""
+        if state.keys() == {"state", "param_groups"}:
+            check_not_cast(state["state"], self._new_state)
         super().__setstate__(state)
         for key, default in COPIED.items():
             self.__dict__.setdefault(key, copy.copy(default))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from megatron_came import dtensors
@@ -164,8 +165,12 @@ def _check_flat(params: Sequence[Tensor]) -> None:
 
 
 def trainable(params: Iterable[Tensor]) -> list[Tensor]:
-    """Leave out frozen parameters of other kinds, as quantized layers have, and lazy ones."""
-    return [param for param in params if _has_arithmetic(param) and not is_lazy(param)]
+    """Leave out frozen parameters of other kinds, as quantized layers have, and lazy ones.
+
+    When one of them has a gradient, :func:`check_trainable` refuses it.
+    """
+    made = [param for param in params if _has_arithmetic(param) and not is_lazy(param)]
+    return [param for param in made if not _overlaps(param) and _is_plain(param)]
 
 
 def _has_arithmetic(param: Tensor) -> bool:
@@ -177,8 +182,43 @@ def _is_dense(param: Tensor) -> bool:
     return param.layout == torch.strided and not param.is_nested
 
 
+def _overlaps(param: Tensor) -> bool:
+    """Whether elements lie on each other, as an expanded tensor's do."""
+    if is_lazy(param):
+        return False
+    here, reach = dtensors.local_of(param), 0
+    if here.is_contiguous() or not here.numel():
+        return False
+    for stride, size in sorted(zip(here.stride(), here.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _is_plain(param: Tensor) -> bool:
+    """Whether values lie in one plain tensor: the parameter, or what a wrapper has of its kind.
+
+    A step changes that in place. Of a wrapper that quantizes, or keeps two tensors, it would change
+    copies, or add up the sums of both.
+    """
+    here = dtensors.local_of(param)
+    if type(here).__torch_dispatch__ is Tensor.__torch_dispatch__ or not here.numel():
+        return True
+    with torch._C.DisableTorchFunctionSubclass():
+        if here.is_meta or isinstance(here, FakeTensor) or Tensor.data_ptr(here):
+            return True  # without values, or with memory of its own
+    names = here.__tensor_flatten__()[0] if hasattr(here, "__tensor_flatten__") else ()
+    inner = [each for name in names if isinstance(each := getattr(here, name), Tensor)]
+    alike = [each for each in inner if each.shape == here.shape and each.dtype == here.dtype]
+    return len(alike) == 1 and _is_plain(alike[0])
+
+
 def check_trainable(params: Iterable[Tensor]) -> None:
     """Refuse parameters of dtypes and layouts that there is no arithmetic for, unless frozen.
+
+    And those whose elements overlap, or that wrap their values in a way that is not known; of the
+    latter with a gradient alone: Megatron's fp8 weights are there until its wrappers replace them.
 
     Raises:
         ValueError: there is one, or one is given twice.
@@ -192,7 +232,9 @@ def check_trainable(params: Iterable[Tensor]) -> None:
                 "list(dict.fromkeys(params))."
             )
         seen.add(id(param))
-        if not _has_arithmetic(param) and (param.requires_grad or param.grad is not None):
+        if not param.requires_grad and param.grad is None:
+            continue
+        if not _has_arithmetic(param):
             is_dense = _is_dense(param)
             layout = "nested tensors" if param.is_nested else param.layout
             raise ValueError(
@@ -200,6 +242,19 @@ def check_trainable(params: Iterable[Tensor]) -> None:
                 f"{', '.join(map(str, TRAINABLE))}, not of "
                 f"{param.dtype if is_dense else layout}: freeze it (requires_grad=False), or "
                 "leave it out."
+            )
+        if _overlaps(param):
+            raise ValueError(
+                f"CAME: elements of a parameter of shape {tuple(param.shape)} and strides "
+                f"{tuple(param.stride())} overlap in memory, so that one update would go over "
+                "another: give a clone() of it."
+            )
+        if param.grad is not None and not is_lazy(param) and not _is_plain(param):
+            raise ValueError(
+                f"CAME: a parameter of shape {tuple(param.shape)} is a "
+                f"{type(dtensors.local_of(param)).__name__}, which does not keep its values in one "
+                f"plain tensor of {param.dtype}, so that a step would not change them, or wrongly: "
+                "train plain tensors, or freeze it (requires_grad=False)."
             )
 
 

@@ -108,6 +108,28 @@ class WithStateDicts(torch.optim.Optimizer):
                 hook.remove()
 
 
+def check_not_cast(
+    states: Mapping[Any, Any], new_state: Callable[[Tensor], dict[str, Tensor]]
+) -> None:
+    """Refuse state that ``torch.optim.Optimizer.load_state_dict`` has cast to that of parameters.
+
+    Raises:
+        ValueError: it was called past the method here, or something that does as it does.
+    """
+    for param, state in states.items():
+        if not isinstance(param, Tensor) or not isinstance(state, Mapping):
+            continue  # what a wrapper keeps
+        own = new_state(param)
+        for key in own.keys() & state.keys():
+            if state[key].dtype != own[key].dtype:
+                raise ValueError(
+                    f"CAME: {key!r} of a parameter of shape {tuple(param.shape)} is "
+                    f"{state[key].dtype} where CAME keeps {own[key].dtype}: "
+                    "torch.optim.Optimizer.load_state_dict, or a copy of it, has cast it; call the "
+                    "optimizer's own load_state_dict()."
+                )
+
+
 def _states_in(
     state_dict: Any,
     groups: Sequence[Mapping[str, Any]],

@@ -194,7 +194,7 @@ class Plan:
         *,
         in_passes: bool = False,
     ) -> None:
-        self.slices, self.params, self.table = slices, params, table
+        self.slices, self.params, self.table, self.in_passes = slices, params, table, in_passes
         self._has_dtensors = any(map(dtensors.is_dtensor, params))
         self._params = [list(group["params"]) for group in table.groups]
         known = {*map(id, params)}

@@ -61,8 +61,14 @@ def check_state(slice_: ParameterSlice, state: State, wanted: Mapping[str, Wante
     """Compare a parameter's state with what kernels rely on.
 
     Raises:
-        ValueError: another size, dtype, device or layout, or none.
+        ValueError: another size, dtype, device or layout, or none; or halves of other weights.
     """
+    if REMAINDER in state and REMAINDER not in wanted:
+        raise ValueError(
+            f"CAME: a parameter of shape {slice_.shard.shape} is {slice_.param.dtype}, and its "
+            f"state {REMAINDER!r} completes bf16 weights, as it was trained so far: turn it back, "
+            "or make a new optimizer."
+        )
     for key, (numel, dtypes) in wanted.items():
         if key not in state:
             raise ValueError(
