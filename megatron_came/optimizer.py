@@ -257,7 +257,8 @@ class CAME(WithStateDicts):
             plan = self._current_plan()
             settings = plan.table.at_step(self.state)
             inputs = plan.inputs(settings, self._state_of, self._model_weights)
-            now = plan.snapshot(self.state, self._model_weights.values())  # with state just made
+            if now is not None and len(now.state) != sum(map(len, self.state.values())):
+                now = plan.snapshot(self.state, self._model_weights.values())  # with what was made
         return plan.begin(settings, inputs, now, self.state if self.spike_guard else {})
 
     def begin_guarded(self, of_rank: bool) -> Tensor:
