@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from megatron_came import dtensors, parameter_checks
-from megatron_came.compiling import keep_out_of_compiler
 from megatron_came.core.diagnostics import Sums
 from megatron_came.core.hyperparameters import check_group, with_plain_numbers
 from megatron_came.core.parameter_slice import ParameterSlice
@@ -23,6 +22,7 @@ from megatron_came.group_table import GroupTable, Own, count_steps, whole_shard
 from megatron_came.kernels.dispatch import Choice, choose, left_to_plain
 from megatron_came.state_dicts import COPIED, KNOWN, WithStateDicts, check_not_cast
 from megatron_came.step import Begun, Plan
+from megatron_came.torch_compile import keep_out_of_compiler
 from megatron_came.voice import warn_once
 
 _logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ Function = Callable[..., Any]
 
 # On a function that stands in for another: all ``by`` that have made it.
 _MARK = "_megatron_came_makers"
+_MAKER = "_megatron_came_makes"
 
 # Whose functions, and whose decorators, are no replacements made by somebody else.
 _KNOWN = {"megatron", "megatron_came", "torch", "typing_extensions", *sys.stdlib_module_names}
@@ -38,8 +39,7 @@ class Replacement:
     """A name of Megatron's that something stands in for."""
 
     target: str  # as ``module:function`` or ``module:Class.method``
-    # As ``module:function``; it takes the original and returns what stands in for it, or the
-    # original where there is nothing to do.
+    # As ``module:function``, whose first argument is the original; or one of :func:`maker`.
     by: str
     why: str  # a clause
     releases: tuple[str, ...] = SUPPORTED  # those in which it is replaced
@@ -77,17 +77,20 @@ def table(room: str, rows: Mapping[str, Iterable[tuple[Any, ...]]]) -> tuple[Rep
     )
 
 
-def around(stand_in: Function) -> Callable[[Function], Function]:
-    """Make what a table names of a function whose first argument is the original."""
+def maker(function: Function) -> Function:
+    """Mark what makes of an original what stands in for it; or returns it, if nothing is to do."""
+    setattr(function, _MAKER, True)
+    return function
 
-    def make(original: Function) -> Function:
-        @functools.wraps(original)
-        def replaced(*args: Any, **kwargs: Any) -> Any:
-            return stand_in(original, *args, **kwargs)
 
-        return replaced
+def around(stand_in: Function, original: Function) -> Function:
+    """Make what stands in for an original of a function whose first argument that is."""
 
-    return make
+    @functools.wraps(original)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return stand_in(original, *args, **kwargs)
+
+    return replaced
 
 
 def put_in_place(rows: Iterable[Replacement]) -> None:
@@ -128,7 +131,8 @@ def _replace(row: Replacement, version: str) -> None:
 
 def _made(row: Replacement, original: Any) -> Any:
     """Return what stands in for a function, marked."""
-    stand_in = pkgutil.resolve_name(row.by)(original)
+    by = pkgutil.resolve_name(row.by)
+    stand_in = by(original) if hasattr(by, _MAKER) else around(by, original)
     if stand_in is not None and stand_in is not original:
         if "<locals>" in stand_in.__qualname__:  # others are found by their own name when pickled
             functools.wraps(original)(stand_in)

@@ -120,14 +120,14 @@ class _BundleStep:
 
     def add_square_sums(self) -> None:
         for step in self._steps:
-            step.add_square_sums()
+            step.take(1)
         self._bundle.squares.start()
 
     def add_instability_sums(self) -> None:
         self._bundle.squares.finish()
         self._bundle.agreement.check(self._taken, self._bundle.marks)
         for step in self._steps:
-            step.add_instability_sums()
+            step.take(2)
         self._bundle.instability.start()
 
     def totals(self) -> dict[ParameterSlice, Tensor]:
@@ -137,11 +137,11 @@ class _BundleStep:
     def apply(self) -> None:
         self._bundle.instability.finish()
         for step in self._steps:
-            step.apply()
+            step.take(3)
 
     def run(self) -> None:
         for step in self._steps:
-            step.run()
+            step.take(1, 2, 3)
 
 
 class Begun(NamedTuple):

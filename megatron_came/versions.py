@@ -76,7 +76,7 @@ def has_training_loop() -> bool:
     return Path(core.origin).parents[1] == Path(training.origin).parents[1]
 
 
-def with_compiled_helpers(compile_helpers: Callable[[], None]) -> Callable[[], None]:
+def with_compiled_helpers(compile_helpers: Callable[[], None]) -> None:
     """Let Megatron's data sets do with their compiled helpers, where there is no Makefile.
 
     megatron-core's wheel brings the helpers and no Makefile; its training loop runs ``make`` all
@@ -84,5 +84,4 @@ def with_compiled_helpers(compile_helpers: Callable[[], None]) -> Callable[[], N
     """
     has_makefile = Path(inspect.getfile(compile_helpers)).with_name("Makefile").exists()
     if has_makefile or not importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
-        return compile_helpers
-    return lambda: None
+        compile_helpers()

@@ -13,6 +13,10 @@ PREFIX = "megatron_came: "
 # What gloo says of a rank that has ended.
 LOST = "Connection closed by peer"
 
+# Groups that together, one after the other, connect ranks; None stands for all of them.
+Groups = Sequence[dist.ProcessGroup | None]
+EVERYONE: Groups = (None,)
+
 _logger = logging.getLogger("megatron_came")
 
 
@@ -74,20 +78,30 @@ def of_all_ranks(value: Any, group: dist.ProcessGroup | None = None) -> list[Any
     return values
 
 
+def by_rank(value: Any, groups: Groups = EVERYONE) -> dict[int, Any]:
+    """Return a value of every rank that groups connect, by rank; a collective."""
+    found = {rank(): value}
+    for group in groups:
+        found = {one: its for each in of_all_ranks(found, group) for one, its in each.items()}
+    return dict(sorted(found.items()))
+
+
 def of_any_rank(
-    problem: str | None, choose: Callable[[list[str]], str] = lambda problems: problems[0]
+    problem: str | None,
+    choose: Callable[[list[str]], str] = lambda problems: problems[0],
+    groups: Groups = EVERYONE,
 ) -> str | None:
     """Return on all ranks the problem that one of them has, None if none has; a collective.
 
     Of several ranks' problems it is the one that ``choose`` returns, by default the first.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        has = problem is not None
-        any_has = torch.tensor(has, dtype=torch.int32, device=collectives_device())
-        dist.all_reduce(any_has, op=dist.ReduceOp.MAX)  # sentences are gathered if there are any
-        if not any_has.item():
+    if world_size() > 1:
+        has = torch.tensor(problem is not None, dtype=torch.int32, device=collectives_device())
+        for group in groups:
+            dist.all_reduce(has, op=dist.ReduceOp.MAX, group=group)
+        if not has.item():  # sentences are gathered if there are any
             return None
-    problems = [each for each in of_all_ranks(problem) if each is not None]
+    problems = [each for each in by_rank(problem, groups).values() if each is not None]
     return choose(problems) if problems else None
 
 

@@ -225,7 +225,7 @@ FAULTS = (
     ),
     Fault(
         "Triton: one kind of parameters taken for all",
-        "kernels/triton/schedule.py",
+        "kernels/triton/launch.py",
         "kind = self.kinds[owners[row]]._asdict()",
         "kind = self.kinds[0]._asdict()",
         KERNELS,

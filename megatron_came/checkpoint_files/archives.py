@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
 from megatron_came.checkpoint_files import pickles
-from megatron_came.checkpoint_files.errors import CheckpointError, cannot_be_read
+from megatron_came.checkpoint_files.errors import REMEDY, CheckpointError, cannot_be_read
 from megatron_came.checkpoint_files.names import StorageKind
 from megatron_came.checkpoint_files.tensors import READ_BYTES, Storage
 
@@ -39,9 +39,7 @@ def open_regular(path: Path) -> BinaryIO:
             )
         return path.open("rb")
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is gone: take the file from a copy, or another iteration (--ckpt-step)."
-        ) from error
+        raise CheckpointError(f"{path} is gone: {REMEDY}") from error
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be opened ({error.strerror}): see to it that you may read it."
@@ -75,7 +73,7 @@ class Archive:
         if not 0 <= start <= end <= size:
             raise CheckpointError(
                 f"{self.name} has {size} bytes where at least {end} were written: it is truncated; "
-                "take the file from a copy, or another iteration (--ckpt-step)."
+                f"{REMEDY}"
             )
         self._bytes = _Window(self._file, start, end - start)
         if self._bytes.read(len(OLD_MAGIC) + 2)[2:] == OLD_MAGIC:

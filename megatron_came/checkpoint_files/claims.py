@@ -1,4 +1,4 @@
-"""What a checkpoint's record of digests claims of its files, as far as metadata tell."""
+"""What a checkpoint's record of digests claims, as far as common state and metadata tell."""
 
 import itertools
 from collections import defaultdict
@@ -6,11 +6,25 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
+from megatron_came.checkpoint_files.errors import shown
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, ReadBox, Shape
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, split_name
 from megatron_came.core.records import Record
 
 Tensors = Collection[CheckpointTensor]
+
+
+def contradictions(
+    record: Record | None, iteration: object, optimizer: object, named: int | None
+) -> Iterator[str]:
+    """Say where a checkpoint's common state is not that of its digests, or of the named folder."""
+    if record is not None and record.iteration != iteration:
+        digests = f"the digests of {record.iteration}"
+        yield f"the common state is of iteration {shown(iteration)}, {digests}"
+    if named is not None and named != iteration:
+        yield f"the common state is of iteration {shown(iteration)}, the folder of {named}"
+    if record is not None and record.optimizer != optimizer:
+        yield f"the arguments say --optimizer {shown(optimizer)}, the digests {record.optimizer}"
 
 
 def metadata_flaws(

@@ -2,6 +2,8 @@
 
 import reprlib
 
+REMEDY = "take the file from a copy, or another iteration (--ckpt-step)."
+
 
 class CheckpointError(Exception):
     """A checkpoint, or a file of one, cannot be read; the message says which and what to do."""
@@ -19,8 +21,7 @@ def cannot_be_read(path: object, reason: object) -> CheckpointError:
     """The error for a file that is truncated, damaged or something else altogether."""
     said = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
     return CheckpointError(
-        f"{path} cannot be read ({said}): it is truncated, damaged or not a checkpoint's; take the "
-        "file from a copy, or another iteration (--ckpt-step)."
+        f"{path} cannot be read ({said}): it is truncated, damaged or not a checkpoint's; {REMEDY}"
     )
 
 

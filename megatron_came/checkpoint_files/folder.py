@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_came.checkpoint_files import legacy
 from megatron_came.checkpoint_files.archives import OLD_MAGIC, Archive, open_regular
-from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError, shown
+from megatron_came.checkpoint_files.errors import REMEDY, CheckpointError, NoCheckpointError, shown
 from megatron_came.checkpoint_files.names import StandIn, class_of
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
 from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, is_fsdp, read_layout
@@ -76,7 +76,7 @@ def find(path: Path) -> Folder:
     if any(path.glob("*.distcp")) or (path / SUMMARY).exists():
         raise CheckpointError(
             f"{path / METADATA} is gone, without which nobody knows what the other files hold: "
-            "take it from a copy, or another iteration (--ckpt-step)."
+            f"{REMEDY}"
         )
     raise NoCheckpointError(
         f"{path} holds no checkpoint of Megatron: neither {METADATA} (torch_dist) nor mp_rank_* "
@@ -223,10 +223,7 @@ def opened(folder: Folder) -> Iterator[Checkpoint]:
 
 
 def _no_dictionary(path: Path, state: Any, what: str) -> str:
-    return (
-        f"{path} holds a {type(state).__name__} where {what} should be: take the file from a copy, "
-        "or another iteration (--ckpt-step)."
-    )
+    return f"{path} holds a {type(state).__name__} where {what} should be: {REMEDY}"
 
 
 def _legacy_files(folder: Path) -> list[Path]:
@@ -251,7 +248,7 @@ def _common(folder: Path, layout: Layout) -> dict[Any, Any]:
     if item is None:
         raise CheckpointError(
             f"{folder} holds no common state, neither common.pt nor common_state in "
-            f"{METADATA}: take it from a copy, or another iteration (--ckpt-step)."
+            f"{METADATA}: {REMEDY}"
         )
     state = item.load()
     state = state[0] if isinstance(state, list) and state else state

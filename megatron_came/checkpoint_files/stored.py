@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_came.checkpoint_files.archives import PICKLE, Archive
-from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.errors import REMEDY, CheckpointError
 from megatron_came.checkpoint_files.tensors import StoredTensor
 
 Shape = tuple[int, ...]
@@ -122,14 +122,12 @@ class CheckpointTensor:
                 raise CheckpointError(
                     f"{chunk.item.file} holds something else than {self.name} of shape "
                     f"{chunk.sizes} at byte {chunk.item.start}, so it belongs to another "
-                    "checkpoint or is damaged: take the file from a copy, or another iteration "
-                    "(--ckpt-step)."
+                    f"checkpoint or is damaged: {REMEDY}"
                 )
             if found.dtype != self.dtype:
                 raise CheckpointError(
                     f"{chunk.item.file} holds {self.name} in {found.dtype} where .metadata says "
-                    f"{self.dtype}: take the checkpoint from a copy, or another iteration "
-                    "(--ckpt-step)."
+                    f"{self.dtype}: {REMEDY}"
                 )
             yield archive, found
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 # Squares are summed of g * 2^-10: a row of gradients of 1e18 would overflow fp32, while a square
 # so small that it loses bits to the scale is far below eps1.
-_SQUARE_SCALE = 2.0**-10
+SQUARE_SCALE = 2.0**-10
 # Squares of u and e likewise: a gradient of 1e38, or a single one, makes them larger than 1e19.
-_UPDATE_SCALE = 2.0**-16
+UPDATE_SCALE = 2.0**-16
 
 
 def add_squared_sums(grad: Tensor, row_sums: Tensor, column_sums: Tensor | None) -> None:
@@ -21,10 +21,10 @@ def add_squared_sums(grad: Tensor, row_sums: Tensor, column_sums: Tensor | None)
 
     The gradient is fp32 or float64; a vector has no column sums.
     """
-    squares = torch.mul(grad, _SQUARE_SCALE).square_()
-    row_sums.add_(squares.sum(-1), alpha=_SQUARE_SCALE**-2)
+    squares = torch.mul(grad, SQUARE_SCALE).square_()
+    row_sums.add_(squares.sum(-1), alpha=SQUARE_SCALE**-2)
     if column_sums is not None:
-        column_sums.add_(squares.sum(-2), alpha=_SQUARE_SCALE**-2)
+        column_sums.add_(squares.sum(-2), alpha=SQUARE_SCALE**-2)
 
 
 def normalized(grad: Tensor, row_scale: Tensor, column_scale: Tensor | None) -> Tensor:
@@ -47,19 +47,19 @@ def add_instability_sums(
     ``exp_avg`` is the momentum m of the last step, like the gradient fp32 or float64; ``guess`` is
     d0, a scalar; the sums are (3, batch, rows) and (3, batch, columns).
     """
-    update = normalized(grad, row_scale * _UPDATE_SCALE, column_scale)
-    error = torch.sub(update / guess, exp_avg, alpha=_UPDATE_SCALE)
+    update = normalized(grad, row_scale * UPDATE_SCALE, column_scale)
+    error = torch.sub(update / guess, exp_avg, alpha=UPDATE_SCALE)
     product = torch.empty_like(error)
     for index, (left, right) in enumerate(((error, error), (update, error), (update, update))):
         torch.mul(left, right, out=product)
-        row_sums[index].add_(product.sum(-1), alpha=_UPDATE_SCALE**-2)
-        column_sums[index].add_(product.sum(-2), alpha=_UPDATE_SCALE**-2)
+        row_sums[index].add_(product.sum(-1), alpha=UPDATE_SCALE**-2)
+        column_sums[index].add_(product.sum(-2), alpha=UPDATE_SCALE**-2)
 
 
 def add_squared_update(grad: Tensor, row_scale: Tensor, total: Tensor) -> None:
     """Pass 2 of a vector: add the sum of u^2 to the float64 scalar ``total``, in place."""
-    update = normalized(grad, row_scale * _UPDATE_SCALE, None)
-    total.add_(update.square_().sum(), alpha=_UPDATE_SCALE**-2)
+    update = normalized(grad, row_scale * UPDATE_SCALE, None)
+    total.add_(update.square_().sum(), alpha=UPDATE_SCALE**-2)
 
 
 def apply_update(
@@ -86,8 +86,8 @@ def apply_update(
     factors of the instability. ``divisor`` is d, a scalar. ``cautious`` leaves out of the last term
     what has another sign than ``grad``.
     """
-    update = normalized(grad, row_scale * _UPDATE_SCALE, column_scale)
-    exp_avg.mul_(beta1).add_(update.div_(divisor * _UPDATE_SCALE), alpha=1.0 - beta1)
+    update = normalized(grad, row_scale * UPDATE_SCALE, column_scale)
+    exp_avg.mul_(beta1).add_(update.div_(divisor * UPDATE_SCALE), alpha=1.0 - beta1)
     step = exp_avg
     if row_confidence is not None and column_confidence is not None:
         step = torch.mul(exp_avg, row_confidence.unsqueeze(-1), out=update)

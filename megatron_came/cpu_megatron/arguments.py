@@ -9,7 +9,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 from megatron_came.rules import Rule, stop_if_refused
 from megatron_came.versions import MegatronError, release
 
@@ -140,7 +140,6 @@ RULES = (
 )
 
 
-@around
 def with_defaults(
     original: Function, parser: ArgumentParser, *args: Any, **kwargs: Any
 ) -> ArgumentParser:
@@ -158,7 +157,6 @@ def with_defaults(
     return parser
 
 
-@around
 def with_check(original: Function, *args: Any, **kwargs: Any) -> Namespace:
     """Let Megatron's parsing refuse what cannot work: the flags of a file are not validated."""
     arguments: Namespace = original(*args, **kwargs)
@@ -166,7 +164,6 @@ def with_check(original: Function, *args: Any, **kwargs: Any) -> Namespace:
     return arguments
 
 
-@around
 def with_check_and_attention(
     original: Function, arguments: Namespace, *args: Any, **kwargs: Any
 ) -> Any:

@@ -182,14 +182,12 @@ def _compile(model: Any = None, **kwargs: object) -> Any:
     return (lambda function: function) if model is None else model
 
 
-@around
 def _without_pinned_memory(init: Function, self: Any, *args: Any, **kwargs: Any) -> None:
     """``DataLoader.__init__`` for batches that are not copied to a GPU."""
     init(self, *args, **kwargs)
     self.pin_memory = False
 
 
-@around
 def _mesh_of_cpus(
     from_group: Function, group: Any, device_type: str, *args: Any, **kwargs: Any
 ) -> Any:
@@ -198,7 +196,6 @@ def _mesh_of_cpus(
     return from_group(group, kind, *args, **kwargs)
 
 
-@around
 def _still_a_cpu(run: Function, *args: Any, **kwargs: Any) -> Any:
     """Go backward in the mode, which is off inside any torch function, as ``backward`` is one."""
     with CudaMeansCpu():
@@ -270,11 +267,11 @@ def install() -> None:
     # Not a torch function, so no mode sees it.
     torch.Tensor.record_stream = _answer(None)  # type: ignore[method-assign]
     mesh: Any = torch.distributed.device_mesh.DeviceMesh
-    mesh.from_group = staticmethod(_mesh_of_cpus(mesh.from_group))
+    mesh.from_group = staticmethod(around(_mesh_of_cpus, mesh.from_group))
     # torch itself asks there: its optimizers, its data loader.
     torch.accelerator.is_available = _answer(False)
     autograd: Any = torch.autograd
-    autograd._engine_run_backward = _still_a_cpu(autograd._engine_run_backward)
+    autograd._engine_run_backward = around(_still_a_cpu, autograd._engine_run_backward)
     loader: Any = torch.utils.data.DataLoader
-    loader.__init__ = _without_pinned_memory(loader.__init__)
+    loader.__init__ = around(_without_pinned_memory, loader.__init__)
     CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]

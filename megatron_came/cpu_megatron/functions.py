@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function, maker
 
 
+@maker
 def nothing(original: Function | None) -> Function:
     """Stand in for a function that has nothing to do on a CPU."""
     return lambda *args, **kwargs: None
 
 
+@maker
 def absent(original: Function | None) -> None:
     """Stand for a function of Transformer Engine, which is not there."""
 
 
-@around
 def local_layers_of_bert(original: Function) -> Any:
     """Build BERT of Megatron's own layers, where its script asks for Transformer Engine's."""
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
@@ -25,7 +26,6 @@ def local_layers_of_bert(original: Function) -> Any:
     return bert_layer_local_spec
 
 
-@around
 def forking(
     original: Function, cls: type, rank: int, mp_mode: str = "fork", *args: Any, **kwargs: Any
 ) -> Any:
@@ -37,7 +37,6 @@ def forking(
     return original(cls, rank, "fork", *args, **kwargs)
 
 
-@around
 def copying(original: Function, self: Any, *args: Any, **kwargs: Any) -> None:
     """Copy the tensors of a checkpoint before they are written.
 
@@ -51,7 +50,6 @@ def copying(original: Function, self: Any, *args: Any, **kwargs: Any) -> None:
     ]
 
 
-@around
 def to_numbers(
     original: Function, tensor: Any, as_numpy: bool = False, record_stream: bool = False
 ) -> Any:
@@ -63,7 +61,6 @@ def to_numbers(
     return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
 
-@around
 def backward_of_kept(
     original: Function, output: torch.Tensor, gradient: torch.Tensor | None
 ) -> None:
@@ -81,7 +78,6 @@ def _is_plain_adam(optimizer: object) -> bool:
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
-@around
 def with_state(
     original: Function, self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any
 ) -> Any:
@@ -96,7 +92,6 @@ def with_state(
     return original(self, model, is_loading, *args, **kwargs)
 
 
-@around
 def with_steps(original: Function, self: Any, state_dict: Any) -> None:
     """Give each parameter the step count that Megatron saves once for a group of parameters.
 
@@ -110,7 +105,6 @@ def with_steps(original: Function, self: Any, state_dict: Any) -> None:
                 adam.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
 
-@around
 @torch.no_grad()  # a slice of an fp32 weight is copied in place, which autograd forbids
 def without_step(original: Function, self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
     """Copy a slice without its step, which some checkpoint formats have and others do not."""

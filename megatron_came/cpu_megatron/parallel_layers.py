@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 
 
-@around
 def norms_of_all_kinds(
     original: Function, cls: type, config: Any, *args: Any, **kwargs: Any
 ) -> torch.nn.Module:
@@ -59,7 +58,6 @@ class _ZeroCenteredRMSNorm(torch.nn.RMSNorm):
         )
 
 
-@around
 def starting_alone(original: Function, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     """Let the unfused attention be built with context parallelism, which it refuses."""
     alone = copy.copy(config)
@@ -67,7 +65,6 @@ def starting_alone(original: Function, self: Any, config: Any, *args: Any, **kwa
     original(self, alone, *args, **kwargs)
 
 
-@around
 def attending_to_all(
     original: Function,
     self: Any,
@@ -94,7 +91,6 @@ def attending_to_all(
     return original(self, query, key, value, attention_mask, *args, **kwargs)
 
 
-@around
 def gathering_unlike(
     original: Function, part: Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
@@ -108,7 +104,6 @@ def gathering_unlike(
     return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
 
 
-@around
 def scattering_unlike(
     original: Function, whole: Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any
 ) -> Any:

@@ -22,7 +22,6 @@ _device_generator = torch.default_generator
 _host_generator = torch.Generator()
 
 
-@around
 def _with_host_draws(method: Function, *args: Any, **kwargs: Any) -> Any:
     """Inside, torch's default generator continues the host's stream instead of the device's."""
     device_state = _device_generator.get_state()
@@ -70,6 +69,6 @@ def install() -> None:
         module.set_rng_state = lambda state: _host_generator.set_state(state)
         module.manual_seed = lambda seed: _seed_all(seed)
     loader: Any = DataLoader
-    loader.__iter__ = _with_host_draws(loader.__iter__)
+    loader.__iter__ = around(_with_host_draws, loader.__iter__)
     iterator: Any = _BaseDataLoaderIter
-    iterator.__next__ = _with_host_draws(iterator.__next__)
+    iterator.__next__ = around(_with_host_draws, iterator.__next__)

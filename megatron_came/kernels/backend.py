@@ -2,8 +2,8 @@
 
 A :class:`Backend` computes on one device. :meth:`Backend.passes` makes, once for a set of
 parameters, what outlives a step (tables, scratch); :meth:`Passes.begin` makes of that and of what a
-step brings a :class:`Step`, which is taken again as long as no tensor has moved. Three of its
-methods are the three passes; between them ``step.py`` completes the sums over ranks.
+step brings a :class:`Step`, which is taken again as long as no tensor has moved. It takes the three
+passes; between them ``step.py`` completes the sums over ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,13 @@ class UnusableError(Exception):
 class Step(Protocol):
     """The passes of one step over the parameters that take part in it.
 
-    Sums are added to the tensors that :meth:`Backend.passes` was given; they are zero before.
+    Sums are added to the tensors that :meth:`Backend.passes` was given; they are zero before:
+
+    1. add the row and column sums of g^2; of a vector, write g^2;
+    2. with these complete, update r and c (v), and add the row and column sums of e^2, u e and u^2
+       with e = u/d0 - m, and the total of u^2; of a vector, the total alone;
+    3. with these complete, update R and C, then momentum and weights; rewrite the model's 16-bit
+       weights, where there are some.
     """
 
     @property
@@ -45,24 +51,11 @@ class Step(Protocol):
         The settings are those of all parameter groups.
         """
 
-    def add_square_sums(self) -> None:
-        """Pass 1: add the row and column sums of g^2; of a vector, write g^2."""
+    def take(self, *passes: int) -> None:
+        """Take one of the passes or, where no sum goes over ranks, all three of them.
 
-    def add_instability_sums(self) -> None:
-        """With the sums of pass 1 complete: update r and c (v), and add the sums of pass 2.
-
-        They are the row and column sums of e^2, u e and u^2 with e = u/d0 - m, and the total of
-        u^2; of a vector, the total alone.
+        The latter matrix by matrix, if that saves traffic.
         """
-
-    def apply(self) -> None:
-        """With the sums of pass 2 complete: update R and C; pass 3 updates momentum and weights.
-
-        The model's 16-bit weights, where there are some, are rewritten as well.
-        """
-
-    def run(self) -> None:
-        """All three, where no sum goes over ranks: matrix by matrix, if that saves traffic."""
 
 
 class Passes(Protocol):
@@ -99,7 +92,7 @@ class Backend(Protocol):
         Args:
             sums: where each parameter's sums go; the order is the same on all ranks.
             is_local: whether no sum goes over ranks, so that matrices may go through all passes
-                one after another, see :meth:`Step.run`.
+                one after another, see :meth:`Step.take`.
         """
 
 
@@ -122,3 +115,9 @@ def unsupported_by_kernels(slice_: ParameterSlice) -> str | None:
     if batch > _MANY_MATRICES and rows * columns < _SMALL_MATRIX:
         return "with batches of many small matrices, as convolutions are (see flat_convolutions)"
     return None
+
+
+def readable(grad: Tensor) -> Tensor:
+    """Return a gradient that kernels can read: this one or, where they cannot, an fp32 copy."""
+    is_known = grad.dtype in (torch.float32, torch.bfloat16) and grad.is_contiguous()
+    return grad if is_known else grad.to(torch.float32).contiguous()

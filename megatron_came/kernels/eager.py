@@ -72,16 +72,10 @@ class _Step:
     def again(self, settings: Sequence[GroupSettings]) -> None:
         raise NotImplementedError  # since it does not last
 
-    def add_square_sums(self) -> None:  # each goes on to the next pass
+    def take(self, *passes: int) -> None:
         for update in self._updates:
-            next(update, None)
-
-    add_instability_sums = apply = add_square_sums
-
-    def run(self) -> None:
-        for update in self._updates:
-            for _ in update:
-                pass
+            for _ in passes:
+                next(update, None)  # it goes on to the next pass
 
 
 # An update goes on from yield to yield: there it waits for the sums that all ranks complete.

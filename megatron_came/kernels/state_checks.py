@@ -12,6 +12,7 @@ from megatron_came.core.state import (
     MATRIX_FACTORS,
     REMAINDER,
     VECTOR_FACTORS,
+    has_remainder,
     without_averaged_axis,
 )
 
@@ -23,18 +24,13 @@ def is_int8_momentum(state: State) -> bool:
     return MOMENTUM in state and state[MOMENTUM].dtype == torch.int8
 
 
-def has_remainder(slice_: ParameterSlice) -> bool:
-    """Kernels take a bf16 parameter only where it is the upper half of fp32 weights."""
-    return slice_.param.dtype == torch.bfloat16
-
-
 def wanted_state(slice_: ParameterSlice, is_int8: bool) -> dict[str, Wanted]:
     """Return all that kernels touch of a parameter's state."""
     numel = slice_.shard.numel
     wanted: dict[str, Wanted] = {MOMENTUM: (numel, tuple(MOMENTUM_DTYPES.values()))}
     if is_int8:
         wanted[SCALE] = int8.blocks(numel), (torch.float32,)
-    if has_remainder(slice_) and slice_.remainders:
+    if has_remainder(slice_.param, slice_.remainders):
         wanted[REMAINDER] = numel, (torch.int16,)
     for key in VECTOR_FACTORS if slice_.shard.is_vector else MATRIX_FACTORS:
         shape = without_averaged_axis(key, slice_.shard.shape)

@@ -1,33 +1,61 @@
 """Ranks that were not given the same: refused on all of them before training, in one sentence.
 
+Ranks are started by one command, but not always: a launch script reads a variable that one node
+lacks, or a node has other packages. Replicas then drift apart, and nothing says so.
+
 What is compared is hashed, and one small collective tells whether all hashes are equal; only where
 they are not do ranks tell each other what they have. Every rank takes part, whatever it holds.
 """
 
 import contextlib
 import copy
+import enum
 import hashlib
 import importlib
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from megatron_came import __version__
 from megatron_came.kernels.dispatch import choose, choose_on_host
-from megatron_came.megatron import rank_settings
-from megatron_came.megatron.config import CameOptimizerConfig
+from megatron_came.megatron.config import OWN, CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import named_parameters
-from megatron_came.rules import Settings
-from megatron_came.voice import collectives_device, of_all_ranks
+from megatron_came.megatron.run import arguments
+from megatron_came.rules import Settings, flag_of
+from megatron_came.voice import Groups, by_rank, collectives_device, of_any_rank, rank, some
 
+# What a rank was given: by the flag, or what else it has for a name, its value as text.
+Given = dict[str, str]
+
+# Arguments that may differ: where a rank's own files are, what it reports, and who it is.
+_OWN_FILES = re.compile(
+    r"(^|_)(path|paths|dir|file|files|prefix|name|id|host|load|save|url|model)(_|$)"
+)
+_OWN_BUSINESS = re.compile(
+    r"(^|_)(rank|ranks|logger|logging|tensorboard|wandb|profile|profiler|nsys|workers|port"
+    r"|timeout|gc|verbose|debug|snapshot)(_|$)"
+)
+# Of these, whether there is one: a rank that loads or saves alone waits for the others, or goes on
+# from other weights than theirs.
+_ON_ALL_OR_NONE = ("load", "save", "pretrained_checkpoint")
+# Variables of the environment that decide how the same numbers are computed.
+_ENVIRONMENT = (
+    *("TRITON_INTERPRET", "NUMBA_DISABLE_JIT", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"),
+    *("NUMBA_ENABLE_AVX", "NUMBA_OPT", "NUMBA_LOOP_VECTORIZE", "NUMBA_SLP_VECTORIZE"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+)
 _NO_OPINION = -(2**62)
 
 # How the reason of plain PyTorch begins where there could be kernels.
 _SLOWER = "CAME's step runs in plain PyTorch, which is slower: "
-
-Groups = Sequence[dist.ProcessGroup | None]  # None: all ranks
 
 
 class Kernels(NamedTuple):
@@ -45,7 +73,7 @@ def agree(
     Raises:
         UnsupportedError: on all ranks, if they have other settings or parameters.
     """
-    refuse_other_settings(rank_settings.settings_of(config), everyone)
+    refuse_other_settings(settings_of(config), everyone)
     config = _with_common_kernels(config, model_chunks, everyone)
     _refuse_other_parameters(model_chunks, collection, everyone)
     return config
@@ -63,7 +91,7 @@ def _data_parallel(collection: Any) -> dist.ProcessGroup | None:
     return getattr(collection, "dp_cp", None) or getattr(collection, "dp", None)
 
 
-def refuse_other_settings(settings: rank_settings.Settings, everyone: Groups) -> None:
+def refuse_other_settings(settings: Given, everyone: Groups) -> None:
     """Make sure that all ranks have these settings.
 
     Raises:
@@ -78,18 +106,17 @@ def _with_common_kernels(
 ) -> CameOptimizerConfig:
     """Let all ranks compute with the kernels that all of them have: others round otherwise."""
     here = _kernels_here(config, model_chunks)
-    found = {dist.get_rank(): here}
+    found = {rank(): here}
     if _differ(here and (here.name or "missing"), everyone):
-        found = _gather(here, everyone)
-    with_weights = {rank: kernels for rank, kernels in found.items() if kernels is not None}
+        found = by_rank(here, everyone)
+    with_weights = {one: kernels for one, kernels in found.items() if kernels is not None}
     missing = [rank for rank, kernels in with_weights.items() if kernels.name is None]
     flag = "--came-cuda-graph" if config.cuda_graph else f"--came-kernels {config.kernels}"
     if missing:
         raise UnsupportedError(
-            f"{flag} cannot be used on {rank_settings.names_of(missing)}: "
-            f"{with_weights[missing[0]].reason}"
+            f"{flag} cannot be used on {names_of(missing)}: {with_weights[missing[0]].reason}"
         )
-    clause = rank_settings.difference(
+    clause = difference(
         {rank: {"kernels": str(kernels.name)} for rank, kernels in with_weights.items()}
     )
     if not clause:
@@ -158,12 +185,12 @@ def _refuse_other_parameters(
         (tied, groups.embd if tied else None),
     ]
     clauses = [
-        _compare(rank_settings.parameters_of(params), [group])
+        _compare(parameters_of(params), [group])
         for params, group in compared
         if group is not None and group.size() > 1
     ]
     # Other groups have found nothing, or something else.
-    if clause := _of_any(next(filter(None, clauses), None), everyone):
+    if clause := of_any_rank(next(filter(None, clauses), None), groups=everyone):
         raise UnsupportedError(
             f"--optimizer came: {clause}: ranks that train one model need the same parameters, "
             "so start them alike."
@@ -186,25 +213,15 @@ def refused_on_all(everyone: Groups) -> Iterator[None]:
         if not isinstance(error, UnsupportedError) and not str(error).startswith("CAME: "):
             raise
         refused = error
-    if problem := _of_any(str(refused) if refused else None, everyone):
+    if problem := of_any_rank(str(refused) if refused else None, groups=everyone):
         raise UnsupportedError(problem) from refused
 
 
-def _of_any(problem: str | None, everyone: Groups) -> str | None:
-    """Return the first rank's problem, None if none has one."""
-    if _differ(problem or "", everyone):
-        problem = next(filter(None, _gather(problem, everyone).values()))
-    return problem
-
-
-def _compare(mine: rank_settings.Settings, groups: Groups) -> str | None:
+def _compare(mine: Given, groups: Groups) -> str | None:
     """Say in a clause where ranks differ, or return None."""
     if not _differ(repr(list(mine.items())), groups):
         return None
-    return (
-        rank_settings.difference(_gather(mine, groups))
-        or "ranks hold their parameters in another order"
-    )
+    return difference(by_rank(mine, groups)) or "ranks hold their parameters in another order"
 
 
 def _differ(text: str | None, groups: Groups) -> bool:
@@ -221,9 +238,88 @@ def _differ(text: str | None, groups: Groups) -> bool:
     return bool(greatest != _NO_OPINION and greatest != -least)
 
 
-def _gather(mine: Any, groups: Groups) -> dict[int, Any]:
-    """Return what every rank has, by rank."""
-    found = {dist.get_rank(): mine}
-    for group in groups:
-        found = {rank: value for each in of_all_ranks(found, group) for rank, value in each.items()}
-    return dict(sorted(found.items()))
+def settings_of(config: Any) -> Given:
+    """Return what decides a run's numbers on this rank: as flags, their values as text.
+
+    To a ``CameOptimizerConfig`` come Megatron's arguments, where its training loop has read some.
+    """
+    from megatron.core import __version__ as megatron
+
+    found = {"PyTorch": torch.__version__, "megatron_came": __version__, "Megatron": str(megatron)}
+    found |= {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    own = {**asdict(values.pop("came")), **{name: values.pop(name) for name in OWN}}
+    values |= {f"came_{name}": value for name, value in own.items()}
+    args = arguments()
+    # Those of the command line first: others are made of them.
+    for name, value in {**args, **values, **args}.items():
+        if _is_common(name, value) and name not in _ON_ALL_OR_NONE:
+            found[flag_of(name)] = _text(value)
+    found |= {flag_of(name): "FOLDER" for name in _ON_ALL_OR_NONE if args.get(name)}
+    return found
+
+
+def _is_common(name: str, value: object) -> bool:
+    if _OWN_BUSINESS.search(name):
+        return False
+    if isinstance(value, list | tuple):
+        return all(_is_common(name, item) for item in value)
+    if value is None or isinstance(value, str):
+        return not _OWN_FILES.search(name) and os.sep not in (value or "")
+    return isinstance(value, bool | int | float | torch.dtype | enum.Enum)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, enum.Enum):
+        return value.name
+    return str(value).removeprefix("torch.")
+
+
+def parameters_of(named: Mapping[str, Tensor]) -> Given:
+    """Return parameters by name: their shape, dtype, and how tensor parallelism cuts them."""
+    described = {}
+    for name, param in named.items():
+        shape = "x".join(map(str, param.shape)) or "scalar"
+        words = [*([] if param.requires_grad else ["frozen"]), shape, _text(param.dtype)]
+        if getattr(param, "tensor_model_parallel", False):
+            words.append(f"cut along dimension {getattr(param, 'partition_dim', -1)}")
+        described[name] = " ".join(words)
+    return described
+
+
+def difference(found: Mapping[int, Given]) -> str | None:
+    """Say in one clause where the settings of ranks differ, or return None."""
+    names = dict.fromkeys(name for settings in found.values() for name in settings)
+    clauses = []
+    for name in names:
+        ranks: dict[str | None, list[int]] = {}
+        for one, settings in found.items():
+            ranks.setdefault(settings.get(name), []).append(one)
+        if len(ranks) > 1:
+            clauses.append(_clause(name, ranks))
+    if not clauses:
+        return None
+    more = f" ({len(clauses) - 1} more differ)" if len(clauses) > 1 else ""
+    return clauses[0] + more
+
+
+def _clause(name: str, ranks: Mapping[str | None, list[int]]) -> str:
+    """As ``rank 1 has --lr 0.1, rank 0 0.2``: first what the fewest have."""
+    order = sorted(ranks.items(), key=lambda item: (len(item[1]), -item[1][0]))
+    said: list[str] = []
+    for value, those in order[:4]:
+        have = "has " if len(those) == 1 else "have "
+        what = f"no {name}" if value is None else f"{name} {value}"
+        if said and None not in ranks:
+            have, what = "", str(value)
+        said.append(f"{names_of(those)} {have}{what}")
+    return ", ".join(said)
+
+
+def names_of(ranks: list[int]) -> str:
+    """As ``rank 3`` or ``ranks 0, 1 and 2``; of many, the first few and how many more."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    numbers = [*map(str, ranks)]
+    shown = some(numbers, 4) if len(ranks) > 8 else f"{', '.join(numbers[:-1])} and {numbers[-1]}"
+    return f"ranks {shown}"

@@ -11,7 +11,7 @@ from megatron_came.kernels.dispatch import CHOICES as KERNELS
 from megatron_came.megatron import parameter_rules, rules, warmup
 from megatron_came.megatron.checkpoints.refusals import notice
 from megatron_came.megatron.errors import refused_by_megatron
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 from megatron_came.rules import flag_of, name_of
 from megatron_came.voice import say, stop
 
@@ -153,7 +153,6 @@ def use_came(args: argparse.Namespace) -> None:
     say("--optimizer adam: CAME takes its place, as megatron_came.use_came was called.")
 
 
-@around
 def with_flags(
     original: Function, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
 ) -> Any:
@@ -177,13 +176,12 @@ def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
             action.help = str(action.help).replace("%", "%%")
 
 
-@around
 def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """Let Megatron validate CAME as it does Adam, and refuse what does not go with it."""
     flags = given_flags(sys.argv[1:])
     _stop_if_refused(args, flags)
     if args.optimizer != "came":
-        return _validated(original, args, *rest, **kwargs)
+        return in_a_sentence(original, args, *rest, **kwargs)
     ignored = [flag for flag in flags if flag.startswith(_IGNORED)]
     if ignored:
         say(f"--optimizer came ignores {', '.join(ignored)}.")
@@ -194,7 +192,7 @@ def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwar
     offloads = getattr(args, "optimizer_cpu_offload", False)
     args.optimizer_cpu_offload = False
     try:
-        result = _validated(original, args, *rest, **kwargs)
+        result = in_a_sentence(original, args, *rest, **kwargs)
     finally:
         args.optimizer, args.optimizer_cpu_offload = "came", offloads
     _stop_if_refused(args, flags)
@@ -204,15 +202,12 @@ def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwar
     return result
 
 
-def _validated(original: Function, *args: Any, **kwargs: Any) -> Any:
+def in_a_sentence(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Let Megatron's validation end in a sentence: the first thing that newcomers meet."""
     try:
         return original(*args, **kwargs)
     except (AssertionError, ValueError) as error:
         stop(refused_by_megatron(error), error)
-
-
-in_a_sentence = around(_validated)
 
 
 def _stop_if_refused(args: argparse.Namespace, flags: list[str]) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megatron_came.dtensors import is_dtensor, local_of
 from megatron_came.megatron.parameter_names import named_parameters
-from megatron_came.patching import Function, around
+from megatron_came.megatron.run import run_args
+from megatron_came.patching import Function
 from megatron_came.voice import of_any_rank, rank, say_once, stop
 
 _LOSS = "the loss is"
@@ -81,14 +82,11 @@ class _Watch:
 _watches: list[_Watch | None] = [None]
 
 
-@around
 def watched(
     original: Function, forward_step_func: Any, data: Any, model: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Look for bad numbers in an iteration of CAME's."""
-    from megatron.training import get_args
-
-    run = get_args()
+    run = run_args()
     where = f"iteration {getattr(run, 'curr_iteration', 0) + 1}, rank {rank()}"
     is_asked = run.optimizer == "came" and run.check_for_nan_in_loss_and_grad
     _watches.append(_Watch(model, where) if is_asked else None)
@@ -98,7 +96,6 @@ def watched(
         _watches.pop()
 
 
-@around
 def counted(original: Function, self: Any, *args: Any, **kwargs: Any) -> bool:
     """Count how often the iteration is computed."""
     will_run = bool(original(self, *args, **kwargs))
@@ -107,7 +104,6 @@ def counted(original: Function, self: Any, *args: Any, **kwargs: Any) -> bool:
     return will_run
 
 
-@around
 def with_buckets(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Remember whose gradients are being looked at."""
     if watch := _watches[-1]:
@@ -115,14 +111,12 @@ def with_buckets(original: Function, self: Any, *args: Any, **kwargs: Any) -> An
     return original(self, *args, **kwargs)
 
 
-@around
 def left_alone(original: Function, grad: Tensor) -> None:
     """Do not let Megatron-FSDP end one rank alone, with all of a gradient: see :func:`ended`."""
     if _watches[-1] is None:
         original(grad)
 
 
-@around
 def noted(
     original: Function,
     self: Any,
@@ -147,7 +141,6 @@ def noted(
     original(self, result, lambda _: is_bad, message, *args, **kwargs)
 
 
-@around
 def ended(original: Function, self: Any) -> Any:
     """End all ranks with one sentence before Megatron would save."""
     watch = _watches[-1]
@@ -165,9 +158,7 @@ def ended(original: Function, self: Any) -> Any:
     if finding is None:
         return result
     _, will_exit, _ = result
-    from megatron.training import get_args
-
-    args = get_args()
+    args = run_args()
     # Someone follows what the rerun machine rejects, and it can save.
     if will_exit and args.save and getattr(args, "result_rejected_tracker_filename", None):
         say_once(f"{finding}; what follows is up to Megatron's rerun machine.")

@@ -22,18 +22,17 @@ from megatron_came.megatron.parameter_names import (
     named_parameters,
     original_of,
 )
-from megatron_came.megatron.rank_settings import arguments
 from megatron_came.megatron.rules import refuse
+from megatron_came.megatron.run import arguments
 from megatron_came.megatron.sharding import ModelGroups, chain_of, check_replicas, shard_of
 from megatron_came.megatron.spikes import guard_spikes
 from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimizer
 from megatron_came.optimizer import CAME
 from megatron_came.parameter_checks import check_trainable
-from megatron_came.patching import Function, around
-from megatron_came.voice import say_once
+from megatron_came.patching import Function
+from megatron_came.voice import Groups, say_once
 
 
-@around
 def with_came(
     original: Function, config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -56,7 +55,7 @@ def with_came(
 
 
 def _agreed(
-    given: Any, model_chunks: list[Any], collection: Any | None, everyone: agreement.Groups
+    given: Any, model_chunks: list[Any], collection: Any | None, everyone: Groups
 ) -> CameOptimizerConfig:
     """Return a configuration for Megatron's builder, if all ranks can train one model alike."""
     groups = ModelGroups.of(collection)
@@ -99,7 +98,6 @@ def settings_of_model(config: CameOptimizerConfig, model_chunks: list[Any]) -> S
     return SimpleNamespace(**settings, model_chunks=model_chunks)
 
 
-@around
 def with_came_for_groups(original: Function, config: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand in for the builder of one group of optimizers."""
     if hasattr(config, "as_asked"):

@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_came.core.hyperparameters import TABLE, HyperparameterError, Hyperparameters
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.rules import refuse
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 from megatron_came.voice import say_once
 
 # What CAME's flags say beyond its hyperparameters: ``--came-`` and the name.
@@ -21,7 +21,6 @@ _PREFIX = "came_"
 _SETTINGS = tuple(_PREFIX + name for name in (*(row.name for row in TABLE), *OWN))
 
 
-@around
 def with_came(original: Function, args: Any) -> Any:
     """Let Megatron's reading of the arguments make a configuration of CAME's type."""
     if args.optimizer != "came":
@@ -33,7 +32,6 @@ def with_came(original: Function, args: Any) -> Any:
     return CameOptimizerConfig.from_plain(config, vars(args)), overrides
 
 
-@around
 def with_settings(original: Function, self: Any, *args: Any, **kwargs: Any) -> None:
     """Let a plain ``OptimizerConfig`` take CAME's settings: hosts pass on what they are given."""
     own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(_PREFIX)}

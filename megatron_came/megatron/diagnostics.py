@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megatron_came.core.diagnostics import Sums, kind_of
 from megatron_came.dtensors import is_dtensor
 from megatron_came.megatron.parameter_names import named_parameters
+from megatron_came.megatron.run import run_args
 from megatron_came.megatron.sharding import chain_of
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 
 
-@around
 def logged(
     original: Function,
     forward_step_func: Any,
@@ -25,10 +25,8 @@ def logged(
     **kwargs: Any,
 ) -> Any:
     """Write figures of a step that was taken, at the log interval."""
-    from megatron.training import get_args
-
     result = original(forward_step_func, data, model, optimizer, *rest, **kwargs)
-    args = get_args()
+    args = run_args()
     iteration = getattr(args, "curr_iteration", 0) + 1
     is_asked = getattr(args, "came_log_diagnostics", False) and args.optimizer == "came"
     is_skipped = result[1]

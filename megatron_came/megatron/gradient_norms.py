@@ -5,11 +5,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_came.patching import Function, around
+from megatron_came.megatron.run import run_args
+from megatron_came.patching import Function
 from megatron_came.voice import collectives_device
 
 
-@around
 def in_fp32(
     original: Function, chunk_size: Any, noop_flag: Any, tensor_lists: Any, *args: Any
 ) -> Any:
@@ -25,14 +25,12 @@ def in_fp32(
     return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
 
-@around
 def of_all_rows(original: Function, *args: Any, **kwargs: Any) -> float:
     """Let ``--log-params-norm`` add up what FSDP2's ranks hold: Megatron's takes one rank's."""
     from megatron.core import mpu
-    from megatron.training import get_args
 
     norm: float = original(*args, **kwargs)
-    if not getattr(get_args(), "use_torch_fsdp2", False):
+    if not getattr(run_args(), "use_torch_fsdp2", False):
         return norm
     square = torch.tensor(norm**2, dtype=torch.float64, device=collectives_device())
     dist.all_reduce(square, group=mpu.get_data_parallel_group(with_context_parallel=True))

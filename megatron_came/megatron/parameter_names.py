@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
 
+from megatron_came.core.digests import name_of
 from megatron_came.dtensors import local_of
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.voice import say_once
@@ -83,9 +84,8 @@ def identities(model_chunks: Iterable[Any]) -> dict[Tensor, Identity]:
         for entry in sharded_entries(chunk.sharded_state_dict()):
             leaves = boxes_in(entry)
             axes = leaves[0].prepend_axis_num
-            above = "".join(f"[{offset}]" for offset in leaves[0].global_offset[:axes])
             found[entry.data] = Identity(
-                name=leaves[0].key + above,
+                name=name_of(leaves[0].key, leaves[0].global_offset[:axes]),
                 offsets=tuple(tuple(leaf.global_offset[axes:]) for leaf in leaves),
             )
     return found

@@ -19,7 +19,7 @@ from megatron_came.megatron.parameter_names import (
     original_of,
     within_wrappers,
 )
-from megatron_came.voice import collectives_device, say_once
+from megatron_came.voice import EVERYONE, Groups, collectives_device, say_once
 
 FLAG = "--came-rule"
 
@@ -76,7 +76,7 @@ def _setting(word: str, typed: str) -> tuple[str, Any]:
 def note(
     given: Sequence[Sequence[str] | str] | None,
     model_chunks: Sequence[Any],
-    everyone: Sequence[dist.ProcessGroup | None] = (None,),
+    everyone: Groups = EVERYONE,
 ) -> None:
     """Give parameters what the rules say of them, see :func:`give`; a collective if there are any.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_came.core.spike_guard import SpikeGuard
 from megatron_came.megatron.diagnostics import reduced
-from megatron_came.megatron.rank_settings import arguments
+from megatron_came.megatron.run import arguments
 from megatron_came.voice import say
 
 

@@ -14,10 +14,12 @@ from typing import Any, Self
 
 from megatron_came import memory, voice
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.run import run_args
 from megatron_came.memory.measurement import measure, watch_step
 from megatron_came.memory.model_kinds import kind_of
 from megatron_came.memory.optimizers import HOST, ROWS, Components, is_sharded, of_launch
 from megatron_came.memory.pages import bytes_table, human
+from megatron_came.patching import Function
 
 # Of the file; to be raised by whoever changes its keys.
 FORMAT = 2
@@ -127,42 +129,40 @@ def fullest(reports: Sequence[Report]) -> Report:
 _reported: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def with_flags(original: Any) -> Any:
+def with_flags(
+    original: Function, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
+) -> Any:
     """Let a function that adds Megatron's flags to a parser add those of the report as well."""
-
-    def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        parser = original(parser, *args, **kwargs)
-        group = parser.add_argument_group(title="memory, of any optimizer")
-        help = "print each rank's memory after the first optimizer step, measured and predicted, "
-        help += "with any --optimizer; resets the peak of CUDA's allocator once"
-        group.add_argument("--came-report-memory", action="store_true", help=help)
-        help = "folder for the report of every rank (default: came_memory in the folder of --save)"
-        group.add_argument("--came-memory-dir", help=help)
-        return parser
-
-    return add_megatron_arguments
+    parser = original(parser, *args, **kwargs)
+    group = parser.add_argument_group(title="memory, of any optimizer")
+    help = "print each rank's memory after the first optimizer step, measured and predicted, "
+    help += "with any --optimizer; resets the peak of CUDA's allocator once"
+    group.add_argument("--came-report-memory", action="store_true", help=help)
+    help = "folder for the report of every rank (default: came_memory in the folder of --save)"
+    group.add_argument("--came-memory-dir", help=help)
+    return parser
 
 
-def with_report(original: Any) -> Any:
+def with_report(
+    original: Function,
+    forward_step_func: Any,
+    data: Any,
+    model: Any,
+    optimizer: Any,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
     """Let Megatron's training step report, where ``--came-report-memory`` asks for it."""
-
-    def train_step(
-        forward_step_func: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any
-    ) -> Any:
-        from megatron.training.global_vars import get_args
-
-        args = get_args()
-        if not getattr(args, "came_report_memory", False) or optimizer in _reported:
-            return original(forward_step_func, data, model, optimizer, *rest, **kwargs)
-        with watch_step(model, optimizer) as allocated:
-            result = original(forward_step_func, data, model, optimizer, *rest, **kwargs)
-        skipped = result[1]
-        if not skipped:
-            _reported.add(optimizer)
-            _report(args, model, optimizer, allocated[-1] if allocated else None)
-        return result
-
-    return train_step
+    args = run_args()
+    if not getattr(args, "came_report_memory", False) or optimizer in _reported:
+        return original(forward_step_func, data, model, optimizer, *rest, **kwargs)
+    with watch_step(model, optimizer) as allocated:
+        result = original(forward_step_func, data, model, optimizer, *rest, **kwargs)
+    skipped = result[1]
+    if not skipped:
+        _reported.add(optimizer)
+        _report(args, model, optimizer, allocated[-1] if allocated else None)
+    return result
 
 
 def _report(

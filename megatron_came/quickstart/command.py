@@ -8,10 +8,9 @@ from functools import partial
 import megatron_came
 from megatron_came import cpu_megatron
 from megatron_came.data.files import locked
-from megatron_came.quickstart.prepare import prepare
+from megatron_came.quickstart.prepare import prepare, run_once
 from megatron_came.quickstart.report import check_same_start, summary
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
-from megatron_came.quickstart.steps import run_once
 from megatron_came.quickstart.train import Result, train
 from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.pictures import draw_losses

@@ -1,13 +1,16 @@
-"""The quick start's tokenizer and dataset, made as ``megatron-came data`` makes them."""
+"""The quick start's tokenizer and dataset, made as ``megatron-came data`` makes them, and once."""
 
+import hashlib
+import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_came.data.arguments import read
 from megatron_came.data.command import run
 from megatron_came.data.corpus import Corpus
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
-from megatron_came.quickstart.steps import run_once
+from megatron_came.terminal.paths import write_whole
 from megatron_came.terminal.sentences import CommandError
 
 
@@ -68,3 +71,29 @@ def _make(settings: Settings, corpus: Corpus) -> None:
     flags = ["--output-prefix", settings.dataset, "--train-tokenizer", tokens]
     options = read([*map(str, (settings.folder, *flags)), "--append-eod", "--overwrite"])
     print(f"  {run(options, corpus).partition('\n')[0]}")
+
+
+def run_once(
+    file: Path,
+    name: str,
+    inputs: Mapping[str, object],
+    outputs: Sequence[Path],
+    make: Callable[[], None],
+) -> str:
+    """Run ``make`` unless the outputs are there and were made from the same inputs.
+
+    ``file`` remembers what each step was made from: all that its outputs depend on, of JSON's
+    types. A digest of it is returned, for the steps that depend on this one.
+    """
+    try:
+        made = dict(json.loads(file.read_text()))
+    except (FileNotFoundError, TypeError, ValueError):
+        made = {}
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    if made.pop(name, None) == digest and all(path.exists() for path in outputs):
+        print(f"{name}: already there ({outputs[0]}).")
+        return digest
+    write_whole(file, json.dumps(made, indent=1).encode())
+    make()
+    write_whole(file, json.dumps({**made, name: digest}, indent=1).encode())
+    return digest

@@ -42,7 +42,8 @@ def came_flags() -> list[argparse.Action]:
 
     parser = argparse.ArgumentParser(add_help=False)
     optimizer = parser.add_argument("--optimizer", choices=["adam", "sgd"])
-    report.with_flags(arguments.with_flags(lambda parser: parser))(parser)
+    for add in (arguments.with_flags, report.with_flags):
+        add(lambda parser: parser, parser)
     return [action for action in parser._actions if action is not optimizer]
 
 

@@ -14,7 +14,7 @@ from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.sentences import CommandError, reason_of, status_of
 from megatron_came.tools.checkpoints import repairing
 from megatron_came.tools.checkpoints.listing import progress, word
-from megatron_came.tools.checkpoints.main_weights import pairs
+from megatron_came.tools.checkpoints.proofs import pairs
 from megatron_came.tools.checkpoints.verifying import verify
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # also where the file that is read is named

@@ -136,7 +136,7 @@ def test_digests(gpu, monkeypatch):
     with gpu.at_most(BOUND):
         found = sums.Sums({})
         for param, local in optimizer._pairs:
-            leaf = Leaf("weight", PlacedBox.whole(SHAPE), True, True, True, None)
+            leaf = Leaf("weight", PlacedBox.whole(SHAPE), True, True)
             entry, state = Entry(param, (leaf,)), optimizer.optimizer.state[local]
             found.add_slice(("main weights",), entry, main_ranges(local, state), 0)
             found.add_slice(("momentum",), entry, momentum_ranges(state), 0)

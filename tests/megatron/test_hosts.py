@@ -5,6 +5,7 @@ CPU. With verl's and Megatron-Bridge's packages: ``tests/releases/test_framework
 """
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -47,7 +48,7 @@ def test_what_is_loaded_may_be_given_by_name(monkeypatch):
     run = SimpleNamespace(optimizer="adam", override_opt_param_scheduler=False)
     training = SimpleNamespace(get_args=lambda: run)
     monkeypatch.setitem(sys.modules, "megatron.training", training)
-    load = with_sentences(lambda *args, **kwargs: (*args, kwargs))
+    load = partial(with_sentences, lambda *args, **kwargs: (*args, kwargs))
     given = {"ddp_model": [], "optimizer": "adam", "opt_param_scheduler": "schedule"}
     assert load(**given, strict=False) == ([], "adam", "schedule", {"strict": False})
 
@@ -132,4 +133,4 @@ except ModuleNotFoundError:
 def test_a_host_loads_without_a_training_loop(monkeypatch):
     """As with the package of megatron-core 0.16, which has none."""
     monkeypatch.setitem(sys.modules, "megatron.training", None)
-    assert agreed(lambda folder: folder)("folder") == "folder"
+    assert agreed(lambda folder: folder, "folder") == "folder"

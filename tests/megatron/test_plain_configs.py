@@ -90,10 +90,9 @@ def test_what_megatrons_arguments_have_is_refused_where_it_is_built(monkeypatch)
 
 
 def test_past_megatrons_builder_it_is_refused():
-    build = builder.with_came_for_groups(lambda config: config)
     for config in (plain(), CameOptimizerConfig()):
         with pytest.raises(UnsupportedError, match="another package has called what that calls"):
-            build(config)
+            builder.with_came_for_groups(lambda config: config, config)
 
 
 def test_use_came_takes_adams_place(capsys):

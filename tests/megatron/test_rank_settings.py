@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from megatron_came.megatron import agreement, rank_settings
-from megatron_came.megatron.agreement import Kernels
+from megatron_came.megatron import agreement
+from megatron_came.megatron.agreement import (
+    Kernels,
+    difference,
+    names_of,
+    parameters_of,
+    settings_of,
+)
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.errors import UnsupportedError
-from megatron_came.megatron.rank_settings import difference, names_of, parameters_of, settings_of
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,7 @@ def test_few_ranks_are_all_named():
     ids=str,
 )
 def test_what_may_differ_is_not_compared(monkeypatch, name, value, compared):
-    monkeypatch.setattr(rank_settings, "arguments", lambda: {name: value})
+    monkeypatch.setattr(agreement, "arguments", lambda: {name: value})
     config = CameOptimizerConfig(lr=1e-3)
     flag = "--" + name.replace("_", "-")
     assert (settings_of(config).get(flag) is not None) == compared
@@ -72,7 +77,7 @@ def test_what_may_differ_is_not_compared(monkeypatch, name, value, compared):
 @pytest.mark.parametrize("name", ["load", "save", "pretrained_checkpoint"])
 def test_where_checkpoints_are_may_differ_but_not_if_there_are_any(monkeypatch, name):
     given = {}
-    monkeypatch.setattr(rank_settings, "arguments", lambda: given)
+    monkeypatch.setattr(agreement, "arguments", lambda: given)
     seen = []
     for value in ("/node0/checkpoints", "checkpoints", None):
         given[name] = value
@@ -123,9 +128,9 @@ def test_parameters_say_what_ranks_must_share():
 def test_graphs_are_not_given_up_for_kernels_that_all_ranks_have(found, sentence, monkeypatch):
     """Simulated: what each rank has."""
     kernels = {rank: Kernels(name, "no GPU") for rank, name in enumerate(found)}
-    monkeypatch.setattr(agreement.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(agreement, "rank", lambda: 0)
     monkeypatch.setattr(agreement, "_kernels_here", lambda config, model_chunks: kernels[0])
     monkeypatch.setattr(agreement, "_differ", lambda text, everyone: True)
-    monkeypatch.setattr(agreement, "_gather", lambda mine, everyone: kernels)
+    monkeypatch.setattr(agreement, "by_rank", lambda mine, everyone: kernels)
     with pytest.raises(UnsupportedError, match=sentence):
         agreement._with_common_kernels(CameOptimizerConfig(lr=1e-3, cuda_graph=True), [], [None])

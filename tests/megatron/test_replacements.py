@@ -13,7 +13,7 @@ import megatron_came
 from megatron_came import memory, patching, versions
 from megatron_came.cpu_megatron.install import REPLACEMENTS as OF_CPU
 from megatron_came.megatron.install import REPLACEMENTS
-from megatron_came.patching import Replacement, put_in_place
+from megatron_came.patching import Replacement, maker, put_in_place
 from megatron_came.versions import MegatronError, check_version
 from megatron_came.voice import say_once
 
@@ -102,18 +102,20 @@ def test_rows_stand_once():
         assert len(keys) == len(set(keys))
 
 
-def doubled(original):
-    return lambda *args: 2 * original(*args)
+def doubled(original, *args):
+    return 2 * original(*args)
 
 
 def stand_in(value):
     return -value
 
 
+@maker
 def as_itself(original):
     return stand_in
 
 
+@maker
 def left_alone(original):
     return original
 
@@ -184,7 +186,8 @@ def test_a_missing_module_is_said():
 
 def test_what_somebody_else_has_replaced_is_said_with_release_and_file(fake, capsys):
     say_once.cache_clear()
-    fake[0].function = doubled(fake[0].function)
+    original = fake[0].function
+    fake[0].function = lambda *args: doubled(original, *args)
     put_in_place([row("function"), row("function")])
     (line,) = capsys.readouterr().out.splitlines()
     for words in (FAKE, check_version(), f"already, by {__name__} ({__file__})"):

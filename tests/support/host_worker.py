@@ -202,30 +202,21 @@ def _resumed(folder):
     return train(model, optimizer, first=3)
 
 
-def checkpoint():
+def checkpoint(**settings):
     """Save after three steps, and train on from there, in the same run and in another."""
     from megatron.core.optimizer import get_megatron_optimizer
 
     connect()
     model = build()
-    optimizer = get_megatron_optimizer(plain_config(**GIVEN), model)
+    optimizer = get_megatron_optimizer(plain_config(**(settings or GIVEN)), model)
     train(model, optimizer)
     with tempfile.TemporaryDirectory() as folder:
         _saved(model, optimizer, folder)
         return {"resumed": _resumed(folder), "weights": train(model, optimizer, first=3)}
 
 
-def adams_checkpoint():
-    """Another optimizer has saved what CAME is to train on from."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
-    connect()
-    model = build()
-    optimizer = get_megatron_optimizer(plain_config(optimizer="adam"), model)
-    train(model, optimizer)
-    with tempfile.TemporaryDirectory() as folder:
-        _saved(model, optimizer, folder)
-        return {"resumed": _resumed(folder)}
+# Another optimizer has saved what CAME is to train on from.
+adams_checkpoint = partial(checkpoint, optimizer="adam")
 
 
 def _offloaded(*, bf16, sharded, **given):

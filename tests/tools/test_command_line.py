@@ -195,7 +195,7 @@ class TestMegatronsHelp:
         parser.add_argument("--bare", default=3, help="at 50% (or more), %(default)s")
         parser.add_argument("--none")
         parser.add_argument("--hidden", help=argparse.SUPPRESS)
-        text = with_flags(lambda parser: parser)(parser).format_help()
+        text = with_flags(lambda parser: parser, parser).format_help()
         assert "of x: adam, came" in text
         assert "at 50% (or more)" in text
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_came.core import digests, int8, records
 from megatron_came.tools import inspect
-from megatron_came.tools.checkpoints.main_weights import unlike
+from megatron_came.tools.checkpoints.proofs import unlike
 from tests.support.stored_checkpoints import (
     STATE,
     WEIGHT,
@@ -256,7 +256,7 @@ COMMONS = {
     ),
     "record of another": (
         common(**{records.KEY: record_of(tensors(), 6)}),
-        "the digests are of iteration 6, not 4",
+        "is of iteration 4, the digests of 6",
     ),
 }
 

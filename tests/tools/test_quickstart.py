@@ -16,9 +16,9 @@ from megatron_came.data.files import locked
 from megatron_came.memory.optimizers import Components
 from megatron_came.quickstart import command as command_line
 from megatron_came.quickstart import prepare
+from megatron_came.quickstart.prepare import run_once
 from megatron_came.quickstart.report import check_same_start, summary
 from megatron_came.quickstart.settings import OPTIMIZERS, Settings
-from megatron_came.quickstart.steps import run_once
 from megatron_came.quickstart.train import Result
 from megatron_came.terminal.pictures import draw_losses
 from megatron_came.terminal.sentences import CommandError

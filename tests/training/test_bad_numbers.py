@@ -3,6 +3,7 @@
 import inspect
 import re
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_bad_numbers_are_seen_from_threads_of_the_backward_pass(monkeypatch):
     """On a GPU, buckets are looked at in these, and contexts do not reach them."""
     watch = bad_numbers._Watch([torch.nn.Identity()], "", turns=1)
     monkeypatch.setattr(bad_numbers, "_watches", [watch])
-    look = bad_numbers.noted(inspect.unwrap(RerunStateMachine.validate_result))
+    look = partial(bad_numbers.noted, inspect.unwrap(RerunStateMachine.validate_result))
     machine = RerunStateMachine(mode=RerunMode.DISABLED)
     arguments = (machine, torch.tensor(float("nan")), torch.isnan, "loss")
     thread = threading.Thread(target=look, args=arguments)
@@ -189,7 +190,7 @@ def test_a_step_that_megatron_has_judged_needs_no_collective_of_its_own(monkeypa
     monkeypatch.setattr(bad_numbers, "of_any_rank", lambda problem, _: asked.append(problem))
     machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
     # Other tests may have put it in place in this process already.
-    end = bad_numbers.ended(inspect.unwrap(RerunStateMachine.should_checkpoint_and_exit))
+    end = partial(bad_numbers.ended, inspect.unwrap(RerunStateMachine.should_checkpoint_and_exit))
     for turns, expected in ((1, 1), (1, 1), (2, 2)):  # the first is judged by nobody
         monkeypatch.setattr(bad_numbers, "_watches", [bad_numbers._Watch([], "", turns=turns)])
         end(machine)

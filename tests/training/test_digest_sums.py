@@ -21,20 +21,8 @@ RANKS = 3
 
 
 def _entry(name, tensor):
-    shape = tuple(tensor.shape)
-    return Entry(
-        tensor,
-        (
-            Leaf(
-                name,
-                PlacedBox.whole(shape),
-                is_main=True,
-                is_first=True,
-                is_dp_first=True,
-                copy=None,
-            ),
-        ),
-    )
+    box = PlacedBox.whole(tuple(tensor.shape))
+    return Entry(tensor, (Leaf(name, box, is_first=True, is_dp_first=True),))
 
 
 def _tensors():

@@ -65,7 +65,7 @@ IN_TENSORS = {
 }
 IN_COMMON = {
     "iteration-gone": (lambda state: state.pop("iteration"), "its iteration is missing"),
-    "iteration-other": (lambda state: state.update(iteration=3), "its digests 4"),
+    "iteration-other": (lambda state: state.update(iteration=3), "the digests of 4"),
     "iteration-negative": (lambda state: state.update(iteration=-3), "iteration is -3"),
     "iteration-word": (lambda state: state.update(iteration="4"), "iteration is '4'"),
     "record-bit": (

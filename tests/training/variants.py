@@ -48,13 +48,8 @@ class Oracle(came_pytorch.CAME):
         if not (any(self._options.values()) or any(self._own.values()) or self._unfactored):
             return super().step(closure)
         for group in self.param_groups:
-            letters = dict(
-                zip(
-                    ("b1", "b2", "b3", "eps1", "eps2"),
-                    (*group["betas"], *group["eps"]),
-                    strict=True,
-                )
-            )
+            names = ("b1", "b2", "b3", "eps1", "eps2")
+            letters = dict(zip(names, (*group["betas"], *group["eps"]), strict=True))
             letters |= {"eta": group["lr"], "d": group["clip_threshold"], **self._options}
             letters["weight_decay"] = group["weight_decay"]
             for param in group["params"]:
@@ -345,20 +340,16 @@ def _in_fp8():
 @contextlib.contextmanager
 def _failing_on_last(number, nth, kind):
     """On the last rank the ``nth`` file of a checkpoint that is opened so (r or w) fails."""
-    opened = []
+    opened, original = [], open
 
-    def failing(original):
-        def replaced(file, mode="r", *args, **kwargs):
-            if _is_last() and "/iter_" in str(file) and ("r" if mode[0] == "r" else "w") == kind:
-                opened.append(file)
-                if len(opened) == nth:
-                    raise OSError(number, os.strerror(number), str(file))
-            return original(file, mode, *args, **kwargs)
+    def failing(file, mode="r", *args, **kwargs):
+        if _is_last() and "/iter_" in str(file) and ("r" if mode[0] == "r" else "w") == kind:
+            opened.append(file)
+            if len(opened) == nth:
+                raise OSError(number, os.strerror(number), str(file))
+        return original(file, mode, *args, **kwargs)
 
-        return replaced
-
-    opens = failing(open)
-    with mock.patch.object(builtins, "open", opens), mock.patch.object(io, "open", opens):
+    with mock.patch.object(builtins, "open", failing), mock.patch.object(io, "open", failing):
         yield
 
 

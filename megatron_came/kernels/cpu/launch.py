@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_came.core.momentum import MOMENTUM, SCALE
 from megatron_came.core.parameter_slice import ParameterSlice, SliceSums, StepInputs
 from megatron_came.core.rounding import step_key
 from megatron_came.core.state import MATRIX_FACTORS, REMAINDER, VECTOR_FACTORS
-from megatron_came.kernels.backend import unsupported_by_kernels
+from megatron_came.kernels.backend import readable, unsupported_by_kernels
 from megatron_came.kernels.cpu import threads
 from megatron_came.kernels.cpu.factors import Axis, update_instabilities, update_second_moments
 from megatron_came.kernels.cpu.shapes import Geometry, row_places, tiles_of
@@ -27,7 +27,6 @@ from megatron_came.kernels.state_checks import check_state, is_int8_momentum, wa
 
 Array = npt.NDArray[Any]
 
-_GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 # NumPy's names of dtypes; bf16 is one of two integers'.
 _KINDS = {torch.float32: "f4", torch.int16: "i2", torch.int8: "i1", torch.float64: "f8"}
 # Of fewer elements, one thread is done before others have begun.
@@ -89,23 +88,11 @@ class _Step:
         for each in self._taken:
             each.settings = settings[each.slice.group]
 
-    def add_square_sums(self) -> None:
-        self._go(_Matrices.add_square_sums)
-
-    def add_instability_sums(self) -> None:
-        self._go(_Matrices.add_instability_sums)
-
-    def apply(self) -> None:
-        self._go(_Matrices.apply)
-
-    def run(self) -> None:  # one parameter after another, which may stay in the cache
-        self._go(_Matrices.add_square_sums, _Matrices.add_instability_sums, _Matrices.apply)
-
-    def _go(self, *passes: Callable[[_Matrices], None]) -> None:
+    def take(self, *passes: int) -> None:
         with threads.pool(self._count):
-            for each in self._taken:
-                for one in passes:
-                    one(each)
+            for each in self._taken:  # one after another, which may stay in the cache
+                for number in passes:
+                    each.passes[number - 1](each)
 
 
 def _array(tensor: Tensor, bf16_as: str = "u2") -> Array:
@@ -168,10 +155,8 @@ class _Matrices:
         """
         state, grad, self.settings, weight = given
         self.count = count if self.geometry.size >= _SMALL else 1
-        copy = None
-        if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
-            grad = copy = grad.to(torch.float32).contiguous()
-        self.grad, self.model_weight = _array(grad), weight
+        read = readable(grad)
+        self.grad, self.model_weight = _array(read), weight
         own = (value for value in state.values() if isinstance(value, Tensor))  # and others' marks
         tensors = [self.slice.param, *own]
         if weight is not None and _is_written(weight):
@@ -182,7 +167,7 @@ class _Matrices:
             check_state(self.slice, state, wanted_state(self.slice, is_int8_momentum(state)))
             self._view(state, weight if _is_written(weight) else None)
             self._seen = seen
-        return copy
+        return None if read is grad else read
 
     def _view(self, state: Mapping[str, Tensor], weight: Tensor | None) -> None:
         remainder, block_scales = state.get(REMAINDER), state.get(SCALE)
@@ -246,3 +231,5 @@ class _Matrices:
         )  # fmt: skip
         if not _is_written(self.model_weight):
             self.slice.copy_to_model(self.model_weight)
+
+    passes = add_square_sums, add_instability_sums, apply

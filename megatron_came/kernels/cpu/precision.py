@@ -10,6 +10,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from megatron_came.core import rounding
 from megatron_came.core.int8 import BLOCK
 from megatron_came.kernels.cpu.compiling import elementwise
 
@@ -18,8 +19,9 @@ NOT_FINITE = 255  # the biased exponent of infinity and NaN
 _NAN = np.int32(0x7FC00000)
 _UPPER, _LOWER = np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 _typed = {"fastmath": {"contract"}, "error_model": "numpy", "forceinline": True}
-PLACE_FACTOR = np.uint32(0x9E3779B1)  # see megatron_came.core.rounding
-HIGH_FACTOR = 0x27D4EB2F
+PLACE_FACTOR = np.uint32(rounding.STEP_FACTOR)
+_HIGH_FACTOR = rounding.HIGH_FACTOR
+_MIX, _MIX_2 = map(np.uint32, rounding.MIX_FACTORS)
 
 
 def widen(value, scale):
@@ -70,15 +72,15 @@ def first_state(place, key):
 
     The upper halves of such places must be the same.
     """
-    high = np.uint32((place >> 32) * HIGH_FACTOR)
+    high = np.uint32((place >> 32) * _HIGH_FACTOR)
     return np.uint32(np.uint32(place) * PLACE_FACTOR + high + key)
 
 
 @elementwise
 def random_bits(state):
     """Return 16 random bits."""
-    x = np.uint32((state ^ (state >> np.uint32(16))) * np.uint32(0x85EBCA6B))
-    x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    x = np.uint32((state ^ (state >> np.uint32(16))) * _MIX)
+    x = np.uint32((x ^ (x >> np.uint32(13))) * _MIX_2)
     return np.uint32((x ^ (x >> np.uint32(16))) & _LOWER)
 
 

@@ -12,16 +12,10 @@ from torch import Tensor
 from megatron_came.core.momentum import MOMENTUM, MOMENTUM_DTYPES, SCALE, State
 from megatron_came.core.parameter_slice import ParameterSlice, StepInputs
 from megatron_came.core.state import REMAINDER
-from megatron_came.kernels.state_checks import (
-    check_state,
-    has_remainder,
-    is_int8_momentum,
-    wanted_state,
-)
+from megatron_came.kernels.backend import readable
+from megatron_came.kernels.state_checks import check_state, is_int8_momentum, wanted_state
 from megatron_came.kernels.triton.device import Device
 from megatron_came.kernels.triton.tables import IntTable, Kind, blocks_are_rows
-
-_GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Seen(NamedTuple):
@@ -52,7 +46,7 @@ def kind_of(slice_: ParameterSlice, given: StepInputs, tile_columns: int) -> Kin
         GRAD_IS_BF16=given.grad.dtype == torch.bfloat16,
         EXP_AVG_IS_BF16=dtype == torch.bfloat16,
         INT8=(dtype == torch.int8) * (2 - blocks_are_rows(shard, tile_columns)),
-        HAS_REMAINDER=has_remainder(slice_),
+        HAS_REMAINDER=slice_.param.dtype == torch.bfloat16,  # kernels take no other bf16 ones
         MODEL=0 if weight is None else 1 if weight.dtype == torch.bfloat16 else 2,
     )
 
@@ -98,9 +92,8 @@ class Addresses:
         rounds, copied, grads = False, [], []
         for index, slice_ in enumerate(self._slices):
             state, grad, _, weight = inputs[slice_]
-            if grad.dtype not in _GRADIENT_DTYPES or not grad.is_contiguous():
-                grad = grad.to(torch.float32).contiguous()
-                grads.append(grad)
+            if (copy := readable(grad)) is not grad:
+                grads.append(grad := copy)
             if weight is not None and weight.dtype not in self._device.written_dtypes:
                 copied.append(slice_)
                 weight = None
@@ -124,7 +117,7 @@ class Addresses:
                 self._check(index, state)
                 self._rows[index], self._uploaded = (), None  # until all is written
                 given = inputs[slice_]._replace(grad=grad, model_weight=weight)
-                columns = self._columns(slice_, given)
+                columns = self._columns(index, given)
                 self._table[index, : len(columns)] = columns
                 self.kinds[index] = kind_of(slice_, given, self._device.tiling.columns)
                 self._rows[index] = row
@@ -132,15 +125,15 @@ class Addresses:
             self._uploaded = self._device.upload(self._table)
         return Seen(self._uploaded, rounds, copied, grads)
 
-    def _columns(self, slice_: ParameterSlice, given: StepInputs) -> list[int]:
+    def _columns(self, index: int, given: StepInputs) -> list[int]:
         state, weight = given.state, given.model_weight
         dtypes = given.grad.dtype, weight is not None and weight.dtype, state[MOMENTUM].dtype
         return [
-            slice_.param.data_ptr(),
+            self._slices[index].param.data_ptr(),
             given.grad.data_ptr(),
             state[MOMENTUM].data_ptr(),
             state[SCALE].data_ptr() if self._is_int8 else 0,
-            state[REMAINDER].data_ptr() if has_remainder(slice_) else 0,
+            state[REMAINDER].data_ptr() if REMAINDER in self._wanted[index] else 0,
             0 if weight is None else weight.data_ptr(),
             *(dtype == torch.bfloat16 for dtype in dtypes),
             *(state[key].data_ptr() for key in self._factors),

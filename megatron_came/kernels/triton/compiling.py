@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_came.core import factors, int8, rounding
+from megatron_came.core import factors, int8, passes, rounding
 from megatron_came.kernels.triton import tables
 
 # To be imported by name: Triton does not notice a change of what it reaches through a module.
-SQUARE_SCALE = tl.constexpr(2.0**-10)  # see megatron_came.core.passes
-SQUARE_UNSCALE = tl.constexpr(2.0**20)
-UPDATE_SCALE = tl.constexpr(2.0**-16)
-UPDATE_UNSCALE = tl.constexpr(2.0**32)
+SQUARE_SCALE = tl.constexpr(passes.SQUARE_SCALE)
+SQUARE_UNSCALE = tl.constexpr(passes.SQUARE_SCALE**-2)
+UPDATE_SCALE = tl.constexpr(passes.UPDATE_SCALE)
+UPDATE_UNSCALE = tl.constexpr(passes.UPDATE_SCALE**-2)
 # See megatron_came.core.factors.
 LARGEST_MEAN = tl.constexpr(factors.largest_mean(torch.float32))
 LEAST_RATIO = tl.constexpr(factors.LEAST_RATIO)

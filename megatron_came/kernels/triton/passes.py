@@ -17,8 +17,7 @@ from megatron_came.kernels.state_checks import is_int8_momentum
 from megatron_came.kernels.triton.addresses import Addresses, kind_of
 from megatron_came.kernels.triton.device import Device
 from megatron_came.kernels.triton.graphs import Replay
-from megatron_came.kernels.triton.launch import BLOCK, Tables, run
-from megatron_came.kernels.triton.schedule import Owners, Schedules
+from megatron_came.kernels.triton.launch import BLOCK, Owners, Schedules, Tables, run
 from megatron_came.kernels.triton.tables import GroupField, ParamField, param_row
 from megatron_came.kernels.triton.tiling import (
     MOST_OFFSETS,
@@ -209,25 +208,9 @@ class TritonStep:
         """Take up what the parameter groups say now."""
         self._passes.refresh_settings(settings)
 
-    def add_square_sums(self) -> None:
-        """Pass 1."""
-        self._launch("squares")
-
-    def add_instability_sums(self) -> None:
-        """With the sums of pass 1 complete: second moments and pass 2."""
-        self._launch("instability")
-
-    def apply(self) -> None:
-        """With the sums of pass 2 complete: instabilities and pass 3."""
-        self._launch("apply")
-        self._copy_to_model()
-
-    def run(self) -> None:
-        """All passes, where no sum goes over ranks."""
-        self._launch("step")
-        self._copy_to_model()
-
-    def _launch(self, name: str) -> None:
+    def take(self, *passes: int) -> None:
+        """Launch what is scheduled for one of the passes, or for all of them together."""
+        name = "step" if len(passes) > 1 else Schedules._fields[passes[0] - 1]
         schedule = getattr(self._schedules, name)
         launch = partial(run, self._tables, schedule)
         with self._device.current():
@@ -236,10 +219,7 @@ class TritonStep:
                 self._passes.replays[name].run(key, launch)
             else:
                 launch()
-
-    def _copy_to_model(self) -> None:
-        """Rewrite what the kernels have not of the model's weights."""
-        for slice_, weight in self._weights:
+        for slice_, weight in self._weights if 3 in passes else ():  # which kernels cannot write
             slice_.copy_to_model(weight)
 
 

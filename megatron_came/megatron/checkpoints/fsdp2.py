@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_came.core.momentum import MOMENTUM
 from megatron_came.dtensors import is_dtensor, local_of, shard_of, state_like
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 
 # Whether it is CAME whose parameters Megatron looks for.
 _is_came: ContextVar[bool] = ContextVar("is_came", default=False)
@@ -37,7 +37,6 @@ def parameters_found() -> Iterator[None]:
         _is_came.reset(token)
 
 
-@around
 def by_local_tensor(original: Function, optim_params_iter: Iterable[Tensor]) -> Any:
     """Stand in for what numbers an optimizer's parameters: see :func:`parameters_found`."""
     params = map(local_of, optim_params_iter) if _is_came.get() else optim_params_iter

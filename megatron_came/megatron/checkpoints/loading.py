@@ -29,19 +29,17 @@ from megatron_came.megatron.checkpoints.groups import Groups, same_order
 from megatron_came.megatron.checkpoints.refusals import bucket_refusal, refusal
 from megatron_came.megatron.checkpoints.under_way import Load, current
 from megatron_came.megatron.errors import UnsupportedError
+from megatron_came.megatron.run import run_args
 from megatron_came.megatron.sharding import chain_of
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 from megatron_came.voice import LOST, end_if, rank, say_once, stop
 
 
-@around
 def with_sentences(
     original: Function, ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Verify what is loaded, and end all ranks with one sentence where a load fails."""
-    from megatron.training import get_args
-
-    run = get_args()
+    run = run_args()
     try:
         with verified(ddp_model, optimizer, run):
             if optimizer is None:
@@ -107,7 +105,6 @@ def _after(scheduler: Any, iteration: int, args: Any) -> None:
         )
 
 
-@around
 def asking_for_all(original: Function, args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Ask a checkpoint for all that it has, whatever this run is going to save.
 
@@ -121,7 +118,6 @@ def asking_for_all(original: Function, args: Any, *rest: Any, **kwargs: Any) -> 
     return _agreed(lambda: original(everything, *rest, **kwargs), load, args)
 
 
-@around
 def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Check what Megatron is going to read, and what it has read."""
     of_rank_0 = bool(kwargs.get("rank0", rest and rest[0]))
@@ -154,15 +150,12 @@ def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwar
     return result
 
 
-@around
 def agreed(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Have all ranks end where one of them cannot read: Megatron lets the others wait for it."""
     load = current.get()
     if load is None:  # perhaps with a Megatron without a training loop
         return original(*args, **kwargs)
-    from megatron.training import get_args
-
-    settings = get_args()
+    settings = run_args()
     if settings.optimizer != "came":
         return original(*args, **kwargs)
     return _agreed(lambda: original(*args, **kwargs), load, settings)

@@ -23,7 +23,7 @@ from megatron_came.core.records import KEY
 from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.dtensors import local_of, placed
 from megatron_came.megatron.checkpoints.factors import Pair
-from megatron_came.megatron.rank_settings import arguments
+from megatron_came.megatron.run import arguments
 from megatron_came.optimizer import CAME
 
 # What Megatron appends to the names of SwiGLU's two projections, which lie in one parameter.

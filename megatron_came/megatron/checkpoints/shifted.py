@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_came.megatron.checkpoints.buckets import mended
 from megatron_came.megatron.checkpoints.contents import sharding_of
-from megatron_came.patching import Function, around
+from megatron_came.megatron.run import run_args
+from megatron_came.patching import Function
 from megatron_came.versions import check_version
 from megatron_came.voice import of_all_ranks, say
 
@@ -18,14 +19,11 @@ from megatron_came.voice import of_all_ranks, say
 _suspects: list[str] = []
 
 
-@around
 def with_warning(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Look, when model and optimizer stand, whether this run's checkpoints get shifted."""
-    from megatron.training.global_vars import get_args
-
     _suspects.clear()
     result = original(*args, **kwargs)
-    settings = get_args()
+    settings = run_args()
     shifts = writes(settings) and not mended() and padded_anywhere(result[0])
     warning = _warning(settings, shifts)
     if warning:

@@ -20,7 +20,7 @@ from megatron_came.megatron.checkpoints import folders
 from megatron_came.megatron.checkpoints.under_way import Load, current
 from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.parameter_names import boxes_in, sharded_entries
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 from megatron_came.voice import collectives_device, end_if, of_all_ranks, say_once, some, stop
 
 _OPTIMIZER, _STATE = "optimizer.", "optimizer.state."
@@ -271,7 +271,6 @@ def stop_if_misfit(
     return notices + _said([] if resumes else left, _LEFT)
 
 
-@around
 def with_shapes(
     original: Function, sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -287,7 +286,6 @@ def with_shapes(
     return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
 
-@around
 def with_names(original: Function, args: Any, raw_state_dict: Any, model: Any) -> Any:
     """Compare what a run with Megatron-FSDP asks of a checkpoint with what it has."""
     if args.optimizer == "came" and not (args.bf16 or args.fp16):

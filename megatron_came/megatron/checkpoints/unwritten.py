@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_came.patching import Function, around
+from megatron_came.megatron.run import run_args
+from megatron_came.patching import Function
 from megatron_came.voice import LOST, end_if, rank, stop
 
 # What torch.save says, without a reason, where a file cannot be written.
@@ -30,13 +31,10 @@ def folder_problem(args: Any) -> str | None:
     return f"--save {args.save}{where} {what}: name another folder, or have it made writable."
 
 
-@around
 def looked_at_first(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Refuse a folder that rank 0, which always writes, cannot write to, before training."""
-    from megatron.training import get_args
-
     # With any optimizer: that all ranks have one is not known yet.
-    end_if(folder_problem(get_args()) if rank() == 0 else None)
+    end_if(folder_problem(run_args()) if rank() == 0 else None)
     return original(*args, **kwargs)
 
 
@@ -65,12 +63,9 @@ def failures_said(what: str, folder: Any) -> Iterator[None]:
         )
 
 
-@around
 def async_failures_said(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Say so of what ``--async-save`` is writing."""
-    from megatron.training import get_args
-
-    settings = get_args()
+    settings = run_args()
     if settings.optimizer != "came":
         return original(*args, **kwargs)
     with failures_said("an asynchronous checkpoint", settings.save):

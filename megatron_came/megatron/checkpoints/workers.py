@@ -14,13 +14,14 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function, maker
 from megatron_came.terminal.children import end_with_parent
 
 # A process that is no fork has no replacements: there this is Megatron's own.
 _loop: Function = async_utils.PersistentAsyncCaller.async_loop
 
 
+@maker
 def with_trainer(original: Function) -> Function:
     """Have the process that writes checkpoints end with the one that starts it."""
     return loop
@@ -50,7 +51,6 @@ class _Results:
         return pickle.loads(self._queue.get_nowait())
 
 
-@around
 def with_queue(original: Function, mp_mode: str = "spawn") -> Any:
     """Have the process of the queue of results end with the one that starts it.
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 
 
-@around
 def with_all_reduce(original: Function, self: Any, force_all_reduce: bool = False) -> None:
     """Let ``finish_grad_sync`` take what 0.19's takes, and does not use either."""
     original(self)

@@ -25,8 +25,7 @@ from megatron_came.checkpoint_files.tensors import READ_BYTES
 from megatron_came.core import digests, records
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM
 from megatron_came.core.records import Record
-from megatron_came.tools.checkpoints.main_weights import pairs, unlike
-from megatron_came.tools.checkpoints.proofs import Proofs
+from megatron_came.tools.checkpoints.proofs import Proofs, pairs, unlike
 
 
 @dataclass(frozen=True, slots=True)

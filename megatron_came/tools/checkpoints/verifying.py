@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from megatron_came.checkpoint_files.claims import is_half_momentum
+from megatron_came.checkpoint_files.claims import contradictions, is_half_momentum
 from megatron_came.checkpoint_files.errors import CheckpointError, printable, shown
 from megatron_came.checkpoint_files.folder import SUMMARY, Checkpoint, summary_problem
 from megatron_came.checkpoint_files.stored import CheckpointTensor
@@ -12,9 +12,8 @@ from megatron_came.core import records
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
 from megatron_came.core.records import Record, RecordError
 from megatron_came.core.state import FACTORS, without_averaged_axis
-from megatron_came.tools.checkpoints import main_weights
 from megatron_came.tools.checkpoints.listing import Values, progress
-from megatron_came.tools.checkpoints.proofs import Proofs, legacy_digests
+from megatron_came.tools.checkpoints.proofs import Proofs, compared, legacy_digests
 
 
 @dataclass
@@ -86,19 +85,12 @@ def _contradictions(checkpoint: Checkpoint, record: Record | None) -> Iterator[s
     if type(iteration) is not int or iteration < 0:
         has = "no iteration" if iteration is None else f"{shown(iteration)} as its iteration"
         yield f"the common state has {has}"
-    elif named is not None and named != iteration:
-        yield f"the common state is of iteration {shown(iteration)}, the folder of {named}"
+        named = None
+    yield from contradictions(record, iteration, checkpoint.args.get("optimizer"), named)
     if not checkpoint.args.fields:
         yield "the common state has no arguments"
     if checkpoint.has_summary and (flaw := summary_problem(checkpoint.folder.path)):
         yield f"{SUMMARY} {flaw}, so that Megatron does not load the checkpoint"
-    if record is None:
-        return
-    if record.iteration != iteration:
-        yield f"the digests are of iteration {record.iteration}, not {shown(iteration)}"
-    optimizer = checkpoint.args.get("optimizer")
-    if record.optimizer != optimizer:
-        yield f"the digests are of --optimizer {record.optimizer}, not {shown(optimizer)}"
 
 
 def _read_tensors(checkpoint: Checkpoint, proofs: Proofs | None, verdict: Verdict) -> bool:
@@ -226,10 +218,10 @@ def _compare_main_weights(checkpoint: Checkpoint, record: Record | None, verdict
     if checkpoint.args.get("fp8_param_gather"):
         verdict.remarks.append("Main weights were not compared with the model's, which are in fp8.")
         return
-    compared = 0
+    count = 0
     try:
-        for name, file, numel, unlike in main_weights.compare(checkpoint, record):
-            compared += 1
+        for name, file, numel, unlike in compared(checkpoint, record):
+            count += 1
             if unlike:
                 verdict.add(
                     MAIN_WEIGHTS,
@@ -239,7 +231,7 @@ def _compare_main_weights(checkpoint: Checkpoint, record: Record | None, verdict
     except (CheckpointError, ValueError) as error:
         verdict.add(MAIN_WEIGHTS, f"main weights cannot be compared with the model's: {error}")
     buckets = any(tensor.is_bucket for tensor in checkpoint.tensors)
-    if not compared and (buckets or not checkpoint.folder.is_distributed):
+    if not count and (buckets or not checkpoint.folder.is_distributed):
         verdict.remarks.append(
             "Main weights were not compared with the model's: the files do not say which belong "
             "to which."

@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 
-from megatron_came.checkpoint_files.claims import files_of, is_half_momentum, metadata_flaws
-from megatron_came.checkpoint_files.errors import CheckpointError, shown
+from megatron_came.checkpoint_files.claims import (
+    contradictions,
+    files_of,
+    is_half_momentum,
+    metadata_flaws,
+)
+from megatron_came.checkpoint_files.errors import CheckpointError
 from megatron_came.checkpoint_files.legacy import OPTIMIZER_FILE
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
 from megatron_came.core.records import KEY, Record, RecordError, unpack
@@ -82,10 +87,10 @@ class Source:
         With ``finetune`` the iteration does not matter; ``reads_metadata`` looks at the tensors'
         shapes and dtypes, too, and ``with_optimizer`` at those of the optimizer's state as well.
         """
-        what = self._error or self._iterations(finetune)
-        if what is None and self.record is not None and self.record.optimizer != self._optimizer:
-            digests = f"its digests {self.record.optimizer}"
-            what = f"its arguments say --optimizer {self._optimizer}, {digests}"
+        found = re.findall(r"iter_(\d{7,})", self.file)
+        named = int(found[-1]) if found and not finetune else None
+        said = contradictions(self.record, self._iteration, self._optimizer, named)
+        what = self._error or next(said, None)
         if what is None and (reads_metadata or self.is_legacy):
             try:
                 file = None if finetune else rewritten(self.file, is_legacy=self.is_legacy)
@@ -96,18 +101,6 @@ class Source:
             except (CheckpointError, OSError) as error:  # of one rank: all are to hear of it
                 return str(error)
         return what and self.damaged(what)
-
-    def _iterations(self, finetune: bool) -> str | None:
-        if finetune and self.record is None:
-            return None
-        if self.record is not None and self.record.iteration != self._iteration:
-            digests = f"its digests {self.record.iteration}"
-            return f"its common state says iteration {shown(self._iteration)}, {digests}"
-        named = re.findall(r"iter_(\d{7,})", self.file)
-        if named and not finetune and int(named[-1]) != self._iteration:
-            content = f"its content's {shown(self._iteration)}"
-            return f"the folder's iteration is {int(named[-1])}, {content}"
-        return None
 
     def _metadata(self, with_optimizer: bool) -> str | None:
         """Say which tensor has another shape or dtype than it should."""
@@ -200,7 +193,7 @@ def _compared(record: Record, found: Found) -> tuple[list[Named], list[str]]:
 def _copies_differ(record: Record, loaded: Totals, kind: str, name: str) -> bool:
     """Say whether copies are not what was saved, where each rank has read its own."""
     saved, found = record.copies.get(kind, {}).get(name), loaded.copies.get(kind, {}).get(name)
-    return saved is not None and found is not None and saved != found.digest
+    return saved is not None and found is not None and saved != found
 
 
 def _refusal(damaged: Sequence[Named], source: Source, found: Found) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
 from megatron_came.core.digests import PlacedBox, name_of
@@ -26,18 +25,21 @@ class Leaf:
     Attributes:
         name: with its layer and expert.
         box: where it lies in the rank's own tensor and in the whole one.
-        is_main: whether this rank stands for all that hold the same.
-        is_first: whether it does so together with its data-parallel group.
-        is_dp_first: whether it stands for its data-parallel group, which may hold a copy.
+        is_first: whether its data-parallel group stands for all ranks that hold the same.
+        is_dp_first: whether this rank stands for its data-parallel group.
         copy: its values, where it does not lie in the rank's own tensor; otherwise None.
     """
 
     name: str
     box: PlacedBox
-    is_main: bool
     is_first: bool
     is_dp_first: bool
-    copy: Tensor | None
+    copy: Tensor | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank stands for all that hold the same."""
+        return self.is_first and self.is_dp_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,8 @@ class Entry:
                 continue
             seen.add((own.place, own.size))
             # Ranks that hold other parts of the averaged dimension hold the same factor.
-            is_main = leaf.is_main and (axis is None or box.offset[axis] < box.size[axis])
-            yield Leaf(leaf.name, own, is_main, leaf.is_first, leaf.is_dp_first, None)
+            is_first = leaf.is_first and (axis is None or box.offset[axis] < box.size[axis])
+            yield Leaf(leaf.name, own, is_first, leaf.is_dp_first)
 
 
 # By chunk of a model: its tensors as they were, and what :func:`_read` said of them. Making a
@@ -164,12 +166,11 @@ def _read_fsdp(chunk: Any) -> dict[int, Entry]:
             offset[cut.dim] = tp_rank * size[cut.dim]
         is_first = cut is not None or tp_rank == 0
         is_dp_first = param.device_mesh.get_local_rank(0) == 0
-        is_main = is_first and is_dp_first
         leaves = []
         for number, (part, tensor) in enumerate(parts.items()):
             place = (number * size[0], *(0 for _ in shape[1:]))
             box = PlacedBox(place, size, tuple(offset), tuple(tensor.shape))
-            leaves.append(Leaf(part, box, is_main, is_first, is_dp_first, None))
+            leaves.append(Leaf(part, box, is_first, is_dp_first))
         start = megatron_fsdp.start_of(param, cut, tp_rank)
         entries[id(param)] = Entry(local_of(param), tuple(leaves), start=start, shape=shape)
     return entries
@@ -187,7 +188,6 @@ def _leaf(leaf: ShardedTensor, whole: Tensor) -> Leaf:
     return Leaf(
         name=name_of(leaf.key, tuple(leaf.global_offset[:axes])),
         box=PlacedBox(place, size, offset, tuple(leaf.global_shape[axes:])),
-        is_main=is_main_replica(leaf.replica_id),
         is_first=not any(replica[:-1]),
         is_dp_first=replica[-1] == 0,
         copy=copy,

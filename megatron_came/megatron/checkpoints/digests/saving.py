@@ -20,8 +20,9 @@ from megatron_came.megatron.checkpoints.digests.leaves import (
 )
 from megatron_came.megatron.checkpoints.digests.sums import KINDS, Sums, Totals, distinct
 from megatron_came.megatron.checkpoints.unwritten import failures_said
+from megatron_came.megatron.run import run_args
 from megatron_came.megatron.sharding import chain_of
-from megatron_came.patching import Function, around
+from megatron_came.patching import Function
 from megatron_came.voice import of_all_ranks, say, stop
 
 OF_BUCKETS = (MAIN_WEIGHTS, MOMENTUM)
@@ -29,14 +30,11 @@ OF_BUCKETS = (MAIN_WEIGHTS, MOMENTUM)
 _record: ContextVar[str | None] = ContextVar("record", default=None)
 
 
-@around
 def with_digests(
     original: Function, iteration: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Compute the digests of what is about to be saved."""
-    from megatron.training.global_vars import get_args
-
-    settings = get_args()
+    settings = run_args()
     if settings.optimizer != "came":
         return original(iteration, model, optimizer, *args, **kwargs)
     saved = None if settings.no_save_optim else optimizer
@@ -57,7 +55,6 @@ def with_digests(
         _record.reset(token)
 
 
-@around
 def with_record(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Add them to what is saved."""
     state = original(*args, **kwargs)
@@ -117,11 +114,7 @@ def record_of(
         optimizer="came",
         step=all_steps.pop() if len(all_steps) == 1 else None,
         tensors=totals.tensors,
-        copies={
-            kind: {name: one.digest for name, one in named.items()}
-            for kind, named in totals.copies.items()
-            if kind in own
-        },
+        copies={kind: named for kind, named in totals.copies.items() if kind in own},
         buckets=dict(chain.from_iterable(found.items() for found in inside)),
     )
     return record, _flaw(totals, sums)

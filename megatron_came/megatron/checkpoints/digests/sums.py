@@ -47,13 +47,13 @@ class Totals:
 
     Attributes:
         tensors: by kind and name.
-        copies: likewise, of all copies that other ranks' parts stand for in ``tensors``.
+        copies: likewise the digests of all copies that other ranks' parts stand for in ``tensors``.
         flaws: kind and name of tensors that no state of CAME's can be, and why.
         differing: by name, how many weights are not their main weights, rounded.
     """
 
     tensors: Mapping[str, Mapping[str, Saved]]
-    copies: Mapping[str, Mapping[str, Saved]]
+    copies: Mapping[str, Mapping[str, int]]
     flaws: list[tuple[str, str, str]]
     differing: Mapping[str, int]
 
@@ -111,7 +111,7 @@ class Sums:
     def add_box(self, name: str, values: Tensor, offset: Shape, shape: Shape) -> None:
         """Add a box of a weight of this shape, which does not lie in the rank's own tensor."""
         box = PlacedBox.alone(tuple(values.shape), offset, shape)
-        self._add((WEIGHTS,), values, [Leaf(name, box, True, True, True, None)])
+        self._add((WEIGHTS,), values, [Leaf(name, box, is_first=True, is_dp_first=True)])
 
     def add_slice(self, kinds: Kinds, entry: Entry, ranges: Ranges, start: int | None) -> None:
         """Add a slice of main weights or momentum: of all kinds that have these values.
@@ -203,16 +203,17 @@ class Sums:
         flaws = []
         first, held, others, copied, infinite, negative, differing = summed.tolist()
         tensors: dict[str, dict[str, Saved]] = {}
-        copies: dict[str, dict[str, Saved]] = {}
+        copies: dict[str, dict[str, int]] = {}
         for at, kind in enumerate(KINDS):
             for place, (name, (shape, dtype)) in enumerate(known.items()):
-                for found, totals, are in ((tensors, first, held), (copies, others, copied)):
-                    if are[at][place]:
-                        found.setdefault(kind, {})[name] = Saved(
-                            without_averaged_axis(kind, shape) if kind in FACTORS else shape,
-                            dtype if kind == WEIGHTS else "float32",
-                            unsigned(totals[at][place]),
-                        )
+                if held[at][place]:
+                    tensors.setdefault(kind, {})[name] = Saved(
+                        without_averaged_axis(kind, shape) if kind in FACTORS else shape,
+                        dtype if kind == WEIGHTS else "float32",
+                        unsigned(first[at][place]),
+                    )
+                if copied[at][place]:
+                    copies.setdefault(kind, {})[name] = unsigned(others[at][place])
                 if infinite[at][place]:
                     flaws.append((kind, name, "a number that is not finite"))
                 elif negative[at][place]:
@@ -227,7 +228,7 @@ class Sums:
 
 def _of_groups(leaves: Iterable[Leaf]) -> list[Leaf]:
     """The boxes of which this rank stands for its data-parallel group."""
-    return [leaf for leaf in leaves if leaf.is_main or leaf.is_dp_first]
+    return [leaf for leaf in leaves if leaf.is_dp_first]
 
 
 def _dtype_of(entry: Entry, leaf: Leaf, *, is_loaded: bool) -> str:
