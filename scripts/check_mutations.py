@@ -235,7 +235,7 @@ FAULTS = (
         "kernels/triton/tiles.py",
         "is_own = (across >> SHIFT) < over_lines(rest >> SHIFT, small)",
         "is_own = across >= 0",
-        f"{SMALLER} -m interpreted -k own_block",
+        f"{SMALLER} -k own_block",
     ),
     Fault(
         "Triton: ranges of a factor that are not added to its mean",
