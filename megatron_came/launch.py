@@ -88,7 +88,8 @@ def _script(arguments: list[str]) -> Path:
         script = Path(arguments[0])
         if script.is_file():
             return script
-        what = "is a directory: name the script in it" if script.is_dir() else "does not exist"
+        what = "is no file" if script.exists() else "does not exist"
+        what = "is a directory: name the script in it" if script.is_dir() else what
         problem = f"{script} {what}."
     _stop(f"megatron_came.launch: {problem}")
 

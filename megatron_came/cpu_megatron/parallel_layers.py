@@ -80,12 +80,12 @@ def attending_to_all(
 
     group = parallel_state.get_context_parallel_group()
     if group.size() > 1:
-        if attention_mask is None:
-            raise ValueError(
-                "--context-parallel-size above 1 needs the data loader's attention mask on the "
-                "CPU: leave out --no-create-attention-mask-in-dataloader."
-            )
         # The mask has this rank's queries and all keys.
+        if attention_mask is None:  # as of a stage in the middle, which loads no data
+            keys = torch.arange(len(query) * group.size())
+            chunks = keys.chunk(2 * group.size())
+            queries = torch.cat([chunks[group.rank()], chunks[-1 - group.rank()]])
+            attention_mask = (keys > queries[:, None])[None, None]
         whole: Any = _WholeSequence.apply
         key, value = whole(key, group), whole(value, group)
     return original(self, query, key, value, attention_mask, *args, **kwargs)

@@ -15,10 +15,11 @@ class UnsupportedError(ValueError):
 
 
 def words_of(error: BaseException) -> str:
-    """What an error of Megatron's says, in one line; nothing where it speaks of classes."""
+    """What an error of Megatron's says, in one line; nothing where it speaks of classes alone."""
     said = re.sub(r"( when instantiating \w+)+$", "", " ".join(str(error).split()))
     said = said.rstrip(".,")
-    return "" if re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]{2}", said) else said
+    names_classes = re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]{2}", said) and "--" not in said
+    return "" if names_classes else said
 
 
 def refused_by_megatron(error: BaseException) -> str:

@@ -63,7 +63,7 @@ class Advice:
         needs: bytes of the fullest GPU of the launch as it is.
         singles: changes of which each is enough, the cheapest first; none where it fits.
         together: of changes that are enough only together, few and cheap ones; where nothing is
-            enough, all that help. None where one is enough.
+            enough, all that help. None where one is enough on as many GPUs.
         others: needs of Adam, as Megatron has it, in CAME's place, by name: of the launch where it
             fits, or of changes that are enough together.
     """
@@ -99,17 +99,22 @@ def advise(command: LaunchCommand, launch: Launch, trained: Optimizer, budget: i
             size = needs_after((change,))
             if size is not None and size <= budget:
                 singles.append(Option((change,), size))
-    if singles:
+    if any(option.changes[0].ranks is None for option in singles):
         return Advice(budget, needs, singles)
+    if singles:  # more GPUs alone
+        candidates = [change for change in candidates if change.ranks is None]
     together = _together(needs_after, candidates, needs, budget)
+    if singles and together.needs > budget:
+        return Advice(budget, needs, singles)
     kinds = [change.kind for change in together.changes if change.kind in OPTIMIZERS]
     forms: dict[str, Option] = {}
     if together.needs <= budget and CAME in (kinds or [CAME if trained.is_came else ADAM]):
         forms = _with_adam(needs_after, candidates, together)
     enough = next((each for each in forms.values() if each.needs <= budget), None)
     if enough is not None and not trained.is_came:
-        return Advice(budget, needs, [], enough)
-    return Advice(budget, needs, [], together, {name: each.needs for name, each in forms.items()})
+        return Advice(budget, needs, singles, enough)
+    others = {name: each.needs for name, each in forms.items()}
+    return Advice(budget, needs, singles, together, others)
 
 
 def _together(needs_after: Needs, candidates: Sequence[Change], needs: int, budget: int) -> Option:
@@ -160,11 +165,14 @@ def text(advice: Advice, command: LaunchCommand, trained: Optimizer) -> list[str
         for number, option in enumerate(advice.singles, 1):
             lines += _described(f"{number}. ", option.changes[0], command)
             lines.append(f"   needs {human(option.needs)}, {human(budget - option.needs)} are left")
-        lines += ["", *_verdict(advice.singles, _forms(command))]
-        return lines
+        if advice.together is None:
+            return [*lines, "", *_verdict(advice.singles, _forms(command))]
+        lines.append("")
     assert advice.together is not None
     least = advice.together.needs
-    if least <= budget:
+    if advice.singles:
+        lines += ["On the GPUs that there are these are, together, the cheapest first:", ""]
+    elif least <= budget:
         lines += ["No change is enough alone. These are, together, the cheapest first:", ""]
     else:
         said = f"With all of these it still needs {human(least)}:"

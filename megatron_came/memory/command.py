@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--gpus", type=int, metavar="N", help="number of GPUs of the launch")
-    help = "a launch script, which prints its torchrun command with DRY_RUN=1; FLAGS are passed"
-    add("--script", type=named_path, help=f"{help} to it")
+    help = "a launch script, to which FLAGS are passed; it is run, with DRY_RUN=1, but torchrun,"
+    add("--script", type=named_path, help=f"{help} srun, sbatch and python start no training")
     help = "find the largest micro-batch and the fewest GPUs that fit into SIZE, such as 80GiB"
     add("--fit", metavar="SIZE", help=help)
     help = "name the cheapest changes of the launch after which it fits into SIZE, and their costs"

@@ -155,7 +155,7 @@ def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
     Raises:
         CommandError: Megatron, or megatron_came, refuses them.
     """
-    with _alone():
+    with _alone() as printed:
         try:
             from megatron.training.arguments import validate_args
 
@@ -171,6 +171,8 @@ def parse(flags: list[str], ranks: int, script: str = "") -> argparse.Namespace:
         except CommandError:
             raise
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code is None:  # what is wrong was printed
+                error.args = tuple(printed.getvalue().splitlines()[-1:])
             raise CommandError(_sentence(error)) from error
     return args
 
@@ -188,12 +190,21 @@ def _parsed(flags: list[str], ranks: int) -> argparse.Namespace:
         said = " ".join(message.split()).rstrip(".")
         raise CommandError(f"these flags are not a launch of Megatron: {said}.")
 
+    def value(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> Any:
+        try:
+            return read(parser, action, text)
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:  # a KeyError, say, of what Megatron reads it with
+            raise argparse.ArgumentError(action, f"invalid value: {text!r}") from error
+
+    read = argparse.ArgumentParser._get_value
     from megatron.training import arguments
 
     parser = _parser(arguments.add_megatron_arguments)
     with (
         replaced(sys, {"argv": ["megatron-came memory", *flags]}),
-        replaced(argparse.ArgumentParser, {"error": stop}),
+        replaced(argparse.ArgumentParser, {"error": stop, "_get_value": value}),
         replaced(arguments, {"add_megatron_arguments": lambda _: parser}),
     ):
         # Lists that are defaults are the parser's, and validation changes some.
@@ -303,16 +314,16 @@ def _pad_vocabulary(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Let Megatron think that it is rank 0 of a run on GPUs, and keep what it says to itself."""
+def _alone() -> Iterator[io.StringIO]:
+    """Let Megatron think that it is rank 0 of a run on GPUs; yields what it prints."""
     # Megatron insists on the first for tensor parallelism.
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, "RANK": "0"}
     with (
-        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
         contextlib.redirect_stderr(io.StringIO()),
         warnings.catch_warnings(),
         replaced(os, {"environ": environment}),
         replaced(torch.cuda, hopper()),
     ):
         warnings.simplefilter("ignore")
-        yield
+        yield printed

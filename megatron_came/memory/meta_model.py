@@ -27,13 +27,14 @@ _OFF = """
     overlap_moe_expert_parallel_comm delay_wgrad_compute use_te_rng_tracker
     distribute_saved_activations cpu_offloading fine_grained_activation_offloading
     batch_invariant_mode moe_enable_deepep moe_layer_recompute moe_paged_stash fp8_output_proj
-    moe_router_padding_for_fp8 moe_router_padding_for_quantization defer_embedding_wgrad_compute
-    overlap_dispatch_backward_with_experts_wgrad overlap_p2p_comm_warmup_flush
+    layernorm_zero_centered_gamma moe_router_padding_for_fp8 overlap_p2p_comm_warmup_flush
+    moe_router_padding_for_quantization defer_embedding_wgrad_compute
+    overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release
 """
 _UNSET = """
     hierarchical_context_parallel_sizes fp8 fp4 recompute_granularity recompute_method
     recompute_num_layers recompute_modules inference_cuda_graph_scope cuda_graph_modules
-    moe_expert_rank_capacity_factor
+    moe_expert_rank_capacity_factor symmetric_ar_type
 """
 _ANYWHERE: dict[str, object] = {
     **dict.fromkeys(_OFF.split(), False),

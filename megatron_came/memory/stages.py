@@ -18,6 +18,7 @@ from megatron_came.core.saved import MOST_BYTES
 from megatron_came.core.state import MATRIX_FACTORS, new_state
 from megatron_came.core.sums import SumBuffer
 from megatron_came.megatron.cpu_offload import evenly
+from megatron_came.megatron.errors import UnsupportedError, refused_by_megatron
 from megatron_came.megatron.sharding import ModelGroups, shard_of
 from megatron_came.memory.grid import Grid
 from megatron_came.memory.meta_model import Chunk
@@ -133,7 +134,7 @@ class Stage:
 
     def _host(self, optimizer: Optimizer, copied: bool) -> int:
         """Bytes on the CPU: state, sums, and of weights and gradients the copies that travel."""
-        size = sum(self.offloaded) + (self.offloaded[0] if optimizer.steps_back else 0)
+        size = sum(self.offloaded)
         for buffer in self.buffers:
             elements, blocks = buffer.away[:, self.shards[buffer.of_experts]].tolist()
             gradient = 4 if buffer.gradient == 2 and copied else buffer.gradient
@@ -252,22 +253,29 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
 def bucketing(
     args: argparse.Namespace, grid: Grid, params: Iterable[Tensor]
 ) -> tuple[Any, int | None]:
-    """Return Megatron's settings of buffers, and the size of their buckets."""
+    """Megatron's settings of buffers, which it may refuse, and the size of their buckets."""
     from megatron.training.training import get_megatron_ddp_config, resolve_ddp_bucket_size
 
-    config = get_megatron_ddp_config(args)
+    try:
+        config = get_megatron_ddp_config(args)
+    except AssertionError as error:
+        raise UnsupportedError(refused_by_megatron(error)) from error
     ranks: Any = SizedGroup(grid.data * grid.context)
     numel = sum(param.numel() for param in params)
     return config, resolve_ddp_bucket_size(config, ranks, config.overlap_grad_reduce, numel)
 
 
 def _whole_buffers(params: Sequence[Tensor], ddp_config: Any, grid: Grid) -> Iterable[Buffer]:
-    """Give whole tensors to ranks in turn, as Megatron's layer-wise optimizer does."""
+    """Give whole tensors to ranks in turn, as Megatron's layer-wise optimizer does.
+
+    Of equal size those of Lion and Muon come first.
+    """
     trained = [param for param in params if param.requires_grad]
     owners: dict[Tensor, int] = {}
     for of_experts, shards in enumerate(grid.shards):
         own = [param for param in trained if of_experts != getattr(param, "allreduce", True)]
-        for place, param in enumerate(sorted(own, key=Tensor.numel)):
+        own.sort(key=lambda param: (param.numel(), not is_managed_by_layer_wise_optimizer(param)))
+        for place, param in enumerate(own):
             turn, owner = divmod(place, shards)
             owners[param] = shards - 1 - owner if turn % 2 else owner
     groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)

@@ -357,6 +357,7 @@ def test_stand_ins() -> None:
         (["--lr", "1"], "name the script to run before its flags, not --lr."),
         (["{folder}"], "is a directory: name the script in it."),
         (["{folder}/nothing.py"], "does not exist."),
+        (["/dev/null"], "/dev/null is no file."),
     ],
 )
 def test_launching_nothing(

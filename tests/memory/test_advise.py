@@ -120,6 +120,16 @@ def test_changes_that_are_enough_together_are_all_needed():
         assert needs(fewer) > found.budget
 
 
+def test_more_gpus_are_not_the_only_advice_where_changes_together_are_enough():
+    flags = SMALL.replace("--hidden-size 48", "--hidden-size 512") + BF16 + DO
+    flags += "--num-layers 1 --num-attention-heads 1 "  # so that no other layout is left
+    found, said = advice(flags, lambda run: 6.6 * run.stages[0].parameters, 2)
+    assert [option.changes[0].kind for option in found.singles] == ["ranks"]
+    assert {change.kind for change in found.together.changes} == {"CAME", "gradients"}
+    assert found.together.needs <= found.budget
+    assert "On the GPUs that there are these are, together, the cheapest first:" in said
+
+
 # Whatever the budget: one that nothing reaches, so that all changes that help are named.
 
 

@@ -320,6 +320,9 @@ def test_sizes(said, size):
         "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep ",
         "--fp8-format hybrid --moe-router-padding-for-quantization ",
         "--defer-embedding-wgrad-compute ",
+        "--apply-layernorm-1p ",
+        "--symmetric-ar-type two_shot ",
+        "--overlap-moe-expert-parallel-comm --ep-overlap-early-attn-memory-release ",
     ],
 )
 def test_what_decides_about_kernels_alone_leaves_bytes_as_they_are(more):

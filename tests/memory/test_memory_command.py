@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from megatron_came import memory
 from megatron_came.core.shard import Shard
 from megatron_came.core.state import new_state
 from megatron_came.memory import command, measurement, report
-from megatron_came.memory.launch_command import from_script, from_words
+from megatron_came.memory.launch_command import LaunchCommand, from_script, from_words
 from megatron_came.memory.optimizers import ADAMW, Components
 from megatron_came.memory.report import Report
 from megatron_came.terminal.sentences import CommandError, require
@@ -31,6 +32,9 @@ def test_flags_behind_torchrun():
     words = "python -m torch.distributed.run --nproc-per-node=2 launch.py pretrain.py --x 1"
     found = from_words(words.split())
     assert (found.flags, found.ranks) == (["--x", "1"], 2)
+    # What the machine alone knows, --gpus says.
+    assert from_words(["torchrun", "--nproc-per-node", "gpu", "x.py", "--x", "1"]).ranks is None
+    assert from_words(["python", "-u", "x.py", "--x", "1"]).flags == ["--x", "1"]
 
 
 def test_a_script_is_asked_for_its_command(tmp_path):
@@ -41,6 +45,34 @@ def test_a_script_is_asked_for_its_command(tmp_path):
     )
     found = from_script(script, ["--more", "2"])
     assert (found.flags, found.ranks) == (["--name", "a b", "--more", "2"], 2)
+
+
+OTHERS = "export PATH=$PWD/others:$PATH\n"  # as "conda activate" does
+IGNORING = {
+    "arrays": ("A=(--nproc_per_node 4 --nnodes 2)\ntorchrun ${A[@]} x.py --a 'b c' | tee log", 8),
+    "another PATH": (OTHERS + "exec nohup torchrun --nproc-per-node=8 x.py --a 'b c' >log 2>&1", 8),
+    "Python": (OTHERS + "python3 -m torch.distributed.run --nproc-per-node 8 x.py --a 'b c'", 8),
+    "Python without torchrun": ('srun -J test sh -c "python -u x.py --num-layers 1"', None),
+    "job": ("echo 'torchrun --nproc-per-node 8 x.py \"$@\"' >in.sh; sbatch -N1 in.sh --a 'b c'", 8),
+    "other programs": ("N=$(python -c 'print(2)')\ntorchrun --nproc-per-node $N x.py --a 'b c'", 2),
+}
+
+
+@pytest.mark.parametrize("name", IGNORING)
+def test_a_script_that_ignores_dry_run_starts_nothing(name, tmp_path, monkeypatch):
+    text, ranks = IGNORING[name]
+    monkeypatch.chdir(tmp_path)
+    for program in ("torchrun", "python", "python3", "srun", "sbatch"):
+        other = tmp_path / "others" / program
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("#!/bin/sh\ntouch started\n")
+        other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}:{os.environ['PATH']}")
+    Path("train.sh").write_text(text)
+    found = from_script(Path("train.sh"), [])
+    flags = ["--num-layers", "1"] if ranks is None else ["--a", "b c"]
+    assert found == LaunchCommand(flags, ranks, "x.py")
+    assert not Path("started").exists()
 
 
 # What is predicted are GPT models.
@@ -68,6 +100,11 @@ FSDP = (
 FAILING = {
     "unknown flag": (SMALL + "--gpus 1 --nonsense 3", "unrecognized arguments: --nonsense 3."),
     "bad choice": (SMALL + "--gpus 1 --tokenizer-type Gpt2", "invalid choice: 'Gpt2'"),
+    "bad name": (
+        SMALL + "--gpus 1 --attention-backend x",
+        "--attention-backend: invalid value: 'x'.",
+    ),
+    "bad list": (SMALL + "--gpus 1 --moe-layer-freq [1", "--moe-layer-freq: invalid value: '[1'."),
     "bad value": (SMALL + "--gpus 1 --num-layers x", "--num-layers: invalid int value: 'x'."),
     "impossible sizes": (SMALL + "--gpus 8 " + tp(3), "world size (8) is not divisible"),
     "uneven experts": (
@@ -144,6 +181,12 @@ FAILING = {
         SMALL.replace("--num-layers", "--encoder-num-layers") + "--gpus 1 --encoder-seq-length 9",
         "Megatron does not take --encoder-seq-length with the others: leave it out.",
     ),
+    "buffers": (
+        SMALL + DO + "--gpus 2 --bf16 --reuse-grad-buf-for-mxfp8-param-ag",
+        "not a launch of Megatron: Reuse grad buffer only when keeping params in MXFP8.",
+    ),
+    "printed": (SMALL + "--gpus 1 --checkpoint-activations", ": --checkpoint-activations is no lo"),
+    "class": (SMALL + "--gpus 1 --bf16 --fp4-format e2m1", ": --fp4-format requires Transformer"),
     "missing flag": ("--gpus 1 --num-layers 2", "Megatron needs --micro-batch-size: add it"),
     "no tokenizer": (
         SMALL + f"--gpus 1 --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {__file__}",

@@ -1,10 +1,14 @@
 """What optimizers keep: bytes from their dtypes, against the tensors of those that run on a CPU."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import (
+    LayerWiseDistributedOptimizer,
+    is_managed_by_layer_wise_optimizer,
+)
 from torch import nn
 
 from megatron_came import CAME, megatron, memory
@@ -65,24 +69,30 @@ def test_lion_and_muon_leave_words_and_vectors_to_adam():
 
 
 def test_tensors_of_lion_and_muon_lie_where_megatron_puts_them():
-    run = launch(SMALL + BF16 + DO + EXPERTS + EP2 + "--optimizer muon ", 8)
+    words = "--vocab-size 48 --make-vocab-size-divisible-by 48 "  # as many as a layer's matrix has
+    run = launch(SMALL + BF16 + DO + EXPERTS + EP2 + words + "--optimizer muon ", 8)
     (stage,), ((chunk,),) = run.stages, run.chunks
-    dense = [[p for p in chunk.params if getattr(p, "allreduce", True) == each] for each in (1, 0)]
-    groups = [
-        {"params": params, "is_expert_parallel": bool(number)}
-        for number, params in enumerate(dense)
-    ]
+
+    def is_expert(param):
+        return not getattr(param, "allreduce", True)
+
+    # Megatron makes the groups of the matrices' optimizer first.
+    params = sorted(chunk.params, key=lambda p: not is_managed_by_layer_wise_optimizer(p))
+    groups = [{"params": [p], "is_expert_parallel": is_expert(p)} for p in params]
     sharded = SimpleNamespace(dp_cp=None, expt_dp=None)
     optimizer = SimpleNamespace(param_groups=groups)
     LayerWiseDistributedOptimizer._shard_params_ping_pong(sharded, [optimizer], 8, 4)
-    for of_experts, ranks in enumerate((sharded.dp_cp_params_list, sharded.expt_dp_params_list)):
-        for place, params in enumerate(ranks):
-            held = sum(
-                int(buffer.elements[place])
-                for buffer in stage.whole_buffers
-                if buffer.of_experts == of_experts
-            )
-            assert held == sum(param.numel() for param in params) > 0
+    lists = sharded.dp_cp_params_list, sharded.expt_dp_params_list
+    for of_experts, of_matrix in itertools.product((0, 1), (0, 1)):
+        given = [
+            sum(p.numel() for p in ps if is_managed_by_layer_wise_optimizer(p) == of_matrix)
+            for ps in lists[of_experts]
+        ]
+        held = torch.zeros(len(given))
+        for buffer in stage.whole_buffers:
+            if (buffer.of_experts, buffer.by_matrix) == (of_experts, of_matrix):
+                held += buffer.elements
+        assert held.tolist() == given
     held = sum(int(buffer.elements.sum()) for buffer in stage.whole_buffers)
     assert (
         held

@@ -34,7 +34,7 @@ CASES = CASES | {
     "smallest": (2, "came", "came", SMALLEST + DO),
     # Copied to fp32: on a GPU PyTorch cannot divide bf16 by the loss scale.
     "scaled": (2, "came", "came", "--bf16 --grad-reduce-in-bf16 --loss-scale 16 " + DO),
-    "offload": (2, "came", "came", "--bf16 " + OFFLOAD + DO),
+    "offload": (2, "came", "came", "--bf16 --came-spike-guard 8 " + OFFLOAD + DO),
     "offload-all": (2, "came", "came", OFFLOAD.replace("0.5", "1") + DO),
     "offload-smallest-tp2": (2, "came", "came", SMALLEST + OFFLOAD + tp(2) + DO),
     "offload-copies": (
