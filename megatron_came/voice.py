@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 PREFIX = "megatron_came: "
-# What gloo says of a rank that has ended.
-LOST = "Connection closed by peer"
+# What gloo says of a rank that has ended; the latter if something was under way to it.
+_LOST = ("Connection closed by peer", "Connection reset by peer")
 
 # Groups that together, one after the other, connect ranks; None stands for all of them.
 Groups = Sequence[dist.ProcessGroup | None]
@@ -56,6 +56,11 @@ def stop(problem: str, cause: BaseException | None = None) -> NoReturn:
         SystemExit: always.
     """
     raise SystemExit(PREFIX + problem) from cause
+
+
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Return whether an error is that another rank has ended."""
+    return any(each in str(error) for each in _LOST)
 
 
 def some(items: Sequence[str], count: int = 1) -> str:

@@ -133,7 +133,7 @@ def summary_problem(folder: Path) -> str | None:
         return "is missing"
     try:
         with open_regular(path) as file:
-            summary = json.loads(file.read(1 << 16))
+            summary = json.loads(file.read(1 << 16).decode())  # Megatron takes no BOM, either
     except CheckpointError:
         return "cannot be opened"
     except (RecursionError, ValueError):
@@ -172,6 +172,7 @@ class Checkpoint:
         common: what is no tensor: arguments, iteration, the optimizer's settings.
         objects: where things other than tensors lie, by name; of format torch, its files.
         optimizers: what files of the distributed optimizer hold; of format torch alone.
+        gaps: what of it is not named, in sentences; see ``Layout.gaps``.
     """
 
     folder: Folder
@@ -179,6 +180,7 @@ class Checkpoint:
     tensors: list[CheckpointTensor]
     objects: dict[str, Item] = field(default_factory=dict)
     optimizers: list[Any] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
 
     @property
     def has_summary(self) -> bool:
@@ -202,7 +204,8 @@ def opened(folder: Folder) -> Iterator[Checkpoint]:
     if folder.is_distributed:
         layout = read_layout(folder.path)
         tensors = sorted(layout.tensors.values(), key=lambda tensor: tensor.name)
-        yield Checkpoint(folder, _common(folder.path, layout), tensors, layout.objects)
+        whole = _common(folder.path, layout)
+        yield Checkpoint(folder, whole, tensors, layout.objects, gaps=[*layout.gaps()])
         return
     checkpoint = Checkpoint(folder, {}, [])
     with contextlib.ExitStack() as stack:

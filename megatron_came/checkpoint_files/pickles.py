@@ -64,7 +64,12 @@ def load(
         return _Unpickler(data, source, persistent_load).load()
     except CheckpointError:
         raise
-    except (Exception, RecursionError, MemoryError) as error:
+    except MemoryError as error:
+        raise CheckpointError(
+            f"{source} cannot be read, since memory ran out: give more of it; if that does not "
+            "help, it is damaged: take it from a copy, or another iteration (--ckpt-step)."
+        ) from error
+    except (Exception, RecursionError) as error:
         raise cannot_be_read(source, f"{type(error).__name__}: {error}") from error
 
 

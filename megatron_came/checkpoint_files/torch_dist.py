@@ -3,8 +3,10 @@
 Those of ``fsdp_dtensor`` are such, too, but have each entry of the common state by itself.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +15,12 @@ import torch
 
 from megatron_came.checkpoint_files import pickles
 from megatron_came.checkpoint_files.archives import open_regular
-from megatron_came.checkpoint_files.errors import CheckpointError, cannot_be_read, shown
+from megatron_came.checkpoint_files.errors import (
+    CheckpointError,
+    cannot_be_read,
+    printable,
+    shown,
+)
 from megatron_came.checkpoint_files.names import StandIn
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item, Shape
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
@@ -23,6 +30,8 @@ METADATA, _COMMON = ".metadata", "common.pt"
 # What weights' names begin with in fsdp_dtensor.
 MODEL = "model.module."
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", re.DOTALL)
+# Of a grid of parts, the place of one and the size.
+_PART = re.compile(r"(.+)/shard_[0-9.]+_([0-9]{1,9}(?:\.[0-9]{1,9}){0,7})", re.DOTALL)
 _BUCKET = re.compile(r"(.*\.bucket_idx_\d+)\.(param|exp_avg)", re.DOTALL)
 _KINDS = {"param": MAIN_WEIGHTS, "fp32_param": MAIN_WEIGHTS, "exp_avg": MOMENTUM}
 _KINDS |= {key: key for key in FACTORS}
@@ -40,6 +49,14 @@ class Layout:
         """The common state: in a file of its own before megatron-core 0.19."""
         names = (name for name in self.objects if name.startswith((_COMMON, "common_state/")))
         return self.objects.get(next(names, ""))
+
+    def gaps(self) -> Iterator[str]:
+        """Say of which things, that Megatron writes in parts, some parts are not named."""
+        found = filter(None, map(_PART.fullmatch, self.objects))
+        parts = Counter((each[1], each[2]) for each in found)
+        for (name, grid), count in parts.items():
+            if count != (whole := math.prod(map(int, grid.split(".")))):
+                yield f"{METADATA} names {count} of the {whole} parts of {printable(name[:200])}"
 
     def entries(self) -> dict[str, Any]:
         """Read the common state of ``fsdp_dtensor``, but for tensors; lists by their numbers.

@@ -108,6 +108,12 @@ RULES = (
         for flag, _, argument in (each.partition("=") for each in flags.split())
     ),
     Rule(
+        "{given} at --context-parallel-size {at.context_parallel_size} needs an attention kernel "
+        "for GPUs, and this run is on the CPU: leave it out, or use size 1.",
+        "--window-size",
+        when=lambda s: (s.context_parallel_size or 1) > 1,
+    ),
+    Rule(
         "--recompute-modules mlp with biases does not end: add --disable-bias-linear.",
         when=lambda s: (
             not s.skip_train

@@ -14,6 +14,32 @@ def has_checkpoints(s: Settings) -> bool:
     return bool(s.save or s.load)
 
 
+EMPTY = "--init-model-with-meta-device or --no-initialization"
+
+
+def has_empty_weights(s: Settings) -> bool:
+    """Whether Megatron's loop trains what lies where weights are, unless it loads them."""
+    is_left_out = "perform_initialization" in s and not s.perform_initialization
+    return "load" in s and bool(s.init_model_with_meta_device or is_left_out)
+
+
+def starts_empty(s: Settings) -> bool:
+    """Whether it loads none; where a model has been built, a host may have filled it."""
+    loads = s.load or s.pretrained_checkpoint or s.model_chunks
+    return has_empty_weights(s) and not loads
+
+
+def saves_torch(s: Settings) -> bool:
+    """Whether Megatron saves in its old format, and finds out at the first save what that lacks."""
+    return bool(s.ckpt_format == "torch" and s.save and s.non_persistent_ckpt_type != "local")
+
+
+def saves_nowhere(s: Settings) -> bool:
+    """Whether it is to save between saves, but not how."""
+    between = s.non_persistent_save_interval and not s.non_persistent_ckpt_type
+    return bool(between and s.save)
+
+
 def overwrites_gradients(s: Settings) -> bool:
     """Whether the step writes weights where gradients are."""
     return bool(s.reuse_grad_buf_for_mxfp8_param_ag and not s.overlap_param_gather)

@@ -23,7 +23,8 @@ _FSDP, _FSDP2 = "--use-megatron-fsdp", "--use-torch-fsdp2"
 _SHARDING = "use --use-distributed-optimizer, which shards CAME's momentum and main weights"
 _DISTRIBUTED = "the distributed optimizer: add --use-distributed-optimizer"
 _ONE, _OUT = "leave one of them out", "leave it out"
-_OLDER = before("0.19")
+_OLDER, _OTHER = before("0.19"), tuple(each for each in SUPPORTED if each != "0.19")
+_BETWEEN = "--non-persistent-save-interval"
 
 
 def _not_with(flag: str, remedy: str, what: str = "{given}", **more: Any) -> Rule:
@@ -89,10 +90,7 @@ RULES = (
     _not_with("--use-precision-aware-optimizer", f"{_OUT}, or use --optimizer adam"),
     # What has not been shown to be exact, or does not work, with Megatron-FSDP.
     _not_with(
-        _FSDP,
-        f"{_SHARDING}, or Megatron 0.19",
-        "{given} on Megatron {release}",
-        releases=tuple(each for each in SUPPORTED if each != "0.19"),
+        _FSDP, f"{_SHARDING}, or Megatron 0.19", "{given} on Megatron {release}", releases=_OTHER
     ),
     Rule(
         "{given} needs --ckpt-format fsdp_dtensor, also where nothing is saved: add it.",
@@ -228,6 +226,11 @@ RULES = (
         when=conditions.has_tied_mtp_behind_others,
     ),
     _not_with("--yaml-cfg", "give the settings as flags"),
+    _needs(conditions.EMPTY, "a checkpoint: add --load", conditions.starts_empty),
+    *_beside(
+        "--ckpt-format torch", ("--async-save", _OUT), (_BETWEEN, _OUT), when=conditions.saves_torch
+    ),
+    _needs(_BETWEEN, "--non-persistent-ckpt-type global", conditions.saves_nowhere),
     Rule(
         "{given} does not go with --dist-ckpt-optim-fully-reshardable, whose optimizer state "
         "Megatron cannot save locally: leave that out, or use --non-persistent-ckpt-type global.",
@@ -264,9 +267,7 @@ RULES = (
         when=lambda s: _has_remainders(s) and not s.bf16,
     ),
     _needs(
-        _REMAINDER,
-        _DISTRIBUTED,
-        lambda s: _has_remainders(s) and not s.use_distributed_optimizer,
+        _REMAINDER, _DISTRIBUTED, lambda s: _has_remainders(s) and not s.use_distributed_optimizer
     ),
     *_beside(  # they ask for main weights in fp32
         _REMAINDER,
@@ -304,6 +305,7 @@ RULES = (
         ("--non-persistent-ckpt-type", "use global", ("global",)),
         ("--rl-offload-optimizer-during-inference", _OUT),
         ("--came-report-memory", _OUT),
+        ("--init-model-with-meta-device", _OUT),
     ),
     Rule(
         f"{_FSDP2} needs weights of their own for embeddings and output: add "

@@ -75,7 +75,8 @@ def _print(line: str) -> None:
 def _remedy(checkpoint: Checkpoint, *, only_main: bool) -> str:
     earlier = "resume from an earlier iteration with --ckpt-step ITERATION"
     if only_main and checkpoint.folder.is_distributed:
-        if any(tensor.is_bucket for tensor in checkpoint.tensors):  # which repair does not write
+        has_buckets = any(tensor.is_bucket for tensor in checkpoint.tensors)
+        if has_buckets or not checkpoint.has_summary:  # of Megatron-FSDP: repair takes neither
             return f"{earlier}, or start the optimizer afresh from its weights with --no-load-optim"
         return (
             f"{earlier}, or make its main weights anew from the model's with megatron-came repair "

@@ -158,6 +158,10 @@ def test_a_flag_that_cannot_be_had_stops_before_training(
         ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload needs"),
         ({"profile": True}, "--use-pytorch-profiler"),
         (
+            {"window_size": [8, 0], "context_parallel_size": 2},
+            "--window-size 8 0 at --context-parallel-size 2 needs an attention kernel for GPUs",
+        ),
+        (
             {
                 "recompute_granularity": "selective",
                 "recompute_modules": ["core_attn", "mlp"],
@@ -191,6 +195,7 @@ def test_refused(arguments: dict[str, object], sentence: str) -> None:
         {"attention_backend": SimpleNamespace(name="local")},
         {"sequence_parallel": True, "tensor_model_parallel_size": 2},
         {"num_experts": 4, "context_parallel_size": 2},
+        {"window_size": [8, 0], "context_parallel_size": 1},
         {
             "skip_train": True,
             "num_experts": 4,

@@ -26,6 +26,15 @@ def test_the_defaults_are_the_authors():
     check(arguments(), ["--optimizer", "--came-beta1"])
 
 
+@pytest.mark.parametrize("flag", [{"init_model_with_meta_device": True}, {}])
+def test_weights_without_values_are_those_of_a_checkpoint(flag):
+    """Of a host that has no such flag of Megatron's loop, its own."""
+    empty = {"perform_initialization": False, **flag}
+    check(arguments(**empty), [])
+    check(arguments(**empty, load="folder"), [])
+    check(arguments(**empty, load=None, pretrained_checkpoint="folder"), [])
+
+
 def test_an_evaluation_has_no_schedule_to_warm_up():
     check(arguments(skip_train=True, lr_warmup_iters=8, train_iters=8), [])
 
@@ -99,6 +108,25 @@ def test_what_remainders_do_not_go_with_is_refused(changes, sentence):
                 "load": "folder",
             },
             "--mtp-num-layers 1, tied embeddings and checkpoints at --pipeline",
+        ),
+        ({"load": None, "init_model_with_meta_device": True}, "--no-initialization needs a check"),
+        ({"load": "", "perform_initialization": False}, "needs a checkpoint: add --load, or"),
+        (
+            {"ckpt_format": "torch", "save": "folder", "async_save": True},
+            "--async-save does not go with --ckpt-format torch: leave it out",
+        ),
+        (
+            {
+                "ckpt_format": "torch",
+                "save": "folder",
+                "non_persistent_save_interval": 9,
+                "non_persistent_ckpt_type": "global",
+            },
+            "--non-persistent-save-interval 9 does not go with --ckpt-format torch: leave it out",
+        ),
+        (
+            {"save": "folder", "non_persistent_save_interval": 9},
+            "--non-persistent-save-interval needs --non-persistent-ckpt-type global, or leave",
         ),
         ({"lr_warmup_samples": 8, "train_samples": 8}, "--lr-warmup-samples 8 is not shorter"),
         ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction 1.0 is not shorter"),
@@ -236,6 +264,7 @@ def test_what_does_not_go_with_offload_is_refused(changes, sentence):
         ({"ckpt_format": "torch_dcp"}, "--ckpt-format torch_dcp does not go with"),
         ({"non_persistent_ckpt_type": "local"}, "use global"),
         ({"rl_offload_optimizer_during_inference": True}, "leave it out"),
+        ({"init_model_with_meta_device": True}, "leave it out"),
         ({"untie_embeddings_and_output_weights": False}, "add --untie-embeddings-and-output"),
         ({"came_momentum_dtype": "int8"}, "--came-momentum-dtype int8 is not supported with"),
     ],

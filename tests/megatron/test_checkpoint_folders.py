@@ -2,13 +2,14 @@
 
 import pathlib
 import pickle
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_came.checkpoint_files.folder import TRACKER
-from megatron_came.megatron.checkpoints.folders import folder_problem, legacy_problem
+from megatron_came.megatron.checkpoints.folders import folder_problem, legacy_problem, source
 
 
 def args(**changes):
@@ -49,6 +50,37 @@ def test_a_tracker_that_names_no_iteration_is_refused(folder, named):
     assert TRACKER in problem
     assert "complete there: 10, 20" in problem
     assert folder_problem(folder, args(ckpt_step=10)) is None  # the way out
+
+
+def test_a_checkpoint_saved_in_between_is_the_one_that_megatron_takes(tmp_path):
+    between = tmp_path / "non_persistent"
+    for place, step in ((tmp_path, 10), (tmp_path, 20), (between, 25)):
+        distributed(place / f"iter_{step:07d}")
+        (place / TRACKER).write_text(f"{step}")
+    of_both = {"non_persistent_ckpt_type": "global"}
+    assert folder_problem(tmp_path, args(**of_both)) is None
+    assert source(tmp_path, args(**of_both)) == str(between)
+    # Megatron takes the newer one of both, whatever is asked for.
+    problem = folder_problem(tmp_path, args(ckpt_step=10, **of_both))
+    assert problem.startswith("--ckpt-step 10 with --non-persistent-ckpt-type global: ")
+    assert f"{between} holds a newer checkpoint, of iteration 25" in problem
+    assert folder_problem(tmp_path, args(ckpt_step=10)) is None
+    (tmp_path / TRACKER).write_text("30")  # newer, and not there
+    assert source(tmp_path, args(**of_both)) == str(tmp_path)
+    assert "iter_0000030, which is not there" in folder_problem(tmp_path, args(**of_both))
+    (tmp_path / TRACKER).write_text("20")
+    for spoil, said in (
+        (lambda: (between / "iter_0000025" / ".metadata").unlink(), ".metadata is missing"),
+        (lambda: (between / TRACKER).write_text("x"), f"{TRACKER} holds 'x', and no iteration"),
+    ):
+        spoil()
+        problem = folder_problem(tmp_path, args(**of_both))
+        assert problem.startswith(f"{between}: ")
+        assert said in problem
+        assert problem.endswith(f"; or move that folder away, to go on from --load {tmp_path}.")
+    shutil.rmtree(between)
+    (tmp_path / TRACKER).unlink()
+    assert "holds checkpoints but no" in folder_problem(tmp_path, args(**of_both))
 
 
 @pytest.mark.parametrize(

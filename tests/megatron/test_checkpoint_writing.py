@@ -25,6 +25,7 @@ OF_A_WORKER = RuntimeError("Worker failure: <class 'OSError'>")
         (CheckpointException("write", {}), "see the lines above"),
         (CheckpointException("plan", {1: (KeyError("x"), [])}), r"\(KeyError: 'x'; "),
         (RuntimeError("Connection closed by peer [127.0.0.1]"), "another rank ended while iter"),
+        (RuntimeError("[127.0.0.1]: Connection reset by peer"), "another rank ended while iter"),
     ],
 )
 def test_a_file_that_cannot_be_written(tmp_path, error, said):

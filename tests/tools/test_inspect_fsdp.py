@@ -41,6 +41,12 @@ def test_without_digests_nothing_is_called_sound(tmp_path, capsys):
     assert "No damage was found." in shown
 
 
+def test_a_repair_that_is_refused_is_not_advised(tmp_path, capsys):
+    bad = {"state": {"exp_avg": {"w": torch.full((3, 2), torch.nan)}}}
+    assert inspect.main(["--verify", write(tmp_path / "iter_0000003", optimizer=bad)]) == 1
+    assert "afresh from its weights with --no-load-optim." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("more", [{"a": 1, "a.b": 2}, {"optimizer.param_groups": {"x": 1}}])
 def test_names_that_contradict_each_other_are_refused(tmp_path, capsys, more):
     assert inspect.main([write(tmp_path / "iter_0000003", **more)]) == 2

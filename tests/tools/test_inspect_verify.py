@@ -4,11 +4,15 @@ import argparse
 import math
 import pickle
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from megatron_came.checkpoint_files import pickles
+from megatron_came.checkpoint_files.errors import CheckpointError
+from megatron_came.checkpoint_files.torch_dist import read_layout
 from megatron_came.core import digests, int8, records
 from megatron_came.tools import inspect
 from megatron_came.tools.checkpoints.proofs import unlike
@@ -181,6 +185,7 @@ SUMMARIES = [
     '{"sharded_backend": "uorch_dist"}',
     '{"sharded_backend": "torch_dist", "sharded_backend_vdrsion": 1}',
     "[]",
+    '\ufeff{"sharded_backend": "torch_dist", "sharded_backend_version": 1}',
 ]
 
 
@@ -225,6 +230,26 @@ def test_metadata_that_names_what_no_file_holds(tmp_path, capsys):
     path.write_bytes(pickle.dumps(metadata))
     said = verify(tmp_path, capsys, 1)
     assert "no file is named for mlp._extra_state/shard_0_1" in said
+
+
+def test_metadata_that_names_a_part_otherwise(tmp_path, capsys):
+    """As after a flipped bit of the only place where the name stands."""
+    parts = {f"mlp._extra_state/shard_{part}_3": saved(None) for part in range(3)}
+    path = write(tmp_path, objects=parts) / ".metadata"
+    verify(tmp_path, capsys, 0)
+    path.write_bytes(
+        path.read_bytes().replace(b"_extra_state/shard_1_3", b"_extra_stete/shard_1_3")
+    )
+    said = verify(tmp_path, capsys, 1)
+    assert "damaged: .metadata names 2 of the 3 parts of mlp._extra_state\n" in said
+    assert "It is sound" not in said
+
+
+@pytest.mark.parametrize("reader", ["_Unpickler", "_QuickUnpickler"])
+def test_too_little_memory_is_not_said_to_be_damage_alone(tmp_path, monkeypatch, reader):
+    monkeypatch.setattr(pickles, reader, mock.Mock(side_effect=MemoryError))
+    with pytest.raises(CheckpointError, match="since memory ran out: give more of it; if"):
+        read_layout(write(tmp_path), quick=reader == "_QuickUnpickler")
 
 
 def test_metadata_that_goes_on_behind_its_end(tmp_path, capsys):

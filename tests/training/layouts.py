@@ -67,7 +67,7 @@ LAYOUTS = {
             "pp2-vpp2-tp2-do": pp(2, 1) + tp(2) + DO,
             "tp2-sp-cp2-do": tp(2) + SP + CP + DO + WHOLE[1],
             "cp2-dp2-do": CP + DO,
-            "pp2-vpp2-cp2": pp(2, 1) + CP + "--micro-batch-size 4 ",
+            "cp2-pp2-vpp2": CP + pp(2, 1),
             "tp4-sp": tp(4) + SP + WHOLE[1],
         },
     },

@@ -46,6 +46,10 @@ REFUSED = {
         "--dist-ckpt-strictness return_all asks Megatron to hand back",
     ),
     "step-0": ("--optimizer came --load {came} --ckpt-step 0", "--ckpt-step 0 is no checkpoint"),
+    "empty": (
+        "--optimizer came --no-initialization --load {came}-none",
+        "-none holds no checkpoint, which alone would fill weights with --init-model-with-meta",
+    ),
     "wrapper": (DO + "--optimizer came --load {came}", "saved without --use-distributed-optimizer"),
 }
 SIZES = (

@@ -24,7 +24,9 @@ from megatron_came.checkpoint_files.folder import (
 from megatron_came.checkpoint_files.legacy import OPTIMIZER_FILE
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Item
 from megatron_came.checkpoint_files.torch_dist import METADATA, Layout, is_fsdp, read_layout
+from megatron_came.megatron.rule_conditions import EMPTY, has_empty_weights
 from megatron_came.megatron.sharding import chain_of
+from megatron_came.rules import Settings
 
 _REMOVE = "or remove the folder's contents to start from scratch"
 
@@ -35,18 +37,62 @@ def folder_problem(load_dir: Any, args: Any) -> str | None:
     None also where there is nothing to resume from, which is how every first start looks: launch
     scripts give the same folder to ``--load`` and ``--save``.
     """
-    if load_dir is None or "://" in str(load_dir) or args.non_persistent_ckpt_type is not None:
+    if _is_elsewhere(load_dir, args) or "://" in str(load_dir):
         return None
-    folder = Path(str(load_dir))
+    folder, step = Path(str(load_dir)), getattr(args, "ckpt_step", None)
     try:
+        place = Path(source(load_dir, args))
+        if place != folder and step and tracked(place) != str(step):
+            return (
+                f"--ckpt-step {step} with --non-persistent-ckpt-type global: {place} holds a newer "
+                f"checkpoint, of iteration {tracked(place)}, which Megatron would take all the "
+                "same: move that folder away."
+            )
         has_fsdp = bool(getattr(args, "use_megatron_fsdp", False))
-        problem = _problem(folder, getattr(args, "ckpt_step", None), has_fsdp)
+        problem = _problem(place, step, has_fsdp)
+        if problem is None and tracked(place) is None and not step:
+            problem = _no_weights(args)
     except OSError as error:
+        place = folder
         problem = (
             f": {error.filename or folder} cannot be read ({error.strerror}): let the user of this "
             "run read it, or resume from a copy."
         )
-    return problem and f"--load {folder}{problem}"
+    if problem is None or place == folder:
+        return problem and f"--load {folder}{problem}"
+    return f"{place}{problem[:-1]}; or move that folder away, to go on from --load {folder}."
+
+
+def _is_elsewhere(load_dir: Any, args: Any) -> bool:
+    """Whether no folder of ``--load`` is read: each rank has local checkpoints of its own."""
+    return load_dir is None or args.non_persistent_ckpt_type not in (None, "global")
+
+
+def source(load_dir: Any, args: Any) -> str:
+    """The folder with the checkpoint that Megatron takes: ``--load``, or one saved in between.
+
+    It takes the newer one of both, even where ``--ckpt-step`` names another.
+    """
+    if args.non_persistent_ckpt_type != "global" or "://" in str(load_dir):
+        return str(load_dir)
+    between = getattr(args, "non_persistent_global_ckpt_dir", None) or f"{load_dir}/non_persistent"
+    newest, step = tracked(between), getattr(args, "ckpt_step", None)
+    if newest is None:
+        return str(load_dir)
+    named = str(step or tracked(load_dir) or -1).replace("release", "0")
+    try:
+        return str(between if int(newest) >= int(named) else load_dir)
+    except ValueError:  # one of them names no iteration
+        return str(load_dir if newest.isdigit() else between)
+
+
+def _no_weights(args: Any) -> str | None:
+    if not has_empty_weights(Settings(args)):
+        return None
+    return (
+        f" holds no checkpoint, which alone would fill weights with {EMPTY}: leave them "
+        "out for the first start."
+    )
 
 
 def tracked(load_dir: Any) -> str | None:
@@ -154,7 +200,7 @@ def misread(load_dir: Any, args: Any, *, opening: bool = False) -> str | None:
 
     ``opening`` opens what it holds, and not its metadata alone; elements of tensors are not read.
     """
-    if load_dir is None or args.non_persistent_ckpt_type is not None:
+    if _is_elsewhere(load_dir, args):
         return None
     try:
         folder = name_of(load_dir, args, return_base_dir=True)
@@ -172,6 +218,8 @@ def misread(load_dir: Any, args: Any, *, opening: bool = False) -> str | None:
                     pass
     except (CheckpointError, OSError) as error:
         return str(error)
+    if opening and (gap := next(layout.gaps(), None)):
+        return f"{folder}/{gap}: take it from a copy, or another iteration (--ckpt-step)."
     return None
 
 
@@ -203,7 +251,7 @@ def missing_file(load_dir: Any, args: Any, optimizer: Any = None) -> str | None:
     from megatron.core import mpu
     from megatron.training import checkpointing
 
-    if load_dir is None or args.non_persistent_ckpt_type is not None:
+    if _is_elsewhere(load_dir, args):
         return None
     if not dist.is_initialized() or not mpu.model_parallel_is_initialized():
         return None
@@ -236,6 +284,7 @@ def name_of(load_dir: Any, args: Any, *, return_base_dir: bool = False) -> str:
     """
     from megatron.training import checkpointing
 
+    load_dir = source(load_dir, args)
     named = str(getattr(args, "ckpt_step", None) or tracked(load_dir))
     iteration = (0, True) if named == "release" else (int(named), False)
     name: str = checkpointing.get_checkpoint_name(

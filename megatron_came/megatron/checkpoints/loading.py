@@ -32,7 +32,7 @@ from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.megatron.run import run_args
 from megatron_came.megatron.sharding import chain_of
 from megatron_came.patching import Function
-from megatron_came.voice import LOST, end_if, rank, say_once, stop
+from megatron_came.voice import end_if, is_of_lost_rank, rank, say_once, stop
 
 
 def with_sentences(
@@ -46,7 +46,7 @@ def with_sentences(
                 return original(ddp_model, optimizer, *args, **kwargs)
             return _checked(original, run, ddp_model, optimizer, *args, **kwargs)
     except RuntimeError as error:
-        if run.optimizer != "came" or LOST not in str(error):
+        if run.optimizer != "came" or not is_of_lost_rank(error):
             raise
         stop("another rank ended while the checkpoint was loaded, and says why.", error)
     finally:
@@ -82,7 +82,7 @@ def _checked(
             f"from another one with --ckpt-step ITERATION, or {AFRESH}."
         )
     except Exception as error:
-        if run.optimizer != "came" or LOST in str(error):
+        if run.optimizer != "came" or is_of_lost_rank(error):
             raise
         folder = load.folder or getattr(run, "pretrained_checkpoint", None) or run.load
         problem = _out_of_memory(folder, error) or folders.misread(folder, run, opening=True)
@@ -146,7 +146,7 @@ def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwar
             _say_if_elsewhere(load_dir, args)
         else:
             _check(load, result, args, of_rank_0)
-    note_files(result, str(load_dir), first_look=of_rank_0)
+    note_files(result, folders.source(load_dir, args), first_look=of_rank_0)
     return result
 
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_came.megatron.run import run_args
 from megatron_came.patching import Function
-from megatron_came.voice import LOST, end_if, rank, stop
+from megatron_came.voice import end_if, is_of_lost_rank, rank, stop
 
 # What torch.save says, without a reason, where a file cannot be written.
 _OF_FILES = ("inline_container.cc", "iostream error")
@@ -48,7 +48,7 @@ def failures_said(what: str, folder: Any) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:
-        if LOST in str(error):
+        if is_of_lost_rank(error):
             stop(f"another rank ended while {what} was saved, and says why.", error)
         reason = _reason(error)
         if reason is None:

@@ -42,7 +42,7 @@ def verify(checkpoint: Checkpoint) -> Verdict:
     """Read all of a checkpoint, and compare it with itself."""
     verdict = Verdict()
     record = _record(checkpoint, verdict)
-    for sentence in _contradictions(checkpoint, record):
+    for sentence in (*_contradictions(checkpoint, record), *checkpoint.gaps):
         verdict.add(None, sentence)
     is_distributed = checkpoint.folder.is_distributed
     for name, item in checkpoint.objects.items():
