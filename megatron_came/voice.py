@@ -59,8 +59,8 @@ def stop(problem: str, cause: BaseException | None = None) -> NoReturn:
 
 
 def is_of_lost_rank(error: BaseException) -> bool:
-    """Return whether an error is that another rank has ended."""
-    return any(each in str(error) for each in _LOST)
+    """Return whether an error is that another rank has ended, and not a server of files."""
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _LOST)
 
 
 def some(items: Sequence[str], count: int = 1) -> str:

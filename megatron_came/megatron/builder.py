@@ -30,6 +30,7 @@ from megatron_came.megatron.wrappers import CameFloat16Optimizer, CameFP32Optimi
 from megatron_came.optimizer import CAME
 from megatron_came.parameter_checks import check_trainable
 from megatron_came.patching import Function
+from megatron_came.rules import Settings
 from megatron_came.voice import Groups, say_once
 
 
@@ -75,8 +76,9 @@ def _agreed(
     config = agreement.agree(config, model_chunks, collection, everyone)
     parameter_rules.note(config.rule, model_chunks, everyone)
     # Megatron-FSDP makes what it takes for replicas equal; otherwise weights may hold nothing yet.
-    is_made = model_chunks[0].config.perform_initialization
-    if is_made and not model_chunks[0].ddp_config.use_megatron_fsdp:
+    made = Settings(model_chunks[0].config)
+    is_empty = not made.perform_initialization or made.init_model_with_meta_device
+    if not is_empty and not model_chunks[0].ddp_config.use_megatron_fsdp:
         with agreement.refused_on_all(everyone):
             check_replicas(params, groups)
     return config.as_standard()

@@ -16,7 +16,7 @@ from megatron_came.terminal.interrupts import half_made
 from megatron_came.terminal.sentences import CommandError
 
 _MODULES = ("torch.distributed.run", "torch.distributed.launch")
-_SECONDS = 60
+_SECONDS, _GRACE = 60, 2
 # Stands in for what starts a training, since many scripts know nothing of DRY_RUN: it notes the
 # command and ends. What SLURM would start elsewhere runs here, and so does any other Python.
 _STAND_IN = """#!/usr/bin/env bash
@@ -31,7 +31,9 @@ srun* | sbatch*)
         shift
     done ;;
 torchrun* | *" -m torch.distributed."* | *" --num-layers"* | *" --micro-batch-size"*)
-    echo "${0##*/} ${*@Q}" >>"${0%/*}/commands" ;;
+    set -C # the first is kept
+    { printf '%s\\0' "${0##*/}" "$@" >"${0%/*}/command"; } 2>/dev/null
+    exit 0 ;;
 *) exec "$(PATH=${PATH//"${0%/*}:"/} type -P "${0##*/}")" "$@" ;;
 esac
 """
@@ -75,13 +77,16 @@ def from_script(script: Path, words: list[str]) -> LaunchCommand:
         for name in _STARTERS:
             (Path(folder) / name).write_text(_STAND_IN)
             (Path(folder) / name).chmod(0o700)
-        first, noted = Path(folder) / "first", Path(folder) / "commands"
+        first, noted = Path(folder) / "first", Path(folder) / "command"
         first.write_text(_FIRST.format(folder))
         programs = (folder, str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
         more = {"DRY_RUN": "1", "PATH": os.pathsep.join(programs), "BASH_ENV": str(first)}
         try:
             result = run_alone(
-                ["bash", str(script), *words], environment=os.environ | more, seconds=_SECONDS
+                ["bash", str(script), *words],
+                environment=os.environ | more,
+                seconds=_SECONDS,
+                grace=_GRACE,
             )
         except subprocess.TimeoutExpired as error:
             if not noted.exists():  # else it watches its log, say
@@ -90,7 +95,7 @@ def from_script(script: Path, words: list[str]) -> LaunchCommand:
                     "torchrun command and start nothing."
                 ) from error
         if noted.exists():
-            return from_words(shlex.split(noted.read_text().splitlines()[0]))
+            return from_words([*map(os.fsdecode, noted.read_bytes().split(b"\0")[:-1])])
     if result.returncode:
         last = (result.stderr.strip() or "no message").splitlines()[-1]
         raise CommandError(f"{said} ended with status {result.returncode}: {last}")

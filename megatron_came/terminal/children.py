@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,9 +48,11 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def run_alone(
-    command: Sequence[str], *, environment: Mapping[str, str], seconds: float
+    command: Sequence[str], *, environment: Mapping[str, str], seconds: float, grace: float = 0.0
 ) -> subprocess.CompletedProcess[str]:
     """Run a command, which reads nothing, and kill what it leaves running, or all on an interrupt.
+
+    What it leaves in the background has some seconds of grace, to end by itself.
 
     Raises:
         subprocess.TimeoutExpired: it takes longer.
@@ -74,6 +77,11 @@ def run_alone(
                 preexec_fn=prepare,
             )
         stdout, stderr = process.communicate(timeout=seconds)
+        end = time.monotonic() + grace
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # there is nothing
+            while time.monotonic() < end:
+                os.killpg(process.pid, 0)
+                time.sleep(0.02)
     finally:
         if process:
             with signals_held_back():

@@ -1,5 +1,6 @@
 """Numba's cache may be damaged, full or nowhere: kernels are compiled all the same, with a line."""
 
+import ast
 import builtins
 import subprocess
 import sys
@@ -20,6 +21,21 @@ def test_whatever_happens_to_what_is_kept(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1:] == ["fine"], done.stderr
     assert done.stderr == ""
+
+
+def test_kernels_are_compiled_anew_where_what_they_are_made_from_has_changed() -> None:
+    from megatron_came.kernels.cpu import compiling
+
+    files = Path(compiling.__file__).parent.glob("*.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    taken = {
+        alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == "megatron_came.core"
+        for alias in node.names
+    }
+    assert taken
+    assert taken <= {file.stem for file in compiling._FILES}
 
 
 @pytest.mark.parametrize(

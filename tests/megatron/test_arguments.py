@@ -33,6 +33,13 @@ def test_weights_without_values_are_those_of_a_checkpoint(flag):
     check(arguments(**empty), [])
     check(arguments(**empty, load="folder"), [])
     check(arguments(**empty, load=None, pretrained_checkpoint="folder"), [])
+    # A host may have filled a model that it has built.
+    check(arguments(**empty, load=None, model_chunks=[torch.nn.Identity()]), [])
+
+
+def test_local_checkpoints_have_a_format_of_their_own():
+    saving = {"ckpt_format": "torch", "save": "folder", "non_persistent_save_interval": 9}
+    check(arguments(**saving, async_save=True, non_persistent_ckpt_type="local"), [])
 
 
 def test_an_evaluation_has_no_schedule_to_warm_up():

@@ -49,7 +49,7 @@ def test_a_tracker_that_names_no_iteration_is_refused(folder, named):
     problem = folder_problem(folder, args())
     assert TRACKER in problem
     assert "complete there: 10, 20" in problem
-    assert folder_problem(folder, args(ckpt_step=10)) is None  # the way out
+    assert folder_problem(folder, args(ckpt_step=10)) == problem  # Megatron reads it all the same
 
 
 def test_a_checkpoint_saved_in_between_is_the_one_that_megatron_takes(tmp_path):
@@ -65,6 +65,7 @@ def test_a_checkpoint_saved_in_between_is_the_one_that_megatron_takes(tmp_path):
     assert problem.startswith("--ckpt-step 10 with --non-persistent-ckpt-type global: ")
     assert f"{between} holds a newer checkpoint, of iteration 25" in problem
     assert folder_problem(tmp_path, args(ckpt_step=10)) is None
+    assert folder_problem(tmp_path, args(ckpt_step=25, **of_both)) is None
     (tmp_path / TRACKER).write_text("30")  # newer, and not there
     assert source(tmp_path, args(**of_both)) == str(tmp_path)
     assert "iter_0000030, which is not there" in folder_problem(tmp_path, args(**of_both))
@@ -81,6 +82,33 @@ def test_a_checkpoint_saved_in_between_is_the_one_that_megatron_takes(tmp_path):
     shutil.rmtree(between)
     (tmp_path / TRACKER).unlink()
     assert "holds checkpoints but no" in folder_problem(tmp_path, args(**of_both))
+
+
+def test_weights_of_a_step_that_no_tracker_names_are_loaded(folder):
+    (folder / TRACKER).unlink()
+    given = args(ckpt_step=10, load=folder, perform_initialization=False)
+    assert folder_problem(folder, given) is None
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("latest", "between", "step", "is_newer"),
+    [
+        ("25", "25", None, True),
+        ("25", "24", None, False),
+        ("release", "0", None, True),
+        ("30", "25", 25, True),
+        ("20", "25", 26, False),
+    ],
+)
+def test_the_newer_one_of_both(tmp_path, latest, between, step, is_newer, own):
+    folder = tmp_path / ("own" if own else "non_persistent")
+    folder.mkdir()
+    (tmp_path / TRACKER).write_text(latest)
+    (folder / TRACKER).write_text(between)
+    given = args(ckpt_step=step, non_persistent_ckpt_type="global")
+    given.non_persistent_global_ckpt_dir = str(folder) if own else None
+    assert source(tmp_path, given) == str(folder if is_newer else tmp_path)
 
 
 @pytest.mark.parametrize(

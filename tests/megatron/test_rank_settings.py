@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_came import voice
 from megatron_came.megatron import agreement
 from megatron_came.megatron.agreement import (
     Kernels,
@@ -134,3 +135,17 @@ def test_graphs_are_not_given_up_for_kernels_that_all_ranks_have(found, sentence
     monkeypatch.setattr(agreement, "by_rank", lambda mine, everyone: kernels)
     with pytest.raises(UnsupportedError, match=sentence):
         agreement._with_common_kernels(CameOptimizerConfig(lr=1e-3, cuda_graph=True), [], [None])
+
+
+def test_groups_one_after_the_other_connect_all_ranks(monkeypatch):
+    """Simulated: what the others of this rank's groups have found by then."""
+    others = {"model": {1: None}, "data": {2: "bad", 3: None}}
+    monkeypatch.setattr(voice, "of_all_ranks", lambda found, group: [others[group], found])
+    monkeypatch.setattr(voice, "world_size", lambda: 4)
+    monkeypatch.setattr(
+        voice.dist, "all_reduce", lambda has, op, group: has.add_(any(others[group].values()))
+    )
+    found = voice.by_rank(None, ["model", "data"])
+    assert list(found.items()) == [(0, None), (1, None), (2, "bad"), (3, None)]
+    assert voice.of_any_rank(None, groups=["model", "data"]) == "bad"
+    assert voice.of_any_rank(None, groups=["model"]) is None

@@ -55,6 +55,9 @@ IGNORING = {
     "Python without torchrun": ('srun -J test sh -c "python -u x.py --num-layers 1"', None),
     "job": ("echo 'torchrun --nproc-per-node 8 x.py \"$@\"' >in.sh; sbatch -N1 in.sh --a 'b c'", 8),
     "other programs": ("N=$(python -c 'print(2)')\ntorchrun --nproc-per-node $N x.py --a 'b c'", 2),
+    "background": ("(sleep 0.3; torchrun --nproc-per-node 8 x.py --a 'b c') >log 2>&1 &", 8),
+    "several": ("torchrun --nproc-per-node 8 x.py --a 'b c'; torchrun x.py --num-layers 9", 8),
+    "any value": ("torchrun --nproc-per-node 8 x.py --a $'it\\'s\\n\\tß' '' '$b'", 8),
 }
 
 
@@ -71,6 +74,7 @@ def test_a_script_that_ignores_dry_run_starts_nothing(name, tmp_path, monkeypatc
     Path("train.sh").write_text(text)
     found = from_script(Path("train.sh"), [])
     flags = ["--num-layers", "1"] if ranks is None else ["--a", "b c"]
+    flags = ["--a", "it's\n\tß", "", "$b"] if name == "any value" else flags
     assert found == LaunchCommand(flags, ranks, "x.py")
     assert not Path("started").exists()
 

@@ -78,7 +78,8 @@ RESHARDED = {
     "full-at-pp2-vpp2": (2, "full", FULL + PP + "--num-layers-per-virtual-pipeline-stage 1 "),
     "dp-at-dp1": (1, "dp", DO + SMALL),
     "dp-at-dp4": (4, "dp", DO + SMALL),
-    "fp32-at-tp2": (2, "fp32", TP),
+    # Its weights hold nothing until they are loaded.
+    "fp32-at-tp2": (2, "fp32", TP + "--init-model-with-meta-device "),
     "fp32-at-pp2": (2, "fp32", PP),
     "full-rules-at-tp2": (2, "full-rules", FULL + TP + RULES),
     "fp32-rules-at-pp2": (2, "fp32-rules", PP + RULES),

@@ -109,9 +109,16 @@ def _problem(folder: Path, step: int | None, has_fsdp: bool) -> str | None:
             ": --ckpt-step 0 is no checkpoint, and Megatron would take the latest one: name "
             f"another ({_there(folder)}), or leave it out."
         )
+    named = tracked(folder)
+    is_number = named is not None and named.isascii() and named.isdigit() and len(named) < 20
+    if named not in (None, "release") and not is_number:  # --ckpt-step does not help
+        shown = f"holds {named[:40]!r}" if named else "is empty"
+        return (
+            f": {TRACKER} {shown}, and no iteration: write the number of a complete checkpoint to "
+            f"it ({_there(folder)}), {_REMOVE}."
+        )
     if step:
         return _iteration_problem(folder, f"iter_{step:07d}", f"--ckpt-step {step}", has_fsdp)
-    named = tracked(folder)
     if named is None:
         found = complete(folder)
         if not found:
@@ -121,15 +128,8 @@ def _problem(folder: Path, step: int | None, has_fsdp: bool) -> str | None:
             f" holds checkpoints but no {TRACKER}, which says where to resume: write {newest} to "
             f"it ({_there(folder)}), {_REMOVE}."
         )
-    if named == "release":
-        return _iteration_problem(folder, "release", f"its {TRACKER}", has_fsdp)
-    if named.isascii() and named.isdigit() and len(named) < 20:
-        return _iteration_problem(folder, f"iter_{int(named):07d}", f"its {TRACKER}", has_fsdp)
-    shown = f"holds {named[:40]!r}" if named else "is empty"
-    return (
-        f": {TRACKER} {shown}, and no iteration: write the number of a complete checkpoint to it "
-        f"({_there(folder)}), {_REMOVE}."
-    )
+    name = f"iter_{int(named):07d}" if is_number else named
+    return _iteration_problem(folder, name, f"its {TRACKER}", has_fsdp)
 
 
 def _iteration_problem(folder: Path, name: str, named_by: str, has_fsdp: bool) -> str | None:
