@@ -24,9 +24,9 @@ def has_empty_weights(s: Settings) -> bool:
 
 
 def starts_empty(s: Settings) -> bool:
-    """Whether it loads none; where a model has been built, a host may have filled it."""
+    """Whether it loads none; a model that has been built, or is left out, a host may fill."""
     loads = s.load or s.pretrained_checkpoint or s.model_chunks
-    return has_empty_weights(s) and not loads
+    return bool("load" in s and s.init_model_with_meta_device and not loads)
 
 
 def saves_torch(s: Settings) -> bool:

@@ -226,7 +226,7 @@ RULES = (
         when=conditions.has_tied_mtp_behind_others,
     ),
     _not_with("--yaml-cfg", "give the settings as flags"),
-    _needs(conditions.EMPTY, "a checkpoint: add --load", conditions.starts_empty),
+    _needs("--init-model-with-meta-device", "a checkpoint: add --load", conditions.starts_empty),
     *_beside(
         "--ckpt-format torch", ("--async-save", _OUT), (_BETWEEN, _OUT), when=conditions.saves_torch
     ),
