@@ -120,11 +120,11 @@ def check_not_cast(
         if not isinstance(param, Tensor) or not isinstance(state, Mapping):
             continue  # what a wrapper keeps
         own = new_state(param)
-        for key in own.keys() & state.keys():
-            if state[key].dtype != own[key].dtype:
+        for key, made in own.items():
+            if isinstance(state.get(key), Tensor) and state[key].dtype != made.dtype:
                 raise ValueError(
                     f"CAME: {key!r} of a parameter of shape {tuple(param.shape)} is "
-                    f"{state[key].dtype} where CAME keeps {own[key].dtype}: "
+                    f"{state[key].dtype} where CAME keeps {made.dtype}: "
                     "torch.optim.Optimizer.load_state_dict, or a copy of it, has cast it; call the "
                     "optimizer's own load_state_dict()."
                 )
