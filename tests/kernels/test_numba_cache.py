@@ -24,9 +24,9 @@ def test_whatever_happens_to_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_kernels_are_compiled_anew_where_what_they_are_made_from_has_changed() -> None:
-    from megatron_came.kernels.cpu import compiling
+    from megatron_came.kernels.cpu import keeping
 
-    files = Path(compiling.__file__).parent.glob("*.py")
+    files = Path(keeping.__file__).parent.glob("*.py")
     nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
     taken = {
         alias.name
@@ -35,7 +35,7 @@ def test_kernels_are_compiled_anew_where_what_they_are_made_from_has_changed() -
         for alias in node.names
     }
     assert taken
-    assert taken <= {file.stem for file in compiling._FILES}
+    assert taken <= {file.stem for file in keeping._FILES}
 
 
 @pytest.mark.parametrize(

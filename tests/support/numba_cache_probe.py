@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import config, njit, prange
 
-from megatron_came.kernels.cpu import compiling
+from megatron_came.kernels.cpu import keeping
 
 
 class Made(NamedTuple):
@@ -35,8 +35,8 @@ def fill(numbers):  # type: ignore[no-untyped-def]
 def compiled() -> Made:
     """Compiles, or loads; the function must give the same whatever happened."""
     notes: list[str] = []
-    compiling.warn_once = notes.append  # type: ignore[assignment]
-    function: Any = compiling.keep(njit(fill))
+    keeping.warn_once = notes.append  # type: ignore[assignment]
+    function: Any = keeping.keep(njit(fill))
     numbers = np.empty(4)
     function(numbers)
     assert numbers.tolist() == [0.0, 1 / 3, 2 / 3, 1.0]
@@ -49,7 +49,7 @@ def is_loaded(made: Made) -> bool:
 
 def variants(folder: Path) -> None:
     """What is compiled from one function in two ways is kept in two places."""
-    results = [compiling.keep(njit(parallel=way)(fill), str(way)) for way in (False, True) * 2]
+    results = [keeping.keep(njit(parallel=way)(fill), str(way)) for way in (False, True) * 2]
     for function in results:
         function(np.empty(4))
     assert [sum(function.stats.cache_hits.values()) for function in results] == [0, 0, 1, 1]
