@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -132,6 +133,28 @@ def test_the_kernel_adds_up_as_plain_pytorch_does(dtype: torch.dtype) -> None:
     box = PlacedBox((1, 2), (3, 4), (0, 0), (3, 4))
     terms = digests.terms(whole, (6, 7), box)
     assert digests.digest(terms, add) == digests.digest(terms) == _whole(whole[1:4, 2:6])
+
+
+@pytest.mark.parametrize("rows", range(1, 10))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_adds_up_rows_longer_than_it_reads_at_once(
+    dtype: torch.dtype, rows: int
+) -> None:
+    pytest.importorskip("numba")
+    from megatron_came.kernels.cpu import digests as kernel
+
+    seam = kernel._SIDE_BY_SIDE
+    for columns in (seam - 1, seam, seam + 1, 2 * seam + 5):
+        tensor = torch.randn(rows, columns).to(dtype)
+        terms = digests.terms(tensor, (rows, columns), PlacedBox.whole((rows, columns)))
+        (found,), (expected,) = adder(torch.device("cpu"))(terms), digests.add_up(terms)
+        assert found.is_finite
+        assert digests.unsigned(found.total) == digests.unsigned(expected.total)
+        for row, column in product(range(rows), {0, seam - 1, min(seam, columns - 1), columns - 1}):
+            damaged = tensor.clone()
+            damaged[row, min(column, columns - 1)] = math.inf
+            terms = digests.terms(damaged, (rows, columns), PlacedBox.whole((rows, columns)))
+            assert not adder(torch.device("cpu"))(terms)[0].is_finite
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, "largest", "-largest"])

@@ -83,7 +83,7 @@ class Sums:
         self._negative: set[tuple[str, str]] = set()
         self.differing: Counter[str] = Counter()
         self._waiting: list[tuple[dict[tuple[str, str], int], Kinds, str, Term]] = []
-        self._least: list[tuple[set[tuple[str, str]], Tensor]] = []
+        self._factors: list[tuple[set[tuple[str, str]], Tensor]] = []
         self._size = 0
 
     @property
@@ -153,7 +153,7 @@ class Sums:
             self._waiting += ((totals, kinds, leaf.name, term) for term in found)
         if kinds[0] in FACTORS and leaves and values.numel():
             names = {(kinds[0], leaf.name) for leaf in leaves}
-            self._least.append((names, values.detach().amin().double()))
+            self._factors.append((names, values.detach().reshape(-1)))
         self._size += values.numel()
         if self._size >= _WAITING:
             self.flush()
@@ -169,13 +169,12 @@ class Sums:
                     totals[kind, name] += added.total
                 if name not in self._untrained and not added.is_finite:
                     self._infinite.add((kinds[0], name))
-        if self._least:
-            device = self._least[0][1].device
-            least = torch.stack([each.to(device) for _, each in self._least]).tolist()
-            for (names, _), each in zip(self._least, least, strict=True):
-                if each < 0:
+        # One look at all of them; at each alone only where a number is negative, or NaN.
+        if self._factors and not _least([values for _, values in self._factors]) >= 0:
+            for names, values in self._factors:
+                if (values < 0).any():
                     self._negative |= names
-        self._waiting, self._least, self._size = [], [], 0
+        self._waiting, self._factors, self._size = [], [], 0
 
     def over_all_ranks(self, names: Names) -> Totals:
         """Add up over all ranks, which give the names of all ranks' sums.
@@ -224,6 +223,12 @@ class Sums:
             flaws,
             {name: differing[0][at] for name, at in order.items() if differing[0][at]},
         )
+
+
+def _least(tensors: list[Tensor]) -> float:
+    """Return the least number of flat tensors; NaN if there is one."""
+    device = tensors[0].device  # others, of what is offloaded, may be elsewhere
+    return torch.cat([each.to(device) for each in tensors]).amin().item()
 
 
 def _of_groups(leaves: Iterable[Leaf]) -> list[Leaf]:
