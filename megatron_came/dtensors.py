@@ -106,12 +106,13 @@ def _cuts_of(param: DTensor) -> list[_Cut]:
         cut = _Cut(mesh_dim, placement.dim % param.dim(), mesh.size(mesh_dim))
         place, chunks = 0, placement.split_factor if kind == "_StridedShard" else 1
         while chunks > 1 and place < len(order):
+            # Behind so many cuts of the same dimension as make up the mark's number of chunks.
             chunks /= order[place].chunks if order[place].dim == cut.dim else 1
             place += 1
         if chunks != 1:
             raise _refusal(param, _ORDER)
         order.insert(place, cut)
-        marked += [cut] if place else []
+        marked += [cut] if place else []  # cut after another
     for cut in marked:
         before = order[: order.index(cut)]
         if param.shape[cut.dim] % math.prod(each.chunks for each in before if each.dim == cut.dim):
@@ -130,10 +131,10 @@ def _equal_of(param: DTensor, cuts: list[_Cut]) -> _Cut | None:
     It is the first of its dimension, into equal parts. What the others leave of the part is a flat
     range if they cut dimension 0 alone, so that kernels take it.
     """
-    firsts = {cut.dim: cut for cut in reversed(cuts)}.values()
+    firsts = {cut.dim: cut for cut in reversed(cuts)}.values()  # of two the first stays
     equal = [cut for cut in firsts if param.shape[cut.dim] % cut.chunks == 0]
     if len(cuts) == 1:
-        equal = [cut for cut in equal if cut.dim]
+        equal = [cut for cut in equal if cut.dim]  # rows alone: a flat range
     # Indices of matrices in a batch are to be one range: a cut in their midst comes first.
     return max(equal, key=lambda cut: (0 < cut.dim < param.dim() - 2, cut.dim > 0), default=None)
 
@@ -145,7 +146,7 @@ def _ranges(param: DTensor, cuts: Iterable[_Cut], *, of_first: bool = False) -> 
     """
     ranges = [range(size) for size in param.shape]
     for mesh_dim, dim, chunks in cuts:
-        chunk = -(-len(ranges[dim]) // chunks)
+        chunk = -(-len(ranges[dim]) // chunks)  # rounded up
         rank = 0 if of_first else param.device_mesh.get_local_rank(mesh_dim)
         ranges[dim] = ranges[dim][rank * chunk : (rank + 1) * chunk]
     return ranges
@@ -193,7 +194,7 @@ def _window(
     Raises:
         ValueError: the matrices are no range of the batch.
     """
-    # The longest, so that all ranks find the same.
+    # Whole rows are flat. By the longest parts, so that all ranks find the same.
     lengths = [*map(len, _ranges(param, cuts, of_first=True))]
     if math.prod(lengths[1:]) == math.prod(shape[1:]):
         return None
@@ -249,6 +250,7 @@ def check_ranks(owners: Mapping[Tensor, object], groups: Iterable[Mapping[str, A
     for param, given in owners.items():
         if is_dtensor(param):
             here = meshes.setdefault(param.device_mesh, dict(settings))
+            # Its place among those of the mesh, which is the same on all of its ranks.
             here[f"parameter {len(here) - len(settings)} of its mesh"] = given
     for mesh, here in meshes.items():
         for mesh_dim in range(mesh.ndim):
@@ -353,6 +355,7 @@ def placed(local: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[
     """Make a ``DTensor`` of what this rank holds of a tensor of this shape."""
     from torch.distributed.tensor import DTensor
 
+    # Given, since from_local takes all parts for as large as this one.
     size, stride = torch.Size(shape), torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=stride)
 
@@ -371,7 +374,7 @@ def _cut(param: DTensor, key: str, value: Tensor) -> Tensor:
         wanted = tuple(_placements(param, key))
         if value.device_mesh == param.device_mesh and tuple(value.placements) == wanted:
             return value
-    value = _whole(value).to(param.device)
+    value = _whole(value).to(param.device)  # a collective, if it is of another mesh
     kept, cuts = _kept(param, key), _cuts_of(param)
     equal = _equal_of(param, cuts)
     if key in FACTORS:

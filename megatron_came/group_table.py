@@ -47,6 +47,7 @@ class GroupTable:
                 values = own.get(param, _NO_OWN)
                 counts = None if own_count(states.get(param, {})) is None else param
                 if values or counts is not None:
+                    # Parameters with the same values share a row.
                     key = index, tuple(sorted(values.items())), id(counts)
                     if key not in known:
                         known[key] = len(self._rows)
@@ -95,6 +96,7 @@ def count_steps(
             has_state = MOMENTUM in state
             takes_part = gradient_of(param) is not None and param.numel() > 0
             if STEP not in state and (has_state or takes_part):
+                # State of before bias correction was asked for has seen the group's steps.
                 own = torch.tensor(taken * has_state, dtype=torch.int64, device="cpu")
                 state_of(param)[STEP] = own
                 is_new = True
@@ -109,6 +111,7 @@ def whole_shard(
     if flat_convolutions and len(shape) > 2:
         shape = (shape[0], math.prod(shape[1:]))
     unfactored = (group["params"] for group in groups if group.get("factored") is False)
+    # By identity: == of tensors compares their elements.
     is_factored = not any(param is each for params in unfactored for each in params)
     return replace(Shard.whole(shape), factored=is_factored)
 

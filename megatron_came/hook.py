@@ -30,7 +30,7 @@ def _report_in_a_sentence(
 def _prepare() -> None:
     """Take the Megatron of the checkout in which the script lies, if it lies in one."""
     script = getattr(sys.modules["__main__"], "__file__", None)
-    path = list(sys.path)
+    path = list(sys.path)  # changed by the next line even where there is no checkout
     checkout = None if script is None else use_checkout_of(Path(script))
     if checkout is None:
         sys.path[:] = path
@@ -40,4 +40,4 @@ def _prepare() -> None:
 
 
 _prepare()
-sys.excepthook = _report_in_a_sentence
+sys.excepthook = _report_in_a_sentence  # the script is not run by the launcher, which catches it

@@ -19,7 +19,7 @@ from typing import NoReturn
 from megatron_came.terminal.interrupts import end_at_once, end_in_an_exception
 
 if __name__ == "__main__":
-    end_at_once()
+    end_at_once()  # Ctrl-C during the imports that follow, which take seconds
 
 from megatron_came import cpu_megatron, megatron, memory, waiting
 from megatron_came.megatron.errors import UnsupportedError
@@ -49,7 +49,7 @@ def prepare(*, training_loop: bool = False) -> None:
     """
     waiting.stop()
     try:
-        cpu_megatron.enable()
+        cpu_megatron.enable()  # first: what follows imports Megatron, which finds stand-ins then
         megatron.install()
         memory.install()
     except (ValueError, MegatronError) as error:
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> None:
         print(_USAGE)
         return
     script = _script(arguments)
-    sys.argv = [str(script), *arguments[1:]]
+    sys.argv = [str(script), *arguments[1:]]  # as if the script had been started itself
     checkout = use_checkout_of(script)
     prepare()
     if other := other_megatron(checkout):

@@ -246,7 +246,7 @@ class CAME(WithStateDicts):
     def _begin(self) -> Begun:
         """Take the first passes of a step."""
         plan = self._plan
-        if plan is None or not plan.holds(self.param_groups):
+        if plan is None or not plan.holds(self.param_groups):  # looks at less than _current_plan
             plan = self._current_plan()
         now = plan.snapshot(self.state, self._model_weights.values())
         settings, inputs = plan.table.at_step(self.state), None
@@ -266,6 +266,7 @@ class CAME(WithStateDicts):
         if self._plan is not None and not self._plan.in_passes:
             self._plan = None  # the guard was set after it was made
         self._begun = [self._begin()]
+        # Ranks of a mesh must decide alike, to the last bit.
         sums = self._begun[0].squared_update(of_rank)
         return sums if of_rank else dtensors.agreed(sums, self._params())
 
@@ -290,7 +291,7 @@ class CAME(WithStateDicts):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what was copied or pickled, also by an older version; or a state dictionary."""
-        if state.keys() == {"state", "param_groups"}:
+        if state.keys() == {"state", "param_groups"}:  # torch.optim loads a dictionary so
             check_not_cast(state["state"], self._new_state)
         super().__setstate__(state)
         for key, default in COPIED.items():
@@ -347,6 +348,7 @@ class CAME(WithStateDicts):
             table = GroupTable(self.param_groups, self._own, self.state)
             # Named shards first, in the order of naming, which is the same on all ranks.
             params = dict.fromkeys(chain(self._shards, self._params()))
+            # Random bits go by name or, without names, by the place in the groups.
             place = {param: str(index) for index, param in enumerate(table.number)}
             slices = [
                 ParameterSlice(

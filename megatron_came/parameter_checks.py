@@ -189,6 +189,7 @@ def _overlaps(param: Tensor) -> bool:
     here, reach = dtensors.local_of(param), 0
     if here.is_contiguous() or not here.numel():
         return False
+    # From the innermost dimension on: each must step over all that lies within.
     for stride, size in sorted(zip(here.stride(), here.shape, strict=True)):
         if size > 1 and stride <= reach:
             return True
@@ -208,6 +209,7 @@ def _is_plain(param: Tensor) -> bool:
     with torch._C.DisableTorchFunctionSubclass():
         if here.is_meta or isinstance(here, FakeTensor) or Tensor.data_ptr(here):
             return True  # without values, or with memory of its own
+    # Wrappers of one plain tensor name what they are made of, and it is like themselves.
     names = here.__tensor_flatten__()[0] if hasattr(here, "__tensor_flatten__") else ()
     inner = [each for name in names if isinstance(each := getattr(here, name), Tensor)]
     alike = [each for each in inner if each.shape == here.shape and each.dtype == here.dtype]
@@ -233,7 +235,7 @@ def check_trainable(params: Iterable[Tensor]) -> None:
             )
         seen.add(id(param))
         if not param.requires_grad and param.grad is None:
-            continue
+            continue  # frozen
         if not _has_arithmetic(param):
             is_dense = _is_dense(param)
             layout = "nested tensors" if param.is_nested else param.layout
@@ -271,7 +273,7 @@ def check_settings(momentum_dtype: torch.dtype, seed: int, **switches: bool) -> 
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise HyperparameterError(name, value, "True or False")
-    if not isinstance(seed, Integral) or isinstance(seed, bool):
+    if not isinstance(seed, Integral) or isinstance(seed, bool):  # which is an Integral
         raise HyperparameterError("seed", seed, "a whole number")
 
 

@@ -114,6 +114,7 @@ def put_in_place(rows: Iterable[Replacement]) -> None:
 
 def _replace(row: Replacement, version: str) -> None:
     owner, name, found = _find(row, version)
+    # Such are unwrapped, and what stands in is wrapped as they were.
     original = found.__func__ if isinstance(found, classmethod | staticmethod) else found
     if row.by in getattr(original, _MARK, ()):
         return
@@ -144,7 +145,7 @@ def _replace_imported(
     row: Replacement, version: str, original: Function, stand_in: Function
 ) -> None:
     """Replace a function also where other modules have imported it."""
-    for module in list(sys.modules.values()):
+    for module in list(sys.modules.values()):  # copies: a lazy one may import more
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if value is original:
                 setattr(module, key, stand_in)

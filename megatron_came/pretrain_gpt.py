@@ -116,6 +116,7 @@ def get_batch(data: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | No
 def _check_loss(loss: torch.Tensor) -> None:
     """Let Megatron's rerun machine judge ``loss``, as the flags ask, before it is averaged."""
     args, machine = get_args(), get_rerun_state_machine()
+    # Tolerance: computed again, a loss must be the same to the bit.
     validate = partial(machine.validate_result, result=loss, tolerance=0.0)
     if args.check_for_nan_in_loss_and_grad:
         for what, found in (("NaN", torch.isnan), ("Inf", torch.isinf)):
@@ -133,7 +134,7 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> Loss:
         The sum, the number of tokens that count, and both as Megatron logs them.
     """
     mask = loss_mask.view(-1).float()
-    loss = torch.sum(output.view(-1).float() * mask)
+    loss = torch.sum(output.view(-1).float() * mask)  # in fp32, whatever the model is in
     _check_loss(loss)
     tokens = mask.sum().detach().to(torch.int)
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
@@ -166,6 +167,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:
             sequences_per_dataset = json.load(file)
+    # Of equal names the flags' values; the others have other names, or are made of several flags.
     same = {f.name: getattr(args, f.name) for f in fields(GPTDatasetConfig) if f.name in args}
     other = {
         "random_seed": args.seed,
@@ -178,7 +180,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         "fast_cache_load": args.dataloader_fast_cache_load,
         "sequences_per_dataset": sequences_per_dataset,
         "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
-        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,  # or 0
     }
     return GPTDatasetConfig(**same | other)
 

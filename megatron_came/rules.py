@@ -48,6 +48,7 @@ class Rule:
             return None
         value = getattr(settings, self.destination) if self.flag else True
         is_set = bool(value) or value == ""  # such as an empty variable of a shell's
+        # Megatron makes enumerations of some flags, whose members are named as what was typed.
         if not is_set or getattr(value, "name", value) in self.works or not self.when(settings):
             return None
         typed = value

@@ -16,7 +16,7 @@ def use_checkout_of(script: Path) -> Path | None:
     """
     folder = script.resolve().parent
     root = next((above for above in (folder, *folder.parents) if _holds_megatron(above)), None)
-    if sys.path[:1] != [str(folder)]:
+    if sys.path[:1] != [str(folder)]:  # as Python puts it there for a script
         sys.path.insert(0, str(folder))
     if root is not None and root != folder:
         entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -43,7 +43,7 @@ def other_megatron(root: Path | None) -> str | None:
     """Say in one sentence which Megatron is used, if not that of :func:`use_checkout_of`."""
     import megatron.core
 
-    used = Path(megatron.core.__file__).parents[2].resolve()
+    used = Path(megatron.core.__file__).parents[2].resolve()  # above megatron/core/__init__.py
     if used == root:
         return None
     version = megatron.core.__version__

@@ -33,6 +33,7 @@ class Snapshot(NamedTuple):
         It is None where something is no tensor in memory of its own, as it lies there.
         """
         present = [grad for grad in grads if grad is not None]
+        # Mostly all have one, and then the numbers say so.
         lacking = [] if len(present) == len(grads) else [grad is None for grad in grads]
         rest = [*present, *weights]
         others = [*params, *rest]
@@ -51,7 +52,7 @@ class Snapshot(NamedTuple):
                 list(map(_address, state)),
                 list(chain.from_iterable(states.values())),
             )
-        except (TypeError, RuntimeError):
+        except (TypeError, RuntimeError):  # no tensor, or one without an address
             return None
         return cls(facts, state)
 

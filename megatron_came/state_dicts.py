@@ -79,6 +79,7 @@ class WithStateDicts(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, final: Any) -> dict[str, Any]:
             # Of sharded parameters, Megatron's wrappers load the factors themselves.
             is_partial = bool(self._shards)
+            # All is checked before anything is taken.
             states.update(_states_in(final, self.param_groups, self._new_state, is_partial))
             groups = _complete_groups(final, self.defaults, self.param_groups)
             # PyTorch would cast the parameters' state, all at once.
@@ -214,6 +215,7 @@ def _complete_groups(
     """
     states = [state for state in state_dict["state"].values() if isinstance(state, Mapping)]
     steps = [state.get("step") for state in states if MOMENTUM in state]
+    # The authors' counts are numbers; ours are tensors, and stay in the state.
     taken = max((step for step in steps if isinstance(step, int)), default=0)
     complete = {**defaults, "step": taken}
     groups = []
@@ -296,6 +298,7 @@ def _check_groups(saved: Any, groups: Sequence[Mapping[str, Any]], is_partial: b
                 f"a list 'params', not this {_kind(group)}."
             )
         lacking = [key for key in _SETTINGS if key not in group]
+        # So PyTorch's named state dictionaries have a group without parameters.
         if lacking and not is_partial and group != {"params": []}:
             has = ", ".join(repr(key) for key in group if key != "params")
             raise ValueError(

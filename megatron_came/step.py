@@ -68,10 +68,11 @@ class Bundle:
         views, more_views = iter(self.squares.views), iter(self.instability.views)
         sums: dict[ParameterSlice, SliceSums] = {}
         for slice_, squares, rest in zip(slices, requests, more_requests, strict=True):
-            total, *instability = (next(more_views) for _ in rest)
+            total, *instability = (next(more_views) for _ in rest)  # in the order of the requests
             sums[slice_] = SliceSums(tuple(next(views) for _ in squares), total, tuple(instability))
-        self.marks = list(views)
+        self.marks = list(views)  # what is left
         self.totals = {slice_: own.total for slice_, own in sums.items()}
+        # Then matrices may go through all passes one after another.
         is_local = not (in_passes or self.squares.is_reduced or self.instability.is_reduced)
         reasons = {each: backends[each.param.device].unsupported(each) for each in slices}
         self.left = [why for why in reasons.values() if why is not None]
@@ -209,6 +210,7 @@ class Plan:
             here = [slice_ for slice_ in slices if slice_.sums_device == device]
             local = [slice_ for slice_ in here if not slice_.is_shared]
             if local:
+                # A guard's decision comes before the last pass of all.
                 bundles = self.shared if in_passes else self.local
                 bundles.append(Bundle(local, backends, in_passes=in_passes))
             for members in spread([slice_ for slice_ in here if slice_.is_shared]):
@@ -304,7 +306,7 @@ class Plan:
         own = (state for param, state in states.items() if isinstance(param, Tensor))
         kept = (state.get(key) for state in own for key in SECOND_MOMENTS)
         moments = [dtensors.local_of(moment) for moment in kept if moment is not None]
-        old = list(torch._foreach_mul(moments, 1.0)) if moments else []
+        old = list(torch._foreach_mul(moments, 1.0)) if moments else []  # copies, in a few launches
         before, self._steps, self.settings = self._steps, {}, None  # until it is taken
         steps: dict[Bundle, _BundleStep] = {}
 

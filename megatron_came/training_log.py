@@ -146,7 +146,8 @@ def last_words(log: str) -> str:
         elif found := _ERROR.match(line):
             errors.append(found[1])
     causes = [line for line in errors if not _CONSEQUENCE.search(line)]
+    # Ranks say the same; of what differs the first few are enough.
     words = list(dict.fromkeys(causes))[:3] or errors[:3] or lines[-3:]
-    if any("exitcode: -9" in line for line in torchrun):
+    if any("exitcode: -9" in line for line in torchrun):  # by SIGKILL
         words.append("The system killed it, most likely because memory ran out.")
     return "\n".join(f"  {line}" for line in words)

@@ -25,7 +25,7 @@ def check_version() -> str:
     """
     handlers = [*logging.root.handlers]
     try:
-        # Not of megatron.core, which may be in the middle of its own import.
+        # Of a module without imports: megatron.core may be in the middle of its own.
         version = str(importlib.import_module("megatron.core.package_info").__version__)
     except ImportError as error:
         raise MegatronError(
@@ -73,6 +73,7 @@ def has_training_loop() -> bool:
     training = importlib.util.find_spec("megatron.training")
     if core is None or training is None or not core.origin or not training.origin:
         return False
+    # A checkout's core may be before an installed wheel, which has another loop.
     return Path(core.origin).parents[1] == Path(training.origin).parents[1]
 
 

@@ -22,6 +22,7 @@ _logger = logging.getLogger("megatron_came")
 
 def rank() -> int:
     """Return the rank of this process among all, 0 without others."""
+    # Before there are groups, torchrun's number: what is said then is said once, too.
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
@@ -104,7 +105,7 @@ def of_any_rank(
         has = torch.tensor(problem is not None, dtype=torch.int32, device=collectives_device())
         for group in groups:
             dist.all_reduce(has, op=dist.ReduceOp.MAX, group=group)
-        if not has.item():  # sentences are gathered if there are any
+        if not has.item():  # most often: gathering objects takes several collectives
             return None
     problems = [each for each in by_rank(problem, groups).values() if each is not None]
     return choose(problems) if problems else None

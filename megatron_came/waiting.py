@@ -62,6 +62,7 @@ class _Finder:
         """Note that a module has been run."""
         if name == _OPTIMIZERS:
             self.knows_optimizers = True
+            # What came before is told now; modules that are still being run are heard later.
             self.arrived |= {*filter(_is_complete, list(sys.modules))}
         if self.knows_optimizers:
             self.arrived.add(name)
@@ -76,7 +77,7 @@ class _Finder:
                 from megatron_came.megatron.install import install_in
 
                 if not install_in(names):
-                    stop()
+                    stop()  # it would fail, and say so, with every module
                     self.arrived.clear()
             finally:
                 self.under_way -= 1
@@ -92,6 +93,7 @@ class _Loader:
         return getattr(self._loader, name)
 
     def exec_module(self, module: Any) -> None:
+        # As if nobody had listened: others ask a module for its loader.
         module.__loader__ = module.__spec__.loader = self._loader
         is_ours = module.__name__.startswith(_OURS)
         _finder.under_way += is_ours

@@ -139,9 +139,9 @@ def _steps(
         names = ", ".join(repr(one.name) for one in contenders(device))
         raise CommandError(f"--only matches none of {names}.")
     if options.ranks > 1:
-        rank = options.ranks // 2
+        rank = options.ranks // 2  # one that has neighbours, as most have
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=options.ranks)
-    bandwidth = 0.0 if device.type == "cpu" else copy_bandwidth(device)
+    bandwidth = 0.0 if device.type == "cpu" else copy_bandwidth(device)  # see ``floors``
     shapes = shapes_of(options.model, options.layers)
     _check_room(options, shapes, len(entrants))
     params, shards = parameters(shapes, device, options.ranks)
@@ -174,12 +174,13 @@ def _check_room(options: argparse.Namespace, shapes: Sequence[Shape], entrants: 
 
 
 def _print(report: dict[str, Any], results: list[Result]) -> None:
-    machine = report["machine"]
+    machine, speed = report["machine"], report["copy_gigabytes_per_second"]
+    floor = f"copies of {speed:.0f} GB/s" if speed else "bare loops with the same traffic"
     show(
         wrapped(
             f"{report['model']}, {report['parameters'] / 1e6:.1f} M parameters, fp32, rank of "
             f"{report['ranks']}, on {machine['device']} ({machine['threads']} threads), PyTorch "
-            f"{machine['torch']}; the floor is {_floor_of(report)}"
+            f"{machine['torch']}; the floor is {floor}"
         )
     )
     columns = _COLUMNS | (_SENT if report["ranks"] > 1 else {})  # one rank sends nothing
@@ -195,8 +196,3 @@ def _print(report: dict[str, Any], results: list[Result]) -> None:
             if other is not ours:
                 ratio = other.milliseconds / ours.milliseconds
                 print(f"{other.name} takes {ratio:.2f} times as long as CAME, fused.")
-
-
-def _floor_of(report: dict[str, Any]) -> str:
-    speed = report["copy_gigabytes_per_second"]
-    return f"copies of {speed:.0f} GB/s" if speed else "bare loops with the same traffic"

@@ -13,31 +13,23 @@ from torch import Tensor
 from megatron_came.core.shard import Shard
 from megatron_came.optimizer import CAME
 
-_LR = 1e-5
+_LR = 1e-5  # small: all train the same parameters, in turns
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """An optimizer and what its step must move at least.
+    """An optimizer and what its step must move at least."""
 
-    Attributes:
-        name: as printed.
-        build: from parameters and their shards to an optimizer.
-        floor: bytes a parameter that a step reads and writes at least; None where nobody has
-            counted.
-        cached_floor: likewise, of a matrix whose gradient and momentum stay in a GPU's cache.
-        traffic: whose passes it has, "came" or "adam"; see ``floors``.
-        momentum: dtype of its momentum.
-        sharded: whether it can update slices of tensors.
-    """
-
-    name: str
+    name: str  # as printed
+    # From parameters and their shards to an optimizer.
     build: Callable[[list[Tensor], Mapping[Tensor, Shard]], torch.optim.Optimizer]
+    # Bytes a parameter that a step reads and writes at least; None where nobody has counted.
     floor: int | None = None
+    # Likewise, of a matrix whose gradient and momentum stay in a GPU's cache.
     cached_floor: int | None = None
-    traffic: str = "adam"
-    momentum: torch.dtype = torch.float32
-    sharded: bool = False
+    traffic: str = "adam"  # whose passes it has, "came" or "adam"; see ``floors``
+    momentum: torch.dtype = torch.float32  # dtype of its momentum
+    sharded: bool = False  # whether it can update slices of tensors
 
 
 def _came(
@@ -63,6 +55,9 @@ def contenders(device: torch.device) -> list[Contender]:
     """Return those that are installed and run on the device."""
     fused = "triton" if device.type == "cuda" else "numba"
     found = [
+        # Bytes: CAME's passes read g; g and m; g, m and p, and the last writes m and p, 8 x 4 in
+        # fp32. What a cache still holds, g twice and m once, is not read again. AdamW reads g, p
+        # and two moments, and writes all but g: 7 x 4.
         _came("fused", fused, 32, 20),
         _came("bf16 momentum", fused, 26, 16, torch.bfloat16),
         _came("int8 momentum", fused, 23, 14, torch.int8),
@@ -78,7 +73,7 @@ def contenders(device: torch.device) -> list[Contender]:
     ):
         if device.type != "cuda" and not on_cpu:
             continue
-        with contextlib.suppress(ImportError, AttributeError):
+        with contextlib.suppress(ImportError, AttributeError):  # not installed, or older
             make = getattr(importlib.import_module(module), attribute)
             found.append(Contender(name, _other(make), floor))
     return found

@@ -17,7 +17,7 @@ from numba import njit, prange
 from megatron_came.kernels.cpu import threads
 
 _ELEMENTS = 32 * 1024 * 1024  # far beyond any cache
-_TURNS = 5
+_TURNS = 5  # of which the fastest counts
 
 
 # The loops are functions of their own: one that does not begin at 0 is not vectorised.
@@ -25,7 +25,7 @@ _TURNS = 5
 
 def _on_threads(some):
     """Compile a loop to run on so many threads, each of which has its part of the arrays."""
-    inline = njit(fastmath=True, forceinline=True)(some)
+    inline = njit(fastmath=True, forceinline=True)(some)  # sums in any order, as vectors are
 
     @njit(fastmath=True, parallel=True)
     def all_of_them(p, m, v, g, count):
@@ -88,9 +88,9 @@ def seconds_per_parameter(traffic: str, momentum: torch.dtype) -> float:
     """
     passes = _PASSES[traffic]
     p, v, g = (torch.full((_ELEMENTS,), 1e-3).numpy() for _ in range(3))
-    m = torch.zeros(
-        _ELEMENTS, dtype=torch.int16 if momentum == torch.bfloat16 else momentum
-    ).numpy()
+    # NumPy knows no bf16; the loops move as many bytes of integers.
+    dtype = torch.int16 if momentum == torch.bfloat16 else momentum
+    m = torch.zeros(_ELEMENTS, dtype=dtype).numpy()
     count, total = threads.usable(), 0.0
     with threads.pool(count):
         for one in passes:

@@ -15,7 +15,7 @@ from megatron_came.terminal.progress import Progress
 from megatron_came.terminal.sentences import CommandError
 from megatron_came.training_log import TrainingError, follow
 
-_WARM_UP = 3
+_WARM_UP = 3  # iterations: kernels are compiled, and memory is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,23 +23,16 @@ class Iteration:
     """Medians over the iterations after the first few, in milliseconds.
 
     Megatron's timers wait for a GPU at the beginning and the end of what they time.
-
-    Attributes:
-        optimizer: ``--optimizer``.
-        milliseconds: of a whole iteration.
-        forward_milliseconds: of it, in the forward passes.
-        backward_milliseconds: in the backward passes.
-        step_milliseconds: in the optimizer's own step. The rest is data, the reduction and clipping
-            of gradients, and the like.
-        iterations: that were timed.
     """
 
-    optimizer: str
-    milliseconds: float
-    forward_milliseconds: float
-    backward_milliseconds: float
+    optimizer: str  # ``--optimizer``
+    milliseconds: float  # of a whole iteration
+    forward_milliseconds: float  # of it, in the forward passes
+    backward_milliseconds: float  # in the backward passes
+    # In the optimizer's own step. The rest is data, the reduction and clipping of gradients, and
+    # the like.
     step_milliseconds: float
-    iterations: int
+    iterations: int  # that were timed
 
 
 def measure_iterations(
@@ -64,6 +57,8 @@ def measure_iterations(
             f"(without --iteration: {', '.join(MODELS)})."
         )
     usual, hidden = GPT2[model]
+    # A head has 64 elements. The vocabulary is padded to GPT-2's 50304; older tokenizers add one
+    # word.
     common = f"""
         --lr 1e-5 --use-distributed-optimizer --num-layers {layers or usual} --hidden-size {hidden}
         --num-attention-heads {hidden // 64} --seq-length 1024 --max-position-embeddings 1024

@@ -33,5 +33,5 @@ def _name(device: torch.device) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
+        return platform.processor()  # without Linux's /proc
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")

@@ -25,34 +25,21 @@ _WARM_UP = 3  # steps of each contender
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One contender's step.
+    """One contender's step."""
 
-    Attributes:
-        name: of the contender.
-        milliseconds: median.
-        fastest: of the timed steps, in milliseconds.
-        steps: timed.
-        ns_per_parameter: of the parameters that the rank updates.
-        floor_bytes_per_parameter: what a step reads and writes at least, see ``Contender.floor``.
-        gigabytes_per_second: floor's bytes over the median.
-        fraction_of_floor: the least time over the median; see :func:`_least_seconds`.
-        extra_mebibytes: peak of the memory taken during a step beyond what was held before it, see
-            ``peak_of``.
-        collectives: of one step.
-        mebibytes_sent: handed to collectives in one step.
-    """
-
-    name: str
-    milliseconds: float
-    fastest: float
-    steps: int
-    ns_per_parameter: float
+    name: str  # of the contender
+    milliseconds: float  # median
+    fastest: float  # of the timed steps, in milliseconds
+    steps: int  # timed
+    ns_per_parameter: float  # of the parameters that the rank updates
+    # What a step reads and writes at least, see ``Contender.floor``.
     floor_bytes_per_parameter: float | None
-    gigabytes_per_second: float | None
-    fraction_of_floor: float | None
+    gigabytes_per_second: float | None  # floor's bytes over the median
+    fraction_of_floor: float | None  # the least time over the median; see :func:`_least_seconds`
+    # Peak of the memory taken during a step beyond what was held before it, see ``peak_of``.
     extra_mebibytes: float
-    collectives: int
-    mebibytes_sent: float
+    collectives: int  # of one step
+    mebibytes_sent: float  # handed to collectives in one step
 
 
 def synchronize(device: torch.device) -> None:
@@ -91,10 +78,11 @@ def parameters(
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a large copy on a GPU, by the GPU's own clock."""
     free, _ = torch.cuda.mem_get_info(device)
+    # In fp32; the target is as large.
     source = torch.zeros(min(_COPY_BYTES, free // 4) // 4, device=device)
     target = torch.empty_like(source)
     times = []
-    for _ in range(9):
+    for _ in range(9):  # the first two are slower, and left out
         events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
         events[0].record()
         target.copy_(source)

@@ -33,12 +33,14 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
             profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
         ):
             tracemalloc.reset_peak()
+            # The profiler's own objects are none of the call's.
             before, _ = tracemalloc.get_traced_memory()
             call()
             _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     events = profiler.profiler.kineto_results.events()
+    # Frees are negative.
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live = most = 0
     for _, change in changes:

@@ -8,6 +8,7 @@ Shape = tuple[int, ...]
 
 def _gpt2(layers: int, hidden: int, vocabulary: int = 50304, positions: int = 1024) -> list[Shape]:
     """GPT-2 with tied embeddings; its 50257 words are padded to 50304."""
+    # The norm before attention, attention, the norm behind it, and the perceptron.
     layer: list[Shape] = [(hidden,)] * 2 + [(3 * hidden, hidden), (3 * hidden,)]
     layer += [(hidden, hidden), (hidden,)] + [(hidden,)] * 2
     layer += [(4 * hidden, hidden), (4 * hidden,), (hidden, 4 * hidden), (hidden,)]
@@ -16,6 +17,7 @@ def _gpt2(layers: int, hidden: int, vocabulary: int = 50304, positions: int = 10
 
 def _llama(layers: int, hidden: int, ffn: int) -> list[Shape]:
     """The layers of a Llama without grouped queries; no embeddings."""
+    # RMSNorm: no biases.
     attention: list[Shape] = [(hidden,), (3 * hidden, hidden), (hidden, hidden)]
     mlp: list[Shape] = [(hidden,), (2 * ffn, hidden), (hidden, ffn)]
     return (attention + mlp) * layers

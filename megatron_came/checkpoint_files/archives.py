@@ -15,6 +15,7 @@ from megatron_came.checkpoint_files.names import StorageKind
 from megatron_came.checkpoint_files.tensors import READ_BYTES, Storage
 
 PICKLE = "data.pkl"
+# Records of the zip format: before a member, and of it in the directory at the end.
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
 # Its last records; the first two are there in files of PyTorch's.
@@ -76,7 +77,7 @@ class Archive:
                 f"{REMEDY}"
             )
         self._bytes = _Window(self._file, start, end - start)
-        if self._bytes.read(len(OLD_MAGIC) + 2)[2:] == OLD_MAGIC:
+        if self._bytes.read(len(OLD_MAGIC) + 2)[2:] == OLD_MAGIC:  # two bytes of protocol before it
             raise CheckpointError(
                 f"{self.name} is in a format from before PyTorch 1.6: load it with the PyTorch "
                 "that wrote it, if you trust it, and save it anew with a newer one."
@@ -102,21 +103,23 @@ class Archive:
 
     def _other_reading(self, archive: zipfile.ZipFile) -> str | None:
         """Say why PyTorch may read something else in it than is read here, or None."""
+        # Otherwise a file could show this reader tensors, and run code where it is loaded.
         size = self._bytes.seek(0, io.SEEK_END)
         records = size - min(size, _LOCATOR.size + _END64.size + _END.size)
         self._bytes.seek(records)
         tail = self._bytes.read(size - records)
         signature, *numbers, comment = _END.unpack(tail[-_END.size :])
+        # Where an end is not the last thing, each reader searches for one in its own way.
         if signature != b"PK\x05\x06" or comment:
             return "something follows its end"
-        end, counted = size - _END.size, numbers[3:]
+        end, counted = size - _END.size, numbers[3:]  # entries, length and start of the directory
         if tail[-_END.size - _LOCATOR.size :].startswith(b"PK\x06\x07"):
             end = records
             locator = _LOCATOR.unpack(tail[_END64.size : -_END.size])
             signature, *_, entries, length, start = _END64.unpack(tail[: _END64.size])
             if signature != b"PK\x06\x06" or locator[2] != records:
                 return "its end contradicts itself"
-            most = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+            most = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)  # what the short record has of larger numbers
             if counted != [*map(min, (entries, length, start), most)]:
                 return "its end contradicts itself"
             counted = [entries, length, start]
@@ -126,6 +129,7 @@ class Archive:
         if self._bytes.read(4) != b"PK\x03\x04":  # PyTorch takes it for a pickle
             return "something stands before it"
         entries = archive.infolist()
+        # PyTorch looks them up without regard to case; zipfile cuts them at a NUL.
         names = [each.filename.lower() for each in entries]
         if len(set(names)) != counted[0] or not all(
             each.filename == each.orig_filename and each.filename.isascii() for each in entries
@@ -153,10 +157,10 @@ class Archive:
         return pickles.load(bytes(self.whole(PICKLE)), self.name, self._storage)
 
     def _storage(self, pid: Any) -> Storage:
-        word, kind, key, _, numel = pid
+        word, kind, key, _, numel = pid  # as torch.save has them; the other is a device
         if word != "storage" or not isinstance(kind, StorageKind) or not isinstance(key, str):
             raise ValueError("it refers to what is no storage")
-        if type(numel) is not int or numel < 0:
+        if type(numel) is not int or numel < 0:  # nor a bool
             raise ValueError("a storage in it has no number of elements")
         member = f"data/{key}"
         info = self.members.get(member)
@@ -198,7 +202,9 @@ class Archive:
         entry = self.members[member]
         behind = self.offset_of(member) + entry.file_size
         self._bytes.seek(behind)
+        # A flag says that a record of their checksum follows the bytes.
         has_descriptor = self._bytes.read(4) == b"PK\x07\x08" and entry.flag_bits & 8
+        # Behind its signature.
         first = behind + 4 if has_descriptor else entry.header_offset + _CRC_IN_LOCAL
         position = self._zip.start_dir
         for other in self._zip.infolist():
@@ -215,7 +221,7 @@ class Archive:
         self._bytes.seek(self.offset_of(member))
         for start in range(0, entry.file_size, READ_BYTES):
             found = zlib.crc32(self._bytes.read(min(READ_BYTES, entry.file_size - start)), found)
-        return entry.CRC not in (0, found)
+        return entry.CRC not in (0, found)  # torch.serialization.set_crc32_options(False)
 
 
 class _Window(io.RawIOBase):

@@ -44,6 +44,7 @@ def metadata_flaws(
     }
     for kind, named in record.tensors.items():
         for name, saved in named.items():
+            # In a bucket, which is flat, it has no shape.
             if kind in (MAIN_WEIGHTS, MOMENTUM) and name in bucketed:
                 continue
             key, axes = split_name(name)
@@ -99,6 +100,7 @@ def named_parts(box: ReadBox, names: Mapping[Shape, str]) -> Iterator[tuple[str,
     """
     depth = len(next(iter(names), ()))
     for at in itertools.product(*map(range, box.values.shape[:depth])):
+        # Of the offsets the first few, as many as there are such axes.
         name = names.get(tuple(i + o for i, o in zip(at, box.offsets, strict=False)))
         if name is not None:
             yield name, box.values[at], box.offsets[depth:]

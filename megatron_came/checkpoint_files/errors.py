@@ -19,6 +19,7 @@ class ForeignClassError(CheckpointError):
 
 def cannot_be_read(path: object, reason: object) -> CheckpointError:
     """The error for a file that is truncated, damaged or something else altogether."""
+    # The reason may quote the file, at any length.
     said = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
     return CheckpointError(
         f"{path} cannot be read ({said}): it is truncated, damaged or not a checkpoint's; {REMEDY}"

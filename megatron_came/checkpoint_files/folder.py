@@ -38,6 +38,7 @@ class Folder:
     @property
     def iteration(self) -> int | None:
         """As the folder's name says."""
+        # Far more digits than runs need; Python refuses to read thousands of them.
         found = re.fullmatch(r"iter_([0-9]{1,12})", self.path.name)
         return int(found[1]) if found else None
 
@@ -57,6 +58,7 @@ def find(path: Path) -> Folder:
         raise NoCheckpointError(f"{path} is not a folder: name a checkpoint's.")
     if (path / TRACKER).exists():
         tracked = _tracked(path / TRACKER)
+        # Megatron's word for weights that were converted, and not saved by a run.
         name = tracked if tracked == "release" else f"iter_{int(tracked):07d}"
         if not (path / name).is_dir():
             raise CheckpointError(
@@ -86,7 +88,7 @@ def find(path: Path) -> Folder:
 
 def _tracked(tracker: Path) -> str:
     with open_regular(tracker) as file:
-        written = file.read(100).decode("ascii", "replace").strip()
+        written = file.read(100).decode("ascii", "replace").strip()  # it may be endless
     if written == "release" or re.fullmatch(r"[0-9]{1,12}", written):
         return written
     what = f"holds {written!r:.40}" if written else "is empty"
@@ -117,6 +119,7 @@ def _is_complete(folder: Path) -> bool:
     if says_distributed(folder) or metadata.is_file():
         return metadata.is_file() and ends_as_pickle(metadata)
     ranks = [*folder.glob("mp_rank_*")]
+    # Every rank's model, be it there or not, and what else there is.
     files = [rank / MODEL_FILE for rank in ranks] + [*folder.glob("mp_rank_*/*.pt")]
     return bool(ranks) and all(file.is_file() and ends_as_archive(file) for file in files)
 
@@ -166,20 +169,16 @@ def ends_as_pickle(file: Path) -> bool:
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint.
-
-    Attributes:
-        common: what is no tensor: arguments, iteration, the optimizer's settings.
-        objects: where things other than tensors lie, by name; of format torch, its files.
-        optimizers: what files of the distributed optimizer hold; of format torch alone.
-        gaps: what of it is not named, in sentences; see ``Layout.gaps``.
-    """
+    """An opened checkpoint."""
 
     folder: Folder
-    common: dict[Any, Any]
+    common: dict[Any, Any]  # what is no tensor: arguments, iteration, the optimizer's settings
     tensors: list[CheckpointTensor]
+    # Where things other than tensors lie, by name; of format torch, its files.
     objects: dict[str, Item] = field(default_factory=dict)
+    # What files of the distributed optimizer hold; of format torch alone.
     optimizers: list[Any] = field(default_factory=list)
+    # What of it is not named, in sentences; see ``Layout.gaps``.
     gaps: list[str] = field(default_factory=list)
 
     @property
@@ -221,7 +220,7 @@ def opened(folder: Folder) -> Iterator[Checkpoint]:
             if of_optimizer:
                 checkpoint.optimizers.append(state)
             elif not checkpoint.common:
-                checkpoint.common = state
+                checkpoint.common = state  # the first rank's: all have the same
         yield checkpoint
 
 
@@ -254,6 +253,7 @@ def _common(folder: Path, layout: Layout) -> dict[Any, Any]:
             f"{METADATA}: {REMEDY}"
         )
     state = item.load()
+    # Before 0.19 it is a file of its own, then an object among the sharded ones: a list of one.
     state = state[0] if isinstance(state, list) and state else state
     if not isinstance(state, dict):
         what = "the common state, a dictionary,"

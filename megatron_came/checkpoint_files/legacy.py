@@ -25,6 +25,7 @@ def tensors_of(path: Path, archive: Archive, state: Any) -> Iterator[CheckpointT
     Raises:
         CheckpointError: it is deeper than any of Megatron's.
     """
+    # The file has no key above all; the model's has.
     root = ("optimizer",) if path.name == OPTIMIZER_FILE else ()
     seen: set[int] = set()
     waiting: list[tuple[tuple[Any, ...], Any]] = [(root, state)]
@@ -50,9 +51,10 @@ def _meaning(keys: list[str]) -> tuple[str | None, bool]:
         return WEIGHTS, False
     if keys and keys[-1] in FACTORS:
         return keys[-1], False
-    if "fp32_from_fp16_params" in keys:
+    if "fp32_from_fp16_params" in keys:  # Megatron's key, of bf16 too
         return MAIN_WEIGHTS, False
     if keys and keys[-1] in (MOMENTUM, "param"):
+        # PyTorch's optimizers have "state" by parameter, the distributed one gathers buffers.
         return MOMENTUM_KIND if keys[-1] == MOMENTUM else MAIN_WEIGHTS, "state" not in keys
     return None, False
 
@@ -66,7 +68,7 @@ def flat_parameters(state: Any) -> Iterator[tuple[str, StoredTensor, range]]:
     try:
         for optimizer in state if isinstance(state, list) else [state]:
             for index, spans in enumerate(optimizer["came"]["spans"]):
-                (buffers,) = optimizer[index].values()
+                (buffers,) = optimizer[index].values()  # a buffer has one dtype
                 for kind, key in ((MAIN_WEIGHTS, "param"), (MOMENTUM_KIND, MOMENTUM)):
                     for start, stop in spans:
                         if not 0 <= start <= stop <= buffers[key].numel:

@@ -168,7 +168,7 @@ def _member(kind: Any, name: str) -> StandIn:
     owner = kind() if makes(kind) else None
     if not isinstance(owner, StandIn) or not isinstance(name, str) or not name.isidentifier():
         raise ValueError("it asks for an attribute of what is no enumeration")
-    if name.startswith("_"):
+    if name.startswith("_"):  # __class__, say, from which all of Python can be reached
         raise ValueError(f"it asks for the attribute {name}")
     return class_of(owner.kind)()
 
@@ -209,7 +209,7 @@ _MAKERS: dict[str, Maker | type[StandIn]] = {
     "numpy.core.multiarray._reconstruct": _ARRAY,
     "numpy.core.multiarray.scalar": _NUMBER,
     "numpy.core.numeric._frombuffer": _ARRAY,
-    "numpy._core.multiarray._reconstruct": _ARRAY,
+    "numpy._core.multiarray._reconstruct": _ARRAY,  # NumPy 2's
     "numpy._core.multiarray.scalar": _NUMBER,
     "numpy._core.numeric._frombuffer": _ARRAY,
 }

@@ -110,7 +110,7 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(io.BytesIO(data))
         self._source = source
         self._persistent = persistent_load
-        self._budget = len(data)
+        self._budget = len(data)  # what may be copied: without it few bytes take gigabytes
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:

@@ -48,16 +48,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor, in an archive.
+    """A box of a tensor, in an archive."""
 
-    Attributes:
-        offsets: of its first element in the tensor.
-        opened: the archive and what is in it, where the archive stays open (``torch``).
-    """
-
-    offsets: Shape
+    offsets: Shape  # of its first element in the tensor
     sizes: Shape
     item: Item
+    # The archive and what is in it, where the archive stays open (``torch``).
     opened: tuple[Archive, StoredTensor] | None = None
 
 
@@ -70,20 +66,15 @@ class ReadBox(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """A tensor in files.
-
-    Attributes:
-        kind: as digests have it; None for anything but weights and CAME's state.
-        key: of its parameter in the model's state, or of its bucket; none of a flat buffer.
-        is_bucket: whether it is one of the distributed optimizer, whose padding is arbitrary.
-    """
+    """A tensor in files."""
 
     name: str
     shape: Shape
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
-    kind: str | None
-    key: str
+    kind: str | None  # as digests have it; None for anything but weights and CAME's state
+    key: str  # of its parameter in the model's state, or of its bucket; none of a flat buffer
+    # Whether it is one of the distributed optimizer, whose padding is arbitrary.
     is_bucket: bool = False
 
     @property
@@ -136,6 +127,7 @@ class CheckpointTensor:
         wrong = set()
         for chunk in self.chunks:
             with self.opened(chunk) as (archive, stored):
+                # An archive that stays open has all tensors of a rank.
                 own = [stored.storage.member]
                 if any(map(archive.is_wrong, own if chunk.opened else archive.members)):
                     wrong.add(chunk.item.name)
@@ -151,7 +143,7 @@ class CheckpointTensor:
             with self.opened(chunk) as (_, stored):
                 for first, values in stored.boxes():
                     offsets = chunk.offsets
-                    if offsets:
+                    if offsets:  # a scalar has none
                         offsets = (offsets[0] + first, *offsets[1:])
                     yield ReadBox(offsets, values)
 

@@ -11,19 +11,21 @@ from megatron_came.checkpoint_files.errors import CheckpointError
 
 # Of what is read at once where a tensor need not be whole.
 READ_BYTES = 64 << 20
+MOST_DIMENSIONS = 64  # of PyTorch's tensors
+
+
+def is_size(number: object) -> bool:
+    """Whether it is a size or an offset that PyTorch's 64 bits hold, sums of two included."""
+    return type(number) is int and 0 <= number < 1 << 62
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """Elements one after the other, in a member of an archive, which is in a file.
-
-    Attributes:
-        read: reads so many of its bytes, from one on; raises a CheckpointError if they are not
-            there.
-    """
+    """Elements one after the other, in a member of an archive, which is in a file."""
 
     file: str
     member: str
+    # Reads so many of its bytes, from one on; raises a CheckpointError if they are not there.
     read: Callable[[int, int], bytearray]
     dtype: torch.dtype
     numel: int
@@ -47,9 +49,9 @@ class StoredTensor:
         numbers = (self.start, *self.shape, *self.strides)
         if not isinstance(self.storage, Storage) or not isinstance(self.dtype, torch.dtype):
             raise ValueError("a tensor in it has no storage")
-        if len(self.shape) != len(self.strides) or len(self.shape) > 64:
+        if len(self.shape) != len(self.strides) or len(self.shape) > MOST_DIMENSIONS:
             raise ValueError("a tensor in it has another number of strides than of dimensions")
-        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        if not all(map(is_size, numbers)):
             raise ValueError("a tensor in it has a shape or strides that are no numbers")
         size = self.dtype.itemsize
         available = self.storage.numel * self.storage.dtype.itemsize
@@ -112,7 +114,7 @@ class StoredTensor:
         data = self.storage.read(start * size, count * size)
         try:
             return torch.frombuffer(data, dtype=self.dtype)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # dtypes that it does not take
             raise CheckpointError(
                 f"{self.storage.file} has a tensor of {self.dtype}, which cannot be read "
                 "here and which CAME does not write: take the file from a copy."

@@ -23,6 +23,7 @@ from megatron_came.checkpoint_files.errors import (
 )
 from megatron_came.checkpoint_files.names import StandIn
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item, Shape
+from megatron_came.checkpoint_files.tensors import MOST_DIMENSIONS, is_size
 from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
 from megatron_came.core.state import FACTORS
 
@@ -33,6 +34,7 @@ _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)", r
 # Of a grid of parts, the place of one and the size.
 _PART = re.compile(r"(.+)/shard_[0-9.]+_([0-9]{1,9}(?:\.[0-9]{1,9}){0,7})", re.DOTALL)
 _BUCKET = re.compile(r"(.*\.bucket_idx_\d+)\.(param|exp_avg)", re.DOTALL)
+# The distributed optimizer's name of main weights, and that of wrappers of whole tensors.
 _KINDS = {"param": MAIN_WEIGHTS, "fp32_param": MAIN_WEIGHTS, "exp_avg": MOMENTUM}
 _KINDS |= {key: key for key in FACTORS}
 
@@ -85,7 +87,7 @@ class Layout:
 
 def is_fsdp(objects: Mapping[str, Item]) -> bool:
     """Whether such things other than tensors are those of ``--ckpt-format fsdp_dtensor``."""
-    return "args" in objects
+    return "args" in objects  # torch_dist has them within its common state
 
 
 def read_layout(folder: Path, *, quick: bool = False) -> Layout:
@@ -118,6 +120,7 @@ def _layout(folder: Path, metadata: Any) -> Layout:
             )
         offset = index.get("offset")
         bounds = _numbers([info.get("offset"), info.get("length")])
+        # Tensors go by name and offset, objects by name alone.
         key = (str(index.get("fqn")), None if offset is None else _numbers(offset))
         items[key] = Item(_inside(folder, info.get("relative_path")), *bounds)
     tensors, objects = {}, {}
@@ -168,14 +171,15 @@ def kind_and_key(name: str, has_prefix: bool = False) -> tuple[str | None, str, 
     if has_prefix:
         key = name.removeprefix(MODEL)
         return None if key == name else WEIGHTS, key, False
+    # All that is no optimizer's is the model's.
     return None if name.startswith(("optimizer.", "chained_")) else WEIGHTS, name, False
 
 
 def _numbers(values: Any) -> Shape:
     numbers = tuple(values)
-    if len(numbers) > 64:  # as many dimensions as PyTorch has
+    if len(numbers) > MOST_DIMENSIONS:
         raise ValueError(f"it has a shape of {len(numbers)} dimensions")
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+    if not all(map(is_size, numbers)):
         raise ValueError(f"{shown(numbers)} are no sizes")
     return numbers
 
@@ -183,7 +187,7 @@ def _numbers(values: Any) -> Shape:
 def _inside(folder: Path, name: Any) -> Path:
     """The path of a file in the folder; none of another folder is opened."""
     path = PurePosixPath(name)
-    is_odd = len(name) > 255 or not name.isprintable()
+    is_odd = len(name) > 255 or not name.isprintable()  # longer than file systems take
     if path.is_absolute() or ".." in path.parts or not path.parts or is_odd:
         raise ValueError(f"it names a file outside of the folder, {shown(name)}")
     return folder / path

@@ -103,7 +103,7 @@ def unsupported_by_kernels(slice_: ParameterSlice) -> str | None:
         return "with cautious updates"
     if param.dtype != torch.float32 and not has_remainder(param, slice_.remainders):
         return f"with {str(param.dtype).removeprefix('torch.')} weights"
-    if type(param) not in (Tensor, torch.nn.Parameter):
+    if type(param) not in (Tensor, torch.nn.Parameter):  # whose data may be elsewhere
         return f"in tensors of type {type(param).__name__}"
     if not param.is_contiguous():
         return "in tensors that are not contiguous"

@@ -99,7 +99,7 @@ def choose_on_host(wanted: str) -> Choice:
 def _why_not(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        if package != "megatron_came":
+        if package != "megatron_came":  # a fault of this package is no missing one
             return f"the package {package} is missing"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [f"its import ends in {type(error).__name__}"])[0].rstrip(".")

@@ -110,7 +110,7 @@ def _update_matrix(boxes: _Boxes, given: StepInputs, sums: SliceSums) -> Iterato
             row_sums[:, box.batch, box.rows],
             column_sums[:, box.batch, box.columns],
         )
-    sums.total.copy_(row_sums[2].sum())
+    sums.total.copy_(row_sums[2].sum())  # of u^2
     yield
 
     divisor = factors.clip_divisor(
@@ -166,6 +166,7 @@ def _guessed_divisor(
     shard: Shard, hyper: Hyperparameters, moments: Sequence[Tensor], squares: Sequence[Tensor]
 ) -> Tensor:
     """Return d0 from the factors that this rank holds whole: the larger, where both are."""
+    # Ranks of a tensor-parallel group hold the same one whole, and so guess alike.
     guesses = [
         factors.guessed_divisor(
             moment, sums, count=count, eps=hyper.eps1, clip_threshold=hyper.clip_threshold
@@ -237,7 +238,7 @@ class _Boxes:
             column_scale,
             row_confidence,
             column_confidence,
-            divisor=divisor.to(self._slice.dtype),
+            divisor=divisor.to(self._slice.dtype),  # sums are float64
             beta1=settings.hyper.beta1,
             lr=float(settings.lr),
             weight_decay=settings.weight_decay,
@@ -253,6 +254,6 @@ class _Boxes:
     def finish(self) -> None:
         """Write what is not written yet."""
         param = self._slice.param.detach()
-        if not param.is_contiguous() or param.is_neg():
+        if not param.is_contiguous() or param.is_neg():  # of which the flat weights are a copy
             param.copy_(self._weights.view(param.shape))
         self._slice.copy_to_model(self._given.model_weight)

@@ -48,7 +48,7 @@ def check_eager_state(slice_: ParameterSlice, state: State) -> None:
     """
     wanted = wanted_state(slice_, is_int8_momentum(state))
     for key, (numel, dtypes) in wanted.items():
-        if torch.float32 in dtypes and key != SCALE:
+        if torch.float32 in dtypes and key != SCALE:  # codes are read with fp32 ones alone
             wanted[key] = numel, (*dtypes, torch.float64)
     check_state(slice_, state, wanted)
 

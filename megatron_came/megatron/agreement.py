@@ -52,7 +52,7 @@ _ENVIRONMENT = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
 )
-_NO_OPINION = -(2**62)
+_NO_OPINION = -(2**62)  # below all numbers that stand for something
 
 # How the reason of plain PyTorch begins where there could be kernels.
 _SLOWER = "CAME's step runs in plain PyTorch, which is slower: "
@@ -83,6 +83,7 @@ def connecting(collection: Any | None) -> Groups:
     """Return groups that together, one after the other, connect all ranks of a model."""
     if collection is None:
         return [None]
+    # Ranks of one replica of the model, and those of one place in it.
     groups = (getattr(collection, "mp", None), _data_parallel(collection))
     return [group for group in groups if group is not None]
 
@@ -229,11 +230,13 @@ def _differ(text: str | None, groups: Groups) -> bool:
     extremes = [_NO_OPINION, _NO_OPINION]
     if text is not None:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        # 62 bits: it and its negative are above what stands for none.
         number = int.from_bytes(digest, "little") >> 2
         extremes = [number, -number]
     most = torch.tensor(extremes, dtype=torch.int64, device=collectives_device())
     for group in groups:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    # The least of numbers is the greatest of their negatives, so that one collective finds both.
     greatest, least = most.tolist()
     return bool(greatest != _NO_OPINION and greatest != -least)
 
@@ -265,6 +268,7 @@ def _is_common(name: str, value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_common(name, item) for item in value)
     if value is None or isinstance(value, str):
+        # What has a slash is a path, whatever its name.
         return not _OWN_FILES.search(name) and os.sep not in (value or "")
     return isinstance(value, bool | int | float | torch.dtype | enum.Enum)
 
@@ -307,7 +311,7 @@ def _clause(name: str, ranks: Mapping[str | None, list[int]]) -> str:
     """As ``rank 1 has --lr 0.1, rank 0 0.2``: first what the fewest have."""
     order = sorted(ranks.items(), key=lambda item: (len(item[1]), -item[1][0]))
     said: list[str] = []
-    for value, those in order[:4]:
+    for value, those in order[:4]:  # a sentence of more nobody reads
         have = "has " if len(those) == 1 else "have "
         what = f"no {name}" if value is None else f"{name} {value}"
         if said and None not in ranks:

@@ -120,7 +120,7 @@ def check(args: argparse.Namespace, flags: list[str]) -> None:
             if (value := getattr(args, name, None)) is not None and not 0 <= value < math.inf:
                 what = "it must be a finite number at least 0"
                 raise ValueError(f"{flag_of(name)} {value} is not allowed: {what}.")
-        parameter_rules.parsed(getattr(args, "came_rule", None))
+        parameter_rules.parsed(getattr(args, "came_rule", None))  # raises what is wrong with them
         rules.refuse(args)
         return
     stray = next((flag for flag in flags if flag in FLAGS), None)
@@ -172,14 +172,14 @@ def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         try:
             str(action.help) % {**vars(action), "prog": parser.prog}
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):  # of a bare %
             action.help = str(action.help).replace("%", "%%")
 
 
 def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
     """Let Megatron validate CAME as it does Adam, and refuse what does not go with it."""
     flags = given_flags(sys.argv[1:])
-    _stop_if_refused(args, flags)
+    _stop_if_refused(args, flags)  # before Megatron's own assertions, which say less
     if args.optimizer != "came":
         return in_a_sentence(original, args, *rest, **kwargs)
     ignored = [flag for flag in flags if flag.startswith(_IGNORED)]
@@ -195,7 +195,7 @@ def with_checks(original: Function, args: argparse.Namespace, *rest: Any, **kwar
         result = in_a_sentence(original, args, *rest, **kwargs)
     finally:
         args.optimizer, args.optimizer_cpu_offload = "came", offloads
-    _stop_if_refused(args, flags)
+    _stop_if_refused(args, flags)  # and what validation has made of them
     for sentence in (warmup.warning(args, hyperparameters(args)), notice(args)):
         if sentence is not None:
             say(sentence)

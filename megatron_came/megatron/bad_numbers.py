@@ -100,7 +100,7 @@ def counted(original: Function, self: Any, *args: Any, **kwargs: Any) -> bool:
     """Count how often the iteration is computed."""
     will_run = bool(original(self, *args, **kwargs))
     if watch := _watches[-1]:
-        watch.turns += will_run
+        watch.turns += will_run  # a rerun is a turn more
     return will_run
 
 
@@ -135,10 +135,11 @@ def noted(
     if is_bad:
         watch.note(message, result)
         if self.mode == type(self.mode).DISABLED:
+            # Megatron writes it to its own log of such, and raises.
             with contextlib.suppress(RuntimeError):  # it would end this rank alone
                 original(self, result, lambda _: True, message, *args, **kwargs)
             return
-    original(self, result, lambda _: is_bad, message, *args, **kwargs)
+    original(self, result, lambda _: is_bad, message, *args, **kwargs)  # not looked at once more
 
 
 def ended(original: Function, self: Any) -> Any:

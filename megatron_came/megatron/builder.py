@@ -39,6 +39,7 @@ def with_came(
 ) -> Any:
     """Stand in for ``get_megatron_optimizer``."""
     given = inspect.signature(original).bind(config, model_chunks, *args, **kwargs).arguments
+    # Where it is one of the original's ``**kwargs``, it is not among what is bound.
     collection = kwargs.get("pg_collection", given.get("pg_collection"))
     everyone = agreement.connecting(collection)
     is_came = getattr(config, "optimizer", None) == "came"
@@ -77,6 +78,7 @@ def _agreed(
     parameter_rules.note(config.rule, model_chunks, everyone)
     # Megatron-FSDP makes what it takes for replicas equal; otherwise weights may hold nothing yet.
     made = Settings(model_chunks[0].config)
+    # Their sums would be of what happens to be in memory.
     is_empty = not made.perform_initialization or made.init_model_with_meta_device
     if not is_empty and not model_chunks[0].ddp_config.use_megatron_fsdp:
         with agreement.refused_on_all(everyone):
@@ -206,7 +208,7 @@ def _grad_scaler(config: CameOptimizerConfig) -> ConstantGradScaler | DynamicGra
     return DynamicGradScaler(
         initial_scale=config.initial_loss_scale,
         min_scale=config.min_loss_scale,
-        growth_factor=2.0,
+        growth_factor=2.0,  # both as Megatron's builder has them
         backoff_factor=0.5,
         growth_interval=config.loss_scale_window,
         hysteresis=config.hysteresis,

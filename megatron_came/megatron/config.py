@@ -103,10 +103,11 @@ class CameOptimizerConfig(OptimizerConfig):  # type: ignore[misc]
                 error.said_of(f"OptimizerConfig's {_PREFIX}{error.name}")
             ) from error
         values = {f.name: getattr(config, f.name) for f in fields(OptimizerConfig)}
-        values |= {"optimizer": "came", "seed": int(args.get("seed") or 0)}
+        values |= {"optimizer": "came", "seed": int(args.get("seed") or 0)}  # Megatron's --seed
         made = cls(**values, came=came, **others)
         if config.optimizer != "came":
             return made
+        # What a host has left as it is need not be said.
         usual = {**asdict(Hyperparameters()), **{name: getattr(cls, name) for name in OWN}}
         said = [
             f"{name} {value}"

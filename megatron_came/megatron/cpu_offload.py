@@ -54,6 +54,7 @@ def evenly(params: Iterable[Tensor], fraction: float, *, has_copies: bool) -> se
     for param in params:
         stays = has_copies and fraction < 1 and getattr(param, "shared_embedding", False)
         seen += param.numel()
+        # As soon as half of it is due: the share is right everywhere, to half a parameter.
         if not stays and taken + param.numel() / 2 <= fraction * seen:
             found.add(param)
             taken += param.numel()
@@ -157,6 +158,7 @@ class OffloadedCAME(CAME):
 
     def _begin(self) -> Begun:
         bits = self._bits()
+        # Before the first step nobody knows whether they were written.
         is_written = bits is not None and (self._sent is None or not torch.equal(bits, self._sent))
         for local, slice_ in self.on_host.items():
             if is_written:
@@ -165,7 +167,7 @@ class OffloadedCAME(CAME):
             if gradient is not None and gradient is not slice_.gradient:
                 local.decoupled_grad = slice_.bring(gradient)  # type: ignore[attr-defined]
         for device in set(self._homes.values()):
-            if device.type == "cuda":
+            if device.type == "cuda":  # what was copied is read by the CPU
                 torch.cuda.current_stream(device).synchronize()
         return super()._begin()
 
@@ -188,7 +190,7 @@ def _sums_of_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bits = weight.view(_BITS[weight.dtype]).reshape(-1)
     whole = bits.numel() // _SUMMED * _SUMMED
     matrix = bits[:whole].view(-1, _SUMMED)
-    return matrix.sum(0), matrix.sum(1), bits[whole:].long()
+    return matrix.sum(0), matrix.sum(1), bits[whole:].long()  # torch.cat takes one dtype
 
 
 def on_host_of(came: CAME) -> dict[Tensor, HostSlice]:

@@ -29,7 +29,7 @@ def logged(
     args = run_args()
     iteration = getattr(args, "curr_iteration", 0) + 1
     is_asked = getattr(args, "came_log_diagnostics", False) and args.optimizer == "came"
-    is_skipped = result[1]
+    is_skipped = result[1]  # by an overflow, or the guard
     if is_asked and not is_skipped and iteration % args.log_interval == 0:
         _write(figures_of(model, optimizer), iteration)
     return result
@@ -61,7 +61,7 @@ def reduced(values: torch.Tensor, wrapper: Any, op: Any = dist.ReduceOp.SUM) -> 
     groups = [wrapper.get_grad_stats_parallel_group()]
     # Megatron adds norms of FSDP2's gradients up over its mesh as well, which this group has not.
     meshes = (local.device_mesh for _, local in wrapper._pairs if is_dtensor(local))
-    groups += [mesh.get_group() for mesh in itertools.islice(meshes, 1)]
+    groups += [mesh.get_group() for mesh in itertools.islice(meshes, 1)]  # all lie on the same
     values = values.to("cuda" if dist.get_backend(groups[0]) == "nccl" else "cpu", copy=True)
     for group in groups:
         dist.all_reduce(values, op=op, group=group)

@@ -101,7 +101,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
                 start, stop = self._range_of(param)
                 empty = torch.empty(0, dtype=torch.float32, device=param.device)
                 local = self._owned.get(param, empty)
-                if start == stop:
+                if start == stop:  # Megatron has left it out of the group
                     group["params"].append(local)
                 if param in moved:
                     weight = param.detach().view(-1)[start:stop]
@@ -128,9 +128,11 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
             strict=True,
         ):
             for index, (param, shard) in enumerate(zip(params, shards, strict=True)):
+                # Of what moves the 16-bit weights stand in until :meth:`HostSlice.move`.
                 main = shard.detach() if param in moved else shard.float()
                 vars(main).update(vars(shard))  # attributes of Megatron's
                 param.main_param = mains[index] = main
+            # They are the last in their group.
             group["params"][len(group["params"]) - len(mains) :] = mains
 
     def _where(self, param: Tensor) -> dict[str, Any]:
@@ -161,6 +163,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
             super()._copy_model_grads_to_main_grads()
             return
         whole = [param.main_grad for param in self._owned]
+        # Slices are views, which take long to make and last as long as what they are of.
         if not are_same(whole, self._whole_grads):
             ranges = map(self._range_of, self._owned)
             self._grads = [
@@ -189,7 +192,7 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
                 )
             for state in self.optimizer.state.values():
                 if REMAINDER in state:
-                    state[REMAINDER].zero_()
+                    state[REMAINDER].zero_()  # main weights are then the bf16 weights
             for local, slice_ in on_host_of(self.optimizer).items():
                 slice_.fetch(local)
             return

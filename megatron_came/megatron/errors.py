@@ -16,8 +16,10 @@ class UnsupportedError(ValueError):
 
 def words_of(error: BaseException) -> str:
     """What an error of Megatron's says, in one line; nothing where it speaks of classes alone."""
+    # Megatron adds where it was, one module within the other.
     said = re.sub(r"( when instantiating \w+)+$", "", " ".join(str(error).split()))
     said = said.rstrip(".,")
+    # Class names (camel case, or acronyms) mean nothing to who typed flags.
     names_classes = re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]{2}", said) and "--" not in said
     return "" if names_classes else said
 

@@ -16,7 +16,7 @@ _HELPERS = "megatron_came.versions:with_compiled_helpers"
 REPLACEMENTS = table("megatron_came.megatron", {
     "megatron.core.optimizer": (
         ("get_megatron_optimizer", "builder:with_came", "CAME passes as Adam, if ranks agree",
-         SUPPORTED, False, True),
+         SUPPORTED, False, True),  # everywhere: a package's own may call it under this name
         ("_get_megatron_optimizer_based_on_param_groups", "builder:with_came_for_groups",
          "CAME is built where its configuration is given"),
     ),

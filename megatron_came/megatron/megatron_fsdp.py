@@ -27,6 +27,7 @@ from megatron_came.voice import of_all_ranks
 
 def local_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put what this rank holds of each parameter in its place."""
+    # Of to_local() it would be another tensor each time, with a history.
     return [
         {**group, "params": [param._local_tensor for param in group["params"]]}
         for group in param_groups
@@ -61,7 +62,7 @@ class CameMegatronFSDP(WithSpikeGuard, DistributedOptimizer):  # type: ignore[mi
         for own, here in zip(optimizer.param_groups, params, strict=True):
             self._pairs += zip(here, own["params"], strict=True)
         is_cut = self.ddp_config.data_parallel_sharding_strategy != "no_shard"
-        group = data_parallel_group if is_cut else None
+        group = data_parallel_group if is_cut else None  # else all ranks hold all
         whole = [(param.orig_param, local) for param, local in self._pairs]
         at = {
             param: {"start": start, "stop": start + local.numel(), "dp_group": group}
@@ -129,6 +130,7 @@ def _starts(pairs: Sequence[tuple[Any, Tensor]], group: dist.ProcessGroup | None
                 f"{tuple(param.orig_param.shape)} with --use-megatron-fsdp, not each of them once: "
                 "use --use-distributed-optimizer alone."
             )
+    # A slice begins behind those of the ranks before.
     return [sum(before) for before in zip([0] * len(pairs), *counts[: group.rank()], strict=True)]
 
 

@@ -41,7 +41,7 @@ class Identity:
 
         It cuts otherwise a Mamba layer's projections, which are stacked and of unlike sizes.
         """
-        stacked, rows = len(self.offsets), max(len(shape) - 2, 0)
+        stacked, rows = len(self.offsets), max(len(shape) - 2, 0)  # the dimension of rows
         size, rest = divmod(shape[tp_dim], stacked)
         expected = [[0] * len(shape) for _ in self.offsets]
         for position, offsets in enumerate(expected):
@@ -111,6 +111,7 @@ def identity_of(
     if not is_cut or tp_group.size() == 1:
         return identity
     rank = tp_group.rank()
+    # An unfactored tensor is a vector, of which a cut into columns is no range.
     in_one_range = is_factored(param) or math.prod(param.shape[:tp_dim]) == 1
     if in_one_range and identity.fits(tuple(param.shape), tp_dim, tp_group.size(), rank):
         return identity

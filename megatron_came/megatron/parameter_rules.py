@@ -138,7 +138,7 @@ def give(rules: Sequence[ParameterRule], model_chunks: Sequence[Any]) -> list[tu
         vars(original_of(param)).pop(OWN_SETTINGS, None)  # from an optimizer before this one
     named = list(_named(model_chunks)) if rules else []
     for name, param in named:
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = {}  # set also where nothing matches
         for rule in rules:
             if fnmatchcase(name, rule.pattern):
                 own |= rule.settings

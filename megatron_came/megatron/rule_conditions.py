@@ -19,6 +19,7 @@ EMPTY = "--init-model-with-meta-device or --no-initialization"
 
 def has_empty_weights(s: Settings) -> bool:
     """Whether Megatron's loop trains what lies where weights are, unless it loads them."""
+    # What is not among the settings is not known; "load" is the training loop's alone.
     is_left_out = "perform_initialization" in s and not s.perform_initialization
     return "load" in s and bool(s.init_model_with_meta_device or is_left_out)
 
@@ -112,6 +113,7 @@ def fsdp2_saves_unlike_rows(s: Settings) -> bool:
     params = (p for chunk in s.model_chunks or () for p in chunk.parameters())
     cuts = {(len(p), p.device_mesh.size()) for p in params if is_dtensor(p) and p.dim()}
     halves = 2 if s.gated_linear_unit else 1
+    # An odd number of ranks leaves one with rows of both projections.
     return any(rows % size or (size > 1 and size % halves) for rows, size in cuts)
 
 
@@ -129,6 +131,7 @@ def _experts(s: Settings) -> list[Any]:
 
 def packs_experts(s: Settings) -> bool:
     """Whether a rank's experts are one weight."""
+    # By name: newer releases do not have the class.
     return any(type(experts).__name__ == "GroupedMLP" for experts in _experts(s))
 
 

@@ -301,7 +301,7 @@ RULES = (
         ("--expert-model-parallel-size", "use 1", (1,)),
         ("--use-distributed-optimizer", _ONE),
         ("--fp16", "use --bf16"),
-        ("--ckpt-format", "use torch_dist", ("torch_dist",)),
+        ("--ckpt-format", "use torch_dist", ("torch_dist",)),  # Megatron resumes from that alone
         ("--non-persistent-ckpt-type", "use global", ("global",)),
         ("--rl-offload-optimizer-during-inference", _OUT),
         ("--came-report-memory", _OUT),
@@ -344,7 +344,7 @@ RULES = (
     ),
     Rule(
         "--optimizer came has decoupled weight decay only: leave decoupled_weight_decay on.",
-        when=lambda s: "decoupled_weight_decay" in s and not s.decoupled_weight_decay,
+        when=lambda s: "decoupled_weight_decay" in s and not s.decoupled_weight_decay,  # a host's
     ),
     _not_with(
         "--expert-tensor-parallel-size",

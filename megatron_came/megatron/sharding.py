@@ -152,7 +152,9 @@ def check_replicas(params: Iterable[Tensor], groups: ModelGroups) -> None:
         here = [param for param in whole if groups.tp_of(param) is group]
         if group.size() > 1 and here:
             values = (dtensors.local_of(param).detach().double() for param in here)
+            # Two sums of a weight stand for it: others have them alike by chance alone.
             prints = torch.stack([torch.stack([v.sum(), v.square().sum()]) for v in values])
+            # The greatest is the least where all ranks have the same, in one collective.
             extremes = torch.stack([prints, -prints])
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
             differs = (extremes[0] != -extremes[1]).any(dim=1)

@@ -35,6 +35,7 @@ def guard_spikes(chain: Sequence[Any], factor: float) -> None:
     guard = SpikeGuard(factor, say)
     guard.members = [each.optimizer or each for each in chain]
     nothing = torch.zeros(2, dtype=torch.float64)
+    # A rank's sums go over the ranks that share each optimizer's state, and then are added.
     guard.add_up = lambda sums: sum(map(reduced, sums, chain), start=nothing)
     guard.name_step = lambda: f"iteration {arguments().get('curr_iteration', 0) + 1}"
     for each in (*chain, *guard.members):

@@ -40,6 +40,7 @@ def update_sizes(settings: Hyperparameters) -> Iterator[float]:
     for iteration in count(1):
         now = settings.at(iteration)
         moment = now.beta2 * moment + 1 - now.beta2
+        # The variance of u, whose root mean square is clipped; g^2 counts as 1.
         update = min(settings.clip_threshold**2, 1 / moment)
         square = beta1**2 * (update + momentum)
         instability = now.beta3 * instability + (1 - now.beta3) * square

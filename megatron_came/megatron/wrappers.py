@@ -79,7 +79,7 @@ class _WholeTensors(WithSpikeGuard, Offloaded):
             self._lay_out(state_dict, inner)
             super().load_state_dict(state_dict)  # type: ignore[misc]
         if factors is not None:
-            self.optimizer.init_state()
+            self.optimizer.init_state()  # what was loaded is momentum
             load_factors(self.optimizer, self._pairs, factors)
 
     def _lay_out(self, state_dict: dict[str, Any], inner: dict[str, Any]) -> None:
@@ -87,7 +87,8 @@ class _WholeTensors(WithSpikeGuard, Offloaded):
         if not any(is_dtensor(local) for _, local in self._pairs):
             return
         numbers = chain.from_iterable(group["params"] for group in inner["param_groups"])
-        for number, (_, local) in zip(numbers, self._pairs, strict=False):  # CAME says what lacks
+        # CAME says what lacks.
+        for number, (_, local) in zip(numbers, self._pairs, strict=False):
             state = inner["state"].get(number, {})
             if MOMENTUM in state:
                 state[MOMENTUM] = fsdp2.like(local, state[MOMENTUM])

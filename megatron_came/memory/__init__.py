@@ -42,6 +42,7 @@ def check_release() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     installed = release()
+    # What lays buffers out is a function of its own since then.
     if installed < (0, 19) or not hasattr(DistributedOptimizer, "compute_full_param_layout"):
         raise UnsupportedError(
             "memory is predicted with Megatron 0.19 or newer, and here is {}.{}: use "

@@ -49,6 +49,7 @@ def micro_batches_in_flight(args: argparse.Namespace, grid: Grid, stage: int) ->
     count: int = max(1, args.global_batch_size // (args.micro_batch_size * grid.data))
     if grid.virtual is None:
         return float(min(grid.pipeline - stage, count))
+    # The warm-up of Megatron's interleaved schedule, and the one under way.
     chunks = 2 * (grid.pipeline - stage - 1) + (grid.virtual - 1) * grid.pipeline + 1
     return float(min(chunks, count * grid.virtual) / grid.virtual)
 
@@ -62,7 +63,7 @@ def _terms(args: argparse.Namespace) -> _Terms:
     width = 1 if args.fp16 or args.bf16 else 2  # the formula counts 16-bit activations
     case = copy.copy(args)
     case.seq_length = args.seq_length / args.context_parallel_size
-    case.virtual_pipeline_model_parallel_size = None
+    case.virtual_pipeline_model_parallel_size = None  # see micro_batches_in_flight
 
     def evaluate(layers: int, stages: int, ffn_hidden_size: int = args.ffn_hidden_size) -> float:
         case.num_layers, case.pipeline_model_parallel_size = layers, stages

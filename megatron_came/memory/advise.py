@@ -48,7 +48,7 @@ def _needs_of(command: LaunchCommand, objection: str) -> Needs:
             optimizer = of_launch(launch.args)
             assert optimizer is not None  # others are refused
             return launch.peak(optimizer)
-        except (CommandError, UnsupportedError, ValueError):
+        except (CommandError, UnsupportedError, ValueError):  # refused, by Megatron or here
             return None
 
     return needs
@@ -56,22 +56,16 @@ def _needs_of(command: LaunchCommand, objection: str) -> Needs:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What makes a launch fit.
+    """What makes a launch fit."""
 
-    Attributes:
-        budget: bytes of a GPU.
-        needs: bytes of the fullest GPU of the launch as it is.
-        singles: changes of which each is enough, the cheapest first; none where it fits.
-        together: of changes that are enough only together, few and cheap ones; where nothing is
-            enough, all that help. None where one is enough on as many GPUs.
-        others: needs of Adam, as Megatron has it, in CAME's place, by name: of the launch where it
-            fits, or of changes that are enough together.
-    """
-
-    budget: int
-    needs: int
-    singles: list[Option]
+    budget: int  # bytes of a GPU
+    needs: int  # bytes of the fullest GPU of the launch as it is
+    singles: list[Option]  # changes of which each is enough, the cheapest first; none where it fits
+    # Of changes that are enough only together, few and cheap ones; where nothing is enough, all
+    # that help. None where one is enough on as many GPUs.
     together: Option | None = None
+    # Needs of Adam, as Megatron has it, in CAME's place, by name: of the launch where it fits, or
+    # of changes that are enough together.
     others: dict[str, int] = field(default_factory=dict)
 
 
@@ -108,6 +102,7 @@ def advise(command: LaunchCommand, launch: Launch, trained: Optimizer, budget: i
         return Advice(budget, needs, singles)
     kinds = [change.kind for change in together.changes if change.kind in OPTIMIZERS]
     forms: dict[str, Option] = {}
+    # Where it would be CAME that is trained with, Adam may be enough in its place.
     if together.needs <= budget and CAME in (kinds or [CAME if trained.is_came else ADAM]):
         forms = _with_adam(needs_after, candidates, together)
     enough = next((each for each in forms.values() if each.needs <= budget), None)
@@ -129,9 +124,10 @@ def _together(needs_after: Needs, candidates: Sequence[Change], needs: int, budg
             kept, needs = tried, size
         if needs <= budget:
             break
-    for kind in reversed([*kept]):
+    for kind in reversed([*kept]):  # the dearest first
         fewer = tuple(change for other, change in kept.items() if other != kind)
         size = needs_after(fewer)
+        # It must still fit or, where nothing fits, be no larger.
         if size is not None and size <= max(budget, needs):
             del kept[kind]
             needs = size

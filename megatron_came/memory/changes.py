@@ -28,23 +28,14 @@ _ANOTHER = "another optimizer, whose rate has to be found"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of a launch.
+    """A change of a launch."""
 
-    Attributes:
-        kind: what is changed.
-        flags: to add, in place of those of the same names.
-        cost: in a few words.
-        name: of the optimizer that it brings.
-        without: names of flags to take out.
-        ranks: number of ranks, where that is changed.
-    """
-
-    kind: str
-    flags: tuple[str, ...]
-    cost: str
-    name: str = ""
-    without: tuple[str, ...] = ()
-    ranks: int | None = None
+    kind: str  # what is changed
+    flags: tuple[str, ...]  # to add, in place of those of the same names
+    cost: str  # in a few words
+    name: str = ""  # of the optimizer that it brings
+    without: tuple[str, ...] = ()  # names of flags to take out
+    ranks: int | None = None  # number of ranks, where that is changed
 
     def applied(self, flags: Iterable[str]) -> list[str]:
         """The flags of the changed launch."""
@@ -130,7 +121,7 @@ def _adams(args: argparse.Namespace) -> Iterator[Change]:
         flags: tuple[str, ...] = (_SHARDED, _PRECISE)
         if is_other:
             flags = ("--optimizer", "adam", *flags)
-        if dtype != "fp32":
+        if dtype != "fp32":  # Megatron's default
             flags += ("--exp-avg-dtype", dtype, "--exp-avg-sq-dtype", dtype)
         cost = f"Transformer Engine is needed; {cost}" + (f"; {_ANOTHER}" if is_other else "")
         yield Change(ADAM, flags, cost, f"Adam with {name}", without)
@@ -160,7 +151,7 @@ def _cames(args: argparse.Namespace) -> Iterator[Change]:
 
 def _layouts(args: argparse.Namespace, grid: Grid) -> Iterator[Change]:
     """More tensor, pipeline and expert parallelism on the same ranks."""
-    for size in _doubled(grid.tensor, 8):
+    for size in _doubled(grid.tensor, 8):  # GPUs of a node
         flags: tuple[str, ...] = ("--tensor-model-parallel-size", f"{size}", _SEQUENCE)
         cost = "traffic in every layer: keep it inside a node"
         yield Change("tensor", flags, cost, without=_CUT_ANYWAY)
@@ -168,6 +159,7 @@ def _layouts(args: argparse.Namespace, grid: Grid) -> Iterator[Change]:
         data = max(1, grid.world // (grid.tensor * grid.context * size))
         count = max(1, args.global_batch_size // (args.micro_batch_size * data))
         flags = ("--pipeline-model-parallel-size", f"{size}")
+        # At the start and the end of a step, while micro-batches travel through the stages.
         waits = f"GPUs wait {(size - 1) / (count + size - 1):.0%} of the time, without interleaving"
         yield Change("pipeline", flags, waits)
     for size in _doubled(grid.expert, args.num_experts or 1):

@@ -84,7 +84,7 @@ def _launch_command(options: argparse.Namespace, words: list[str]) -> LaunchComm
 def _predict(options: argparse.Namespace, words: list[str]) -> None:
     from megatron_came import megatron, memory
 
-    memory.check_release()
+    memory.check_release()  # before what older releases lack is imported
     from megatron_came.memory import advise, fit, megatron_flags, pages
     from megatron_came.memory.optimizers import compared, of_launch
     from megatron_came.memory.prediction import Launch

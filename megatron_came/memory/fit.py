@@ -17,19 +17,13 @@ _POWERS = [2**power for power in range(17)]
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What fits, of one optimizer.
-
-    Attributes:
-        optimizer: its name.
-        total: bytes of the fullest rank of the launch as it is, in a step or at a checkpoint.
-        micro_batch: largest micro-batch size at the launch's number of GPUs; None where none fits.
-        gpus: fewest GPUs at the launch's micro-batch size; None likewise.
-    """
+    """What fits, of one optimizer."""
 
     optimizer: str
-    total: int
+    total: int  # bytes of the fullest rank of the launch as it is, in a step or at a checkpoint
+    # Largest micro-batch size at the launch's number of GPUs; None where none fits.
     micro_batch: int | None
-    gpus: int | None
+    gpus: int | None  # fewest GPUs at the launch's micro-batch size; None likewise
 
 
 def parse_size(said: str, flag: str = "--fit") -> int:
@@ -63,7 +57,7 @@ def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
     def is_possible(data: int) -> bool:
         try:
             return bool(grid.with_data(data))
-        except ValueError:
+        except ValueError:  # experts do not fit into so few ranks
             return False
 
     def fits(data: int, micro_batch: int) -> bool:
@@ -75,6 +69,7 @@ def fit(launch: Launch, optimizer: Optimizer, budget: int) -> Fit:
     return Fit(
         optimizer=optimizer.name,
         total=launch.peak(optimizer),
+        # The largest first: those behind one that fits are smaller.
         micro_batch=_first(sizes(grid.data)[::-1], lambda size: fits(grid.data, size)),
         gpus=None if data is None else grid.with_data(data).world,
     )

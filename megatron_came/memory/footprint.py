@@ -19,6 +19,7 @@ def for_came(original: Function, args: Any, *rest: Any, **kwargs: Any) -> Any:
     whole = copy.copy(args)
     whole.use_distributed_optimizer = False
     parameters = original(whole) / _ALL
+    # A total is 6 of each parameter and 12 of each that this rank updates; solved for these.
     sharded = (total - parameters * _REPLICATED) / (_ALL - _REPLICATED)
     weight, gradient = element_bytes(args)
     optimizer = came(args, args.came_momentum_dtype, args.came_main_params)

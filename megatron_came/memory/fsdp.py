@@ -34,7 +34,7 @@ def lay_out(args: argparse.Namespace, grid: Grid, number: int, chunks: Sequence[
     if getattr(args, "use_torch_fsdp2", False):
         ranks = grid.data * grid.context
         buffers = [each for chunk in chunks for each in _by_rows(chunk, ranks)]
-        # Marks of DTensors, with which ranks agree on what they update; see core/agreement.py.
+        # Two marks of each DTensor in float64 go with the sums: see core/agreement.py.
         marked = sum(p.requires_grad for chunk in chunks for p in chunk.params) * (ranks > 1)
         return replace(
             stage, buffers=tuple(buffers), whole_buffers=(), sums=stage.sums + 16 * marked
@@ -55,6 +55,7 @@ def _by_rows(chunk: Chunk, ranks: int) -> Iterable[Buffer]:
             most = -(-rows // ranks)
             padded += most * of_row
             sizes += stages.counts((rows - place * most).clamp(0, most) * of_row)
+        # In place of Megatron's own key of a buffer.
         key = SimpleNamespace(param_dtype=dtype, grad_dtype=dtype, is_expert_parallel=False)
         yield stages.buffer_of(key, padded, sizes)
 
@@ -81,6 +82,7 @@ def _by_bucket(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> Iterable[B
             grad_dtype=args.megatron_fsdp_main_grads_dtype or group.dtype,
             is_expert_parallel=group.is_expert_param,
         )
+        # Main weights are in fp32.
         element_sizes = (group.dtype.itemsize, key.grad_dtype.itemsize, 4)
         weights, gradients, main_weights = (
             bucket.size // (shards if is_cut else 1) * size
@@ -97,6 +99,7 @@ def _buckets(args: argparse.Namespace, grid: Grid, chunk: Chunk) -> list[Any]:
     )
 
     _, size = stages.bucketing(args, grid, chunk.params)
+    # As Megatron-FSDP's wrapper sets it up: units are gathered whole where weights are cut.
     strategy = args.data_parallel_sharding_strategy
     policy = BucketingPolicy(
         suggested_bucket_size=None if args.overlap_param_gather_with_optimizer_step else size,

@@ -14,30 +14,19 @@ from megatron_came.memory.optimizers import is_cut
 class Grid:
     """Into how many ranks a run is cut, and along what.
 
-    Attributes:
-        world: number of ranks.
-        tensor: tensor-parallel size of dense layers.
-        pipeline: number of pipeline stages.
-        virtual: model chunks of a stage; None without virtual stages.
-        context: context-parallel size.
-        expert: expert-parallel size.
-        expert_tensor: tensor-parallel size of experts.
-        instances: distributed-optimizer instances.
-        sharded: whether data-parallel ranks share the optimizer's state.
-
     Raises:
         ValueError: sizes that do not fit into each other.
     """
 
-    world: int
-    tensor: int
-    pipeline: int
-    virtual: int | None
-    context: int
-    expert: int
-    expert_tensor: int
-    instances: int
-    sharded: bool
+    world: int  # number of ranks
+    tensor: int  # tensor-parallel size of dense layers
+    pipeline: int  # number of pipeline stages
+    virtual: int | None  # model chunks of a stage; None without virtual stages
+    context: int  # context-parallel size
+    expert: int  # expert-parallel size
+    expert_tensor: int  # tensor-parallel size of experts
+    instances: int  # distributed-optimizer instances
+    sharded: bool  # whether data-parallel ranks share the optimizer's state
 
     def __post_init__(self) -> None:
         for sizes, product in (

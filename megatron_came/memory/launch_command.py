@@ -16,7 +16,7 @@ from megatron_came.terminal.interrupts import half_made
 from megatron_came.terminal.sentences import CommandError
 
 _MODULES = ("torch.distributed.run", "torch.distributed.launch")
-_SECONDS, _GRACE = 60, 2
+_SECONDS, _GRACE = 60, 2  # until a script has printed its command, and what it started has ended
 # Stands in for what starts a training, since many scripts know nothing of DRY_RUN: it notes the
 # command and ends. What SLURM would start elsewhere runs here, and so does any other Python.
 _STAND_IN = """#!/usr/bin/env bash
@@ -44,17 +44,11 @@ _FIRST = """set -T; trap '[[ $PATH == "{0}":* ]] || PATH="{0}:$PATH"' DEBUG\n"""
 
 @dataclass(frozen=True, slots=True)
 class LaunchCommand:
-    """A launch of Megatron.
+    """A launch of Megatron."""
 
-    Attributes:
-        flags: Megatron's.
-        ranks: how many torchrun would start; None where it is not named.
-        script: the training script; empty where it is not named.
-    """
-
-    flags: list[str]
-    ranks: int | None
-    script: str = ""
+    flags: list[str]  # Megatron's
+    ranks: int | None  # how many torchrun would start; None where it is not named
+    script: str = ""  # the training script; empty where it is not named
 
 
 def from_script(script: Path, words: list[str]) -> LaunchCommand:
@@ -76,7 +70,7 @@ def from_script(script: Path, words: list[str]) -> LaunchCommand:
         half_made.add(Path(folder))
         for name in _STARTERS:
             (Path(folder) / name).write_text(_STAND_IN)
-            (Path(folder) / name).chmod(0o700)
+            (Path(folder) / name).chmod(0o700)  # a program
         first, noted = Path(folder) / "first", Path(folder) / "command"
         first.write_text(_FIRST.format(folder))
         programs = (folder, str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
@@ -142,7 +136,7 @@ def _behind_torchrun(words: list[str]) -> LaunchCommand:
         )
 
     parser = get_args_parser()
-    parser.error = stop  # type: ignore[method-assign]
+    parser.error = stop  # type: ignore[method-assign]  # not an exit of this program
     options = parser.parse_args(words)
     sizes = options.nproc_per_node, options.nnodes.rpartition(":")[2]  # of a range the most
     # Else only the machine knows.

@@ -41,7 +41,7 @@ def watch_step(model: Sequence[Any], optimizer: Any) -> Iterator[list[dict[str, 
     try:
         yield seen
     finally:
-        del optimizer.step
+        del optimizer.step  # that of the class is there again
 
 
 def measure(model: Sequence[Any], optimizer: Any) -> Components:
@@ -90,6 +90,7 @@ def component_of(key: str) -> str:
     """The component that an optimizer's state of this key is counted under."""
     if key == REMAINDER:
         return "main_weights"
+    # Adam's second moment is exp_avg_sq.
     is_momentum = key.startswith(_MOMENTUM) and key not in FACTORS and "_sq" not in key
     return "momentum" if is_momentum else "second_moment"
 

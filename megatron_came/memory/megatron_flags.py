@@ -58,12 +58,13 @@ def _not_with_fsdp(flag: str, instead: str, **more: Any) -> Iterator[Rule]:
 
 
 def _is_by_matrix(args: Settings) -> bool:
-    return args.optimizer in _OPTIMIZERS[3:]
+    return args.optimizer in _OPTIMIZERS[3:]  # Lion and Muon
 
 
 def _not_counted(name: str) -> Iterator[Rule]:
     """Of numbers that no run could have; Megatron's validation takes them, or divides by them."""
     least = 0 if name in ("num_experts", "vocab_size") else 1  # 0 is as if not given
+    # Others are sizes, of which none comes near that.
     most = _MOST_BUILT if name.endswith(("num_layers", "num_experts")) else 2**31 - 1
     count, refused = operator.attrgetter(name), f"{flag_of(name)} {{at.{name}}} is not allowed"
     few = f"{refused}: give {least} or more."
@@ -244,7 +245,7 @@ def _refuse_validated(args: argparse.Namespace) -> None:
             f"Megatron trains experts at --tensor-model-parallel-size {tensor} with "
             "--sequence-parallel alone: add it."
         )
-    for length in (args.seq_length, args.decoder_seq_length):
+    for length in (args.seq_length, args.decoder_seq_length):  # the latter is T5's
         if args.sequence_parallel and (length or 0) // args.context_parallel_size % tensor:
             raise CommandError(
                 f"--sequence-parallel cannot cut a sequence of {length} for "
@@ -252,6 +253,7 @@ def _refuse_validated(args: argparse.Namespace) -> None:
             )
     count = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     group = args.microbatch_group_size_per_vp_stage or stages
+    # What its interleaved schedule asserts.
     if args.virtual_pipeline_model_parallel_size and not (
         stages <= group <= count and count % group not in range(1, stages)
     ):

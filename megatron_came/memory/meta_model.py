@@ -52,23 +52,15 @@ _ANYWHERE: dict[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One model chunk of a pipeline stage; without virtual stages, all of it.
+    """One model chunk of a pipeline stage; without virtual stages, all of it."""
 
-    Attributes:
-        params: its parameters, on the meta device, with Megatron's marks, in Megatron's order.
-        dense_layers: number of transformer layers without experts.
-        expert_layers: number of those with experts.
-        embeds: it holds the embeddings.
-        predicts: it holds the output layer.
-        model: what these are of, on the meta device.
-    """
-
+    # Its parameters, on the meta device, with Megatron's marks, in Megatron's order.
     params: tuple[torch.nn.Parameter, ...]
-    dense_layers: int
-    expert_layers: int
-    embeds: bool
-    predicts: bool
-    model: torch.nn.Module
+    dense_layers: int  # number of transformer layers without experts
+    expert_layers: int  # number of those with experts
+    embeds: bool  # it holds the embeddings
+    predicts: bool  # it holds the output layer
+    model: torch.nn.Module  # what these are of, on the meta device
 
     @property
     def layers(self) -> int:

@@ -52,7 +52,7 @@ def _bert(args: argparse.Namespace, config: Any, groups: Any, stage: dict[str, A
 
     return BertModel(
         config,
-        num_tokentypes=2 if args.bert_binary_head else 0,
+        num_tokentypes=2 if args.bert_binary_head else 0,  # of two sentences
         add_binary_head=args.bert_binary_head,
         transformer_layer_spec=bert_layer_local_spec,
         pg_collection=groups,

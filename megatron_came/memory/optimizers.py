@@ -26,27 +26,18 @@ HOST = "on the CPU, offloaded"
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """Bytes of the tensors that one rank keeps from step to step.
+    """Bytes of the tensors that one rank keeps from step to step."""
 
-    Attributes:
-        weights: parameters of the model, with the padding of the distributed optimizer's buffers.
-        gradients: Megatron's gradient buffers, likewise.
-        main_weights: fp32 copies of 16-bit weights, or the remainders that replace them.
-        momentum: of all optimizers, int8's scales included.
-        second_moment: Adam's, or the factors of CAME and Adafactor with the second moments of
-            vectors.
-        buffers: CAME's sums over ranks, and fp32 copies of 16-bit gradients, which live from an
-            optimizer step to the next iteration.
-        host: what is on the CPU with ``--optimizer-cpu-offload``, and not in the others.
-    """
-
-    weights: int
-    gradients: int
-    main_weights: int
-    momentum: int
+    weights: int  # parameters of the model, with the padding of the distributed optimizer's buffers
+    gradients: int  # Megatron's gradient buffers, likewise
+    main_weights: int  # fp32 copies of 16-bit weights, or the remainders that replace them
+    momentum: int  # of all optimizers, int8's scales included
+    # Adam's, or the factors of CAME and Adafactor with the second moments of vectors.
     second_moment: int
+    # CAME's sums over ranks, and fp32 copies of 16-bit gradients, which live from an optimizer step
+    # to the next iteration.
     buffers: int
-    host: int = 0
+    host: int = 0  # what is on the CPU with ``--optimizer-cpu-offload``, and not in the others
 
     @property
     def static(self) -> int:
@@ -79,31 +70,23 @@ MAIN_WEIGHTS = {"fp32": 4, "fp16": 2, "remainder": 2}
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """What an optimizer keeps of each parameter.
+    """What an optimizer keeps of each parameter."""
 
-    Attributes:
-        name: heads its column.
-        momentum: a key of ``MOMENTUM``.
-        second_moment: a key of ``MOMENTUM``; or "factors", which are r and c of matrices and v of
-            vectors; or "confidence", CAME's, which has R and C beside them.
-        main_weights: a key of ``MAIN_WEIGHTS``.
-        copies_gradients: whether 16-bit gradients are copied to fp32.
-        unpacks: whether a step, and a checkpoint, copy moments and main weights of fewer bits to
-            fp32, all at once.
-        offloads: whether some of it is on the CPU.
-        rest: the optimizer of word embeddings, output layer and vectors, where that is another;
-            each tensor then lies whole on one data-parallel rank.
-        steps_back: whether a step keeps r, c and v of before, to be put back after a spike.
-    """
-
-    name: str
-    momentum: str
+    name: str  # heads its column
+    momentum: str  # a key of ``MOMENTUM``
+    # A key of ``MOMENTUM``; or "factors", which are r and c of matrices and v of vectors; or
+    # "confidence", CAME's, which has R and C beside them.
     second_moment: str
-    main_weights: str = "fp32"
-    copies_gradients: bool = True
+    main_weights: str = "fp32"  # a key of ``MAIN_WEIGHTS``
+    copies_gradients: bool = True  # whether 16-bit gradients are copied to fp32
+    # Whether a step, and a checkpoint, copy moments and main weights of fewer bits to fp32, all at
+    # once.
     unpacks: bool = False
-    offloads: bool = False
+    offloads: bool = False  # whether some of it is on the CPU
+    # The optimizer of word embeddings, output layer and vectors, where that is another; each tensor
+    # then lies whole on one data-parallel rank.
     rest: Optimizer | None = None
+    # Whether a step keeps r, c and v of before, to be put back after a spike.
     steps_back: bool = False
 
     @property
@@ -141,6 +124,7 @@ class Optimizer:
 
 def came(args: argparse.Namespace, momentum: str = "fp32", main_weights: str = "fp32") -> Optimizer:
     """CAME with a precision of momentum and a form of main weights."""
+    # See CameDistributedOptimizer: there gradients are read where Megatron has reduced them.
     reads_bf16 = args.bf16 and is_sharded(args) and not getattr(args, "use_megatron_fsdp", False)
     return Optimizer(
         name=f"CAME {momentum}" + (" + rem." if main_weights == "remainder" else ""),

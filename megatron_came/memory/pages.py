@@ -161,6 +161,7 @@ def _columns(stage: Stage, optimizers: Sequence[Optimizer]) -> list[str]:
         (label, [getattr(each, key) for each in components]) for key, label in ROWS.items()
     ]
     per_parameter = [each.static / stage.parameters for each in components]
+    # Behind "static", of which it is.
     rows.insert(-1, ("  bytes per parameter", [f"{size:.2f}" for size in per_parameter]))
     rows.append((ACTIVATIONS, [stage.activations] * len(optimizers)))
     copies = [stage.step(optimizer) for optimizer in optimizers]
@@ -199,7 +200,7 @@ def bars(stage: Stage, optimizers: Sequence[Optimizer]) -> tuple[dict[str, dict[
         heights[ACTIVATIONS] = stage.activations / unit
         if any(more.values()):
             heights["what a step's copies take more"] = more[optimizer.name] / unit
-        found[optimizer.name.replace(" ", "\n", 1)] = heights
+        found[optimizer.name.replace(" ", "\n", 1)] = heights  # bars are narrow
     return found, f"{name} on the fullest rank"
 
 

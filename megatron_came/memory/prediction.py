@@ -43,6 +43,7 @@ class Launch:
     @property
     def has_global_batch(self) -> bool:
         """Whether the global batch size was given."""
+        # Megatron's own note of it, since validation fills what was not given.
         return bool(getattr(self.args, "_is_global_batch_size_explicitly_specified", True))
 
     @cached_property
@@ -72,7 +73,7 @@ class Launch:
         args.micro_batch_size = micro_batch
         if not self.has_global_batch:
             args.global_batch_size = data * micro_batch
-        if data not in self._stages:
+        if data not in self._stages:  # buffers do not depend on the micro-batch
             self._stages[data] = [
                 self._lay_out(args, grid, number, chunks).of_fullest_ranks(grid)
                 for number, chunks in enumerate(self.chunks)

@@ -18,7 +18,7 @@ from megatron_came.megatron.run import run_args
 from megatron_came.memory.measurement import measure, watch_step
 from megatron_came.memory.model_kinds import kind_of
 from megatron_came.memory.optimizers import HOST, ROWS, Components, is_sharded, of_launch
-from megatron_came.memory.pages import bytes_table, human
+from megatron_came.memory.pages import ACTIVATIONS, bytes_table, human
 from megatron_came.patching import Function
 
 # Of the file; to be raised by whoever changes its keys.
@@ -34,30 +34,20 @@ _ALLOCATOR = {
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A rank's memory, in bytes.
-
-    Attributes:
-        rank: its number.
-        stage: number of its pipeline stage.
-        optimizer: what it trains with, as the columns of predictions are named.
-        parameters: elements of its weights.
-        measured: its tensors.
-        predicted: what was expected of them; None where it cannot be predicted.
-        activations: predicted activations; None likewise.
-        allocator: what CUDA's allocator had given out around the optimizer step, by the keys of
-            ``_ALLOCATOR``; None without CUDA.
-        problem: why there is no prediction.
-    """
+    """A rank's memory, in bytes."""
 
     rank: int
-    stage: int
-    optimizer: str
-    parameters: int
-    measured: Components
+    stage: int  # of the pipeline
+    optimizer: str  # what it trains with, as the columns of predictions are named
+    parameters: int  # elements of its weights
+    measured: Components  # its tensors
+    # What was expected of them; None where it cannot be predicted.
     predicted: Components | None = None
-    activations: int | None = None
+    activations: int | None = None  # predicted activations; None likewise
+    # What CUDA's allocator had given out around the optimizer step, by the keys of ``_ALLOCATOR``;
+    # None without CUDA.
     allocator: dict[str, int] | None = None
-    problem: str | None = None
+    problem: str | None = None  # why there is no prediction
 
     def write(self, folder: Path) -> None:
         """Write the rank's file into a folder, which is made if it is missing."""
@@ -94,7 +84,7 @@ class Report:
             for key, label in ROWS.items()
         ]
         if predicted is not None and self.activations is not None:
-            rows.append(("activations (estimate)", [None, self.activations]))
+            rows.append((ACTIVATIONS, [None, self.activations]))
             rows.append(("total", [None, predicted.total + self.activations]))
         if measured.host:
             rows.append((HOST, [measured.host, getattr(predicted, "host", None)]))
@@ -159,7 +149,7 @@ def with_report(
     with watch_step(model, optimizer) as allocated:
         result = original(forward_step_func, data, model, optimizer, *rest, **kwargs)
     skipped = result[1]
-    if not skipped:
+    if not skipped:  # without a step there may be no state yet
         _reported.add(optimizer)
         _report(args, model, optimizer, allocated[-1] if allocated else None)
     return result
@@ -266,5 +256,5 @@ def _write_to_tensorboard(args: argparse.Namespace, report: Report) -> None:
         if values is not None:
             sizes |= {f"{key}-{kind}": size for key, size in asdict(values).items()}
     for name, size in sizes.items():
-        iteration = getattr(args, "curr_iteration", 0) + 1
+        iteration = getattr(args, "curr_iteration", 0) + 1  # it is that of the one before
         writer.add_scalar(f"memory-MiB/{name}", size / 2**20, iteration)

@@ -28,32 +28,21 @@ from megatron_came.memory.stand_ins import META, SizedGroup
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One of Megatron's buffers of weights and gradients, and what each shard of it holds.
+    """One of Megatron's buffers of weights and gradients, and what each shard of it holds."""
 
-    Attributes:
-        weights: bytes of weights, padding included.
-        gradients: bytes of gradients, likewise.
-        weight: bytes of a weight.
-        gradient: bytes of a gradient.
-        of_experts: cut over the experts' data-parallel ranks.
-        held: (2, shards), number of elements without padding, and of the blocks that share a scale
-            of int8.
-        away: those that CAME keeps on the CPU.
-        bucket: number of elements of the largest bucket; 0 where nothing is cut.
-        by_matrix: it is of what Lion and Muon take, and not of what they leave to another.
-        main_weights: bytes of fp32 main weights that the buffer has, padding included; None where
-            the optimizer has those of what it updates.
-    """
-
-    weights: int
-    gradients: int
-    weight: int
-    gradient: int
-    of_experts: bool
+    weights: int  # bytes of weights, padding included
+    gradients: int  # bytes of gradients, likewise
+    weight: int  # bytes of a weight
+    gradient: int  # bytes of a gradient
+    of_experts: bool  # cut over the experts' data-parallel ranks
+    # (2, shards), number of elements without padding, and of the blocks that share a scale of int8.
     held: Tensor
-    away: Tensor
-    bucket: int = 0
+    away: Tensor  # those that CAME keeps on the CPU
+    bucket: int = 0  # number of elements of the largest bucket; 0 where nothing is cut
+    # It is of what Lion and Muon take, and not of what they leave to another.
     by_matrix: bool = False
+    # Bytes of fp32 main weights that the buffer has, padding included; None where the optimizer has
+    # those of what it updates.
     main_weights: int | None = None
 
     @property
@@ -64,41 +53,25 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A pipeline stage as its ranks hold it, and one of them.
+    """A pipeline stage as its ranks hold it, and one of them."""
 
-    Attributes:
-        number: from 0.
-        layers: number of transformer layers.
-        parameters: number of elements of one rank's weights.
-        frozen: bytes of weights that are not trained.
-        buffers: of the others, cut evenly.
-        whole_buffers: the same for optimizers that take tensors whole.
-        factors: bytes of r and c of all matrices, and of v of all vectors.
-        confidence: bytes of R and C of all matrices.
-        sums: bytes of CAME's sums over ranks.
-        offloaded: those of the factors, of the confidence and of the sums that are on the CPU.
-        shards: which shards of dense and of experts' parameters the rank holds.
-        whole_shards: the same of ``whole_buffers``.
-        activations: bytes of its activations, by Megatron's estimate.
-        saves: whether the run has checkpoints.
-        gathers: whether these gather the optimizer's state on GPUs, bucket by bucket.
-    """
-
-    number: int
-    layers: int
-    parameters: int
-    frozen: int
-    buffers: tuple[Buffer, ...]
-    whole_buffers: tuple[Buffer, ...]
-    factors: int
-    confidence: int
-    sums: int
+    number: int  # from 0
+    layers: int  # number of transformer layers
+    parameters: int  # number of elements of one rank's weights
+    frozen: int  # bytes of weights that are not trained
+    buffers: tuple[Buffer, ...]  # of the others, cut evenly
+    whole_buffers: tuple[Buffer, ...]  # the same for optimizers that take tensors whole
+    factors: int  # bytes of r and c of all matrices, and of v of all vectors
+    confidence: int  # bytes of R and C of all matrices
+    sums: int  # bytes of CAME's sums over ranks
+    # Those of the factors, of the confidence and of the sums that are on the CPU.
     offloaded: tuple[int, int, int] = (0, 0, 0)
+    # Which shards of dense and of experts' parameters the rank holds.
     shards: tuple[int, int] = (0, 0)
-    whole_shards: tuple[int, int] = (0, 0)
-    activations: int = 0
-    saves: bool = False
-    gathers: bool = False
+    whole_shards: tuple[int, int] = (0, 0)  # the same of ``whole_buffers``
+    activations: int = 0  # bytes of its activations, by Megatron's estimate
+    saves: bool = False  # whether the run has checkpoints
+    gathers: bool = False  # whether these gather the optimizer's state on GPUs, bucket by bucket
 
     def components(self, optimizer: Optimizer) -> Components:
         """What the rank keeps from step to step."""
@@ -150,6 +123,7 @@ class Stage:
         """Elements and blocks that the rank updates of each buffer, and with which optimizer."""
         shards = self.shards if optimizer.rest is None else self.whole_shards
         for buffer in self._buffers(optimizer):
+            # Most have no other.
             own = optimizer if buffer.by_matrix else optimizer.rest or optimizer
             kept = buffer.held - buffer.away if own.offloads else buffer.held
             elements, blocks = kept[:, shards[buffer.of_experts]].tolist()
@@ -214,6 +188,7 @@ class Stage:
 def _fullest(buffers: Iterable[Buffer], grid: Grid) -> tuple[int, int]:
     """The shards, dense and of experts, of the rank that holds most elements."""
     shards = grid.shards_of_ranks()
+    # By elements, of what stays on the GPU.
     held = sum((each.held - each.away)[0, shards[each.of_experts]] for each in buffers)
     rank = int(torch.as_tensor(held).argmax())
     return int(shards[0][rank]), int(shards[1][rank])
@@ -273,9 +248,11 @@ def _whole_buffers(params: Sequence[Tensor], ddp_config: Any, grid: Grid) -> Ite
     trained = [param for param in params if param.requires_grad]
     owners: dict[Tensor, int] = {}
     for of_experts, shards in enumerate(grid.shards):
+        # Megatron marks experts by allreduce=False.
         own = [param for param in trained if of_experts != getattr(param, "allreduce", True)]
         own.sort(key=lambda param: (param.numel(), not is_managed_by_layer_wise_optimizer(param)))
         for place, param in enumerate(own):
+            # To and fro over the ranks, by which their shares become more alike.
             turn, owner = divmod(place, shards)
             owners[param] = shards - 1 - owner if turn % 2 else owner
     groups = group_params_for_buffers(trained, ddp_config.grad_reduce_in_fp32)
@@ -308,7 +285,7 @@ def _buffers(
 
 def counts(sizes: Tensor) -> Tensor:
     """Return what a :class:`Buffer` counts of so many elements: themselves, and blocks of int8."""
-    return torch.stack([sizes, -(-sizes // BLOCK)])
+    return torch.stack([sizes, -(-sizes // BLOCK)])  # rounded up
 
 
 def _none(shards: int) -> Tensor:
@@ -334,6 +311,7 @@ def cut(key: Any, buffer: Any, shards: int, away: Container[Tensor] = ()) -> Buf
     for param, (start, stop, bucket) in buffer.param_index_map.items():
         bucket_start, bucket_stop = buffer.bucket_indices[bucket]
         size = (bucket_stop - bucket_start) // shards
+        # The shards that have some of it, and where it is cut among them.
         first, last = (start - bucket_start) // size, (stop - 1 - bucket_start) // size
         bounds = bucket_start + size * torch.arange(first, last + 2, device="cpu")
         for each in held[: 1 + (param in away)]:

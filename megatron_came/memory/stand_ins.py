@@ -112,7 +112,7 @@ def _sizes(grid: Grid, stage: int) -> dict[str, int | SizedGroup | None]:
 def hopper() -> dict[str, Callable[..., Any]]:
     """Functions of ``torch.cuda`` that say what a GPU can do, where there may be none."""
     return {
-        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_capability": lambda device=None: (9, 0),  # an H100's: newer flags want it
         "get_device_properties": lambda device=None: argparse.Namespace(major=9, minor=0),
     }
 
@@ -120,7 +120,7 @@ def hopper() -> dict[str, Callable[..., Any]]:
 @contextlib.contextmanager
 def replaced(target: Any, values: Mapping[str, Any]) -> Iterator[None]:
     """Set attributes for a while."""
-    before = {name: inspect.getattr_static(target, name) for name in values}
+    before = {name: inspect.getattr_static(target, name) for name in values}  # not bound
     for name, value in values.items():
         setattr(target, name, value)
     try:
@@ -175,7 +175,7 @@ class _OnMeta(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):  # which would want a GPU
             return args[0]
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": META}

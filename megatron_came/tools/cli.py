@@ -61,10 +61,11 @@ def main() -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("megatron-came: interrupted.", file=sys.stderr)
-        return 130
+        return 130  # what a shell gives a program that SIGINT has ended
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
             reason = (error.strerror or str(error)).lower()
+            # Without a name it is os.getcwd() that found nothing.
             gone = "the current folder" if error.errno == errno.ENOENT else "a file"
             what = f"{error.filename or gone} cannot be used ({reason})"
             print(f"megatron-came: {what}: put that right.", file=sys.stderr)
@@ -78,14 +79,14 @@ def main() -> int:
         print("megatron-came: nothing more can be printed (no space left).", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("megatron_came"):
+        if (error.name or "").startswith("megatron_came"):  # a fault of this package
             raise
         package = f"The package {error.name}, which this command needs, is not installed"
         print(f"megatron-came: {package}: pip install megatron-came again.", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-            raise
+            raise  # of which PyTorch says so on a CPU
         print("megatron-came: memory ran out: ask for less at a time.", file=sys.stderr)
         return 1
     return status

@@ -41,8 +41,8 @@ def came_flags() -> list[argparse.Action]:
     from megatron_came.memory import report
 
     parser = argparse.ArgumentParser(add_help=False)
-    optimizer = parser.add_argument("--optimizer", choices=["adam", "sgd"])
-    for add in (arguments.with_flags, report.with_flags):
+    optimizer = parser.add_argument("--optimizer", choices=["adam", "sgd"])  # gets a choice more
+    for add in (arguments.with_flags, report.with_flags):  # they wrap one that adds flags
         add(lambda parser: parser, parser)
     return [action for action in parser._actions if action is not optimizer]
 

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
             name = error.filename or options.checkpoint
             said = f"{name} cannot be read ({reason_of(error)}): name another."
         print(f"megatron-came inspect: {said}", file=sys.stderr)
+        # What --verify cannot read is damaged; where there is nothing, a wrong name was given.
         is_damaged = options.verify and not isinstance(error, NoCheckpointError)
         return 1 if is_damaged else 2
     return 0

@@ -28,6 +28,7 @@ def find_patch(tree: Path, patches: Path = PATCHES) -> Path:
     Raises:
         CommandError: the folder is no checkout, or there is no patch for it.
     """
+    # core_v0.19.0.patch is for all of 0.19.
     known = {path.stem[6:].rpartition(".")[0]: path for path in sorted(patches.glob("core_v*"))}
     if not known:
         raise CommandError(f"the patches are missing from {patches}: install megatron-came again.")
@@ -55,6 +56,7 @@ def switched(content: bytes, patch: Path) -> tuple[bool, bytes | None]:
 
     The script is None where the line is missing, and the one that it goes above as well.
     """
+    # The added line, and the next one, which it goes above.
     hunk = re.search(rb"^\+(import .*)\n (.*)$", patch.read_bytes(), re.MULTILINE)
     if hunk is None:
         raise CommandError(f"{patch} is damaged: install megatron-came again.")

@@ -29,6 +29,7 @@ def scalars(run: Path) -> dict[str, Line]:
         raise CommandError(f"{run} {what}: name the --tensorboard-dir of a training run.")
     if len(folders) > 1:
         raise CommandError(f"{run} holds the logs of several runs: name {folders[0]} or another.")
+    # 0 is all points; by default TensorBoard keeps a sample of them.
     events = EventAccumulator(str(folders[0]), size_guidance={"scalars": 0})
     try:
         events.Reload()
@@ -37,6 +38,7 @@ def scalars(run: Path) -> dict[str, Line]:
     curves = {}
     for name in events.Tags()["scalars"]:
         if not name.endswith(_TWICE):
+            # Of a step that was taken again after a resume, the last.
             points = {event.step: event.value for event in events.Scalars(name)}
             curves[name] = Line(sorted(points), [points[step] for step in sorted(points)])
     if not curves:

@@ -91,7 +91,7 @@ def _written(folder: Folder, record: records.Record | None, output: Path) -> lis
         repairing.apply(losses)
         if record is not None:
             repairing.renew_digests(checkpoint, record)
-    with opened(copy) as checkpoint:
+    with opened(copy) as checkpoint:  # anew: its files are others now
         wrong = verify(checkpoint).damages
         iteration = checkpoint.common["iteration"]
     if wrong:
@@ -143,7 +143,7 @@ def _refuse(checkpoint: Checkpoint) -> None:
 def _copy(source: Path, target: Path) -> None:
     """Copy the files of one iteration."""
     files = sorted(path for path in source.rglob("*") if not path.is_dir())
-    for path in files:
+    for path in files:  # a pipe would never end
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path} is no file: remove it.")
     with progress("Copying", sum(path.stat().st_size for path in files)) as advance:

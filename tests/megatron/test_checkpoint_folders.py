@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from megatron_came.checkpoint_files.folder import TRACKER
-from megatron_came.megatron.checkpoints.folders import folder_problem, legacy_problem, source
+from megatron_came.megatron.checkpoints.folders import (
+    folder_problem,
+    folder_to_load,
+    legacy_problem,
+)
 
 
 def args(**changes):
@@ -59,7 +63,7 @@ def test_a_checkpoint_saved_in_between_is_the_one_that_megatron_takes(tmp_path):
         (place / TRACKER).write_text(f"{step}")
     of_both = {"non_persistent_ckpt_type": "global"}
     assert folder_problem(tmp_path, args(**of_both)) is None
-    assert source(tmp_path, args(**of_both)) == str(between)
+    assert folder_to_load(tmp_path, args(**of_both)) == str(between)
     # Megatron takes the newer one of both, whatever is asked for.
     problem = folder_problem(tmp_path, args(ckpt_step=10, **of_both))
     assert problem.startswith("--ckpt-step 10 with --non-persistent-ckpt-type global: ")
@@ -67,7 +71,7 @@ def test_a_checkpoint_saved_in_between_is_the_one_that_megatron_takes(tmp_path):
     assert folder_problem(tmp_path, args(ckpt_step=10)) is None
     assert folder_problem(tmp_path, args(ckpt_step=25, **of_both)) is None
     (tmp_path / TRACKER).write_text("30")  # newer, and not there
-    assert source(tmp_path, args(**of_both)) == str(tmp_path)
+    assert folder_to_load(tmp_path, args(**of_both)) == str(tmp_path)
     assert "iter_0000030, which is not there" in folder_problem(tmp_path, args(**of_both))
     (tmp_path / TRACKER).write_text("20")
     for spoil, said in (
@@ -108,7 +112,7 @@ def test_the_newer_one_of_both(tmp_path, latest, between, step, is_newer, own):
     (folder / TRACKER).write_text(between)
     given = args(ckpt_step=step, non_persistent_ckpt_type="global")
     given.non_persistent_global_ckpt_dir = str(folder) if own else None
-    assert source(tmp_path, given) == str(folder if is_newer else tmp_path)
+    assert folder_to_load(tmp_path, given) == str(folder if is_newer else tmp_path)
 
 
 @pytest.mark.parametrize(

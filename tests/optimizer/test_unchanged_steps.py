@@ -107,10 +107,6 @@ def test_nothing_of_a_step_is_held(kernels):
     assert [each() for each in held] == [None] * len(held)
 
 
-def clones(tensors):
-    return [tensor.clone() for tensor in tensors]
-
-
 def other_view(tensor):
     """Another tensor, at the same address."""
     return tensor.view(tensor.shape)

@@ -55,11 +55,6 @@ def installed():
     return built(own_config())
 
 
-def installed_defaults():
-    """Likewise, with CAME's defaults."""
-    return built(own_config(came_beta2=0.999, came_momentum_dtype="fp32"))
-
-
 def scheduled():
     """By the launchers' way, with Megatron's schedule, which sets weight decay by groups."""
     from megatron.core.optimizer import get_megatron_optimizer
@@ -164,16 +159,6 @@ def another_after():
         optimizer.get_megatron_optimizer, calls
     )
     return {**built(plain_config(**GIVEN)), "calls": calls}
-
-
-def past_it():
-    """Another package builds past Megatron's builder."""
-    from megatron.core import optimizer
-
-    connect()
-    return optimizer._get_megatron_optimizer_based_on_param_groups(
-        plain_config(), model_chunks=build(), param_groups=[]
-    )
 
 
 def _saved(model, optimizer, folder, **how):

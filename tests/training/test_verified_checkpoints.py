@@ -141,7 +141,6 @@ IN_LEGACY_WHOLE = {
     ),
 }
 
-EVERY = IN_TENSORS.keys() | IN_COMMON.keys()
 UNLAYERED = "optimizer.state.exp_avg_res_col.embedding.position_embeddings.weight"
 DISTRIBUTED = ("full", "dp", "whole", "remainder", "async")
 

@@ -36,6 +36,7 @@ def mended() -> bool:
     """Whether Megatron takes the padding of buckets into account there, which 0.20 is to do."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    # By its code, not its release: a development version may be from before that or after.
     method = DistributedOptimizer.sharded_param_state_fully_reshardable
     return "buckets" in method.__code__.co_names
 
@@ -92,7 +93,7 @@ def with_padding(
         return {**zeros, "gbuf_local_start": start, "gbuf_local_end": stop, "padding": True}
 
     if end <= 0:
-        return [padding(end, end)]
+        return [padding(end, end)]  # without elements: where there is none, Megatron stops
     completed, position = [], 0
     for piece in pieces:
         if piece["gbuf_local_start"] > position:
@@ -154,7 +155,7 @@ def arrange(gathered: dict[Any, Any], buffers: Sequence[Any]) -> None:
             continue
         tensors = _tensors(gathered, index)
         for key in ("param", "exp_avg"):
-            moved = tensors[key].new_zeros(buffer.numel_unpadded)
+            moved = tensors[key].new_zeros(buffer.numel_unpadded)  # gaps stay zero
             for (start, end), (new_start, new_end) in zip(spans[index], wanted, strict=True):
                 moved[new_start:new_end] = tensors[key][start:end]
             tensors[key] = moved

@@ -42,7 +42,7 @@ def damaged(what: str, folder: Any = None) -> str:
 
 def progress_problem(state: Mapping[str, Any]) -> str | None:
     """Say what is wrong with what a checkpoint says of how far its run was, or None."""
-    iteration = state.get("iteration", state.get("total_iters"))
+    iteration = state.get("iteration", state.get("total_iters"))  # as old releases have it
     if not _is_count(iteration):
         return f"its iteration is {_shown(iteration)}, and not a number of iterations"
     if state.get("args") is None:
@@ -87,6 +87,7 @@ def first_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def optimizers_of(saved: Any) -> Iterator[Any]:
     """What a checkpoint holds of each of Megatron's optimizers (dense parameters, experts)."""
+    # Megatron's chain saves a list with --ckpt-format torch, otherwise a dictionary by number.
     if isinstance(saved, list) and saved:
         yield from saved
     elif isinstance(saved, Mapping) and saved and all(isinstance(key, int) for key in saved):
@@ -99,7 +100,7 @@ def groups_of(optimizer: Any) -> Any:
     """The parameter groups in what a checkpoint holds of one optimizer; None if there are none."""
     if not isinstance(optimizer, Mapping):
         return None
-    inner = optimizer.get("optimizer", optimizer)
+    inner = optimizer.get("optimizer", optimizer)  # FP32Optimizer has nothing around it
     return inner.get("param_groups") if isinstance(inner, Mapping) else None
 
 

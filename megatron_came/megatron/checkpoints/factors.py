@@ -71,6 +71,7 @@ def sharded_factors(
         state = state_here(came.state[local])
         parameters[str(position)] = {
             key: [
+                # Places are this rank's own, and not saved.
                 {"values": values, "place": LocalNonpersistentObject(place)}
                 for values, place in boxes_of(key, state[key], leaves, whole)
             ]
@@ -181,6 +182,7 @@ def place_in(leaf: Tensor, param: Tensor) -> Place:
         )
     rest = int(leaf.storage_offset()) - int(param.storage_offset())
     place: list[slice] = []
+    # Both lie in C order, so that the distance of their first elements has the indices as digits.
     for total, size in zip(reversed(param.shape), reversed(leaf.shape), strict=True):
         rest, start = divmod(rest, total)
         place.insert(0, slice(start, start + size))

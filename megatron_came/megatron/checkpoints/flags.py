@@ -112,6 +112,7 @@ def said_changes(saved: Any, args: Any, *, has_schedule: bool = True) -> list[st
     ``has_schedule`` says whether it takes the checkpoint's schedule.
     """
     keeps = has_schedule and bool(args.use_checkpoint_opt_param_scheduler)
+    # How long it trains is said by this run, also where it keeps the checkpoint's schedule.
     length, schedule = _OF_SCHEDULE[:3], _OF_SCHEDULE[3:]
     ours = [*length, *(() if keeps else schedule), *_OTHERS]
     sentences = []
@@ -135,7 +136,7 @@ def conversions(saved: Any, args: Any) -> Iterator[str]:
     """Say how a checkpoint's momentum and main weights become those of this run, if they change."""
     before, now = getattr(saved, "came_momentum_dtype", "fp32"), args.came_momentum_dtype
     if before != now:
-        exact = now == "fp32" or (before, now) == ("int8", "bf16")
+        exact = now == "fp32" or (before, now) == ("int8", "bf16")  # of int8 bf16 has all values
         how = "taken over exactly" if exact else f"rounded {_ROUNDED[now]}"
         yield f"--came-momentum-dtype {now} (the checkpoint's run had {before}): momentum is {how}."
     elif now == "int8" and any(
@@ -270,6 +271,7 @@ def _is_filled(name: str, source: str, run: Any) -> bool:
     value, origin = getattr(run, name), getattr(run, source, None)
     if origin is None:
         return False
+    # As Megatron's validate_args has it.
     if name == "ffn_hidden_size":
         gated = getattr(run, "swiglu", False)
         return bool(value == (int(4 * origin * 2 / 3 / 64) * 64 if gated else 4 * origin))
@@ -288,6 +290,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, tuple | list):
+        # Lists of lists are several flags, as of --came-rule.
         return (", " if any(isinstance(item, list) for item in value) else " ").join(
             map(_shown, value)
         )

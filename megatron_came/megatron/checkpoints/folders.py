@@ -38,10 +38,10 @@ def folder_problem(load_dir: Any, args: Any) -> str | None:
     scripts give the same folder to ``--load`` and ``--save``.
     """
     if _is_elsewhere(load_dir, args) or "://" in str(load_dir):
-        return None
+        return None  # in an object store Megatron looks by itself
     folder, step = Path(str(load_dir)), getattr(args, "ckpt_step", None)
     try:
-        place = Path(source(load_dir, args))
+        place = Path(folder_to_load(load_dir, args))
         if place != folder and step and tracked(place) != str(step):
             return (
                 f"--ckpt-step {step} with --non-persistent-ckpt-type global: {place} holds a newer "
@@ -60,6 +60,7 @@ def folder_problem(load_dir: Any, args: Any) -> str | None:
         )
     if problem is None or place == folder:
         return problem and f"--load {folder}{problem}"
+    # A second remedy, in place of the sentence's full stop.
     return f"{place}{problem[:-1]}; or move that folder away, to go on from --load {folder}."
 
 
@@ -68,7 +69,7 @@ def _is_elsewhere(load_dir: Any, args: Any) -> bool:
     return load_dir is None or args.non_persistent_ckpt_type not in (None, "global")
 
 
-def source(load_dir: Any, args: Any) -> str:
+def folder_to_load(load_dir: Any, args: Any) -> str:
     """The folder with the checkpoint that Megatron takes: ``--load``, or one saved in between.
 
     It takes the newer one of both, even where ``--ckpt-step`` names another.
@@ -79,6 +80,7 @@ def source(load_dir: Any, args: Any) -> str:
     newest, step = tracked(between), getattr(args, "ckpt_step", None)
     if newest is None:
         return str(load_dir)
+    # Megatron counts a release as iteration 0, and none as -1.
     named = str(step or tracked(load_dir) or -1).replace("release", "0")
     try:
         return str(between if int(newest) >= int(named) else load_dir)
@@ -110,6 +112,7 @@ def _problem(folder: Path, step: int | None, has_fsdp: bool) -> str | None:
             f"another ({_there(folder)}), or leave it out."
         )
     named = tracked(folder)
+    # Python refuses to read numbers of thousands of digits; iterations have far fewer.
     is_number = named is not None and named.isascii() and named.isdigit() and len(named) < 20
     if named not in (None, "release") and not is_number:  # --ckpt-step does not help
         shown = f"holds {named[:40]!r}" if named else "is empty"
@@ -147,6 +150,7 @@ def _iteration_problem(folder: Path, name: str, named_by: str, has_fsdp: bool) -
             "--use-megatron-fsdp loads fsdp_dtensor alone: go on without that, or name another "
             "checkpoint."
         )
+    # Megatron tells torch_dist by its metadata.json, which fsdp_dtensor does not have.
     if not (has_fsdp and metadata.is_file()) and not says_distributed(where):
         if metadata.is_file() and _is_of_fsdp(where):
             return (
@@ -156,7 +160,7 @@ def _iteration_problem(folder: Path, name: str, named_by: str, has_fsdp: bool) -
         if metadata.is_file():
             return _damaged(folder, where / SUMMARY, "is missing")
         if is_legacy:
-            return None
+            return None  # each rank looks for its own file later: see :func:`missing_file`
         return _damaged(folder, where, "holds no complete checkpoint of Megatron")
     if not metadata.is_file():
         return _damaged(folder, metadata, "is missing")
@@ -168,7 +172,7 @@ def _iteration_problem(folder: Path, name: str, named_by: str, has_fsdp: bool) -
 def _is_of_fsdp(where: Path) -> bool:
     try:
         return is_fsdp(layout_of(str(where)).objects)
-    except CheckpointError:
+    except CheckpointError:  # what cannot be read says no format
         return False
 
 
@@ -182,6 +186,7 @@ def layout_of(folder: str) -> Layout:
         CheckpointError: it cannot be read, or names what Megatron does not write.
     """
     path = Path(folder)
+    # Quick: Megatron unpickles the same right afterwards, in C.
     return read_layout(path, quick=True) if path.is_dir() else Layout({}, {})
 
 
@@ -203,13 +208,14 @@ def misread(load_dir: Any, args: Any, *, opening: bool = False) -> str | None:
     if _is_elsewhere(load_dir, args):
         return None
     try:
-        folder = name_of(load_dir, args, return_base_dir=True)
+        folder = name_of(load_dir, args, return_base_dir=True)  # needs no groups of ranks
         is_distributed = _has_metadata(Path(folder))
         files = [] if is_distributed or not opening else _own_files(name_of(load_dir, args))
     except (OSError, TypeError, ValueError):  # nothing to resume from
         return None
     try:
         layout = layout_of(folder) if is_distributed else Layout({}, {})
+        # What cannot be read raises here.
         for item in (*layout.objects.values(), *files) if opening else ():
             item.load()
         for tensor in layout.tensors.values() if opening else ():
@@ -254,7 +260,7 @@ def missing_file(load_dir: Any, args: Any, optimizer: Any = None) -> str | None:
     if _is_elsewhere(load_dir, args):
         return None
     if not dist.is_initialized() or not mpu.model_parallel_is_initialized():
-        return None
+        return None  # a file's name has the rank in it
     try:
         base, file = (name_of(load_dir, args, return_base_dir=each) for each in (True, False))
     except (OSError, TypeError, ValueError):  # nothing to resume from
@@ -284,9 +290,9 @@ def name_of(load_dir: Any, args: Any, *, return_base_dir: bool = False) -> str:
     """
     from megatron.training import checkpointing
 
-    load_dir = source(load_dir, args)
+    load_dir = folder_to_load(load_dir, args)
     named = str(getattr(args, "ckpt_step", None) or tracked(load_dir))
-    iteration = (0, True) if named == "release" else (int(named), False)
+    iteration = (0, True) if named == "release" else (int(named), False)  # is it a release?
     name: str = checkpointing.get_checkpoint_name(
         load_dir, *iteration, return_base_dir=return_base_dir
     )

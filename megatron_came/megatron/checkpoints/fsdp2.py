@@ -71,9 +71,10 @@ def whole_leaves(
     whole, leaf = torch.empty(param.shape, dtype=param.dtype, device="meta"), leaves[0]
     parts = whole.chunk(2) if is_stacked else (whole,)
     axis, rows, size = leaf.prepend_axis_num, leaf.local_shape[0], len(parts[0])
-    first = shard_of(param).start // max(whole[0].numel(), 1)
+    first = shard_of(param).start // max(whole[0].numel(), 1)  # row
     part, inside = divmod(first, size)
     cuts = leaf.axis_fragmentations[axis] * rows // len(whole)  # by tensor parallelism
+    # In a file rows go by projection, then by tensor-parallel rank, then by data-parallel rank.
     rank = (leaf.global_offset[axis] - inside) // size - part * cuts
     offsets = [(number * cuts + rank) * size for number in range(len(parts))]
     total = leaf.global_shape[axis], leaf.global_offset[axis]
@@ -94,7 +95,7 @@ def whole_leaves(
             local_shape=tuple(values.shape),
             global_offset=at(leaf.global_offset, offset),
             axis_fragmentations=at(leaf.axis_fragmentations, cuts * len(parts)),
-            replica_id=(*leaf.replica_id[:-1], first // rows),
+            replica_id=(*leaf.replica_id[:-1], first // rows),  # data-parallel ranks hold the same
         )
         for values, offset in zip(parts, offsets, strict=True)
     ], whole

@@ -110,4 +110,5 @@ def _rates(group: Mapping[str, Any]) -> tuple[Any, ...]:
 def _reordered(own: Groups, saved: Groups) -> bool:
     """Whether the same rates stand in another order."""
     mine, its = [*map(_rates, own)], [*map(_rates, saved)]
+    # By repr, since None and numbers have no order.
     return mine != its and sorted(map(repr, mine)) == sorted(map(repr, its))

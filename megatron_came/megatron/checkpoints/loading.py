@@ -73,7 +73,7 @@ def _checked(
         result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
     except (UnsupportedError, dist.DistError):
         raise  # the checkpoint is not to blame
-    except SystemExit as end:
+    except SystemExit as end:  # Megatron's, with status 0, where it misses something
         if run.optimizer != "came" or end.code or load.is_finished:
             raise
         stop(
@@ -125,7 +125,7 @@ def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwar
 
     def read() -> Any:
         result = original(load_dir, args, *rest, **kwargs)
-        if args.optimizer == "came" and _kind_of(result) == "FSDP_DTENSOR":
+        if args.optimizer == "came" and _format_of(result) == "FSDP_DTENSOR":
             layout = folders.layout_of(str(result[1]))
             megatron_fsdp.complete(result[0], layout, sharded_state)
         return result
@@ -135,9 +135,9 @@ def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwar
         result = read()
         if load is not None:
             _check_for_others(load_dir, result, args)
-    elif load is None and dist.is_initialized():
+    elif load is None and dist.is_initialized():  # a model without an optimizer
         result = read()
-    elif load is None:
+    elif load is None:  # --use-checkpoint-args
         result = _read(read, Load([], None, None), load_dir, args)
     else:
         load.asked = None if sharded_state is None else tensors.asked_for(sharded_state)
@@ -146,7 +146,7 @@ def with_checks(original: Function, load_dir: Any, args: Any, *rest: Any, **kwar
             _say_if_elsewhere(load_dir, args)
         else:
             _check(load, result, args, of_rank_0)
-    note_files(result, folders.source(load_dir, args), first_look=of_rank_0)
+    note_files(result, folders.folder_to_load(load_dir, args), first_look=of_rank_0)
     return result
 
 
@@ -168,7 +168,7 @@ def _agreed(step: Callable[[], Any], load: Load, args: Any) -> Any:
         result = step()
     except UnsupportedError as error:  # the checkpoint is not to blame
         problem = str(error)
-    except (Exception, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         problem = _reason(load, error, args)
     end_if(problem)
     return result
@@ -202,8 +202,8 @@ def _read(read: Callable[[], Any], load: Load, load_dir: Any, args: Any) -> Any:
     return result
 
 
-def _kind_of(result: Any) -> str | None:
-    """Megatron's name for the format of what it has read."""
+def _format_of(result: Any) -> str | None:
+    """The format of what Megatron has read, by the name of its CheckpointType."""
     return getattr(result[3], "name", None)
 
 
@@ -233,7 +233,7 @@ def _check(load: Load, result: Any, args: Any, of_rank_0: bool) -> None:
     ``of_rank_0`` says whether every rank has read what rank 0 saved, to know its settings.
     """
     state, path, is_release, _ = result
-    legacy = _kind_of(result) == "LEGACY"
+    legacy = _format_of(result) == "LEGACY"
     resumes = not (is_release or args.finetune)
     with_optimizer = resumes and not args.no_load_optim
     saved: Any = state.get("args")
@@ -247,9 +247,9 @@ def _check(load: Load, result: Any, args: Any, of_rank_0: bool) -> None:
         problem = _settings_problem(load, state, args, legacy)
         if problem is None and legacy:
             problem = folders.missing_file(load.folder, args, load.optimizer)
-    end_if(problem)
+    end_if(problem)  # before tensors are compared, for which all ranks are needed
     # Of LOCAL each rank has its own file, of FSDP_DTENSOR they were compared before.
-    if load.asked is not None and _kind_of(result) not in ("LOCAL", "FSDP_DTENSOR"):
+    if load.asked is not None and _format_of(result) not in ("LOCAL", "FSDP_DTENSOR"):
         notices = tensors.stop_if_misfit(load, load.asked, path, resumes=with_optimizer)
     if saved is not None and not of_rank_0:
         notices += _said(state, args, resumes=resumes, with_optimizer=with_optimizer)
@@ -313,6 +313,7 @@ def _settings_problem(load: Load, state: Mapping[str, Any], args: Any, legacy: b
 def _groups(optimizer: Any, saved: Any) -> Iterator[tuple[Groups, Groups]]:
     """Of each of Megatron's optimizers, this run's parameter groups and the checkpoint's."""
     own = chain_of(optimizer)
+    # Another number of optimizers has been refused before: see refusals._experts_apart.
     for wrapper, its in zip(own, contents.optimizers_of(saved), strict=False):
         groups = contents.groups_of(its)
         if wrapper.optimizer is not None and isinstance(groups, list):
@@ -323,7 +324,7 @@ def _reason(load: Load, error: BaseException, args: Any) -> str:
     """Say in one sentence why Megatron could not read a checkpoint; no other rank takes part."""
     errors = [error]
     if isinstance(error, CheckpointException):
-        errors += [failure[0] for failure in error.failures.values()]
+        errors += [failure[0] for failure in error.failures.values()]  # beside stack traces
     if problem := next(filter(None, (_out_of_memory(load.folder, each) for each in errors)), None):
         return problem
     if load.other_buckets and any("bucket_idx" in str(each) for each in errors):
@@ -340,7 +341,7 @@ def _reason(load: Load, error: BaseException, args: Any) -> str:
 
 def _out_of_memory(load_dir: Any, error: BaseException) -> str | None:
     """Say in one sentence that memory ran out, if so; a CPU's allocator raises a RuntimeError."""
-    said = re.search("an(no|')t allocate memory", str(error))
+    said = re.search("an(no|')t allocate memory", str(error))  # the system's words, or PyTorch's
     if not said and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return None
     return (
@@ -351,7 +352,7 @@ def _out_of_memory(load_dir: Any, error: BaseException) -> str | None:
 
 def _of_flags(load_dir: Any, error: BaseException, args: Any) -> str | None:
     """Say in one sentence that a flag, and not the checkpoint, is why Megatron reads it not."""
-    if "load from a distributed checkpoint" in str(error):
+    if "load from a distributed checkpoint" in str(error):  # in Megatron's words
         return (
             f"the checkpoint in {load_dir} is of --ckpt-format torch_dist, this run has "
             f"--ckpt-format {args.ckpt_format}: give --ckpt-format torch_dist."

@@ -38,6 +38,7 @@ def named_parameters(chunk: torch.nn.Module) -> dict[str, Any]:
 
 def holds(chunk: torch.nn.Module) -> bool:
     """Whether Megatron-FSDP holds a model; if so, DTensors take the place of its parameters."""
+    # Megatron-FSDP's mark of its parameters.
     if not any(hasattr(param, "__fsdp_param__") for param in chunk.parameters()):
         return False
     named_parameters(chunk)
@@ -57,6 +58,7 @@ def start_of(param: Any, cut: Cut | None, tp_rank: int) -> int | None:
     if cuts == ([] if cut is None else [cut.mesh_dim]):
         return None
     row = gather_and_compute_chunk_metadata(param).offsets[0]
+    # Offsets are of the whole tensor, a slice begins in this rank's part of it.
     above = tp_rank * len(param.orig_param) if cut is not None and cut.dim == 0 else 0
     return int((row - above) * math.prod(param.orig_param.shape[1:]))
 
@@ -74,9 +76,9 @@ def parted(chunk: torch.nn.Module, tensors: Mapping[str, DTensor]) -> dict[str, 
     """Take SwiGLU's projections apart, by name of the parameter; on the same memory."""
     if not arguments().get("swiglu"):  # as Megatron does, whatever other activation has a gate
         return {name: {name: tensor} for name, tensor in tensors.items()}
-    parted, _ = handle_swiglu_in_state_dict(
-        torch.nn.ModuleDict({"module": chunk}), dict(tensors), None
-    )
+    # It looks for the weights in a wrapper of the model.
+    wrapper = torch.nn.ModuleDict({"module": chunk})
+    parted, _ = handle_swiglu_in_state_dict(wrapper, dict(tensors), None)
     return {
         name: {name: parted[name]}
         if name in parted
@@ -144,6 +146,6 @@ def _factors(key: str, factor: Tensor, param: Any, names: list[str]) -> dict[str
         shape = list(half.shape)
         for mesh_dim, each in enumerate(placements):
             if isinstance(each, Shard):
-                shape[each.dim] *= mesh.size(mesh_dim)
+                shape[each.dim] *= mesh.size(mesh_dim)  # parts are equal
         named[name] = placed(half, mesh, placements, shape)
     return named

@@ -65,6 +65,7 @@ def _refusals(saved: Settings, args: Settings, sharding_type: str | None) -> Ite
             f"sizes, or {AFRESH}."
         )
     before, now = _precision(saved), _precision(args)
+    # Models in bf16 and fp16 have the same main weights, in fp32.
     matters = args.use_distributed_optimizer or "fp32" in (before, now)
     by_name = ("fully_reshardable", "fsdp_dtensor")  # and main weights in fp32, whatever the model
     if sharding_type not in by_name and before != now and matters:
@@ -88,6 +89,7 @@ def _refusals(saved: Settings, args: Settings, sharding_type: str | None) -> Ite
 def _refusals_by_buckets(saved: Settings, args: Settings, sharding_type: str) -> Iterator[str]:
     """Say what formats that store the optimizer's state by buckets do not allow."""
     step = args.ckpt_step
+    # Megatron names the file with the optimizer's state by the tracker alone.
     if sharding_type == "legacy" and step and tracked(args.load) != str(step):
         yield (
             f"--ckpt-step {step} is not the latest checkpoint, of which Megatron would take the "

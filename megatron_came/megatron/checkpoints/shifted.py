@@ -21,7 +21,7 @@ _suspects: list[str] = []
 
 def with_warning(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Look, when model and optimizer stand, whether this run's checkpoints get shifted."""
-    _suspects.clear()
+    _suspects.clear()  # those of a run before, in the same process
     result = original(*args, **kwargs)
     settings = run_args()
     shifts = writes(settings) and not mended() and padded_anywhere(result[0])
@@ -38,6 +38,7 @@ def note(load_dir: Any, state: Mapping[str, Any], args: argparse.Namespace) -> N
     saved = state.get("args")
     tied = not getattr(saved, "untie_embeddings_and_output_weights", False)
     stages = getattr(saved, "pipeline_model_parallel_size", 1) > 1
+    # Tied embeddings of several stages have a bucket of their own.
     has_buckets = getattr(saved, "overlap_grad_reduce", False) or (stages and tied)
     if has_buckets and not getattr(saved, "no_save_optim", False):
         _suspects.append(str(load_dir))

@@ -5,7 +5,6 @@ and drops those of a smaller one; a ``torch`` checkpoint that does not fit is lo
 does. Of ``fsdp_dtensor`` it names what lacks in many lines, or takes what there is.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,15 +29,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Asked(NamedTuple):
-    """What a rank asks a checkpoint for.
+    """What a rank asks a checkpoint for."""
 
-    Attributes:
-        shapes: of whole tensors, by name.
-        vocabulary: names of those that Megatron lets differ in their number of rows.
-    """
-
-    shapes: Shapes
-    vocabulary: set[str]
+    shapes: Shapes  # of whole tensors, by name
+    vocabulary: set[str]  # names of those that Megatron lets differ in their number of rows
 
 
 def asked_for(sharded_state: Mapping[str, Any]) -> Asked:
@@ -126,7 +120,7 @@ def left_over(asked: Asked, saved: Shapes) -> tuple[list[str], list[str]]:
         dist.all_reduce(taken, op=dist.ReduceOp.MAX)
     is_taken = dict(zip(names, map(bool, taken.tolist()), strict=True))
     left = [name for name, value in is_taken.items() if not value]
-    if len(_weights(asked.shapes)) == len(asked.shapes):  # the optimizer is not loaded at all
+    if len(_weights(asked.shapes)) == len(asked.shapes):  # no state of the optimizer is loaded
         return _weights(left), []
     trained = {_parameter(name) for name, value in is_taken.items() if value}
     untrained = {
@@ -139,7 +133,7 @@ def left_over(asked: Asked, saved: Shapes) -> tuple[list[str], list[str]]:
 
 def _parameter(name: str) -> str | None:
     """The parameter that a tensor of the optimizer's state belongs to; None for any other."""
-    return name.split(".", 3)[3] if name.startswith(_STATE) else None
+    return name.split(".", 3)[3] if name.startswith(_STATE) else None  # behind optimizer.state.KEY.
 
 
 def _leftover_refusal(names: list[str], differing: str) -> str | None:
@@ -197,6 +191,7 @@ def flat(state: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
     for key, value in state.items() if isinstance(state, Mapping) else ():
         if isinstance(value, Mapping):
             shapes |= flat(value, f"{prefix}{key}.")
+        # An _extra_state is Transformer Engine's, and of any size.
         elif isinstance(value, torch.Tensor) and not str(key).endswith("_extra_state"):
             shapes[f"{prefix}{key}"] = tuple(value.shape)
     return shapes
@@ -216,11 +211,10 @@ def saved_shapes(path: str, group: dist.ProcessGroup | None = None) -> Shapes:
     Raises:
         CheckpointError: on all ranks, if it cannot be read.
     """
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
     found: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank(group) == 0:
         try:
-            found[0] = folders.shapes_in(folder)
+            found[0] = folders.shapes_in(path)
         except (CheckpointError, OSError) as error:  # all ranks are to hear of it
             found[1] = str(error)
     if dist.is_initialized():
@@ -277,6 +271,7 @@ def with_shapes(
     """Refuse a checkpoint without what CAME asks for, where Megatron's training loop is not."""
     if current.get() is None:
         asked = asked_for(sharded_state_dict)
+        # Megatron alone would leave out what is missing, or end one rank.
         if any(f".{key}." in name for name in asked.shapes for key in FACTORS):
             group = kwargs.get("process_group")
             lacking = misfit(asked, saved_shapes(str(checkpoint_dir), group))

@@ -20,7 +20,7 @@ _OF_FILES = ("inline_container.cc", "iostream error")
 def folder_problem(args: Any) -> str | None:
     """Say in one sentence that nothing can be written where ``--save`` says, or None."""
     if args.save is None or "://" in str(args.save) or getattr(args, "skip_train", False):
-        return None
+        return None  # nothing is saved, or in an object store
     folder = place = Path(args.save).absolute()
     while not os.path.exists(place):  # Path's raises where it may not look
         place = place.parent
@@ -53,7 +53,7 @@ def failures_said(what: str, folder: Any) -> Iterator[None]:
         reason = _reason(error)
         if reason is None:
             raise
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the folder may not be there
             reason += f"; {shutil.disk_usage(str(folder)).free >> 20} MiB are free there"
         stop(
             f"{what} cannot be saved in {folder} ({reason}): make room there, or name another "
@@ -80,6 +80,7 @@ def _reason(error: BaseException | None) -> str | None:
             return "see the lines above"
         return _reason(found) or f"{type(found).__name__}: {found}".splitlines()[0]
     while error is not None:
+        # A connection is lost to another rank, and to no file.
         if isinstance(error, OSError) and not isinstance(error, ConnectionError):
             return f"{error.strerror}: {error.filename}" if error.filename else str(error)
         if isinstance(error, RuntimeError) and any(each in str(error) for each in _OF_FILES):

@@ -21,6 +21,7 @@ from megatron_came.terminal.children import end_with_parent
 _loop: Function = async_utils.PersistentAsyncCaller.async_loop
 
 
+# The loop goes to the process by its name: a function made for the occasion would not be found.
 @maker
 def with_trainer(original: Function) -> Function:
     """Have the process that writes checkpoints end with the one that starts it."""

@@ -16,7 +16,7 @@ from megatron_came.versions import MegatronError, release
 PRECISION_AWARE = "use_precision_aware_optimizer_no_fp8_or_ds_fp8"
 
 _ADAMS_KEYS = ("param", "exp_avg", "exp_avg_sq")
-_KEYS = ("param", "exp_avg")
+_KEYS = ("param", "exp_avg")  # of what is sharded as the weights are: factors are whole
 
 
 @contextlib.contextmanager
@@ -30,6 +30,7 @@ def precision_aware(config: Any, value: bool) -> Iterator[None]:
         setattr(config, PRECISION_AWARE, usual)
 
 
+# What differs are constants and a name: a method written anew would have to follow each release.
 def _copied(method: Function, constants: tuple[Any, ...], **names: Any) -> Function:
     """Copy a method with other constants, and with other values of some global names."""
     copy = types.FunctionType(
@@ -39,14 +40,14 @@ def _copied(method: Function, constants: tuple[Any, ...], **names: Any) -> Funct
         method.__defaults__,
         method.__closure__,
     )
-    copy.__kwdefaults__ = method.__kwdefaults__
+    copy.__kwdefaults__ = method.__kwdefaults__  # which FunctionType does not take
     return copy
 
 
 def _with_keys(method: Function) -> Function:
     """Copy a method in which the keys of Adam's state are written out, with those of CAME."""
     constants = method.__code__.co_consts
-    if _ADAMS_KEYS not in constants:
+    if _ADAMS_KEYS not in constants:  # another release's has to be looked at
         raise MegatronError(
             f"--optimizer came does not fit this Megatron: {method.__qualname__} does not name "
             f"the state of Adam."

@@ -20,7 +20,7 @@ from megatron_came.versions import release
 
 Batch = dict[str, Any]  # tensors, or None for what the rank has no use of
 
-_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
+_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}  # those of Megatron's own pretrain_gpt.py
 
 
 def build_tokenizer(args: Namespace) -> Any:
@@ -87,7 +87,7 @@ def _over_tensor_parallel_ranks(
     packed = "is_sft" if release() < (0, 19) else "has_cu_seqlens"
     shared: Batch = get_batch_on_this_tp_rank(
         batch,
-        **{packed: False},
+        **{packed: False},  # pretrain_gpt refuses packed sequences
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -115,6 +115,7 @@ def train(
     Raises:
         SystemExit: a rule refuses the flags.
     """
+    # For --inprocess-restart, which starts ``pretrain`` again where a rank is lost.
     run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     more = {"store": store, "get_embedding_ranks": embedding_ranks}
     kind = ModelType.encoder_or_decoder
@@ -156,6 +157,7 @@ def build_gpt(
     norms = {"normalization": args.normalization, "qk_l2_norm": args.qk_l2_norm}
     further = None
     if args.mtp_num_layers is not None:
+        # Further tokens are predicted by layers like the last, as in Megatron's gpt_builders.py.
         layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, engine, **norms)
         further = gpt_layer_specs.get_gpt_mtp_block_spec(
             config, layers[-1], engine, vp_stage=vp_stage

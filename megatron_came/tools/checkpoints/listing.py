@@ -77,7 +77,7 @@ def report(checkpoint: Checkpoint, *, details: bool) -> Iterator[str]:
     Raises:
         CheckpointError: some of it cannot be read.
     """
-    for item in checkpoint.objects.values():  # a foreign class in any of them is to be named
+    for item in checkpoint.objects.values():  # a foreign class in any of them is to be named first
         item.load()
     yield from head(checkpoint)
     count: dict[str, int] = defaultdict(int)

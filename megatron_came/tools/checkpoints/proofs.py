@@ -44,6 +44,7 @@ class Proofs:
         self._sums: dict[Named, dict[object, dict[object, int]]] = defaultdict(
             lambda: defaultdict(lambda: defaultdict(int))
         )
+        # Of what has another shape or dtype than was saved no digest can be compared.
         self._flaws: dict[Named, str] = {
             (kind, name): flaw for kind, name, _, flaw in metadata_flaws(record, tensors)
         }
@@ -69,6 +70,7 @@ class Proofs:
                 self._sums[tensor.kind, name][offset][0] += _sum(tensor.kind, values, size, where)
 
     def _add_bucket(self, kind: str, key: str, box: ReadBox) -> None:
+        # Buckets are flat and read a few MiB at a time, so that a box may have some of a parameter.
         first, last = box.offsets[0], box.offsets[0] + box.values.numel()
         for number, inside in enumerate(self._record.buckets.get(key, ())):
             low = max(inside.start, first)
@@ -90,10 +92,13 @@ class Proofs:
             for name, saved in named.items():
                 sums = self._sums.get((kind, name), {}).values()
                 flaw = self._flaws.get((kind, name))
+                # A tensor without elements is in no file, and nothing is lost.
                 if flaw is None and not sums and 0 not in saved.shape:
                     flaw = "is in no file"
                 elif flaw is None and any(
-                    len(set(map(digests.unsigned, copies.values()))) > 1 for copies in sums
+                    # Tensor-parallel ranks' replicas, and those of tied embeddings, are equal.
+                    len(set(map(digests.unsigned, copies.values()))) > 1
+                    for copies in sums
                 ):
                     flaw = "has copies that differ from each other"
                 elif flaw is None and self.total(kind, name) != saved.digest:
@@ -109,7 +114,7 @@ class Proofs:
 
 def _sum(kind: str, values: Tensor, shape: Shape, box: digests.PlacedBox, start: int = 0) -> int:
     if kind != WEIGHTS and values.dtype not in _DTYPES:
-        return 0
+        return 0  # it is damaged, as the sum shows then: CAME saves no such state
     terms = digests.terms(values, shape, box, start=start, as_fp32=kind != WEIGHTS)
     return digests.digest(terms)
 
@@ -123,6 +128,7 @@ def legacy_digests(
         By kind, how often each shape and digest is there, and the files.
     """
     found: dict[str, tuple[Counter[tuple[Shape, int]], set[str]]] = {}
+    # Without the distributed optimizer int8 momentum is saved as it is, codes and scales.
     scales = {each.name: each for each in checkpoint.tensors if each.name.endswith("_scale")}
     for tensor in checkpoint.tensors:
         if tensor.kind and tensor.key:
@@ -139,7 +145,7 @@ def legacy_digests(
             files.add(Item(Path(buffer.storage.file)).name)
             named = record.tensors.get(kind, {}).values()
             shapes = {saved.shape for saved in named if math.prod(saved.shape) == len(elements)}
-            values = buffer.rows(elements.start, len(elements))
+            values = buffer.rows(elements.start, len(elements))  # flat: the file has no shapes
             for shape in shapes:  # of which one is the parameter's
                 counter[shape, _whole(kind, values.view(shape))] += 1
     return found
@@ -166,10 +172,10 @@ def unlike(main: Tensor, model: Tensor) -> Tensor:
         return (main.to(model.dtype) != model) & ~both_nan
     # Halfway between two, ranks may hold either until the first step has gathered the weights.
     bits = main.contiguous().view(torch.int32)
-    lower = (bits >> 16).to(torch.int16)
+    lower = (bits >> 16).to(torch.int16)  # cut off: towards zero
     rounded = main.to(torch.bfloat16).view(torch.int16)
     found = model.contiguous().view(torch.int16)
-    halfway = (bits & 0xFFFF) == 0x8000
+    halfway = (bits & 0xFFFF) == 0x8000  # of 16 bits that bf16 lacks
     return (found != rounded) & ~(halfway & ((found == lower) | (found == lower + 1))) & ~both_nan
 
 

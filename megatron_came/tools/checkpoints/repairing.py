@@ -30,21 +30,15 @@ from megatron_came.tools.checkpoints.proofs import Proofs, pairs, unlike
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Main weights of a chunk that are to be made anew, and momentum that is to begin at zero.
-
-    Attributes:
-        chunk: of the main weights.
-        model: the model's weights.
-        momentum: tensor and chunks of the momentum; none if it is right.
-        is_of_main: whether main weights are damaged, and not the momentum alone.
-    """
+    """Main weights of a chunk that are to be made anew, and momentum that is to begin at zero."""
 
     main: CheckpointTensor
-    chunk: Chunk
-    model: CheckpointTensor
+    chunk: Chunk  # of the main weights
+    model: CheckpointTensor  # the model's weights
+    # Tensor and chunks of the momentum; none if it is right.
     momentum: tuple[tuple[CheckpointTensor, Chunk], ...]
     reason: str
-    is_of_main: bool = True
+    is_of_main: bool = True  # whether main weights are damaged, and not the momentum alone
 
     def line(self) -> str:
         """What is done about it."""
@@ -79,6 +73,7 @@ def losses(checkpoint: Checkpoint, record: Record | None) -> list[Loss]:
                 (each, its) for each in momenta for its in each.chunks if _overlap(its, chunk)
             ]
             candidates.append(Loss(main, chunk, model, tuple(momentum), ""))
+    # Digests tell what is damaged; without them, that two tensors contradict each other.
     if record is not None:
         return list(_by_digests(candidates, checkpoint, record))
     found, unsure = [], []
@@ -95,6 +90,7 @@ def losses(checkpoint: Checkpoint, record: Record | None) -> list[Loss]:
         elif not all(t.box(c.offsets, c.sizes).isfinite().all() for t, c in loss.momentum):
             reason = "its momentum was not finite"
             found.append(dataclasses.replace(loss, reason=reason, is_of_main=False))
+    # Where others are shifted, so may these be; where none is, nothing speaks for it.
     return found + (unsure if any(loss.is_of_main for loss in found) else [])
 
 
@@ -165,6 +161,7 @@ def renew_digests(checkpoint: Checkpoint, record: Record) -> None:
         if name.startswith("common_state/"):
             with item.open() as archive:
                 pickled = archive.whole(PICKLE)
+                # Rewritten in place: a longer one would move all that follows in the archive.
                 if pickled.count(old) != 1 or len(old) != len(new):
                     raise CheckpointError(
                         f"{item.file} does not hold its record of digests as it is written."
@@ -201,5 +198,6 @@ def _write(archive: Archive, member: str, item: Item, start: int, data: bytes) -
         for done in range(0, size, READ_BYTES):
             checksum = zlib.crc32(file.read(min(size - done, READ_BYTES)), checksum)
         for offset in offsets:
+            # In the local header or behind the bytes, and in the directory.
             file.seek(item.start + offset)
             file.write(struct.pack("<I", checksum))

@@ -18,24 +18,19 @@ from megatron_came.tools.checkpoints.proofs import Proofs, compared, legacy_dige
 
 @dataclass
 class Verdict:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        damages: sentences, each of which names a tensor or a file.
-        remarks: what could not be looked at, and what was proved.
-        is_proved: whether all is what was saved.
-        is_of_main_weights: whether nothing but main weights and momentum is damaged.
-    """
-
+    # Sentences, each of which names a tensor or a file.
     damages: list[str] = field(default_factory=list)
+    # What could not be looked at, and what was proved.
     remarks: list[str] = field(default_factory=list)
-    is_proved: bool = False
-    is_of_main_weights: bool = True
+    is_proved: bool = False  # whether all is what was saved
+    is_of_main_weights: bool = True  # whether nothing but main weights and momentum is damaged
 
     def add(self, kind: str | None, sentence: str) -> None:
         """Note a damage of a kind of tensor, or of something else."""
         self.damages.append(printable(sentence))
-        self.is_of_main_weights &= kind in (MAIN_WEIGHTS, MOMENTUM)
+        self.is_of_main_weights &= kind in (MAIN_WEIGHTS, MOMENTUM)  # all that repair makes anew
 
 
 def verify(checkpoint: Checkpoint) -> Verdict:
@@ -82,10 +77,10 @@ def _record(checkpoint: Checkpoint, verdict: Verdict) -> Record | None:
 
 def _contradictions(checkpoint: Checkpoint, record: Record | None) -> Iterator[str]:
     iteration, named = checkpoint.common.get("iteration"), checkpoint.folder.iteration
-    if type(iteration) is not int or iteration < 0:
+    if type(iteration) is not int or iteration < 0:  # a bool is an int, too
         has = "no iteration" if iteration is None else f"{shown(iteration)} as its iteration"
         yield f"the common state has {has}"
-        named = None
+        named = None  # one sentence about it is enough
     yield from contradictions(record, iteration, checkpoint.args.get("optimizer"), named)
     if not checkpoint.args.fields:
         yield "the common state has no arguments"
@@ -162,7 +157,7 @@ def _flaws(
         if proofs is not None:
             proofs.add(tensor, box)
     if tensor.is_bucket:
-        return
+        return  # its padding may be anything
     if (values.nans or values.infinities) and not may_be_infinite:
         yield f"has {values.nans} NaN and {values.infinities} infinite elements"
     if values.negatives and tensor.kind in FACTORS:
@@ -228,7 +223,7 @@ def _compare_main_weights(checkpoint: Checkpoint, record: Record | None, verdict
                     f"{name} in {file}: {unlike} of {numel} elements are not those that the "
                     "model's weights were made of",
                 )
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError) as error:  # the latter of shapes that do not fit
         verdict.add(MAIN_WEIGHTS, f"main weights cannot be compared with the model's: {error}")
     buckets = any(tensor.is_bucket for tensor in checkpoint.tensors)
     if not count and (buckets or not checkpoint.folder.is_distributed):

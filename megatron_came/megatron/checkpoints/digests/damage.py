@@ -44,9 +44,10 @@ class Source:
     """
 
     def __init__(self, loaded: Sequence[Any], folder: str) -> None:
-        state, file, _, kind = loaded
+        state, file, _, format_ = loaded
         self.file, self.folder = str(file), folder
-        self.is_legacy = getattr(kind, "name", None) == "LEGACY"
+        # By name: the class is the training loop's, which cores of pip may lack.
+        self.is_legacy = getattr(format_, "name", None) == "LEGACY"
         self.record: Record | None = None
         self.identity: str | None = None
         self._error: str | None = None
@@ -54,7 +55,7 @@ class Source:
             try:
                 self.record = unpack(state[KEY])
                 self.identity = hashlib.sha256(repr(state[KEY]).encode()).hexdigest()
-            except RecordError as found:
+            except RecordError as found:  # said with what else is wrong, by :meth:`problem`
                 self._error = str(found)
         args = state.get("args")
         self._iteration, self._optimizer = state.get("iteration"), getattr(args, "optimizer", None)
@@ -66,6 +67,7 @@ class Source:
     @property
     def path(self) -> str:
         """The folder of the iteration."""
+        # Of ``torch`` a file is iter_N/mp_rank_M/model_optim_rng.pt.
         return str(Path(self.file).parents[1]) if self.is_legacy else self.file
 
     @property
@@ -88,10 +90,10 @@ class Source:
         shapes and dtypes, too, and ``with_optimizer`` at those of the optimizer's state as well.
         """
         found = re.findall(r"iter_(\d{7,})", self.file)
-        named = int(found[-1]) if found and not finetune else None
+        named = int(found[-1]) if found and not finetune else None  # the last is of the checkpoint
         said = contradictions(self.record, self._iteration, self._optimizer, named)
         what = self._error or next(said, None)
-        if what is None and (reads_metadata or self.is_legacy):
+        if what is None and (reads_metadata or self.is_legacy):  # of which each rank has its own
             try:
                 file = None if finetune else rewritten(self.file, is_legacy=self.is_legacy)
                 if file is not None:
@@ -118,20 +120,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What this run has loaded.
+    """What this run has loaded."""
 
-    Attributes:
-        totals: of all ranks.
-        has_optimizer: whether the optimizer's state was loaded.
-        steps: of its parameter groups.
-        cast: factors that were saved in another dtype than fp32.
-        holders: collective; files that ranks have read, each with kind and name of what came of it.
-    """
-
-    totals: Totals
-    has_optimizer: bool
-    steps: set[int]
-    cast: Sequence[str]
+    totals: Totals  # of all ranks
+    has_optimizer: bool  # whether the optimizer's state was loaded
+    steps: set[int]  # of its parameter groups
+    cast: Sequence[str]  # factors that were saved in another dtype than fp32
+    # Collective; files that ranks have read, each with kind and name of what came of it.
     holders: Callable[[], list[tuple[str, list[Named]]]]
 
 
@@ -201,6 +196,7 @@ def _refusal(damaged: Sequence[Named], source: Source, found: Found) -> str:
     more = f" (and {len(others)} more)" if others else ""
     where = _where(damaged, source, found)
     rebuild = ""
+    # Fp32 weights are their own main weights: there is nothing to rebuild them from.
     in_16_bits = source.rounded in (torch.bfloat16, torch.float16)
     if in_16_bits and {kind for kind, _ in damaged} == {MAIN_WEIGHTS}:
         repair = f"rebuild them from the model's weights with megatron-came repair {source.folder}"

@@ -43,6 +43,8 @@ def with_digests(
         and settings.ckpt_format == "torch_dist"
         and not settings.dist_ckpt_optim_fully_reshardable
     )
+    # In these formats ranks save copies, too (tied embeddings, tensor-parallel replicas), and each
+    # loads its own.
     own = KINDS if settings.ckpt_format == "torch" else OF_BUCKETS if has_buckets else ()
     record, flaw = record_of(iteration, unwrapped(model), saved, buckets=has_buckets, own=own)
     if flaw is not None:
@@ -59,7 +61,7 @@ def with_record(original: Function, *args: Any, **kwargs: Any) -> Any:
     """Add them to what is saved."""
     state = original(*args, **kwargs)
     record = _record.get()
-    if record is not None:
+    if record is not None:  # Megatron makes a state dictionary of what it loads, too
         state[KEY] = record
     return state
 
@@ -112,7 +114,7 @@ def record_of(
     record = Record(
         iteration=int(iteration),
         optimizer="came",
-        step=all_steps.pop() if len(all_steps) == 1 else None,
+        step=all_steps.pop() if len(all_steps) == 1 else None,  # none without an optimizer
         tensors=totals.tensors,
         copies={kind: named for kind, named in totals.copies.items() if kind in own},
         buckets=dict(chain.from_iterable(found.items() for found in inside)),
@@ -142,7 +144,7 @@ def steps_of(wrappers: Sequence[Any]) -> list[int]:
 
 def is_sliced(wrapper: Any) -> bool:
     """Whether an optimizer is a distributed one, which holds slices and always main weights."""
-    return hasattr(wrapper, "gbuf_ranges")
+    return hasattr(wrapper, "gbuf_ranges")  # of Megatron's DistributedOptimizer
 
 
 def has_main_weights(param: Tensor, local: Tensor) -> bool:

@@ -76,11 +76,12 @@ def note_files(loaded: Sequence[Any], folder: str, *, first_look: bool) -> None:
 
     The first look is at the settings alone.
     """
-    verification = _current.get()
-    if verification is not None and loaded[0] is not None:
+    verification, (state, _, is_release, _) = _current.get(), loaded
+    if verification is not None and state is not None:
         source = Source(loaded, folder)
+        # Of ``torch`` that is the file of rank 0, and this rank's own comes later.
         if not (first_look and source.is_legacy):
-            verification.check(source, is_release=bool(loaded[2]))
+            verification.check(source, is_release=bool(is_release))
         verification.has_begun = not first_look
 
 
@@ -100,19 +101,17 @@ class Verification:
         self._cast: list[str] = []
 
     def check(self, source: Source, *, is_release: bool) -> None:
-        """Look at what a checkpoint says of itself, before anything is filled from it.
-
-        Of distributed checkpoints Megatron reads the common state first, and alone.
-        """
+        """Look at what a checkpoint says of itself, before anything is filled from it."""
         if self._source is not None:
-            return
+            return  # Megatron reads a distributed one twice, its common state first and alone
         self._source = source
-        afresh = self._settings.finetune or is_release
+        afresh = self._settings.finetune or is_release  # Megatron then loads weights alone
         problem = source.problem(
             finetune=afresh,
-            reads_metadata=rank() == 0,
+            reads_metadata=rank() == 0,  # all ranks share the file
             with_optimizer=not (afresh or self._settings.no_load_optim),
         )
+        # A collective, so that all ranks end with the same sentence.
         seen = distinct((problem, source.file, source.identity))
         for found in filter(None, (problem for problem, _, _ in seen)):
             stop(found)
@@ -153,7 +152,7 @@ class Verification:
                 if tensor.kind == WEIGHTS and tensor.key in wanted
                 for chunk in tensor.chunks
             ]
-            for tensor, chunk in chunks[rank() :: world_size()]:
+            for tensor, chunk in chunks[rank() :: world_size()]:  # each of the files once
                 for box in tensor.boxes(chunk):
                     for name, values, offset in named_parts(box, wanted[tensor.key]):
                         self._sums.add_box(name, values, offset, saved[name].shape)
@@ -168,7 +167,7 @@ class Verification:
     def note_optimizer(self) -> None:
         """The optimizer is about to be loaded."""
         self._has_optimizer = True
-        self.note_weights()
+        self.note_weights()  # before it writes those in fp32 once more
 
     @torch.no_grad()
     def note_weights(self) -> None:
@@ -192,6 +191,7 @@ class Verification:
         for kind, values in ((MAIN_WEIGHTS, main), (MOMENTUM, momentum)):
             self._sums.add_slice((kind,), entry, in_one_range(values), start)
         self._sums.flush()
+        # How main weights are rounded to fp8, Transformer Engine alone knows.
         if not is_quantized(param):
             self._compare(entry, param.detach().view(-1)[start:stop], main)
 
@@ -219,12 +219,14 @@ class Verification:
                 self._cast.append(f"{key} of {entry.leaves[0].name} in {dtype}")
 
     def _compare(self, entry: Entry, weights: Tensor, main: Tensor) -> None:
-        """Count where weights are not their main weights, rounded; they may be either of two."""
+        """Count where weights are not their main weights, rounded."""
         source = self._source
         if source is None or source.record is not None or source.rounded is None:
-            return
+            return  # digests prove more
         for begin, some in pieces(main):
+            # With --optimizer-cpu-offload main weights are on the CPU.
             mine, some = weights.reshape(-1)[begin : begin + some.numel()], some.to(weights.device)
+            # By distance, since of a number halfway between two ranks may hold either.
             off = (some - mine.float()).abs() > (some - some.to(source.rounded).float()).abs()
             self._sums.differing[entry.leaves[0].name] += int(off.sum())
 
@@ -241,7 +243,7 @@ class Verification:
         self.note_weights()
         mine = self._has_optimizer, steps_of(self._wrappers), self._cast, self._sums.names
         flags, steps, cast, names = zip(*distinct(mine), strict=True)
-        has_optimizer = any(flags)
+        has_optimizer = any(flags)  # a rank that trains nothing loads no state
         for wrapper in self._wrappers if has_optimizer else ():
             self._add_rest(wrapper)
         named = self._add_fp8(source, tuple(chain(*names)))
