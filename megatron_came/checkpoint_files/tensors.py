@@ -111,6 +111,8 @@ class StoredTensor:
 
     def _elements(self, start: int, count: int) -> Tensor:
         size = self.dtype.itemsize
+        if not count:  # of which PyTorch makes no tensor
+            return torch.empty(0, dtype=self.dtype)
         data = self.storage.read(start * size, count * size)
         try:
             return torch.frombuffer(data, dtype=self.dtype)

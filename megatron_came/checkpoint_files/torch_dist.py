@@ -24,7 +24,7 @@ from megatron_came.checkpoint_files.errors import (
 from megatron_came.checkpoint_files.names import StandIn
 from megatron_came.checkpoint_files.stored import CheckpointTensor, Chunk, Item, Shape
 from megatron_came.checkpoint_files.tensors import MOST_DIMENSIONS, is_size
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, split_name
 from megatron_came.core.state import FACTORS
 
 METADATA, _COMMON = ".metadata", "common.pt"
@@ -145,6 +145,11 @@ def _tensor(
     dtype, shape = entry.get("properties").get("state")[0], _numbers(entry.get("size"))
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name} has no dtype")
+    kind, key, is_bucket = kind_and_key(name, has_prefix)
+    # Of a layer whose factors stand alone; in the file it has an axis of size 1 for each index.
+    key, axes = split_name(key) if kind in FACTORS else (key, ())
+    if len(axes) > len(shape):
+        raise ValueError(f"{name} has {len(axes)} indices and {len(shape)} dimensions")
     chunks = []
     for each in entry.get("chunks"):
         offsets, sizes = _numbers(each.get("offsets")), _numbers(each.get("sizes"))
@@ -153,8 +158,9 @@ def _tensor(
             raise ValueError(f"a chunk of {name} lies outside of it")
         if (name, offsets) not in items:
             raise ValueError(f"no file is named for a chunk of {name}")
-        chunks.append(Chunk(offsets, sizes, items[name, offsets]))
-    return CheckpointTensor(name, shape, dtype, tuple(chunks), *kind_and_key(name, has_prefix))
+        place = (*axes, *offsets[len(axes) :])
+        chunks.append(Chunk(place, sizes, items[name, offsets]))
+    return CheckpointTensor(name, shape, dtype, tuple(chunks), kind, key, is_bucket)
 
 
 def kind_and_key(name: str, has_prefix: bool = False) -> tuple[str | None, str, bool]:

@@ -87,6 +87,13 @@ RULES = (
         works=("allgather", "alltoall"),
     ),
     _needs(
+        "--ckpt-fully-parallel-load-exchange-algo",
+        "NCCL, which gathers tensors of several sizes",
+        "use broadcast",
+        works=("broadcast", "gather_object"),
+        when=lambda s: s.ckpt_fully_parallel_load,
+    ),
+    _needs(
         "--profile",
         "the CUDA profiler",
         "add --use-pytorch-profiler",

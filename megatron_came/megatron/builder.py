@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_came.core.momentum import MOMENTUM_DTYPES
 from megatron_came.megatron import agreement, parameter_rules
+from megatron_came.megatron.checkpoints import stacks
 from megatron_came.megatron.config import CameOptimizerConfig
 from megatron_came.megatron.cpu_offload import OffloadedCAME
 from megatron_came.megatron.distributed import CameDistributedOptimizer
@@ -76,6 +77,8 @@ def _agreed(
             shard_of(param, groups)
     config = agreement.agree(config, model_chunks, collection, everyone)
     parameter_rules.note(config.rule, model_chunks, everyone)
+    if not model_chunks[0].ddp_config.use_megatron_fsdp:
+        stacks.mark(model_chunks, settings_of_model(config, model_chunks), everyone)
     # Megatron-FSDP makes what it takes for replicas equal; otherwise weights may hold nothing yet.
     made = Settings(model_chunks[0].config)
     # Their sums would be of what happens to be in memory.

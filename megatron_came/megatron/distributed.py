@@ -279,6 +279,8 @@ class CameDistributedOptimizer(WithSpikeGuard, Offloaded, DistributedOptimizer):
     def get_parameter_state_dp_reshardable(self) -> dict[Any, Any]:
         """As Megatron's, with the padding that belongs to the file."""
         state: dict[Any, Any] = super().get_parameter_state_dp_reshardable()
+        if not self._pairs:  # all of this rank's parameters are frozen
+            return state
         group, device = self.data_parallel_group, self._pairs[0][0].device
         dtypes = {"param": torch.float32, "exp_avg": self._saved_dtype}
         ranks = group.rank(), group.size()

@@ -25,6 +25,8 @@ from megatron_came.voice import say_once
 # Where a parameter has settings of its own, by name, and the one that is no hyperparameter.
 OWN_SETTINGS = "came_own_settings"
 FACTORED = "factored"
+# Where checkpoints hold its factors by itself, since other layers of its tensor are frozen.
+ALONE = "came_is_alone"
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,13 @@ def test_a_flag_that_cannot_be_had_stops_before_training(
     [
         ({"transformer_impl": "transformer_engine"}, "use --transformer-impl local"),
         ({"distributed_backend": "nccl"}, "use --distributed-backend gloo"),
+        (
+            {
+                "ckpt_fully_parallel_load": True,
+                "ckpt_fully_parallel_load_exchange_algo": "gather_rounds",
+            },
+            "use broadcast",
+        ),
         ({"attention_backend": SimpleNamespace(name="flash")}, "--attention-backend flash needs"),
         ({"use_flash_attn": True}, "--use-flash-attn needs"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local needs CUDA graphs"),

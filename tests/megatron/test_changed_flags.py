@@ -148,6 +148,11 @@ def test_rates_of_groups_count_as_well():
             None,
         ),
         ("EOF", {"dist_ckpt_strictness": "raise_all"}, None),
+        (
+            "Integrity manifest not found at place/integrity.json.",
+            {},
+            "--verify-integrity: the checkpoint in place was saved without that: leave it out",
+        ),
     ],
 )
 def test_a_flag_is_blamed_and_not_the_checkpoint(message, run_flags, words):

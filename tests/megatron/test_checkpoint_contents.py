@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_came.megatron.checkpoints import contents as contents
+from megatron_came.megatron.checkpoints.factors import place_in
 
 GROUP = {
     "step": 8,
@@ -126,3 +127,9 @@ def test_whole_schedules():
     old = {key: value for key, value in SCHEDULE.items() if "wd" not in key}
     assert contents.schedule_problem({"lr_scheduler": old}) is None
     assert "missing" in contents.schedule_problem({})
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (4, 0)])
+def test_a_parameter_without_elements_has_a_place(shape):
+    param = torch.nn.Parameter(torch.empty(shape))
+    assert place_in(param.detach(), param) == tuple(slice(0, size) for size in shape)

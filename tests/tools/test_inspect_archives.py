@@ -56,6 +56,13 @@ def test_archives_that_torch_does_not_write(tmp_path, capsys, change):
     assert str(file) in refused(tmp_path, capsys, tmp_path / "marker")
 
 
+def test_no_rows_of_a_tensor_are_read_as_none(tmp_path):
+    """A parameter without elements has such a place in a flat buffer."""
+    torch.save(torch.ones(4), tmp_path / "file")
+    with Item(tmp_path / "file").open() as archive:
+        assert archive.load().rows(2, 0).shape == (0,)
+
+
 def test_a_tensor_whose_header_is_gone_is_noticed_when_the_pickle_is_read(tmp_path):
     """A run looks that far alone before it says what it could not read."""
     file = write_legacy(tmp_path) / "model_optim_rng.pt"

@@ -93,6 +93,8 @@ QUICK = {
         "no-save-optim-full",
         "decoupled-full",
         "done-full",
+        "rewound-full",
+        "rewound-legacy",
     ),
     *("damaged-full-betas-text", "damaged-dp-step-text", "damaged-legacy-parameters-none"),
 }
@@ -128,6 +130,7 @@ def _cases(folder):
             add(f"damaged-{form}-{name}", form, "", f"came+damaged-{name}")
         add(f"padding-{form}", form, "--make-vocab-size-divisible-by 256")
         add(f"frozen-{form}", form, "", "came+frozen-but-one")
+        add(f"rewound-{form}", form, "--override-ckpt-iteration 1")
         add(f"done-{form}", form, KEEP + "--train-iters 3")
         add(f"release-{form}", form, "", place=f"{form}-release")
         add(f"saves-less-{form}", form, "--no-save-optim --no-save-rng ")
@@ -244,6 +247,15 @@ def test_parameters_that_are_not_trained_any_more_are_said(seen, form, name):
 def test_that_nothing_is_left_to_train_is_said(seen, form, name):
     assert "--train-iters 3 leaves nothing to train" in _said(seen, f"done-{form}")
     assert seen[f"done-{form}"][0]["error"] is None
+
+
+@pytest.mark.parametrize(("form", "name"), _names("rewound", [""]))
+def test_another_iteration_is_that_of_the_data_and_of_the_run(seen, form, name):
+    if form == "legacy":
+        said = "--override-ckpt-iteration 1 goes for the data alone with --ckpt-format torch"
+        assert said in _refusal(seen, f"rewound-{form}")
+    else:
+        assert len(losses(seen[f"rewound-{form}"])) == 5
 
 
 @pytest.mark.parametrize(("form", "name"), _names("release", [""]))

@@ -16,10 +16,11 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from torch import Tensor
 
 from megatron_came.checkpoint_files.errors import shown
+from megatron_came.core.digests import name_of
 from megatron_came.core.state import AVERAGED_AXIS, FACTORS, without_averaged_axis
 from megatron_came.dtensors import local_of, state_here
 from megatron_came.megatron.checkpoints.fsdp2 import whole_leaves
-from megatron_came.megatron.parameter_names import boxes_in, sharded_entries
+from megatron_came.megatron.parameter_names import ALONE, boxes_in, sharded_entries
 from megatron_came.megatron.quantized import is_quantized, plain
 from megatron_came.optimizer import CAME
 
@@ -68,11 +69,13 @@ def sharded_factors(
                 "wrong: use layers that set tensor_model_parallel and partition_dim, or "
                 "--tensor-model-parallel-size 1, and start again."
             )
-        state = state_here(came.state[local])
+        state, is_alone = state_here(came.state[local]), getattr(param, ALONE, False)
         parameters[str(position)] = {
             key: [
-                # Places are this rank's own, and not saved.
-                {"values": values, "place": LocalNonpersistentObject(place)}
+                {
+                    "values": _alone(values) if is_alone else values,
+                    "place": LocalNonpersistentObject(place),  # this rank's own, and not saved
+                }
                 for values, place in boxes_of(key, state[key], leaves, whole)
             ]
             for key in FACTORS
@@ -93,7 +96,8 @@ def load_factors(came: CAME, pairs: Iterable[Pair], loaded: Mapping[str, Any]) -
         state = state_here(came.state[local])
         for key, boxes in loaded["parameters"][str(position)].items():
             for box in boxes:
-                state[key][box["place"]].copy_(box["values"])
+                mine = state[key][box["place"]]
+                mine.copy_(box["values"].reshape(mine.shape))
 
 
 def unknown_format(found: object) -> str:
@@ -162,6 +166,24 @@ def _box(key: str, values: Tensor, leaf: ShardedTensor) -> ShardedTensor:
     return box
 
 
+def _alone(box: ShardedTensor) -> ShardedTensor:
+    """Return a box of one layer or expert as that of a tensor of its own."""
+    axes = box.prepend_axis_num
+    ones, at = (1,) * axes, tuple(box.global_offset[:axes])
+    own = replace(
+        box,
+        key=name_of(box.key, at),
+        data=box.data[(None,) * axes],
+        local_shape=(*ones, *box.local_shape),
+        global_shape=(*ones, *box.global_shape[axes:]),
+        global_offset=(*(0 for _ in at), *box.global_offset[axes:]),
+        axis_fragmentations=(*ones, *(box.axis_fragmentations or ())[axes:]),
+        prepend_axis_num=0,
+    )
+    own.validate_metadata_integrity()
+    return own
+
+
 def _cuts(entry: ShardedTensor) -> int:
     """Into how many boxes the parameter's own dimensions are cut."""
     return math.prod((entry.axis_fragmentations or ())[entry.prepend_axis_num :])
@@ -184,6 +206,6 @@ def place_in(leaf: Tensor, param: Tensor) -> Place:
     place: list[slice] = []
     # Both lie in C order, so that the distance of their first elements has the indices as digits.
     for total, size in zip(reversed(param.shape), reversed(leaf.shape), strict=True):
-        rest, start = divmod(rest, total)
+        rest, start = divmod(rest, max(total, 1))
         place.insert(0, slice(start, start + size))
     return tuple(place)

@@ -357,6 +357,11 @@ def _of_flags(load_dir: Any, error: BaseException, args: Any) -> str | None:
             f"the checkpoint in {load_dir} is of --ckpt-format torch_dist, this run has "
             f"--ckpt-format {args.ckpt_format}: give --ckpt-format torch_dist."
         )
+    if "Integrity manifest not found" in str(error):
+        return (
+            f"--verify-integrity: the checkpoint in {load_dir} was saved without that: leave it "
+            "out; CAME's own digests are compared all the same."
+        )
     strictness = getattr(args, "dist_ckpt_strictness", "")
     if "Some keys found in the checkpoint" in str(error) and strictness.startswith("raise"):
         return (

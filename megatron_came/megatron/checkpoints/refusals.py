@@ -96,6 +96,14 @@ def _refusals_by_buckets(saved: Settings, args: Settings, sharding_type: str) ->
             "optimizer's state all the same, because this one has --ckpt-format torch: write "
             f"{step} to {TRACKER} in {args.load} and leave --ckpt-step out, or {AFRESH}."
         )
+    target = args.override_ckpt_iteration
+    if sharding_type == "legacy" and target is not None:
+        yield (
+            f"--override-ckpt-iteration {target} goes for the data alone with --ckpt-format torch "
+            "and --use-distributed-optimizer, where Megatron takes the iteration from "
+            f"{TRACKER}: leave it out, save with --ckpt-format torch_dist and resume from that, "
+            f"or {AFRESH}."
+        )
     for name in _SIZES:
         was, size = getattr(saved, name) or 1, getattr(args, name) or 1
         if was != size:

@@ -9,7 +9,7 @@ from megatron_came.checkpoint_files.errors import CheckpointError, printable, sh
 from megatron_came.checkpoint_files.folder import SUMMARY, Checkpoint, summary_problem
 from megatron_came.checkpoint_files.stored import CheckpointTensor
 from megatron_came.core import records
-from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS
+from megatron_came.core.digests import MAIN_WEIGHTS, MOMENTUM, WEIGHTS, split_name
 from megatron_came.core.records import Record, RecordError
 from megatron_came.core.state import FACTORS, without_averaged_axis
 from megatron_came.tools.checkpoints.listing import Values, progress
@@ -126,6 +126,8 @@ def _metadata_flaws(
         return
     else:
         shape = without_averaged_axis(tensor.kind, weight.shape) if is_factor else weight.shape
+        alone = len(split_name(tensor.name)[1])  # of a layer by itself, since others are frozen
+        shape = (*(1 for _ in range(alone)), *shape[alone:])
         if tensor.shape != shape:
             yield f"has shape {tensor.shape}, and should have {shape}"
         if weight.dtype_name == "float64":
