@@ -12,13 +12,22 @@ if not torch.cuda.is_available():
     interpreter.use()
 
 
-# Those that take longest; they work in processes of their own.
+# Those that take longest.
 LONG = (
     "training",
     "test_dtensors.py",
     "test_quickstart.py",
     "test_example_runs.py",
     "test_hosts.py",
+    "test_cuda_graphs.py",
+    "test_bench.py",
+    "test_smaller_state.py",
+    "test_sharded.py",
+    "test_cpu_megatron.py",
+    "kernels",
+    "test_command_line.py",
+    "test_processes_end.py",
+    "terminal",
 )
 
 

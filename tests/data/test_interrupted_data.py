@@ -20,7 +20,7 @@ class Command:
     def __init__(self, folder: Path, model: Path, sigint: signal.Handlers) -> None:
         corpus, self.out = folder / "c.jsonl", folder / "out" / "set"
         # Seconds of work for a command that is to be interrupted, less for one that is to end.
-        copies = 8 if sigint == signal.SIG_IGN else 20
+        copies = 4 if sigint == signal.SIG_IGN else 20
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * copies)
         start = [sys.executable, "-c", "from megatron_came.tools import cli; exit(cli.main())"]
         command = ["data", corpus, "--output-prefix", self.out, "--tokenizer-model", model]

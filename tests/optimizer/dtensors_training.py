@@ -24,10 +24,10 @@ from tests.support.dtensor_models import (
 
 
 def case_gpt(ranks, dtype=torch.float32):
-    whole = train_whole(range(10), dtype)
+    whole = train_whole(range(5), dtype)
     for kind in ranks.kinds:
         model = wrap(ranks, kind, dtype)
-        train(model, CAME(model.parameters(), **SETTINGS), range(10))
+        train(model, CAME(model.parameters(), **SETTINGS), range(5))
         error = model_distance(model, whole)
         assert error <= LIMITS[dtype], (kind, dtype, error)
 
@@ -41,21 +41,21 @@ def case_clipped_gradients(ranks):
     def clip(model, step):
         nn.utils.clip_grad_norm_(model.parameters(), 0.3)
 
-    whole = train_whole(range(6), before_step=clip)
+    whole = train_whole(range(4), before_step=clip)
     for kind in ("tp_fsdp",):
         model = wrap(ranks, kind)
-        train(model, CAME(model.parameters(), **SETTINGS), range(6), clip)
+        train(model, CAME(model.parameters(), **SETTINGS), range(4), clip)
         assert model_distance(model, whole) <= 5e-5, kind
 
 
 def case_policies(ranks):
     """Weights on the CPU between steps, a model made on the meta device, gradients in bf16."""
-    whole = train_whole(range(6))
+    whole = train_whole(range(4))
     offload = wrap(ranks, "fsdp", offload_policy=CPUOffloadPolicy(pin_memory=False))
-    train(offload, CAME(offload.parameters(), **SETTINGS), range(6))
+    train(offload, CAME(offload.parameters(), **SETTINGS), range(4))
     assert model_distance(offload, whole) <= 5e-5
     mixed = wrap(ranks, "fsdp", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    train(mixed, CAME(mixed.parameters(), **SETTINGS), range(6))
+    train(mixed, CAME(mixed.parameters(), **SETTINGS), range(4))
     assert 1e-4 < model_distance(mixed, whole) <= 0.5
     for is_early in (False, True):
         with torch.device("meta"):
@@ -69,7 +69,7 @@ def case_policies(ranks):
             )
             param.detach().copy_(sharded)
         optimizer = optimizer or CAME(model.parameters(), **SETTINGS)
-        train(model, optimizer, range(6))
+        train(model, optimizer, range(4))
         assert model_distance(model, whole) <= 5e-5, is_early
 
 

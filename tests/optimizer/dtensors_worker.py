@@ -3,7 +3,6 @@
 Each rank runs the cases that it is given and writes what failed, by case, as JSON.
 """
 
-import contextlib
 import copy
 import json
 import sys
@@ -21,12 +20,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from megatron_came import CAME
 from megatron_came.core import remainders
 from tests.optimizer import dtensors_checkpoints, dtensors_figures, dtensors_training
+from tests.support import loaded_kernels
 from tests.support.dtensor_models import SETTINGS, Ranks, train, wrap
 from tests.support.oracle import TOLERANCE, distance
 from tests.training.groups import connect, meet
 
-with contextlib.suppress(ImportError):  # of numba; here, once for all ranks
-    import megatron_came.kernels.cpu.launch  # noqa: F401
+loaded_kernels.load()
 
 SHAPES = [
     *[(16, 12), (7, 5), (3, 8), (1, 6), (64, 33), (12, 1)],
@@ -63,12 +62,12 @@ def laid_out(gradient, mesh, placements):
 
 
 def error_of(shape, mesh, placements, dtype, kernels="auto", of_gradient=None, **settings):
-    """Train ten steps; return how far CAME's DTensor is from the authors' whole tensor."""
+    """Train five steps; return how far CAME's DTensor is from the authors' whole tensor."""
     ours, start = parameter(shape, mesh, placements, dtype)
     whole = nn.Parameter(start.clone())
     theirs = THEIRS([whole], **SETTINGS)
     optimizer = CAME([ours], kernels=kernels, **SETTINGS, **settings)
-    for gradient in gradients(shape, 10, dtype):
+    for gradient in gradients(shape, 5, dtype):
         whole.grad = gradient.clone()
         ours.grad = laid_out(gradient, mesh, of_gradient or placements)
         theirs.step()
@@ -129,7 +128,7 @@ def case_remainders(ranks):
         whole = nn.Parameter(start.float())
         theirs = THEIRS([whole], **SETTINGS)
         optimizer = CAME([ours], remainders=True, kernels="plain", **SETTINGS)
-        for gradient in gradients(shape, 10, torch.bfloat16):
+        for gradient in gradients(shape, 5, torch.bfloat16):
             whole.grad = gradient.float()
             ours.grad = distribute_tensor(gradient, ranks.flat, (own,))
             theirs.step()

@@ -28,6 +28,7 @@ import torch.distributed.checkpoint
 import torch.distributed.tensor
 
 from megatron_came import cpu_megatron, waiting
+from tests.support import loaded_kernels
 from tests.support.host_model import (
     COMMON,
     DECAY,
@@ -42,8 +43,9 @@ from tests.support.host_model import (
     train,
 )
 
-with contextlib.suppress(ImportError):  # of numba
-    import megatron_came.kernels.cpu.launch  # noqa: F401
+loaded_kernels.load()
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard
 
 
 def installed():

@@ -1,5 +1,6 @@
 """Triton's interpreter, which runs its kernels where there is no GPU."""
 
+import functools
 import os
 import threading
 
@@ -29,5 +30,13 @@ def use():
             return patch_lang(function)
         return interpreter._LangPatchScope()
 
+    # They would make a table, and ask for four classes, at each of a million calls.
+    of_any = interpreter._get_np_dtype
+    of_number = functools.cache(of_any)
+    unwrap, plain = tl.core._unwrap_if_constexpr, {bool, int, tl.core.dtype, tl.core.tensor}
+    interpreter._get_np_dtype = lambda dtype: (
+        of_any(dtype.scalar) if dtype.scalar.is_ptr() else of_number(dtype.scalar)
+    )
+    tl.core._unwrap_if_constexpr = lambda value: value if type(value) in plain else unwrap(value)
     interpreter.GridExecutor.__call__ = run_alone
     interpreter._patch_lang = patch_lang_once

@@ -11,7 +11,7 @@ from tests.support.oracle import (
     reference_updates,
 )
 
-STEPS = 12
+STEPS = 8  # two spikes, and two steps after all rows have waked
 MID_ROW = ((0.3, 0.3, 0.71),) * 2  # an empty slice, and bounds within rows
 
 

@@ -1,7 +1,8 @@
 """Starts the workers and reads what they saw."""
 
-import atexit
+import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import operator
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 WORKER = "tests.training.worker"  # imports all that other workers do
 
 MODEL = """
-    --num-layers 4 --hidden-size 48 --num-attention-heads 4 --seq-length 32
+    --num-layers 2 --hidden-size 48 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --tokenizer-type NullTokenizer --vocab-size 255
     --make-vocab-size-divisible-by 32 --mock-data --micro-batch-size 2 --global-batch-size 8
     --train-iters 20 --eval-iters 0 --eval-interval 1000 --lr 3e-4 --min-lr 3e-5
@@ -75,24 +77,46 @@ def data_parallel_size(flags: str, ranks: int) -> int:
 
 
 class _Nursery:
-    """A process that has imported a module and forks the ranks of runs."""
+    """A process that has imported a module and forks the ranks of runs.
+
+    The workers of one session of pytest share it: the first that needs it starts it. It ends with
+    the session.
+    """
 
     def __init__(self, module: str, search_path: Sequence[Path]):
-        self._folder = tempfile.TemporaryDirectory()
-        self._socket = Path(self._folder.name) / "socket"
-        self._log = Path(self._folder.name) / "log"
+        session = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+        which = repr((ROOT, module, search_path)).encode()
+        name = f"nursery-{session}-{hashlib.sha256(which).hexdigest()[:8]}"
+        self._folder = Path(tempfile.gettempdir()) / name
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        with (self._folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self._is_alive():
+                self._start(module, search_path, session)
+
+    def _is_alive(self) -> bool:
+        try:
+            os.kill(int((self._folder / "pid").read_text()), 0)
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return True
+
+    def _start(self, module: str, search_path: Sequence[Path], session: int) -> None:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "MEGATRON_CAME_CPU": "1",
             "PYTHONPATH": os.pathsep.join(map(str, [*search_path, ROOT])),
         }
-        command = [sys.executable, "-m", "tests.training.nursery", module, str(self._socket)]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
+        command = [sys.executable, "-m", "tests.training.nursery", module]
+        command += [str(self._folder), str(session)]
+        (self._folder / "socket").unlink(missing_ok=True)
+        with (self._folder / "log").open("w") as log:
+            process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        atexit.register(self.close)
+        threading.Thread(target=process.wait, daemon=True).start()  # so that its end is seen
+        (self._folder / "pid").write_text(str(process.pid))
 
     def run(self, **request: object) -> bool:
         """Ask for a run; returns whether a rank failed or took longer."""
@@ -105,17 +129,12 @@ class _Nursery:
     def _connect(self, connection: socket.socket) -> None:
         while True:  # it imports for some seconds
             try:
-                return connection.connect(str(self._socket))
+                return connection.connect(str(self._folder / "socket"))
             except OSError as error:
-                if (status := self._process.poll()) is not None:
-                    log = self._log.read_text()[-6000:]
-                    raise AssertionError(f"the nursery ended with {status}:\n{log}") from error
+                if not self._is_alive():
+                    log = (self._folder / "log").read_text()[-6000:]
+                    raise AssertionError(f"the nursery has ended:\n{log}") from error
                 time.sleep(0.05)
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
-        self._folder.cleanup()
 
 
 @functools.cache

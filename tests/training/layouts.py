@@ -8,6 +8,7 @@ CAME = "--optimizer came "
 DO = "--use-distributed-optimizer "
 OVERLAP = DO + "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 5003 "
 TP, PP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 2 "
+DEEP = "--num-layers 4 "  # for virtual stages, and a layer for each of four stages
 # Of GPT-2, by number of ranks and name.
 PLAIN = {
     1: {"dp1": "", "dp1-do": DO},
@@ -22,7 +23,7 @@ def tp(size):
 
 
 def pp(size, virtual=None):
-    chunks = f"--num-layers-per-virtual-pipeline-stage {virtual} " if virtual else ""
+    chunks = f"{DEEP}--num-layers-per-virtual-pipeline-stage {virtual} " if virtual else ""
     return f"--pipeline-model-parallel-size {size} " + chunks
 
 
@@ -34,13 +35,11 @@ ETP1, ETP2 = "--expert-tensor-parallel-size 1 ", "--expert-tensor-parallel-size 
 # All of a rank's batch at once, where two micro-batches would only double many small collectives.
 WHOLE = {dp: f"--micro-batch-size {8 // dp} " for dp in (1, 2)}
 
-SHALLOW = "--num-layers 2 "  # where four, which virtual stages need, would show no more
 MODELS = {
-    "gpt2": "",
-    "llama": SHALLOW
-    + "--swiglu --group-query-attention --num-query-groups 2 --normalization RMSNorm "
+    "gpt2": DEEP,
+    "llama": "--swiglu --group-query-attention --num-query-groups 2 --normalization RMSNorm "
     "--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope ",
-    "moe": SHALLOW + "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 "
+    "moe": "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 "
     "--moe-shared-expert-intermediate-size 32 --moe-token-dispatcher-type alltoall "
     "--moe-router-load-balancing-type none --disable-bias-linear --swiglu ",
 }
@@ -108,8 +107,8 @@ NAMES = [
 UNTIED = "--untie-embeddings-and-output-weights "
 # (variant, ranks, flags of the model, flags of the layout)
 FROZEN = {
-    "stage-without-parameters": ("frozen-stage", 2, UNTIED, pp(2)),
-    "stage-without-parameters-do": ("frozen-stage", 2, UNTIED, pp(2) + DO),
+    "stage-without-parameters": ("frozen-stage", 2, UNTIED + DEEP, pp(2)),
+    "stage-without-parameters-do": ("frozen-stage", 2, UNTIED + DEEP, pp(2) + DO),
     "rank-without-elements-do": ("frozen-but-one", 4, "", DO),
 }
 
@@ -120,15 +119,15 @@ STEP = "--overlap-param-gather-with-optimizer-step "
 FIFTY = "--train-iters 50 "
 EXACT = {  # compared bit for bit, by number of ranks
     2: {
-        "tied-pp2": FIFTY + SHALLOW + pp(2) + DO,
-        "twice-a": SHALLOW + DO,
-        "twice-b": SHALLOW + DO,
+        "tied-pp2": FIFTY + pp(2) + DO,
+        "twice-a": DO,
+        "twice-b": DO,
         "step-a": VPP,
         "step-b": VPP + STEP,
     },
     4: {
-        "tied-pp2-tp2": FIFTY + SHALLOW + pp(2) + tp(2) + DO,
-        "tied-pp2-dp2": FIFTY + SHALLOW + pp(2) + DO,
+        "tied-pp2-tp2": FIFTY + pp(2) + tp(2) + DO,
+        "tied-pp2-dp2": FIFTY + pp(2) + DO,
         "tied-pp2-vpp2-dp2": FIFTY + pp(2, 1) + OVERLAP,
     },
 }
@@ -196,10 +195,8 @@ def train(folder: Path) -> dict[str, list[dict]]:
         cases[ranks] += [Case(name, CAME + flags) for name, flags in exact.items()]
     # The authors' class on whole tensors, with plain data parallelism: overflows come alike.
     theirs = {flags.replace(DO, "") for flags in SIXTEEN_BIT.values()}
-    cases[2] += [
-        Case(oracle_of(flags), CAME + SHALLOW + flags, "oracle") for flags in sorted(theirs)
-    ]
-    cases[2] += [measured(name, CAME + SHALLOW + flags) for name, flags in SIXTEEN_BIT.items()]
+    cases[2] += [Case(oracle_of(flags), CAME + flags, "oracle") for flags in sorted(theirs)]
+    cases[2] += [measured(name, CAME + flags) for name, flags in SIXTEEN_BIT.items()]
     results = run_chains(chains, folder / "ranks1")
     for ranks, here in cases.items():
         results.update(run(ranks, here, folder / f"ranks{ranks}"))

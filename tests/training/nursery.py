@@ -1,11 +1,12 @@
 """Forks the ranks of test runs from one process that has imported Megatron, which takes seconds.
 
-    python -m tests.training.nursery MODULE SOCKET
+    python -m tests.training.nursery MODULE FOLDER SESSION
 
-It imports the module, and then each connection to the socket asks for one run, in a line of JSON:
-the number of ranks, the module that they run by its ``main`` and the arguments of that, a file for
-the log, and a time limit in seconds. The answer is 0 if every rank ended well; when one does not,
-the others are killed.
+It imports the module, and then each connection to the socket in the folder asks for one run, in a
+line of JSON: the number of ranks, the module that they run by its ``main`` and the arguments of
+that, a file for the log, and a time limit in seconds. The answer is 0 if every rank ended well;
+when one does not, the others are killed. When the process SESSION has ended, the nursery removes
+the folder and ends.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ import importlib
 import json
 import multiprocessing
 import os
+import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -97,22 +100,24 @@ def _be_rank(rank: int, worker: str, arguments: list[str]) -> None:
 
 
 class Nursery(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
-    """Answers until the process that started it is gone."""
+    """Answers until the session that it is for is gone."""
 
     max_children = 8
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path, Run)
-        self.pid, self._parent = os.getpid(), os.getppid()
+    def __init__(self, folder: str, session: int) -> None:
+        super().__init__(f"{folder}/socket", Run)
+        self.pid, self._folder = os.getpid(), folder
+        self._session = os.pidfd_open(session)
 
     def service_actions(self) -> None:
         super().service_actions()
-        if os.getppid() != self._parent:
+        if select.select([self._session], [], [], 0)[0]:  # it has ended
+            shutil.rmtree(self._folder)
             sys.exit()
 
 
 def main() -> None:
-    module, path = sys.argv[1:]
+    module, folder, session = sys.argv[1:]
     sys.argv = [module]
     gc.disable()  # what is imported lives to the end
     importlib.import_module(module)
@@ -121,7 +126,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # the ranks then collect in a moment, and do not copy what they share
     gc.enable()
-    Nursery(path).serve_forever()
+    Nursery(folder, int(session)).serve_forever()
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from tests.training.layouts import DO, SHALLOW, pp, tp
+from tests.training.layouts import DO, pp, tp
 
 # BERT takes no other attention, and Megatron does not change it within a process. The loss is of
 # all tokens of a batch, however it is cut: sequences have unlike numbers of masked ones.
-_FLAGS = SHALLOW + "--attention-backend auto --calculate-per-token-loss "
+_FLAGS = "--attention-backend auto --calculate-per-token-loss "
 # At the usual rate its gradients grow twentyfold in 20 iterations, and so does rounding.
 MODELS = {"bert": _FLAGS, "t5": _FLAGS + "--lr 3e-5 --min-lr 1e-5 "}
 # Both on two ranks. Megatron's T5 has no pipeline.

@@ -4,7 +4,7 @@ import pytest
 
 from tests.training.harness import Case, losses, run
 
-SHORT = "--num-layers 2 --train-iters 2 --lr-warmup-iters 1 --optimizer came "
+SHORT = "--train-iters 2 --lr-warmup-iters 1 --optimizer came "
 DO = "--use-distributed-optimizer "
 TP, PP = "--tensor-model-parallel-size 2 ", "--pipeline-model-parallel-size 2 "
 # Flags of both ranks, those of rank 1 alone, and what the sentence says.

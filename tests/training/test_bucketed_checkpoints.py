@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.harness import Case, losses, run, worst_difference
-from tests.training.layouts import MODELS, SHALLOW
+from tests.training.layouts import MODELS
 
 TOLERANCE = 2e-6  # of the loss, where another layout sums in another order
 
@@ -44,7 +44,7 @@ def _grid():
             for number, (name, style) in enumerate(FORMATS.items()):
                 precision = precisions[(number + model_number + dp) % 4]
                 buckets = (ODD, WIDE)[(number + dp) % 2]
-                flags = MODELS[model] + SHALLOW + style + buckets + PRECISIONS[precision]
+                flags = MODELS[model] + style + buckets + PRECISIONS[precision]
                 saved[f"{name}-{model}-dp{dp}-{precision}"] = (dp, flags)
     return saved
 
@@ -53,37 +53,37 @@ def _grid():
 SAVED = {
     **_grid(),
     "examples": (2, EXAMPLES),
-    "odd": (2, FORMATS["full"] + ODD + SHALLOW),
-    "wide": (2, FORMATS["full"] + WIDE + SHALLOW),
+    "odd": (2, FORMATS["full"] + ODD),
+    "wide": (2, FORMATS["full"] + WIDE),
     "llama3": (3, FORMATS["full"] + ODD + MODELS["llama"]),
-    "dp3": (3, FORMATS["dp"] + ODD + SHALLOW),
-    "dp-pp": (4, FORMATS["dp"] + WIDE + PP + SHALLOW),
-    "legacy3": (3, FORMATS["legacy"] + ODD + SHALLOW),
-    "tp-dp": (4, FORMATS["full"] + ODD + TP + SHALLOW),
-    "pp-dp": (4, FORMATS["full"] + WIDE + PP + SHALLOW),
+    "dp3": (3, FORMATS["dp"] + ODD),
+    "dp-pp": (4, FORMATS["dp"] + WIDE + PP),
+    "legacy3": (3, FORMATS["legacy"] + ODD),
+    "tp-dp": (4, FORMATS["full"] + ODD + TP),
+    "pp-dp": (4, FORMATS["full"] + WIDE + PP),
     "moe-ep": (4, FORMATS["full"] + ODD + EP + MODELS["moe"]),
     "dp-moe-ep": (4, FORMATS["dp"] + WIDE + EP + MODELS["moe"]),
-    "two": (4, FORMATS["full"] + WIDE + TWO + SHALLOW),
-    "dp-two": (4, FORMATS["dp"] + WIDE + TWO + SHALLOW),
+    "two": (4, FORMATS["full"] + WIDE + TWO),
+    "dp-two": (4, FORMATS["dp"] + WIDE + TWO),
 }
 # (ranks, name of the checkpoint, flags)
 ELSEWHERE = {
-    "odd-at-tp2": (2, "odd", FORMATS["full"] + TP + SHALLOW),
-    "odd-at-dp3": (3, "odd", FORMATS["full"] + WIDE + SHALLOW),
-    "wide-at-tp2": (2, "wide", FORMATS["full"] + TP + ODD + SHALLOW),
-    "wide-at-pp2": (2, "wide", FORMATS["full"] + PP + SHALLOW),
+    "odd-at-tp2": (2, "odd", FORMATS["full"] + TP),
+    "odd-at-dp3": (3, "odd", FORMATS["full"] + WIDE),
+    "wide-at-tp2": (2, "wide", FORMATS["full"] + TP + ODD),
+    "wide-at-pp2": (2, "wide", FORMATS["full"] + PP),
     "llama3-at-dp2": (2, "llama3", FORMATS["full"] + WIDE + MODELS["llama"]),
     "llama3-at-tp2": (2, "llama3", FORMATS["full"] + TP + MODELS["llama"]),
-    "dp3-at-dp2": (2, "dp3", FORMATS["dp"] + ODD + SHALLOW),
-    "dp3-at-dp4": (4, "dp3", FORMATS["dp"] + WIDE + SHALLOW),
-    "dp-pp-at-dp1": (2, "dp-pp", FORMATS["dp"] + ODD + PP + SHALLOW),
-    "legacy3-at-dp2": (2, "legacy3", FORMATS["legacy"] + ODD + SHALLOW),
-    "legacy3-at-one-bucket": (2, "legacy3", FORMATS["legacy"] + SHALLOW),
-    "tp-dp-at-dp3": (3, "tp-dp", FORMATS["full"] + ODD + SHALLOW),
-    "pp-dp-at-tp2": (2, "pp-dp", FORMATS["full"] + TP + SHALLOW),
+    "dp3-at-dp2": (2, "dp3", FORMATS["dp"] + ODD),
+    "dp3-at-dp4": (4, "dp3", FORMATS["dp"] + WIDE),
+    "dp-pp-at-dp1": (2, "dp-pp", FORMATS["dp"] + ODD + PP),
+    "legacy3-at-dp2": (2, "legacy3", FORMATS["legacy"] + ODD),
+    "legacy3-at-one-bucket": (2, "legacy3", FORMATS["legacy"]),
+    "tp-dp-at-dp3": (3, "tp-dp", FORMATS["full"] + ODD),
+    "pp-dp-at-tp2": (2, "pp-dp", FORMATS["full"] + TP),
     "moe-ep-at-dp2": (2, "moe-ep", FORMATS["full"] + WIDE + EP + MODELS["moe"]),
     "dp-moe-ep-at-dp2": (2, "dp-moe-ep", FORMATS["dp"] + ODD + EP + MODELS["moe"]),
-    "two-at-dp3": (3, "two", FORMATS["full"] + ODD + SHALLOW),
+    "two-at-dp3": (3, "two", FORMATS["full"] + ODD),
 }
 QUICK = ("examples", "odd", "odd-at-tp2")
 
@@ -137,7 +137,7 @@ def seen(request, tmp_path_factory):
         ]
         if ranks == 2:
             save = f"--save {folder / 'other'} --save-interval 2 "
-            flags = f"{FORMATS['dp']}{SHALLOW}--train-iters 2 --lr-warmup-iters 0 "
+            flags = f"{FORMATS['dp']}--train-iters 2 --lr-warmup-iters 0 "
             other = f"--load {folder / 'other'} --overlap-grad-reduce --ddp-bucket-size 20011 "
             cases.append(_case("dp-saved-with-buckets", flags + ODD + save, ranks))
             cases.append(_case("dp-at-other-buckets", flags + other, ranks))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = 2e-6  # see test_training
 RULE = "--came-rule *.linear_fc2.weight beta1=0.7 beta2=0.9 "
 UNTIED = (
-    "--optimizer came --ckpt-format torch_dist --num-layers 2 --train-iters 8 --lr-decay-iters 20 "
+    "--optimizer came --ckpt-format torch_dist --train-iters 8 --lr-decay-iters 20 "
     "--untie-embeddings-and-output-weights --log-params-norm "
 ) + RULE
 FSDP2 = UNTIED + "--use-torch-fsdp2 "

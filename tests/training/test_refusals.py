@@ -176,7 +176,7 @@ def test_inspect_lists_what_is_inside(seen, options, capsys):
     printed = capsys.readouterr().out
     assert "iteration   2\n" in printed
     assert "optimizer   came\n" in printed
-    name = "optimizer.state.exp_avg_res_row.decoder.layers.mlp.linear_fc1.weight  4x192 float32"
+    name = "optimizer.state.exp_avg_res_row.decoder.layers.mlp.linear_fc1.weight  2x192 float32"
     assert (name in printed) == (not options)
 
 

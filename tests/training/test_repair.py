@@ -10,7 +10,7 @@ from tests.training.harness import Case, losses, run, worst_difference
 
 FLAGS = (
     "--optimizer came --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
-    "--ckpt-format torch_dist --num-layers 2 --train-iters 12 "
+    "--ckpt-format torch_dist --train-iters 12 "
 )
 # Of the loss, after eight iterations without some of the momentum.
 NEAR = 0.03

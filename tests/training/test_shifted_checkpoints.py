@@ -6,9 +6,7 @@ import pytest
 
 from tests.training.harness import Case, run
 
-SHORT = (
-    "--num-layers 2 --train-iters 2 --lr-warmup-iters 0 --save-interval 2 --ckpt-format torch_dist "
-)
+SHORT = "--train-iters 2 --lr-warmup-iters 0 --save-interval 2 --ckpt-format torch_dist "
 FULL = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
 ODD = "--overlap-grad-reduce --ddp-bucket-size 5003 "
 WRITES, READS = "saves main weights and optimizer state of this run shifted", "may be shifted"

@@ -7,12 +7,15 @@ from tests.training.harness import Case, losses, run, run_chains, worst_differen
 from tests.training.layouts import DO, TP
 from tests.training.layouts import PLAIN as LAYOUTS
 
-# Relative, of the loss, over 20 fp32 iterations. The authors' class against itself with another
-# micro-batch size differs by 7e-7, and so do the layouts of Adam: it is the order of the model's
-# own sums.
+# Relative, of the loss, over 20 fp32 iterations; here are ten. The authors' class against itself
+# with another micro-batch size differs by 7e-7, and so do the layouts of Adam: it is the order of
+# the model's own sums.
 TOLERANCE = 2e-6
 
-LOGS = "--optimizer came --log-num-zeros-in-grad --log-params-norm "
+LOGS = (
+    "--train-iters 10 --lr-warmup-iters 2 --optimizer came --log-num-zeros-in-grad "
+    "--log-params-norm "
+)
 
 # Settings, run by the authors' class on one rank and by ours on two with the distributed optimizer.
 SETTINGS = {
@@ -36,11 +39,21 @@ FAULTS = {"dp2-do": "no_dp_sum", "tp2": "no_tp_sum"}
 def _setting(name: str, variant: str, flags: str = "") -> Case:
     frozen = "+" + name if name.startswith("frozen") else ""
     # Megatron draws as many random numbers before the weights as a micro-batch is large.
-    flags = f"{LOGS}{SETTINGS[name]} {flags} --micro-batch-size 2 --exit-interval 10"
+    flags = f"{LOGS}{SETTINGS[name]} {flags} --micro-batch-size 2"
     return Case(f"{variant}-{name}", flags, variant + frozen)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def start_from(tmp_path_factory):
+    """Flags that load the weights which all cases but the settings' start from."""
+    folder = tmp_path_factory.mktemp("weights")
+    once = "--optimizer sgd --lr 1e-12 --min-lr 0 --lr-warmup-iters 0 --train-iters 1 "
+    save = f"--save {folder / 'saved'} --save-interval 1 --no-save-optim --no-save-rng "
+    run(1, [Case("weights", once + save)], folder)
+    return f"--load {folder / 'saved'} --finetune --no-load-optim --no-load-rng "
+
+
+@pytest.fixture(scope="module")
 def seen(start_from, tmp_path_factory):
     """What the ranks saw, by name of the case."""
     cases = {
@@ -72,8 +85,8 @@ def seen(start_from, tmp_path_factory):
 @pytest.mark.parametrize("name", [name for layouts in LAYOUTS.values() for name in layouts])
 def test_losses_equal_the_authors_optimizer(seen, name):
     ours, theirs = losses(seen[name]), losses(seen["oracle"])
-    assert len(ours) == 20
-    assert theirs[-1] < theirs[0] - 1  # it trains, or nothing is compared
+    assert len(ours) == 10
+    assert theirs[-1] < theirs[0] - 0.5  # it trains, or nothing is compared
     assert worst_difference(ours, theirs) <= TOLERANCE
 
 
@@ -81,7 +94,7 @@ def test_losses_equal_the_authors_optimizer(seen, name):
 def test_settings_reach_the_optimizer(seen, name):
     ours, theirs = losses(seen[f"came-{name}"]), losses(seen[f"oracle-{name}"])
     assert worst_difference(ours, theirs) <= TOLERANCE
-    without = losses(seen["oracle"])[: len(ours)]
+    without = losses(seen["oracle"])
     assert worst_difference(ours, without) > 100 * TOLERANCE  # the setting does something
 
 

@@ -18,7 +18,7 @@ import came_pytorch
 import torch
 import torch.distributed as dist
 
-from megatron_came.core import sums
+from megatron_came.core import spike_guard, sums
 from megatron_came.core.reference import update
 from megatron_came.dtensors import local_of
 from tests.support import quantized
@@ -380,7 +380,8 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "released": _released,
         "spiky": _spiky,
         "fsdp-memory": fsdp_memory.measured,
-        "spike-late": lambda: _spiky(18, 1e3),
+        "spike-late": lambda: _spiky(7, 1e3),
+        "soon-guarded": lambda: mock.patch.object(spike_guard, "LEAST", 4),
         **{f"damaged-{name}": functools.partial(damaged, name) for name in DAMAGE},
         "silent": _silent_weights,
         "killed": _killed_while_saving,

@@ -21,19 +21,11 @@ from megatron_came.launch import prepare
 
 prepare()  # before anything imports Megatron
 
-with contextlib.suppress(ImportError):  # of numba, without which CAME runs in plain PyTorch
-    from numba.core.registry import cpu_target
-
-    import megatron_came.kernels.cpu.digests
-    import megatron_came.kernels.cpu.launch  # noqa: F401
-
-    cpu_target.typing_context.refresh()  # which the first kernel that is loaded would do
-    cpu_target.target_context.refresh()
-
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset  # noqa: E402
 
 from megatron_came import pretrain_gpt  # noqa: E402
 from megatron_came.voice import say_once  # noqa: E402
+from tests.support import loaded_kernels  # noqa: E402
 from tests.training import variants  # noqa: E402
 from tests.training.groups import connect, meet  # noqa: E402
 from tests.training.recording import Recorder  # noqa: E402
@@ -108,6 +100,7 @@ for name in (  # what the first case would import in each rank
         importlib.import_module(name)
 read_help_once()
 leave_out()
+loaded_kernels.load()
 MockGPTLowLevelDataset.size = 1000  # documents, of 100,000 whose order every case would draw anew
 
 
