@@ -157,6 +157,7 @@ class CAME(WithStateDicts):
         """Add a parameter group; it is refused as the class refuses its parameters."""
         if isinstance(param_group, dict):  # what else it may be, PyTorch says
             check_group({**self.defaults, **param_group})
+            parameter_checks.say_if_betas(param_group.get("eps", self.defaults["eps"]))
             with_plain_numbers(param_group)
         super().add_param_group(param_group)
         try:
@@ -370,7 +371,7 @@ class CAME(WithStateDicts):
             in_passes = bool(self.spike_guard)
             self._plan = Plan(slices, list(params), backends, table, in_passes=in_passes)
             if self._plan.left:
-                warn_once(left_to_plain(self._plan.left, len(slices)))
+                warn_once(left_to_plain(self._plan.left, len(self._plan.trained)))
         return self._plan
 
     @property

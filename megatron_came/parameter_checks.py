@@ -102,7 +102,8 @@ class Guard:
             ValueError: ranks differ.
         """
         if not self._has_compared:
-            without = [param for param in slices if param.is_meta and param.grad is None]
+            meta = [param for param in slices if param.is_meta and param.requires_grad]
+            without = [param for param in meta if param.grad is None]
             if without:
                 warn_once(
                     f"CAME: {len(without)} of {len(slices)} parameters are on the meta device, "
@@ -275,6 +276,15 @@ def check_settings(momentum_dtype: torch.dtype, seed: int, **switches: bool) -> 
             raise HyperparameterError(name, value, "True or False")
     if not isinstance(seed, Integral) or isinstance(seed, bool):  # which is an Integral
         raise HyperparameterError("seed", seed, "a whole number")
+
+
+def say_if_betas(eps: Sequence[Any]) -> None:
+    """Say what stands in the place of eps, if it has the size of decays."""
+    if min(map(float, eps)) >= 0.5:
+        warn_once(
+            f"CAME: eps = {tuple(eps)} look like betas, which are the fifth argument: with eps of "
+            "that size hardly anything is updated; give betas=(beta1, beta2, beta3)."
+        )
 
 
 def check_placement(

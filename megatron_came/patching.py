@@ -22,7 +22,6 @@ from megatron_came.versions import (
     check_version,
     has_training_loop,
 )
-from megatron_came.voice import say_once
 
 Function = Callable[..., Any]
 
@@ -103,7 +102,7 @@ def put_in_place(rows: Iterable[Replacement]) -> None:
     """
     version, training_loop = check_version(), has_training_loop()
     if version.startswith(f"{IN_DEVELOPMENT}."):
-        say_once(
+        _say_once(
             f"Megatron {version} is a development version: CAME was tested with one of it, and "
             f"with the releases before {IN_DEVELOPMENT}."
         )
@@ -159,10 +158,16 @@ def _replace_imported(
                 setattr(module, key, _made(row, value))
 
 
+def _say_once(sentence: str) -> None:
+    from megatron_came.voice import say_once  # which needs PyTorch, as the tables do not
+
+    say_once(sentence)
+
+
 def _say_if_replaced(function: Any, target: str, version: str) -> bool:
     other = _somebody_else(function)
     if other:
-        say_once(
+        _say_once(
             f"{target} of Megatron {version} has been replaced already, by {other}: the two have "
             "not been tested together."
         )

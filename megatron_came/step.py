@@ -75,7 +75,7 @@ class Bundle:
         # Then matrices may go through all passes one after another.
         is_local = not (in_passes or self.squares.is_reduced or self.instability.is_reduced)
         reasons = {each: backends[each.param.device].unsupported(each) for each in slices}
-        self.left = [why for why in reasons.values() if why is not None]
+        self.left = {each: why for each, why in reasons.items() if why is not None}
         # Those on the CPU last: meanwhile a device computes what it was told.
         members: dict[tuple[bool, bool, torch.device], dict[ParameterSlice, SliceSums]] = {}
         for each in slices:
@@ -180,7 +180,8 @@ class Plan:
         in_passes: whether a step goes over all parameters pass by pass.
 
     Attributes:
-        left: why backends leave parameters to eager PyTorch, of each.
+        trained: those that are not frozen now.
+        left: why backends leave these to eager PyTorch, of each that they do.
         settings: of the table in the last step; None if it was not taken to its end.
         updated: the tensors that the last step has written.
         counts: of own steps, of parameters that took part in it.
@@ -215,7 +216,10 @@ class Plan:
                 bundles.append(Bundle(local, backends, in_passes=in_passes))
             for members in spread([slice_ for slice_ in here if slice_.is_shared]):
                 self.shared.append(Bundle(members, backends, in_passes=in_passes))
-        self.left = [why for bundle in self._bundles for why in bundle.left]
+        pairs = zip(slices, params, gradients_of(params), strict=True)
+        self.trained = [s for s, p, grad in pairs if p.requires_grad or grad is not None]
+        left = {each: why for bundle in self._bundles for each, why in bundle.left.items()}
+        self.left = [left[each] for each in self.trained if each in left]
         self.settings: Sequence[GroupSettings] | None = None
         # The last step, while it can be taken again, and what its tensors were.
         self._steps: dict[Bundle, _BundleStep] = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def find(path: Path) -> Folder:
                 f"an iteration that is there{_among(path)} into it, or name its folder."
             )
         path = path / name
-    is_distributed, is_legacy = (path / METADATA).exists(), any(path.glob("mp_rank_*"))
+    is_distributed, is_legacy = (path / METADATA).exists(), bool(_files_of_ranks(path))
     # With --dataloader-save to the same folder mp_rank_00 holds the dataloader's files alone.
     if is_distributed and any(path.glob(f"mp_rank_*/{MODEL_FILE}")):
         raise CheckpointError(
@@ -118,10 +119,10 @@ def _is_complete(folder: Path) -> bool:
     metadata = folder / METADATA  # written last
     if says_distributed(folder) or metadata.is_file():
         return metadata.is_file() and ends_as_pickle(metadata)
-    ranks = [*folder.glob("mp_rank_*")]
-    # Every rank's model, be it there or not, and what else there is.
-    files = [rank / MODEL_FILE for rank in ranks] + [*folder.glob("mp_rank_*/*.pt")]
-    return bool(ranks) and all(file.is_file() and ends_as_archive(file) for file in files)
+    of_ranks = _files_of_ranks(folder)
+    # Every rank's model, be it there or not.
+    files = {rank / MODEL_FILE for rank in of_ranks}.union(*of_ranks.values())
+    return bool(files) and all(file.is_file() and ends_as_archive(file) for file in files)
 
 
 def says_distributed(folder: Path) -> bool:
@@ -228,12 +229,21 @@ def _no_dictionary(path: Path, state: Any, what: str) -> str:
     return f"{path} holds a {type(state).__name__} where {what} should be: {REMEDY}"
 
 
+def _files_of_ranks(folder: Path) -> dict[Path, list[Path]]:
+    """The files of each rank that Megatron reads; what else is there is somebody else's."""
+    names = legacy.OPTIMIZER_FILE, MODEL_FILE
+    return {
+        rank: [rank / name for name in names if os.path.lexists(rank / name)]
+        for rank in sorted(folder.glob("mp_rank_*"))
+        if rank.is_dir()
+    }
+
+
 def _legacy_files(folder: Path) -> list[Path]:
     """The files of all ranks, each of which has one with its model."""
     files = []
-    for rank in sorted(folder.glob("mp_rank_*")):
-        of_rank = sorted(rank.glob("*.pt"))
-        if all(path.name == legacy.OPTIMIZER_FILE for path in of_rank):
+    for rank, of_rank in _files_of_ranks(folder).items():
+        if rank / MODEL_FILE not in of_rank:
             raise CheckpointError(
                 f"{rank} holds no model file: take the checkpoint from a copy, or another "
                 "iteration's folder."

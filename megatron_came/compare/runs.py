@@ -79,8 +79,8 @@ class Results:
             every = {**settings, **found}
             changed = next(key for key in every if settings.get(key) != found.get(key))
             raise CommandError(
-                f"{folder} holds runs with another {changed} ({found.get(changed)}, not"
-                f" {settings.get(changed)}): name another folder with --output."
+                f"{folder} holds runs with {changed} {found.get(changed)}, not"
+                f" {settings.get(changed)}: name another folder with --output."
             )
         write_whole(about, (json.dumps(settings, indent=1) + "\n").encode())
         if not text.endswith("\n"):  # it was being written when the process was killed

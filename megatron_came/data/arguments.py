@@ -18,8 +18,11 @@ _MEGATRONS = {
     "--log-interval": "progress is shown in any case: leave it out",
     "--vocab-size": "the tokenizer says it: leave it out, or give --train-tokenizer SIZE",
     "--find-optimal-num-workers": "all cores are used: leave it out, or give --workers N",
+    "--vocab": "GPT-2's file is named otherwise: give --vocab-file FILE",
+    "--dataset-impl": "datasets are written as its mmap alone: leave it out",
     "--tiktoken-pattern": "tiktoken's files are not read: give --tokenizer-model FILE_OR_FOLDER",
 }
+_AS_HERE = {("--partitions", "1"), ("--dataset-impl", "mmap")}
 
 
 def read(argv: list[str]) -> argparse.Namespace:
@@ -32,7 +35,7 @@ def read(argv: list[str]) -> argparse.Namespace:
     options = made.parse_args(argv)
     for flag, instead in _MEGATRONS.items():
         value = getattr(options, flag[2:].replace("-", "_"))
-        if value is not None and (flag, value) != ("--partitions", ["1"]):
+        if value is not None and (flag, *value) not in _AS_HERE:
             made.error(f"{flag} is of Megatron's tools/preprocess_data.py, and here {instead}")
     if len(options.json_keys or ()) > 1:
         made.error(
@@ -96,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prefix(value: str) -> Path:
-    if not Path(value).name or value.endswith("/"):
+    if Path(value).name in ("", "..") or value.endswith("/"):
         raise argparse.ArgumentTypeError(
             f"{value!r} has no file name: give one, as in {Path(value) / 'text'}"
         )

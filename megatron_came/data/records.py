@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import zlib
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from megatron_came.data.folders import UnusableError, cannot_be_read
+from megatron_came.data.unpacking import Streams
 
 _READ_BYTES = 1 << 24  # bytes read at a time where a separator is looked for
 _LONGEST_PROBE = 1 << 26  # bytes of a first line that decides what a .json file is
@@ -18,8 +20,8 @@ _LONGEST_PROBE = 1 << 26  # bytes of a first line that decides what a .json file
 # What is unpacked on the way, by the last suffix in small letters.
 _UNPACK: dict[str, Callable[[BinaryIO], object]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".bz2": lambda raw: io.BufferedReader(Streams(raw, bz2.BZ2Decompressor)),
+    ".xz": lambda raw: io.BufferedReader(Streams(raw, lzma.LZMADecompressor)),
 }
 _NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
 _PACKED_OTHERWISE = frozenset(

@@ -4,7 +4,6 @@
 ``report`` measures the run itself (``--came-report-memory``) and prints both side by side.
 """
 
-from megatron_came.megatron.errors import UnsupportedError
 from megatron_came.patching import put_in_place, table
 from megatron_came.versions import release
 
@@ -40,6 +39,8 @@ def check_release() -> None:
         UnsupportedError: it is not.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from megatron_came.megatron.errors import UnsupportedError
 
     installed = release()
     # What lays buffers out is a function of its own since then.

@@ -71,8 +71,9 @@ class Report:
                 values[key] = values[key] and Components(**values[key])
             return cls(**values)
         except (AttributeError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path} is no report of --came-report-memory ({error}): name the files that a run "
+                f"{path} is no report of --came-report-memory ({what}): name the files that a run "
                 "has written."
             ) from error
 

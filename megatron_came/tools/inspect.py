@@ -3,18 +3,22 @@
 Nothing in a checkpoint is run: see :mod:`megatron_came.checkpoint_files`.
 """
 
+from __future__ import annotations
+
 import argparse
 import errno
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_came.checkpoint_files.errors import CheckpointError, NoCheckpointError
-from megatron_came.checkpoint_files.folder import Checkpoint, find, opened
 from megatron_came.terminal.console import show, wrapped
 from megatron_came.terminal.paths import named_path
 from megatron_came.terminal.sentences import reason_of
-from megatron_came.tools.checkpoints import listing
-from megatron_came.tools.checkpoints.verifying import verify
+
+# What needs PyTorch is imported in functions, after the help.
+if TYPE_CHECKING:
+    from megatron_came.checkpoint_files.folder import Checkpoint
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +36,9 @@ def main(argv: list[str]) -> int:
         "0 if nothing is damaged and 1 otherwise",
     )
     options = parser.parse_args(argv)
+    from megatron_came.checkpoint_files.folder import find, opened
+    from megatron_came.tools.checkpoints import listing
+
     try:
         with opened(find(options.checkpoint)) as checkpoint:
             if options.verify:
@@ -53,6 +60,9 @@ def main(argv: list[str]) -> int:
 
 
 def _verify(checkpoint: Checkpoint) -> int:
+    from megatron_came.tools.checkpoints import listing
+    from megatron_came.tools.checkpoints.verifying import verify
+
     verdict = verify(checkpoint)
     for line in (*listing.head(checkpoint), ""):
         _print(line)

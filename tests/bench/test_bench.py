@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch
 
-from megatron_came.bench import command, floors
+from megatron_came.bench import command, floors, timing
 from megatron_came.bench.shapes import shapes_of
 
 
@@ -54,7 +54,7 @@ def test_bad_options_are_one_sentence(options, message, capsys):
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(command, "measure", None)
+    monkeypatch.setattr(timing, "measure", None)
     (tmp_path / "file").touch()
     for file, reason in ((tmp_path, "is a directory"), (tmp_path / "file" / "x", "exists|not a")):
         assert command.main(["--device", "cpu", "--json", str(file)]) == 2

@@ -27,6 +27,9 @@ class TestArguments:
             (["--train-tokenizer", "big"], "'big' is no number of tokens"),
             (["--output-prefix", "out/"], "'out/' has no file name: give one, as in out/text"),
             (["--output-prefix", "."], "'.' has no file name: give one, as in text"),
+            (["--output-prefix", ".."], "'..' has no file name: give one, as in ../text"),
+            (["--vocab", "vocab.json"], "is named otherwise: give --vocab-file FILE"),
+            (["--dataset-impl", "lazy"], "datasets are written as its mmap alone: leave it out"),
         ],
     )
     def test_a_wrong_value(

@@ -15,6 +15,8 @@ from megatron_came.data.tokenizer import SentencePiece
 from megatron_came.terminal.sentences import CommandError
 from tests.support.datasets import documents, fails, files, run, texts_and_lines, write_json
 
+PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
 
 class TestDocuments:
     """What is one document; the tokens are those of the text, whatever the file."""
@@ -39,6 +41,29 @@ class TestDocuments:
         lines = write_json(tmp_path / "lines", ["three", "four"]).read_bytes()
         (tmp_path / "in" / "e.jsonl.gz").write_bytes(gzip.compress(lines))
         assert texts(tmp_path / "in") == ["plain\n", "one", "two", "three", "four", "packed\n"]
+
+    @pytest.mark.parametrize(("suffix", "pack"), PACKED.items())
+    def test_damage_in_a_later_stream_is_not_the_end(self, tmp_path, suffix, pack) -> None:
+        """Compressors on several threads write many; dumps are put together of them."""
+        packed = pack(b'{"text": "one"}\n{"text": "two"}\n')
+        file = tmp_path / f"in.jsonl{suffix}"
+        for padding in (b"", b"\0" * 8, b"\0" * 70_000):
+            file.write_bytes(packed + padding + packed + padding)
+            assert list(Corpus.from_paths([file])) == ["one", "two"] * 2
+        file.write_bytes(packed + b"else")
+        with pytest.raises(CommandError, match=r"is no whole \w+ file: compress it again"):
+            list(Corpus.from_paths([file]))
+        for place in range(len(packed)):
+            damaged = bytearray(packed + packed)
+            damaged[place + len(packed)] ^= 8
+            for content in (damaged, (packed + packed)[: -1 - place]):
+                file.write_bytes(content)
+                try:
+                    found = list(Corpus.from_paths([file]))
+                except CommandError:
+                    continue
+                # A gzip file's time, or nothing at all of the second one.
+                assert found == ["one", "two"] * (1 if len(content) == len(packed) else 2)
 
     @pytest.mark.parametrize("size", [1, 7, 1 << 24])
     def test_a_separator(

@@ -335,7 +335,7 @@ def test_reports_are_compared(tmp_path, capsys):
 def test_a_file_that_is_no_report(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
     assert command.main(["--compare", str(tmp_path / "x.json")]) == 2
-    assert "is no report of --came-report-memory" in capsys.readouterr().err
+    assert "is no report of --came-report-memory (it has no 'format')" in capsys.readouterr().err
 
 
 def test_the_allocator_is_asked_around_the_step(monkeypatch):

@@ -26,7 +26,7 @@ def parameter(*shape):
 def step(optimizer):
     for group in optimizer.param_groups:
         for param in group["params"]:
-            param.grad = torch.ones_like(param)
+            param.grad = torch.ones_like(param) if param.requires_grad else None
     optimizer.step()
 
 
@@ -356,6 +356,15 @@ def test_positional_arguments_are_in_the_order_of_the_authors():
         CAME([parameter(3)], 1e-3, betas)
 
 
+def test_betas_in_the_place_of_eps_are_said(lines):
+    """In AdamW's order of arguments betas come third."""
+    CAME([parameter(3)], 1e-3, (1e-3, 0.1), 1.0, (0.9, 0.99, 0.999))
+    assert lines() == []
+    CAME([parameter(3)], 1e-3, (0.9, 0.999))
+    (line,) = lines()
+    assert "eps = (0.9, 0.999) look like betas" in line
+
+
 def test_parameters_left_to_plain_pytorch_are_counted_by_reason(lines):
     many = torch.nn.Parameter(torch.ones(70, 3, 3))
     turned = torch.nn.Parameter(torch.ones(5, 8).t())
@@ -365,6 +374,18 @@ def test_parameters_left_to_plain_pytorch_are_counted_by_reason(lines):
     assert "for 5 of 6 parameters: 3 with bfloat16 weights, 1 " in line
     assert "not contiguous" in line
     assert "batches of many small matrices" in line
+
+
+def test_frozen_parameters_are_not_said_to_be_left(lines):
+    """As the base of an adapter, in bf16, or what is on the meta device."""
+    base = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16), requires_grad=False)
+    empty = torch.nn.Parameter(torch.empty(3, 3, device="meta"), requires_grad=False)
+    step(CAME([base, empty, parameter(4, 4)], lr=1e-2))
+    assert lines() == []
+    half = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    step(CAME([base, half, parameter(4, 4)], lr=1e-2, kernels="numba"))
+    (line,) = lines()
+    assert "for 1 of 2 parameters: 1 with bfloat16 weights" in line
 
 
 def test_parameters_left_on_the_meta_device_are_said_once(lines):

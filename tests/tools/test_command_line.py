@@ -21,7 +21,7 @@ from megatron_came.megatron.install import REPLACEMENTS as OF_CAME
 from megatron_came.tools import cli, flags, inspect
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["bench", "compare", "data", "flags", "inspect", "memory", "patch", "plot"]
+COMMANDS = [command for command in cli._COMMANDS if command != "help"]
 FIRST = 'import sys; sys.modules["torch"] = None; sys.argv[0] = "megatron-came"; '
 
 
@@ -38,7 +38,8 @@ def run(*words, **variables):
 class TestHelp:
     def test_it_needs_no_pytorch(self):
         code = FIRST + "from megatron_came.tools.cli import main; sys.exit(main())"
-        for words in (["--help"], ["--version"], ["help"], []):
+        of_commands = [[command, "--help"] for command in COMMANDS]
+        for words in (["--help"], ["--version"], ["help"], [], *of_commands):
             done = subprocess.run(
                 [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
             )
@@ -151,18 +152,18 @@ class TestOutput:
     @pytest.mark.parametrize(
         ("module", "where", "words"),
         [
-            ("tools.inspect", "find", ["inspect", "x"]),
+            ("checkpoint_files.folder", "find", ["inspect", "x"]),
             ("tools.repair", "print", ["repair", "x", "new"]),
             ("memory.command", "_predict", ["memory", "--gpus", "1", "--num-layers", "1"]),
-            ("compare.command", "_preset", ["compare", "nano"]),
+            ("compare.experiment", "_preset", ["compare", "nano"]),
         ],
     )
     def test_nobody_reads_on(self, module, where, words):
         """It is not the command's files that are wrong."""
         fails = "(_ for _ in ()).throw(BrokenPipeError(32, 'Broken pipe'))"
-        more = f"from megatron_came.{module} import main; import megatron_came.{module} as one; "
-        more += f"setattr(one, {where!r}, lambda *_: {fails})"
-        more += "; one.repair = lambda *_: ['what was lost']"
+        more = f"import megatron_came.{module} as one; setattr(one, {where!r}, lambda *_: {fails})"
+        more += "; from megatron_came.tools.checkpoints import copying"
+        more += "; copying.repair = lambda *_: ['what was lost']"
         done = self.run(words, "", more)
         assert (done.returncode, done.stderr) == (141, "")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_came.compare import command, runs, tasks
+from megatron_came.compare import command, experiment, runs, tasks
 from megatron_came.compare.optimizers import parse, state_bytes
 from megatron_came.compare.presets import PRESETS
 from megatron_came.terminal.sentences import CommandError
@@ -160,7 +160,7 @@ class TestFolder:
                 trained.append(key)
             return real(task, preset, contender, key, *told)
 
-        monkeypatch.setattr(command, "train", train)
+        monkeypatch.setattr(experiment, "train", train)
         before = kept(folder)
         assert compare(folder, "--rates", 1e-3, 1e-2) == 0
         assert trained == []
@@ -177,8 +177,7 @@ class TestFolder:
     def test_other_settings_are_refused(self, folder, capsys):
         assert compare(folder, "--iterations", 30) == 2
         assert capsys.readouterr().err.endswith(
-            f"{folder} holds runs with another iterations (20, not 30): name another folder with"
-            " --output.\n"
+            f"{folder} holds runs with iterations 20, not 30: name another folder with --output.\n"
         )
 
     @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ REFUSED = [
 def test_it_is_refused_before_anything_is_trained(words, sentence, tmp_path, capsys, monkeypatch):
     if words[0] == "gpt2-medium":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(command, "train", None)
+    monkeypatch.setattr(experiment, "train", None)
     assert command.main([*words, "--output", str(tmp_path / "runs")]) == 2
     said = capsys.readouterr().err
     assert sentence in said

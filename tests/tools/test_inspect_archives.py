@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import struct
 import warnings
 import zipfile
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from megatron_came.checkpoint_files.errors import CheckpointError
-from megatron_came.checkpoint_files.folder import find
+from megatron_came.checkpoint_files.folder import complete, find
 from megatron_came.checkpoint_files.stored import Item
+from megatron_came.tools import inspect
 from tests.support.stored_checkpoints import common, saved, write_distributed, write_legacy
 from tests.support.strangers import Call, refused
 
@@ -168,6 +170,31 @@ def test_dataloader_state_is_no_second_checkpoint(tmp_path):
     (folder / "mp_rank_00").mkdir()
     (folder / "mp_rank_00" / "train_dataloader_dprank000.pt").write_bytes(saved({}))
     assert find(folder).path == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "._model_optim_rng.pt",
+        "._mp_rank_00",
+        "train_dataloader_dprank000.pt",
+        "model_optim_rng 2.pt",
+    ],
+)
+def test_files_that_megatron_does_not_read_are_no_part_of_a_checkpoint(tmp_path, capsys, name):
+    """As macOS, its data loader and people leave them there."""
+    rank = write_legacy(tmp_path)
+    (rank / name).write_bytes(b"Mac OS X")
+    (rank.parent / "mp_rank_00.tar").write_bytes(b"x")
+    assert inspect.main([str(tmp_path), "--verify"]) == 0, capsys.readouterr().err
+    assert complete(tmp_path) == ["iter_0000004"]
+    (rank / "model_optim_rng.pt").unlink()
+    assert inspect.main([str(tmp_path), "--verify"]) == 1
+    assert f"{rank} holds no model file" in capsys.readouterr().err
+    assert complete(tmp_path) == []
+    shutil.rmtree(rank)
+    assert inspect.main([str(tmp_path)]) == 2
+    assert "holds no checkpoint of Megatron" in capsys.readouterr().err
 
 
 def test_archives_of_another_kind(tmp_path, capsys):

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megatron_came.checkpoint_files.folder import find, opened
 from megatron_came.core import records
 from megatron_came.tools import inspect, repair
+from megatron_came.tools.checkpoints import repairing
 from tests.support.stored_checkpoints import (
     STATE,
     WEIGHT,
@@ -188,7 +189,7 @@ def test_half_a_copy_does_not_stay(tmp_path, capsys, monkeypatch, error):
         raise error
 
     write(tmp_path / "save", shifted()[1])
-    monkeypatch.setattr(repair.repairing, "apply", apply)
+    monkeypatch.setattr(repairing, "apply", apply)
     if isinstance(error, OSError):
         assert repair.main([str(tmp_path / "save"), str(tmp_path / "new")]) == 1
         assert "cannot be written" in capsys.readouterr().err
