@@ -84,8 +84,10 @@ def _cases(folder, older):
         ]
     for name, flags in (("full", FULL), ("fp32", "")):
         faster = f"--lr 1e-3 --override-opt_param-scheduler --load {folder / name} {CAME}{flags}"
+        faster += MODELS["gpt2"]
         two.append(Case(f"{name}-faster", faster))
-    two.append(Case("full-at-tp2", f"{CAME}{FULL}{TP}--load {folder / 'full'} "))
+    at_tp2 = f"{CAME}{FULL}{TP}--load {folder / 'full'} " + MODELS["gpt2"]
+    two.append(Case("full-at-tp2", at_tp2))
     if older:
         two += [
             Case(name, flags.format(folder=folder), fails=True)
