@@ -22,7 +22,7 @@ from megatron_came.core import spike_guard, sums
 from megatron_came.core.reference import update
 from megatron_came.dtensors import local_of
 from tests.support import quantized
-from tests.training import fsdp_memory, other_models
+from tests.training import fsdp_memory, other_models, shared_weights
 from tests.training.damaged_settings import DAMAGE, damaged
 
 _LETTERS = {"beta1": "b1", "beta2": "b2", "beta3": "b3", "clip_threshold": "d"}
@@ -363,6 +363,7 @@ def apply(name: str, stack: contextlib.ExitStack) -> None:
         "oracle": lambda: mock.patch.object(builder, "CAME", Oracle),
         **{name: functools.partial(_trainable, test) for name, test in FROZEN.items()},
         **{name: functools.partial(other_models.in_place, name) for name in other_models.MODELS},
+        **{n: functools.partial(shared_weights.in_place, n) for n in shared_weights.MODELS},
         "exploding": lambda: _loss_times(lambda n: 1e25 if n > 4 else 1.0),
         "no-numba-on-last": _without_numba_on_last,
         "frozen-on-last": lambda: _frozen_on_last("decoder.layers.1.mlp.linear_fc1.weight"),

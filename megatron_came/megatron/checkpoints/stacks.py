@@ -1,9 +1,11 @@
-"""Layers, or experts, that a checkpoint holds in one tensor, of which some are frozen.
+"""Layers, or experts, that a checkpoint holds in one tensor, of which some are frozen or shared.
 
 Megatron asks such a tensor to be whole. Of its own default format only CAME's factors stand so,
 and each layer's are saved alone; state of the other formats Megatron cannot save, of any optimizer.
+Of layers with the same weights it has the state under the name of one, in all of ``torch_dist``.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +27,9 @@ def mark(model_chunks: Sequence[Any], settings: Any, everyone: Groups) -> None:
     for param in params:
         vars(param).pop(ALONE, None)  # from an optimizer before this one
     is_frozen = not all(param.requires_grad for param in params)
-    if of_any_rank("some" if is_frozen else None, groups=everyone) is None:
+    named = [each for c in model_chunks for _, each in c.named_parameters(remove_duplicate=False)]
+    is_odd = is_frozen or len(named) > len(set(named))
+    if of_any_rank("some" if is_odd else None, groups=everyone) is None:
         return
     owners = {id(local_of(param)): param for param in params}
     stacked = [
@@ -33,32 +37,49 @@ def mark(model_chunks: Sequence[Any], settings: Any, everyone: Groups) -> None:
         for chunk in unwrapped(list(model_chunks))
         if hasattr(chunk, "sharded_state_dict")  # a host's model may have none
         for entry in sharded_entries(chunk.sharded_state_dict())
-        for leaf in boxes_in(entry)
+        for leaf in {each.key: each for each in boxes_in(entry)}.values()
         if leaf.prepend_axis_num and id(entry.data) in owners
     ]
-    mine = [[key for key, p in stacked if p.requires_grad == trained] for trained in (True, False)]
-    trained, frozen = (
+    times = Counter(param for _, param in stacked)
+    mine = (
+        [key for key, param in stacked if param.requires_grad],
+        [key for key, param in stacked if not param.requires_grad],
+        [key for key, param in stacked if param.requires_grad and times[param] > 1],
+    )
+    trained, frozen, shared = (
         {key for keys in each for key in keys}
         for each in zip(*by_rank(mine, everyone).values(), strict=True)
     )
     parted = trained & frozen
-    if parted and (problem := _problem(Settings(settings))):
-        raise UnsupportedError(
-            f"--optimizer came: of {some(sorted(parted))} some layers or experts are frozen and "
-            f"some are not, whose optimizer state Megatron can neither save nor load {problem}."
-        )
+    for keys, are, problem in (
+        (parted, "frozen and some are not", _problem_of_parted),
+        (shared, "the same weights", _problem_of_shared),
+    ):
+        if keys and (how := problem(Settings(settings))):
+            raise UnsupportedError(
+                f"--optimizer came: of {some(sorted(keys))} some layers or experts are {are}, "
+                f"whose optimizer state cannot be saved or loaded {how}."
+            )
     for key, param in stacked:
         setattr(param, ALONE, key in parted)
 
 
-def _problem(s: Settings) -> str | None:
-    """Say with which flags Megatron holds an optimizer's whole state in such tensors, or None."""
+def _is_saved_by_name(s: Settings) -> bool:
     saves = s.save and not s.no_save_optim
     loads = s.load and not (s.no_load_optim or s.finetune)
-    if s.ckpt_format != "torch_dist" or not (saves or loads):
+    return s.ckpt_format == "torch_dist" and bool(saves or loads)
+
+
+def _problem_of_parted(s: Settings) -> str | None:
+    """Say with which flags Megatron holds an optimizer's whole state in such tensors, or None."""
+    if not _is_saved_by_name(s):
         return None
     if not s.use_distributed_optimizer:
         return "without --use-distributed-optimizer: add it, or use --ckpt-format torch"
     if s.dist_ckpt_optim_fully_reshardable:
         return "with --dist-ckpt-optim-fully-reshardable: leave it out, or use --ckpt-format torch"
     return None
+
+
+def _problem_of_shared(s: Settings) -> str | None:
+    return "with --ckpt-format torch_dist: use torch" if _is_saved_by_name(s) else None
