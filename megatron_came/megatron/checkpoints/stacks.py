@@ -35,8 +35,7 @@ def mark(model_chunks: Sequence[Any], settings: Any, everyone: Groups) -> None:
     stacked = [
         (leaf.key, owners[id(entry.data)])
         for chunk in unwrapped(list(model_chunks))
-        if hasattr(chunk, "sharded_state_dict")  # a host's model may have none
-        for entry in sharded_entries(chunk.sharded_state_dict())
+        for entry in sharded_entries(_sharded_state(chunk))
         for leaf in {each.key: each for each in boxes_in(entry)}.values()
         if leaf.prepend_axis_num and id(entry.data) in owners
     ]
@@ -62,6 +61,13 @@ def mark(model_chunks: Sequence[Any], settings: Any, everyone: Groups) -> None:
             )
     for key, param in stacked:
         setattr(param, ALONE, key in parted)
+
+
+def _sharded_state(chunk: Any) -> Any:
+    try:
+        return chunk.sharded_state_dict()
+    except Exception:  # a host's model may have none, or not yet; whoever saves it is told why
+        return {}
 
 
 def _is_saved_by_name(s: Settings) -> bool:
