@@ -23,7 +23,7 @@ _SIGNS_OF_2 = np.int64(signed(0x8000800080008000))
 # Elements of a row that are read before those of the next: these and their keys stay in the cache.
 _SIDE_BY_SIDE = 1 << 12
 # Elements that a thread takes at once, if there are several: about as long as starting it takes.
-_TAKEN = 1 << 20
+_TAKEN = 1 << 22
 
 
 @inline

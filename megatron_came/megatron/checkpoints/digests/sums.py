@@ -32,7 +32,7 @@ from megatron_came.voice import collectives_device
 
 KINDS = (WEIGHTS, MAIN_WEIGHTS, MOMENTUM, *FACTORS)
 # Elements that wait to be added up; those that were converted need memory.
-_WAITING = 1 << 22
+_WAITING = 1 << 23
 
 # In place of a dtype, of weights whose loaded values may differ from those in the file.
 FP8 = "fp8"
