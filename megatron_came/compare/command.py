@@ -12,9 +12,7 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit status."""
     options = _parser().parse_args(argv)
     folder = options.output or Path("compare") / options.preset
-    from megatron_came.compare import (
-        experiment,  # its imports take seconds, which the help need not
-    )
+    from megatron_came.compare import experiment  # with PyTorch: after the help
 
     return status_of(
         lambda: experiment.run(options, folder),

@@ -32,14 +32,20 @@ def mark(model_chunks: Sequence[Any], settings: Any, everyone: Groups) -> None:
     if of_any_rank("some" if is_odd else None, groups=everyone) is None:
         return
     owners = {id(local_of(param)): param for param in params}
-    stacked = [
-        (leaf.key, owners[id(entry.data)])
+    entries = [
+        entry
         for chunk in unwrapped(list(model_chunks))
         for entry in sharded_entries(_sharded_state(chunk))
-        for leaf in {each.key: each for each in boxes_in(entry)}.values()
-        if leaf.prepend_axis_num and id(entry.data) in owners
+        if id(entry.data) in owners
     ]
-    times = Counter(param for _, param in stacked)
+    stacked = [
+        (leaf.key, owners[id(entry.data)])
+        for entry in entries
+        for leaf in boxes_in(entry)
+        if leaf.prepend_axis_num
+    ]
+    # A gated projection is one entry, of two boxes.
+    times = Counter(owners[id(entry.data)] for entry in entries)
     mine = (
         [key for key, param in stacked if param.requires_grad],
         [key for key, param in stacked if not param.requires_grad],

@@ -1,4 +1,4 @@
-"""Checkpoints of runs that train some layers, or stages, and not others."""
+"""Checkpoints of runs of which some layers, or stages, are frozen or share their weights."""
 
 import contextlib
 import io
@@ -20,11 +20,20 @@ SAVED = {
     "experts": ("frozen-layer", DO + EP + MODELS["moe"].replace("--num-layers 2 ", "")),
     "stage": ("frozen-stage", DO + pp(2) + UNTIED),
     "legacy": ("frozen-layer", DO + "--ckpt-format torch "),
+    "shared-legacy": ("shared-layers", DO + "--ckpt-format torch "),
+    "words": ("shared-words", DO + UNTIED),
+    "full-words": ("shared-words", FULL + UNTIED),
+    "whole-words": ("shared-words", UNTIED),
 }
+FROZEN = [name for name, (variant, _) in SAVED.items() if variant.startswith("frozen")]
 # In others, and what to do.
+_OF_SHARED = "with --ckpt-format torch_dist: use torch."
 REFUSED = {
-    "full": (FULL, "with --dist-ckpt-optim-fully-reshardable: leave it out"),
-    "whole": ("", "without --use-distributed-optimizer: add it"),
+    "full": ("frozen-layer", FULL, "with --dist-ckpt-optim-fully-reshardable: leave it out"),
+    "whole": ("frozen-layer", "", "without --use-distributed-optimizer: add it"),
+    "shared-data": ("shared-layers", DO, _OF_SHARED),
+    "shared-full": ("shared-layers", FULL, _OF_SHARED),
+    "shared-whole": ("shared-layers", "", _OF_SHARED),
 }
 
 
@@ -32,24 +41,25 @@ REFUSED = {
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
     cases = []
-    for name, (frozen, flags) in SAVED.items():
-        variant, place = f"came+{frozen}", folder / name
+    for name, (odd, flags) in SAVED.items():
+        variant, place = f"came+{odd}", folder / name
         save = f"--save {place} --save-interval 3 --exit-interval 3 "
         cases += [
             Case(f"{name}-straight", flags, variant, model=FOUR),
             Case(f"{name}-first", flags + save, variant, model=FOUR),
             Case(f"{name}-second", f"{flags}--load {place} ", variant, model=FOUR),
-            Case(f"{name}-thawed", f"{flags}--load {place} ", fails=True, model=FOUR),
         ]
-    for name, (flags, _) in REFUSED.items():
+        if name in FROZEN:
+            cases.append(Case(f"{name}-thawed", f"{flags}--load {place} ", fails=True, model=FOUR))
+    for name, (odd, flags, _) in REFUSED.items():
         save = f"{flags}--save {folder / name} --save-interval 3 "
-        cases.append(Case(name, save, "came+frozen-layer", fails=True, model=FOUR))
-        cases.append(Case(f"{name}-unsaved", flags, "came+frozen-layer", model=FOUR))
+        cases.append(Case(name, save, f"came+{odd}", fails=True, model=FOUR))
+        cases.append(Case(f"{name}-unsaved", flags, f"came+{odd}", model=FOUR))
     return run(2, cases, folder) | {"folder": folder}
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_a_run_with_frozen_layers_resumes_bit_for_bit(seen, name):
+def test_a_run_resumes_bit_for_bit(seen, name):
     straight = losses(seen[f"{name}-straight"])
     assert losses(seen[f"{name}-first"]) == straight[:3]
     assert losses(seen[f"{name}-second"]) == straight[3:]
@@ -64,7 +74,7 @@ def test_its_checkpoint_is_proved(seen, name):
     assert printed.getvalue().splitlines()[-1] == "It is sound."
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", FROZEN)
 def test_state_of_layers_that_were_frozen_is_not_made_up(seen, name):
     for rank in seen[f"{name}-thawed"]:
         assert rank["error"].startswith("SystemExit: megatron_came: ")
@@ -72,9 +82,9 @@ def test_state_of_layers_that_were_frozen_is_not_made_up(seen, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_megatron_cannot_save_is_refused_before_training(seen, name):
+def test_what_cannot_be_saved_is_refused_before_training(seen, name):
     for rank in seen[name]:
         assert not rank["losses"]
-        assert REFUSED[name][1] in rank["error"]
-        assert "of decoder.layers.mlp.linear_fc1.bias and 11 more some layers" in rank["error"]
+        assert REFUSED[name][2] in rank["error"]
+        assert "and 11 more some layers or experts are " in rank["error"]
     assert len(losses(seen[f"{name}-unsaved"])) == 6
